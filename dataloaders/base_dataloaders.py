@@ -1,0 +1,90 @@
+"""The dataset contract and the one tensor a velocity model sees.
+
+Time runs from noise (t = 0) to data (t = 1). Datasets return data only; noise comes from a Source, time from the objective.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from dataloaders.gaussian_mixture import GaussianMixture
+
+
+def make_unified_flow_matching_input(x: Tensor, times: Tensor) -> Tensor:
+    """Fuse a state and its two times into one fp32 tensor.
+
+    x: (B, D) or (B, C, H, W), the state. times: (B, 2), the time of the state and the time it is headed to.
+    Returns (B, D + 2), or (B, C + 2, H, W) with each time as a constant channel. Always fp32: bf16 would ruin t - r.
+    """
+    if x.ndim == 4:
+        times = times[:, :, None, None].expand(-1, -1, *x.shape[2:])
+    return torch.cat([x.float(), times.float()], dim=1)
+
+
+def split_unified_flow_matching_input(unified: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo make_unified_flow_matching_input exactly: returns the state and the times (B, 2). No spatial mean is taken."""
+    state, times = unified[:, :-2], unified[:, -2:]
+    return state, times[:, :, 0, 0] if unified.ndim == 4 else times
+
+
+Batch = tuple[Tensor, Tensor | None]  # states (B, *state_shape) and labels (B,) int64, or None without labels
+
+
+class FlowDataset(ABC):
+    """Data of one shape, served on the training device in whole batches.
+
+    Attributes
+    state_shape: shape of one state, (D,) or (C, H, W).
+    num_classes: number of labels, 0 when unlabelled.
+    value_range: (low, high) of image values, None for vectors.
+    epoch_size: training draws in an epoch, over all ranks.
+    mixture: the closed-form density of the data where it is known (oracles need it), else None.
+    """
+
+    mixture: GaussianMixture | None = None
+
+    def __init__(
+        self,
+        state_shape: list[int],
+        epoch_size: int,
+        num_classes: int = 0,
+        value_range: list[float] | None = None,
+    ):
+        self.state_shape: tuple[int, ...] = tuple(state_shape)
+        self.epoch_size, self.num_classes = epoch_size, num_classes
+        self.value_range: tuple[float, float] | None = None if value_range is None else (value_range[0], value_range[1])
+
+    def batches_per_epoch(self, batch_size: int) -> int:
+        """Batches of an epoch, the last one possibly smaller."""
+        return -(-self.epoch_size // batch_size)
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Self:
+        """Move to `device`, where every later batch is made. Returns self."""
+
+    @abstractmethod
+    def epoch(
+        self,
+        batch_size: int,
+        order: torch.Generator,
+        generator: torch.Generator,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[Batch]:
+        """This rank's rows of batches `start`, `start` + 1, ... of one epoch of exactly epoch_size draws.
+
+        batch_size counts rows over all ranks. order: a CPU generator seeded per epoch, equal on all ranks, that shuffles
+        finite data. generator: on the dataset's device, used lazily (the caller reseeds it between batches).
+        """
+
+    @abstractmethod
+    def held_out(self, count: int, generator: torch.Generator) -> Batch:
+        """At most `count` states never used for training, with labels."""
+
+    @abstractmethod
+    def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Two disjoint sets of real states, at most `first` and `second` many: what a metric's noise floor compares."""

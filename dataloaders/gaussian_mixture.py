@@ -1,0 +1,37 @@
+"""Isotropic Gaussian mixtures: the data whose flow is known in closed form."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GaussianMixture:
+    """sum_k w_k N(m_k, s_k^2 I). weights (K,), means (K, D), stds (K,); one component is a plain Gaussian."""
+
+    weights: Tensor
+    means: Tensor
+    stds: Tensor
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "GaussianMixture":
+        """The same mixture on another device or in another precision."""
+        return GaussianMixture(*(p.to(device=device, dtype=dtype) for p in (self.weights, self.means, self.stds)))
+
+    def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`count` draws (count, D) and the components (count,) they came from."""
+        component = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        noise = torch.randn(count, self.means.shape[1], generator=generator, device=self.means.device)
+        return self.means[component] + self.stds[component, None] * noise, component
+
+    def component_log_probs(self, x: Tensor) -> Tensor:
+        """log(w_k N(x; m_k, s_k^2 I)) for x (B, D): (B, K)."""
+        squared = (x[:, None, :] - self.means).square().sum(-1)
+        dim = self.means.shape[1]
+        normaliser = dim * (self.stds.log() + 0.5 * math.log(2 * math.pi))
+        return self.weights.log() - normaliser - 0.5 * squared / self.stds.square()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log density in nats at x (B, D): (B,)."""
+        return self.component_log_probs(x).logsumexp(dim=1)

@@ -1,0 +1,66 @@
+"""Where x0 comes from: the distribution at t = 0."""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from dataloaders.base_dataloaders import FlowDataset
+from training.errors import UserError
+
+
+class Source(ABC):
+    """Draws noise. gaussian_std: its standard deviation when it is a centred Gaussian (oracles need that), else None."""
+
+    gaussian_std: float | None = None
+
+    @abstractmethod
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """x0 (count, *state_shape) on the generator's device."""
+
+    @abstractmethod
+    def log_prob(self, x0: Tensor) -> Tensor:
+        """Log density in nats at x0 (B, ...): (B,). UserError when the source has no known density."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move to `device`; returns self."""
+        return self
+
+
+class GaussianSource(Source):
+    """N(0, std^2 I) over states of the given shape."""
+
+    def __init__(self, state_shape: list[int], std: float = 1.0):
+        self.state_shape, self.std = tuple(state_shape), float(std)
+        self.gaussian_std = self.std
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        return self.std * torch.randn((count, *self.state_shape), generator=generator, device=generator.device)
+
+    def log_prob(self, x0: Tensor) -> Tensor:
+        flat = x0.flatten(1)
+        normaliser = flat.shape[1] * math.log(self.std * math.sqrt(2 * math.pi))
+        return -0.5 * (flat / self.std).square().sum(1) - normaliser
+
+
+class DatasetSource(Source):
+    """Any data set as the starting distribution, e.g. eight_gaussians -> moons."""
+
+    def __init__(self, dataset: FlowDataset):
+        self.dataset = dataset
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        raise UserError("DatasetSource.sample is not written yet")
+
+    def log_prob(self, x0: Tensor) -> Tensor:
+        if self.dataset.mixture is None:
+            raise UserError(
+                "this source has no known density, so likelihoods cannot be computed; use source=gaussian instead"
+            )
+        return self.dataset.mixture.to(x0.device, x0.dtype).log_prob(x0)
+
+    def to(self, device: torch.device | str) -> Self:
+        self.dataset.to(device)
+        return self

@@ -1,0 +1,120 @@
+"""The objective contract: what is drawn for a step, what is minimised, and how the trained network is read.
+
+All equations are in one convention: t = 0 is noise, t = 1 is data, and a network sees (state, time of the state, time it
+is headed to). Which second time a network was trained with is the objective's knowledge; samplers ask the objective.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dataloaders.base_dataloaders import make_unified_flow_matching_input
+from losses.couplings import Coupling
+from losses.paths import ProbabilityPath
+from losses.predictions import Prediction
+from losses.time_samplers import TimeSampler
+from models.velocity_model import VelocityModel
+
+SecondTime = Literal["end", "state"]
+
+
+def expand_time(t: Tensor, x: Tensor) -> Tensor:
+    """A scalar or (B,) time as (B, 1, ...), broadcasting against the states x (B, ...)."""
+    return t.to(device=x.device, dtype=torch.float32).expand(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1))
+
+
+@dataclass
+class FlowBatch:
+    """One step's rows, made whole on the training device.
+
+    raw_source x0 and raw_target x1 (B, ...); r and t (B,), r <= t; input z (B, ...), the state at r; conditional_velocity
+    (B, ...), dz/dr for these x0 and x1; unified_input, what the network sees; label (B,) or None.
+    """
+
+    raw_source: Tensor
+    raw_target: Tensor
+    r: Tensor
+    t: Tensor
+    input: Tensor
+    conditional_velocity: Tensor
+    unified_input: Tensor
+    label: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.input.shape[0]
+
+
+class FlowObjective(nn.Module, ABC):
+    """A loss around a bare network. Instantiated with the network; compiled and DDP-wrapped as a whole, never the network.
+
+    second_time "end": the network's second time is always 1 (plain flow matching). "state": it is t >= r, and t = r asks
+    for the instantaneous velocity (MeanFlow family).
+    label_dropout: share of rows whose label becomes the null label num_classes, for classifier-free guidance.
+    """
+
+    second_time: SecondTime = "end"
+
+    def __init__(
+        self,
+        network: VelocityModel,
+        path: ProbabilityPath,
+        coupling: Coupling,
+        time_sampler: TimeSampler,
+        prediction: Prediction,
+        label_dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.network = network
+        self.path, self.coupling, self.time_sampler, self.prediction = path, coupling, time_sampler, prediction
+        self.label_dropout = label_dropout
+
+    def draw(
+        self, x0: Tensor, x1: Tensor, label: Tensor | None, generator: torch.Generator, progress: float = 0.0
+    ) -> FlowBatch:
+        """Pair, drop labels and choose times for a batch: all of the objective's randomness, from `generator`.
+
+        x0, x1 (B, ...) noise and data; label (B,) or None; progress in [0, 1] is the share of the run that is done.
+        """
+        x0, x1, label = self.coupling.pair(x0, x1, label, generator)
+        r, t = (self.path.last_time * time for time in self.time_sampler.sample(len(x1), generator))
+        wide = expand_time(r, x1)
+        z = self.path.state(x0, x1, wide)
+        return FlowBatch(
+            x0, x1, r, t, z,
+            self.path.conditional_velocity(x0, x1, wide),
+            self.unified(z, r, t),
+            self.drop_labels(label, generator),
+        )  # fmt: skip
+
+    def drop_labels(self, label: Tensor | None, generator: torch.Generator) -> Tensor | None:
+        """Labels the network may see: None for an unconditional network, a share of them nulled for a conditional one."""
+        if label is None or self.network.num_classes == 0:
+            return None
+        if self.label_dropout == 0:
+            return label
+        dropped = torch.rand(len(label), generator=generator, device=label.device) < self.label_dropout
+        return torch.where(dropped, self.network.num_classes, label)
+
+    def unified(self, z: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        """The network's input for states z (B, ...) at times r headed to t, scalars or (B,)."""
+        r, t = (time.to(z.device, torch.float32).expand(len(z)) for time in (r, t))
+        second = torch.ones_like(t) if self.second_time == "end" else t
+        return make_unified_flow_matching_input(z, torch.stack([r, second], dim=1))
+
+    def predict(self, unified: Tensor, z: Tensor, r: Tensor, label: Tensor | None) -> Tensor:
+        """The network's output as a velocity at states z and times r."""
+        return self.prediction.velocity(self.network(unified, label), z, expand_time(r, z), self.path)
+
+    def velocity(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Instantaneous velocity at states x (B, ...) and times t, scalar or (B,): what an ODE solver follows."""
+        return self.predict(self.unified(x, t, t), x, t, label)
+
+    @abstractmethod
+    def forward(self, batch: FlowBatch, teacher: "FlowObjective | None" = None) -> dict[str, Tensor]:
+        """Named scalar losses, "loss" being the one to minimise. Pure: it compiles, and is what DDP wraps.
+
+        teacher: the same objective around the EMA network, for the losses that ask for a target from it.
+        """

@@ -1,0 +1,50 @@
+"""Which times a batch is trained at: pairs (r, t), r <= t, the state being at r and headed to t."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class TimeSampler(ABC):
+    """Draws times in [0, 1] (1 is data); subclasses give the distribution of a single time.
+
+    ratio: share of rows with r != t, the first round(ratio n) of the batch, so that shapes are static; 0 for plain flow
+    matching.
+    """
+
+    def __init__(self, ratio: float = 0.0):
+        self.ratio = ratio
+
+    @abstractmethod
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Independent times of the given shape on the generator's device."""
+
+    def interval_rows(self, n: int) -> int:
+        """How many rows of a batch of n, the first ones, have r != t."""
+        return round(self.ratio * n)
+
+    def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """r and t, (n,) each, r <= t; r = t from row interval_rows(n) on."""
+        rows = self.interval_rows(n)
+        pairs = self.draw((2, rows), generator)
+        instants = self.draw((n - rows,), generator)
+        return torch.cat([pairs.amin(0), instants]), torch.cat([pairs.amax(0), instants])
+
+
+class UniformTimes(TimeSampler):
+    """Uniform on [0, 1]."""
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.rand(shape, generator=generator, device=generator.device)
+
+
+class LogitNormalTimes(TimeSampler):
+    """sigmoid(N(mean, std^2)) (Esser et al. 2024, arXiv 2403.03206). Papers with t = 1 as noise use -mean for our mean."""
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0, ratio: float = 0.0):
+        super().__init__(ratio)
+        self.mean, self.std = mean, std
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.sigmoid(self.mean + self.std * torch.randn(shape, generator=generator, device=generator.device))
