@@ -16,6 +16,7 @@ from losses.couplings import Coupling
 from losses.paths import ProbabilityPath
 from losses.predictions import Prediction
 from losses.time_samplers import TimeSampler
+from losses.weightings import Weighting
 from models.velocity_model import VelocityModel
 
 SecondTime = Literal["end", "state"]
@@ -64,12 +65,13 @@ class FlowObjective(nn.Module, ABC):
         coupling: Coupling,
         time_sampler: TimeSampler,
         prediction: Prediction,
+        weighting: Weighting,
         label_dropout: float = 0.0,
     ):
         super().__init__()
         self.network = network
         self.path, self.coupling, self.time_sampler, self.prediction = path, coupling, time_sampler, prediction
-        self.label_dropout = label_dropout
+        self.weighting, self.label_dropout = weighting, label_dropout
 
     def draw(
         self, x0: Tensor, x1: Tensor, label: Tensor | None, generator: torch.Generator, progress: float = 0.0

@@ -1,0 +1,34 @@
+"""From per-sample squared errors (summed over dimensions) to one number."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+
+class Weighting(ABC):
+    """Averages squared errors over a batch."""
+
+    @abstractmethod
+    def __call__(self, squared_error: Tensor) -> Tensor:
+        """squared_error (B,), sums over dimensions -> a scalar loss."""
+
+
+class UniformWeighting(Weighting):
+    """The plain mean."""
+
+    def __call__(self, squared_error: Tensor) -> Tensor:
+        return squared_error.mean()
+
+
+class AdaptiveWeighting(Weighting):
+    """mean(L / sg(L + c)^p) (Geng et al. 2025, arXiv 2505.13447, eq. 22).
+
+    p = 0 is the plain mean. p > 0 steadies image training, but correlates the weight with the target: on a multimodal
+    low-dimensional target it pulls the minimiser from the mean toward a mode, so p = 0 is right in 2-D.
+    """
+
+    def __init__(self, p: float = 1.0, c: float = 1e-2):
+        self.p, self.c = p, c
+
+    def __call__(self, squared_error: Tensor) -> Tensor:
+        return (squared_error / (squared_error + self.c).pow(self.p).detach()).mean()

@@ -1,0 +1,42 @@
+"""The default model for points in a few dimensions."""
+
+import torch
+from torch import Tensor, nn
+
+from dataloaders.base_dataloaders import split_unified_flow_matching_input
+from models.layers import ClassEmbedding, TimeFeatures
+from models.velocity_model import VelocityModel
+
+
+class MLP(VelocityModel):
+    """Fully connected SiLU network over the state, Fourier features of both times, and a class embedding if conditional.
+
+    (B, D + 2) -> (B, D). depth: hidden layers of `width`. dropout: after each hidden layer.
+    """
+
+    def __init__(
+        self,
+        state_shape: list[int],
+        num_classes: int = 0,
+        width: int = 256,
+        depth: int = 3,
+        time_frequencies: list[float] | None = None,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.time_features = TimeFeatures(list(time_frequencies or []))
+        self.class_embedding = ClassEmbedding(num_classes, width) if num_classes else None
+        (dim,) = state_shape
+        inputs = dim + self.time_features.width + (width if num_classes else 0)
+        layers: list[nn.Module] = []
+        for fan_in in [inputs, *[width] * (depth - 1)]:
+            layers += [nn.Linear(fan_in, width), nn.SiLU()] + ([nn.Dropout(dropout)] if dropout else [])
+        self.layers = nn.Sequential(*layers, nn.Linear(width, dim))
+
+    def forward(self, unified_input: Tensor, label: Tensor | None = None) -> Tensor:
+        state, times = split_unified_flow_matching_input(unified_input)
+        features = [state, self.time_features(times)]
+        if self.class_embedding is not None:
+            features.append(self.class_embedding.rows(label, len(state)))
+        return self.layers(torch.cat(features, dim=1))

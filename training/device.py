@@ -1,0 +1,50 @@
+"""The device a run computes on, and the numerical switches that go with it."""
+
+import contextlib
+import platform
+from typing import Any
+
+import torch
+
+from training.errors import UserError
+
+AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """auto is CUDA, then MPS, then CPU. UserError for a device this machine does not have."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        there = ", ".join(kind for kind, found in available.items() if found)
+        raise UserError(f"device={name} is not available on this machine; use device=auto or one of: {there}")
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls the device."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def set_numerics(device: torch.device, deterministic: bool) -> None:
+    """On CUDA: TF32 and cuDNN autotuning, or deterministic kernels throughout. The CPU is deterministic as it is."""
+    torch.use_deterministic_algorithms(deterministic)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = not deterministic
+        torch.backends.cudnn.allow_tf32 = not deterministic
+        torch.backends.cudnn.benchmark = not deterministic
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """The context in which a loss is computed; fp32 is no context at all."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=AUTOCAST_TYPES[precision])
+
+
+def gradient_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
+    """Loss scaling for fp16; otherwise a scaler that does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -1,0 +1,28 @@
+"""Exponential moving average of a network's weights."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class ConstantEMA:
+    """average <- d average + (1 - d) weights after every step, d = min(decay, (1 + n) / (10 + n)) at the n-th update.
+
+    The ramp-up forgets the random start quickly. decay 0 keeps the average equal to the weights. Buffers are copied.
+    """
+
+    def __init__(self, decay: float = 0.999):
+        self.decay = decay
+
+    def average_of(self, network: nn.Module) -> nn.Module:
+        """A copy of `network` that will hold the average: in eval mode, without gradients."""
+        return copy.deepcopy(network).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, average: nn.Module, network: nn.Module, step: int) -> None:
+        """Update number `step` (from 1)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+        for kept, new in zip(average.buffers(), network.buffers(), strict=True):
+            kept.copy_(new)

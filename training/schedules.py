@@ -1,0 +1,127 @@
+"""Learning-rate schedules: a factor on optimizer.lr that is a pure function of the step, after a linear warm-up."""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+from training.errors import UserError
+
+
+class Schedule(ABC):
+    """factor(step, total_steps) in [0, 1]; the rate of step s (from 0) is optimizer.lr times it.
+
+    warmup_steps: steps over which the factor rises linearly to where the schedule starts.
+    """
+
+    def __init__(self, warmup_steps: int = 0):
+        if warmup_steps < 0:
+            raise UserError(f"schedule.warmup_steps must be 0 or more, not {warmup_steps}")
+        self.warmup_steps = warmup_steps
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """The factor of step `step` in a run of `total_steps`."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps * self.shape(0.0, 0, total_steps)
+        left = max(1, total_steps - self.warmup_steps)
+        return self.shape(min(1.0, (step - self.warmup_steps) / left), step, total_steps)
+
+    @abstractmethod
+    def shape(self, share: float, step: int, total_steps: int) -> float:
+        """The factor after warm-up, `share` in [0, 1] of the remaining steps being done."""
+
+    def observe(self, value: float) -> None:
+        """Hear the monitored metric after an evaluation; only plateau listens."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+
+
+class Constant(Schedule):
+    """1 throughout."""
+
+    def shape(self, share: float, step: int, total_steps: int) -> float:
+        return 1.0
+
+
+class Linear(Schedule):
+    """Falls linearly from 1 to `final`."""
+
+    def __init__(self, final: float = 0.0, warmup_steps: int = 0):
+        super().__init__(warmup_steps)
+        self.final = final
+
+    def shape(self, share: float, step: int, total_steps: int) -> float:
+        return 1 + share * (self.final - 1)
+
+
+class Cosine(Linear):
+    """Falls from 1 to `final` along half a cosine (Loshchilov & Hutter 2016, arXiv 1608.03983)."""
+
+    def shape(self, share: float, step: int, total_steps: int) -> float:
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+class Step(Schedule):
+    """Multiplied by `gamma` at each of the given shares of the run, e.g. [0.5, 0.75]."""
+
+    def __init__(self, milestones: list[float], gamma: float = 0.1, warmup_steps: int = 0):
+        super().__init__(warmup_steps)
+        self.milestones, self.gamma = milestones, gamma
+
+    def shape(self, share: float, step: int, total_steps: int) -> float:
+        return self.gamma ** sum(share >= milestone for milestone in self.milestones)
+
+
+class Exponential(Linear):
+    """Falls from 1 to `final` by the same ratio each step."""
+
+    def __init__(self, final: float = 0.01, warmup_steps: int = 0):
+        super().__init__(final, warmup_steps)
+
+    def shape(self, share: float, step: int, total_steps: int) -> float:
+        return self.final**share
+
+
+class OneCycle(Schedule):
+    """Rises from `start` to 1 over `rise` of the run, then falls to `final`, along half cosines (Smith & Topin 2017)."""
+
+    def __init__(self, rise: float = 0.3, start: float = 0.04, final: float = 4e-6, warmup_steps: int = 0):
+        super().__init__(warmup_steps)
+        self.rise, self.start, self.final = rise, start, final
+
+    def shape(self, share: float, step: int, total_steps: int) -> float:
+        low, part = (
+            (self.start, share / self.rise)
+            if share < self.rise
+            else (self.final, (1 - share) / max(1 - self.rise, 1e-12))
+        )
+        return low + (1 - low) * 0.5 * (1 - math.cos(math.pi * part))
+
+
+class Plateau(Schedule):
+    """Multiplied by `gamma` whenever the monitored metric has not improved for `patience` evaluations."""
+
+    def __init__(self, gamma: float = 0.5, patience: int = 3, warmup_steps: int = 0):
+        super().__init__(warmup_steps)
+        self.gamma, self.patience = gamma, patience
+        self.best, self.waited, self.drops = math.inf, 0, 0
+
+    def shape(self, share: float, step: int, total_steps: int) -> float:
+        return self.gamma**self.drops
+
+    def observe(self, value: float) -> None:
+        if value < self.best:
+            self.best, self.waited = value, 0
+            return
+        self.waited += 1
+        if self.waited > self.patience:
+            self.drops, self.waited = self.drops + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "waited": self.waited, "drops": self.drops}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.waited, self.drops = state["best"], state["waited"], state["drops"]

@@ -1,0 +1,67 @@
+"""What an objective returns, made uniform, and its sums over a logging window."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.errors import UserError
+
+LossOutput = Tensor | list[Tensor] | Mapping[str, Tensor]
+
+
+def named_terms(output: LossOutput, weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """Named losses with "loss" the total. One loss is the total; a list becomes term_0, term_1, ...
+
+    The total of a dict without "loss", and of a list, is the sum of its terms times loss_weights (1 unless given).
+    UserError when a weight names no term, or when it would be ignored because the objective gives its own total.
+    """
+    if isinstance(output, Tensor):
+        output = {"loss": output}
+    if not isinstance(output, Mapping):
+        output = {f"term_{i}": term for i, term in enumerate(output)}
+    terms = dict(output)
+    unknown = [name for name in weights if name not in terms or "loss" in terms]
+    if unknown:
+        raise UserError(
+            f"loss_weights.{unknown[0]} weighs nothing: this objective's terms are {', '.join(terms)}"
+            + (", already totalled by itself" if "loss" in terms else "")
+        )
+    if "loss" not in terms:
+        terms["loss"] = torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
+    return terms
+
+
+class Window:
+    """Sums of per-step values since the last log line, kept on the device so that no step waits for it."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add one step's scalars."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+        self.count += 1
+
+    def means(self) -> dict[str, float]:
+        """Means over the window (one device synchronisation)."""
+        return {name: total.item() / self.count for name, total in self.sums.items()} if self.count else {}
+
+    def non_finite(self) -> str | None:
+        """The name of a loss that was NaN or infinite in this window, if any. A gradient norm may overflow under fp16."""
+        return next((n for n, m in self.means().items() if not math.isfinite(m) and n != "grad_norm"), None)
+
+    def clear(self) -> None:
+        self.sums, self.count = {}, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.count = state["count"]
