@@ -1,0 +1,142 @@
+"""The run's folder: every file survives a crash, and a resumed run's metrics show each step once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from training.run_folder import RunFolder, write_atomically
+
+ROOT = Path(__file__).resolve().parents[1]
+WRITER = """
+import sys
+from pathlib import Path
+from training.run_folder import RunFolder
+folder = RunFolder(Path(sys.argv[1]))
+step = 0
+while True:
+    step += 1
+    folder.append_metrics(step, 0, 0.1, {"train/loss": 1.0})
+    folder.write_status("running", step, 0, 0.1, {"eval/loss": 1.0} | {f"metric_{n}": 1.0 for n in range(200)})
+    print(step, flush=True)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "runs" / "x")
+
+
+def append_steps(folder: RunFolder, *steps: int) -> None:
+    for step in steps:
+        folder.append_metrics(step, step // 2, 1.5, {"train/loss": step / 10})
+
+
+def test_rows_are_flat_and_on_disk_at_once(folder: RunFolder) -> None:
+    folder.append_metrics(3, 1, 2.00049, {"train/loss": 0.5, "epoch_share": 0.25})
+    row = {"step": 3, "epoch": 1, "elapsed_seconds": 2.0, "train/loss": 0.5, "epoch_share": 0.25}
+    assert json.loads(folder.metrics_path.read_text()) == row
+    assert folder.read_metrics() == [row]
+
+
+def test_not_a_number_is_null(folder: RunFolder) -> None:
+    folder.append_metrics(1, 0, 0.0, {"nan": float("nan"), "inf": float("inf"), "one": 1.0})
+    row = json.loads(folder.metrics_path.read_text(), parse_constant=pytest.fail)
+    assert (row["nan"], row["inf"], row["one"]) == (None, None, 1.0)
+    folder.write_status("failed", 1, 0, 0.0, {"eval/loss": float("nan")}, why="loss is NaN")
+    assert folder.read_status()["scores"] == {"eval/loss": None}
+
+
+def test_torn_last_line_is_left_out_and_overwritten(folder: RunFolder) -> None:
+    append_steps(folder, 1, 2)
+    folder.close()
+    with folder.metrics_path.open("a") as file:
+        file.write('{"step": 3, "tr')
+    assert [row["step"] for row in folder.read_metrics()] == [1, 2]
+    append_steps(RunFolder(folder.path), 3)
+    assert [row["step"] for row in folder.read_metrics()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 6, "epo'])
+def test_trimmed_run_shows_each_step_once(folder: RunFolder, torn: str) -> None:
+    append_steps(folder, 1, 2, 3, 4, 5)
+    with folder.metrics_path.open("a") as file:
+        file.write(torn)
+    folder.trim_metrics(3)
+    append_steps(folder, 4, 5, 6)
+    assert [row["step"] for row in folder.read_metrics()] == [1, 2, 3, 4, 5, 6]
+    assert [path.name for path in folder.path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_trimming_before_the_first_row_is_nothing(folder: RunFolder) -> None:
+    folder.trim_metrics(3)
+    assert folder.read_metrics() == []
+
+
+def test_status_keeps_its_start_scores_and_details(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter(["first", "second"])
+    monkeypatch.setattr("training.run_folder.timestamp", lambda: next(times))
+    folder.write_status("running", 10, 1, 5.0, {"eval/loss": 0.5}, epochs=3)
+    folder.write_status("interrupted", 20, 2, 9.0, why="Ctrl-C")
+    status = folder.read_status()
+    assert (status["started"], status["updated"], status["state"]) == ("first", "second", "interrupted")
+    assert (status["step"], status["epoch"], status["seconds"], status["why"]) == (20, 2, 9.0, "Ctrl-C")
+    assert (status["scores"], status["epochs"], status["pid"]) == ({"eval/loss": 0.5}, 3, os.getpid())
+
+
+def test_unknown_state_is_refused(folder: RunFolder) -> None:
+    with pytest.raises(AssertionError):
+        folder.write_status("done", 0, 0, 0.0)
+
+
+def test_nothing_written_yet_reads_as_empty(folder: RunFolder) -> None:
+    assert (folder.read_status(), folder.read_metrics()) == ({}, [])
+
+
+def test_config_and_overrides(folder: RunFolder) -> None:
+    folder.write_config("epochs: 3\n", ["epochs=3", "model=unet"])
+    assert folder.config_path.read_text() == "epochs: 3\n"
+    assert folder.overrides_path.read_text() == "epochs=3\nmodel=unet\n"
+
+
+def test_sample_pictures_sort_by_step(folder: RunFolder) -> None:
+    paths = [folder.sample_picture(step) for step in (1000, 20, 300_000)]
+    assert sorted(paths) == [paths[1], paths[0], paths[2]]
+    assert paths[0].parent.is_dir() and paths[0].suffix == ".png"
+
+
+def test_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "status.json"
+    write_atomically(path, "old")
+
+    def disk_full(descriptor: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(OSError, match="no space"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_killed_writer_leaves_whole_files(folder: RunFolder) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(folder.path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "1\n"
+    for _ in range(50):
+        assert folder.read_status()["state"] == "running"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    told = int(process.communicate()[0].split()[-1])
+    assert folder.read_status()["step"] >= told
+    assert [row["step"] for row in folder.read_metrics()][:told] == list(range(1, told + 1))
+
+
+def test_import_is_light() -> None:
+    script = "import sys, training.run_folder, training.experiment_log; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

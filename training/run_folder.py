@@ -1,0 +1,169 @@
+"""outputs/runs/<run_name>/: what a run leaves on disk, written so that a crash at any moment leaves it readable."""
+
+import json
+import math
+import os
+import platform
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+STATES = ("running", "finished", "failed", "interrupted")
+
+
+class RunFolder:
+    """The files of one run. Only the first process of a run writes; anyone may read.
+
+    config.yaml      resolved configuration
+    overrides.txt    what was typed, one override per line
+    status.json      state, step, epoch, why, started, updated, seconds, scores, pid, host
+    metrics.jsonl    one flat object per log call: step, epoch, elapsed_seconds and the metrics (NaN as null)
+    samples/*.png    pictures
+    log.md           the run's own section of the experiment log
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics_file: TextIO | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def overrides_path(self) -> Path:
+        return self.path / "overrides.txt"
+
+    @property
+    def status_path(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log_path(self) -> Path:
+        return self.path / "log.md"
+
+    def sample_picture(self, step: int) -> Path:
+        """Where the picture of a step goes; its folder exists afterwards."""
+        folder = self.path / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"step_{step:08d}.png"
+
+    def write_config(self, config: str, overrides: list[str]) -> None:
+        """Store the resolved configuration (YAML text) and the overrides as typed."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config_path, config)
+        write_atomically(self.overrides_path, "".join(f"{override}\n" for override in overrides))
+
+    def write_status(
+        self,
+        state: str,
+        step: int,
+        epoch: int,
+        seconds: float,
+        scores: dict[str, float] | None = None,
+        why: str = "",
+        **details: Any,
+    ) -> None:
+        """Replace status.json.
+
+        Args:
+            state: one of STATES.
+            step, epoch: optimizer steps and epochs done.
+            seconds: wall time of the run so far, its earlier lives included.
+            scores: last known scores by metric name; None keeps those already there.
+            why: what ended the run, in words.
+            details: further keys, as JSON values (checkpoint, device, epochs, ...); those already there are kept.
+        """
+        assert state in STATES, state
+        before = self.read_status()
+        now = timestamp()
+        self.path.mkdir(parents=True, exist_ok=True)
+        known = before.get("scores", {}) if scores is None else scores
+        status = before | {
+            "state": state,
+            "step": step,
+            "epoch": epoch,
+            "why": why,
+            "started": before.get("started", now),
+            "updated": now,
+            "seconds": seconds,
+            "scores": {name: json_number(value) for name, value in known.items()},
+            "pid": os.getpid(),
+            "host": platform.node(),
+        }
+        write_atomically(self.status_path, json.dumps(status | details, indent=2) + "\n")
+
+    def read_status(self) -> dict[str, Any]:
+        """The content of status.json, empty before the first write."""
+        if not self.status_path.is_file():
+            return {}
+        status: dict[str, Any] = json.loads(self.status_path.read_text(encoding="utf-8"))
+        return status
+
+    def append_metrics(self, step: int, epoch: int, elapsed_seconds: float, metrics: dict[str, float]) -> None:
+        """Add one row to metrics.jsonl; it is in the file (not only in this process) when the call returns."""
+        if self.metrics_file is None:
+            self.metrics_file = self.open_metrics()
+        row = {"step": step, "epoch": epoch, "elapsed_seconds": round(elapsed_seconds, 3)}
+        numbers = {name: json_number(value) for name, value in metrics.items()}
+        self.metrics_file.write(json.dumps(row | numbers, allow_nan=False) + "\n")
+        self.metrics_file.flush()
+
+    def open_metrics(self) -> TextIO:
+        """metrics.jsonl at its end, without the torn line a killed process may have left there."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.metrics_path.is_file():
+            whole = self.metrics_path.read_bytes().rpartition(b"\n")
+            os.truncate(self.metrics_path, len(whole[0]) + len(whole[1]))
+        return self.metrics_path.open("a", encoding="utf-8")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl in order, a torn last line left out; none before the first."""
+        return [json.loads(line) for line in self.metric_lines()]
+
+    def metric_lines(self) -> list[str]:
+        """The whole lines of metrics.jsonl: what follows the last line break is torn."""
+        if not self.metrics_path.is_file():
+            return []
+        return self.metrics_path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+
+    def trim_metrics(self, step: int) -> None:
+        """Drop the rows after `step`, which a run that continues from there will write again."""
+        self.close()
+        if self.metrics_path.is_file():
+            kept = [line for line in self.metric_lines() if json.loads(line)["step"] <= step]
+            write_atomically(self.metrics_path, "".join(f"{line}\n" for line in kept))
+
+    def close(self) -> None:
+        """Close metrics.jsonl; a later append opens it again."""
+        if self.metrics_file is not None:
+            self.metrics_file.close()
+            self.metrics_file = None
+
+
+def json_number(value: float) -> float | None:
+    """The value, or None (null in JSON) where it is not a finite number."""
+    return value if math.isfinite(value) else None
+
+
+def timestamp() -> str:
+    """Local time with its offset from UTC, to the second."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace the file in one step: a reader, or a crash, sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
