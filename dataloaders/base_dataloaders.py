@@ -1,6 +1,7 @@
 """The dataset contract and the one tensor a velocity model sees.
 
-Time runs from noise (t = 0) to data (t = 1). Datasets return data only; noise comes from a Source, time from the objective.
+Time runs from noise (t = 0) to data (t = 1). Datasets return data only; noise comes from a Source, time
+from the objective.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +26,7 @@ def make_unified_flow_matching_input(x: Tensor, times: Tensor) -> Tensor:
 
 
 def split_unified_flow_matching_input(unified: Tensor) -> tuple[Tensor, Tensor]:
-    """Undo make_unified_flow_matching_input exactly: returns the state and the times (B, 2). No spatial mean is taken."""
+    """Undo make_unified_flow_matching_input exactly, without a spatial mean: the state and the times (B, 2)."""
     state, times = unified[:, :-2], unified[:, -2:]
     return state, times[:, :, 0, 0] if unified.ndim == 4 else times
 
@@ -77,8 +78,8 @@ class FlowDataset(ABC):
     ) -> Iterator[Batch]:
         """This rank's rows of batches `start`, `start` + 1, ... of one epoch of exactly epoch_size draws.
 
-        batch_size counts rows over all ranks. order: a CPU generator seeded per epoch, equal on all ranks, that shuffles
-        finite data. generator: on the dataset's device, used lazily (the caller reseeds it between batches).
+        batch_size counts rows over all ranks. order: a CPU generator seeded per epoch, equal on all ranks, that
+        shuffles finite data. generator: on the dataset's device, used lazily (the caller reseeds it between batches).
         """
 
     @abstractmethod

@@ -22,8 +22,10 @@ class GaussianMixture:
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """`count` draws (count, D) and the components (count,) they came from."""
         component = torch.multinomial(self.weights, count, replacement=True, generator=generator)
-        noise = torch.randn(count, self.means.shape[1], generator=generator, device=self.means.device)
-        return self.means[component] + self.stds[component, None] * noise, component
+        size = (count, self.means.shape[1])
+        noise = torch.randn(size, generator=generator, device=self.means.device, dtype=self.means.dtype)
+        mean, std = self.means.index_select(0, component), self.stds.index_select(0, component)
+        return mean.addcmul_(std[:, None], noise), component
 
     def component_log_probs(self, x: Tensor) -> Tensor:
         """log(w_k N(x; m_k, s_k^2 I)) for x (B, D): (B, K)."""

@@ -7,12 +7,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dataloaders.base_dataloaders import FlowDataset
+from dataloaders.synthetic import SyntheticDataset
 from training.errors import UserError
 
 
 class Source(ABC):
-    """Draws noise. gaussian_std: its standard deviation when it is a centred Gaussian (oracles need that), else None."""
+    """Draws noise. gaussian_std: its standard deviation if it is a centred Gaussian (oracles need that), else None."""
 
     gaussian_std: float | None = None
 
@@ -46,13 +46,24 @@ class GaussianSource(Source):
 
 
 class DatasetSource(Source):
-    """Any data set as the starting distribution, e.g. eight_gaussians -> moons."""
+    """Synthetic data as the starting distribution, e.g. from eight_gaussians to moons; its labels are dropped."""
 
-    def __init__(self, dataset: FlowDataset):
+    def __init__(self, dataset: SyntheticDataset, state_shape: list[int] | None = None):
+        """state_shape: of the data the flow leads to. UserError when it is another than the source's."""
+        if not isinstance(dataset, SyntheticDataset):
+            raise UserError(
+                f"{type(dataset).__name__} data is finite and cannot be a source; use a synthetic set, "
+                "e.g. source=eight_gaussians"
+            )
+        if state_shape is not None and tuple(state_shape) != dataset.state_shape:
+            raise UserError(
+                f"{type(dataset).__name__} as source has states of shape {list(dataset.state_shape)}, but the data has "
+                f"{list(state_shape)}; use source=gaussian, which takes the data's shape"
+            )
         self.dataset = dataset
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        raise UserError("DatasetSource.sample is not written yet")
+        return self.dataset.draw(count, generator)[0]
 
     def log_prob(self, x0: Tensor) -> Tensor:
         if self.dataset.mixture is None:

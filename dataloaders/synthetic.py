@@ -1,0 +1,165 @@
+"""Infinite data drawn afresh for every batch, and the Gaussian mixtures among it, whose flow is known exactly."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Self, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from dataloaders.base_dataloaders import Batch, FlowDataset
+from dataloaders.gaussian_mixture import GaussianMixture
+from training.errors import UserError
+
+KMEANS_CENTROIDS = ((1.5, 2.0), (-2.0, 1.0), (-1.5, -2.0), (2.0, -1.5), (0.5, 0.5))
+
+
+class CommonOptions(TypedDict, total=False):
+    """What every synthetic set takes besides its own knobs; meanings as in FlowDataset."""
+
+    state_shape: Sequence[int]
+    epoch_size: int
+    value_range: Sequence[float] | None
+
+
+class SyntheticDataset(FlowDataset):
+    """Infinite labelled data: every batch of every epoch is new, and no generator is kept.
+
+    Randomness comes only from the generator a method is given, so ranks and epochs differ as their seeds do.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        state_shape: Sequence[int] = (2,),
+        epoch_size: int = 200_000,
+        value_range: Sequence[float] | None = None,
+    ):
+        super().__init__(list(state_shape), epoch_size, num_classes, None if value_range is None else list(value_range))
+
+    @abstractmethod
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`count` states (count, *state_shape) fp32 and labels (count,) int64, on the generator's device."""
+
+    def to(self, device: torch.device | str) -> Self:
+        if self.mixture is not None:
+            self.mixture = self.mixture.to(device)
+        return self
+
+    def epoch(
+        self,
+        batch_size: int,
+        order: torch.Generator,
+        generator: torch.Generator,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[Batch]:
+        """As FlowDataset.epoch. `order` is unused; a rank draws as many rows as rank::world of the batch would hold."""
+        for first in range(start * batch_size, self.epoch_size, batch_size):
+            rows = range(rank, min(batch_size, self.epoch_size - first), world)
+            yield self.draw(len(rows), generator)
+
+    def held_out(self, count: int, generator: torch.Generator) -> Batch:
+        return self.draw(count, generator)
+
+    def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return self.draw(first, generator)[0], self.draw(second, generator)[0]
+
+    def require_shape(self, shape: tuple[int, ...]) -> None:
+        """UserError unless the configured state shape is the one the data has."""
+        if self.state_shape != shape:
+            raise UserError(
+                f"{type(self).__name__} data has shape {list(shape)}, not {list(self.state_shape)}; "
+                f"set dataloaders.state_shape={list(shape)}"
+            )
+
+    def require_classes(self, classes: int) -> None:
+        """UserError unless the configured number of classes is the one the data has."""
+        if self.num_classes != classes:
+            raise UserError(
+                f"{type(self).__name__} data has {classes} classes, not {self.num_classes}; "
+                f"set dataloaders.num_classes={classes}"
+            )
+
+
+class MixtureDataset(SyntheticDataset):
+    """Draws of an isotropic Gaussian mixture; the label is the component."""
+
+    mixture: GaussianMixture
+
+    def __init__(
+        self,
+        means: Tensor,
+        std: float,
+        weights: Sequence[float] | None,
+        num_classes: int,
+        **common: Unpack[CommonOptions],
+    ):
+        """means: (K, D). weights: K positive numbers, normalised here; None weighs all alike."""
+        super().__init__(num_classes, **common)
+        self.require_shape((means.shape[1],))
+        self.require_classes(len(means))
+        require_above_zero("std", std)
+        shares = torch.ones(len(means)) if weights is None else torch.tensor([float(weight) for weight in weights])
+        if len(shares) != len(means) or not bool((shares > 0).all()):
+            raise UserError(f"dataloaders.weights must be {len(means)} positive numbers, one for each component")
+        self.mixture = GaussianMixture(shares / shares.sum(), means, torch.full((len(means),), float(std)))
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return self.mixture.sample(count, generator)
+
+
+class KMeans(MixtureDataset):
+    """Gaussian blobs: x = m_k + std eps, eps ~ N(0, I), with k drawn by weight."""
+
+    def __init__(
+        self,
+        centroids: Sequence[Sequence[float]] = KMEANS_CENTROIDS,
+        std: float = 0.1,
+        weights: Sequence[float] | None = None,
+        num_classes: int = 5,
+        **common: Unpack[CommonOptions],
+    ):
+        """centroids: K points m_k of one dimension."""
+        if len({len(centroid) for centroid in centroids}) != 1:
+            raise UserError("dataloaders.centroids must be a list of points of one dimension, e.g. [[1, 2], [0, -1]]")
+        means = torch.tensor([[float(value) for value in centroid] for centroid in centroids])
+        super().__init__(means, std, weights, num_classes, **common)
+
+
+class Gaussian(MixtureDataset):
+    """One Gaussian of any dimension: x = mean + std eps, eps ~ N(0, I). Every label is 0."""
+
+    def __init__(
+        self,
+        mean: float | Sequence[float] = 0.7,
+        std: float = 0.4,
+        num_classes: int = 1,
+        state_shape: Sequence[int] = (2,),
+        epoch_size: int = 200_000,
+        value_range: Sequence[float] | None = None,
+    ):
+        """mean: one number for all dimensions, or one for each."""
+        values = [mean] * math.prod(state_shape) if isinstance(mean, int | float) else mean
+        means = torch.tensor([[float(value) for value in values]])
+        super().__init__(
+            means, std, None, num_classes, state_shape=state_shape, epoch_size=epoch_size, value_range=value_range
+        )
+
+
+class EightGaussians(MixtureDataset):
+    """Blobs on a circle: x = radius (cos a_k, sin a_k) + std eps, a_k = pi k / 4, k = 0..7, eps ~ N(0, I)."""
+
+    def __init__(self, radius: float = 2.0, std: float = 0.2, num_classes: int = 8, **common: Unpack[CommonOptions]):
+        require_above_zero("radius", radius)
+        angles = torch.arange(8) * (math.pi / 4)
+        means = radius * torch.stack([angles.cos(), angles.sin()], dim=1)
+        super().__init__(means, std, None, num_classes, **common)
+
+
+def require_above_zero(knob: str, value: float) -> None:
+    """UserError unless the knob's value is above zero."""
+    if not value > 0:
+        raise UserError(f"dataloaders.{knob} must be above 0, not {value}")

@@ -1,0 +1,116 @@
+"""Finite data that lives on the training device as one tensor."""
+
+from collections.abc import Iterator, Sequence
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataloaders.base_dataloaders import Batch, FlowDataset
+from training.errors import UserError
+
+
+class TensorDataset(FlowDataset):
+    """Rows of one tensor, the training part first and the held-out part behind it.
+
+    Attributes (views of that tensor)
+    train_states, held_out_states: (N, *state_shape) fp32.
+    train_labels, held_out_labels: (N,) int64, or None when unlabelled.
+    """
+
+    def __init__(
+        self,
+        states: Tensor,
+        labels: Tensor | None,
+        held_out_rows: Tensor,
+        *,
+        epoch_size: int | None = None,
+        num_classes: int = 0,
+        value_range: Sequence[float] | None = None,
+    ):
+        """states: (N, *state_shape). labels: (N,). held_out_rows: indices never trained on.
+
+        UserError when epoch_size is neither None nor N less these: an epoch visits each training row once.
+        """
+        training = torch.ones(len(states), dtype=torch.bool).index_fill(0, held_out_rows, False)
+        rows = torch.cat([training.nonzero()[:, 0], held_out_rows])
+        self.train_size = len(rows) - len(held_out_rows)
+        if epoch_size not in (None, self.train_size):
+            raise UserError(
+                f"an epoch of {type(self).__name__} is its {self.train_size} training rows, not {epoch_size}; "
+                f"set dataloaders.epoch_size={self.train_size}"
+            )
+        shape, limits = list(states.shape[1:]), None if value_range is None else list(value_range)
+        super().__init__(shape, self.train_size, num_classes, limits)
+        self.states = states[rows].float().contiguous()
+        self.labels = None if labels is None else labels[rows].long()
+
+    @property
+    def train_states(self) -> Tensor:
+        return self.states[: self.train_size]
+
+    @property
+    def held_out_states(self) -> Tensor:
+        return self.states[self.train_size :]
+
+    @property
+    def train_labels(self) -> Tensor | None:
+        return None if self.labels is None else self.labels[: self.train_size]
+
+    @property
+    def held_out_labels(self) -> Tensor | None:
+        return None if self.labels is None else self.labels[self.train_size :]
+
+    def to(self, device: torch.device | str) -> Self:
+        self.states = self.states.to(device)
+        self.labels = None if self.labels is None else self.labels.to(device)
+        return self
+
+    def rows(self, index: Tensor) -> Batch:
+        """The states and labels at `index` (B,), counted from the first training row."""
+        return self.states[index], None if self.labels is None else self.labels[index]
+
+    def epoch(
+        self,
+        batch_size: int,
+        order: torch.Generator,
+        generator: torch.Generator,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[Batch]:
+        """As FlowDataset.epoch: each training row once, shuffled by `order`. `generator` is not used."""
+        shuffled = torch.randperm(self.train_size, generator=order).to(self.states.device)
+        for batch in shuffled.split(batch_size)[start:]:
+            yield self.rows(batch[rank::world])
+
+    def held_out(self, count: int, generator: torch.Generator) -> Batch:
+        """A random subset of the held-out part; all of it when `count` is larger."""
+        held_out_size = len(self.states) - self.train_size
+        return self.rows(self.train_size + self.shuffle(held_out_size, generator)[:count])
+
+    def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A random disjoint split of all data, held-out part included; both sizes shrink alike when it is too small."""
+        shrink = min(1.0, len(self.states) / (first + second))
+        first, second = max(1, int(first * shrink)), max(1, int(second * shrink))
+        index = self.shuffle(len(self.states), generator)
+        return self.states[index[:first]], self.states[index[first:][:second]]
+
+    @staticmethod
+    def shuffle(count: int, generator: torch.Generator) -> Tensor:
+        return torch.randperm(count, generator=generator, device=generator.device)
+
+
+def stratified_rows(labels: Tensor | None, count: int, fraction: float, seed: int) -> Tensor:
+    """About fraction of `count` rows, in ascending order: not none, not all, each label by its share.
+
+    Rows are shuffled, grouped by label and picked at even spacing. The shuffle is NumPy's frozen legacy generator, so
+    that a seed means the same split in every version of every library. fraction: between 0 and 1.
+    """
+    order = np.random.RandomState(seed).permutation(count)
+    if labels is not None:
+        order = order[np.argsort(labels.numpy()[order], kind="stable")]
+    picks = min(max(1, round(fraction * count)), count - 1)
+    spaced = ((np.arange(picks) + 0.5) * count / picks).astype(np.int64)
+    return torch.from_numpy(np.sort(order[spaced]))
