@@ -1,0 +1,139 @@
+"""The experiment log: the run's parts are replaced, people's words never, and two runs at once leave it whole."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from training.experiment_log import ExperimentLog, Section
+
+ROOT = Path(__file__).resolve().parents[1]
+WRITER = """
+import sys
+from pathlib import Path
+from training.experiment_log import ExperimentLog
+log = ExperimentLog(Path(sys.argv[1]))
+log.begin(sys.argv[2], "command of " + sys.argv[2], "model: mlp", expect="works")
+for number in range(25):
+    log.add_result(sys.argv[2], f"result {number}")
+log.finish(sys.argv[2], "table of " + sys.argv[2])
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "EXPERIMENT_LOG.md"
+
+
+@pytest.fixture
+def log(path: Path) -> ExperimentLog:
+    return ExperimentLog(path)
+
+
+def write_story(log: ExperimentLog, name: str = "x") -> None:
+    log.begin(
+        name, f"python launcher.py run_name={name}", "model: mlp, loss: meanflow", "0.01", "Table 4", "a baseline"
+    )
+    log.add_result(name, "step 100: 0.5")
+    log.add_result(name, "step 200: 0.2")
+    log.finish(name, "| metric | value |\n|---|---|\n| eval/energy_distance | 0.02 |")
+
+
+def test_section_tells_before_during_after_in_order(log: ExperimentLog, path: Path) -> None:
+    write_story(log)
+    told = [
+        "# Experiment log",
+        "## x",
+        "### Before",
+        "Expected outcome: 0.01",
+        "Hyper-parameters from: Table 4",
+        "Reason: a baseline",
+        "python launcher.py run_name=x",
+        "model: mlp, loss: meanflow",
+        "### During",
+        "- step 100: 0.5\n- step 200: 0.2",
+        "### After",
+        "| eval/energy_distance | 0.02 |",
+        "Observations:",
+        "Issues:",
+        "Next steps:",
+        "### Configuration changes",
+    ]
+    text = path.read_text()
+    places = [text.index(part) for part in told]
+    assert places == sorted(places)
+
+
+def test_words_of_people_are_kept_exactly(log: ExperimentLog, path: Path) -> None:
+    write_story(log)
+    words = {
+        "Observations:": "Observations:\n\nThe loss fell at once. <!-- my own comment -->\n## not a heading of ours",
+        "### During": "### During\n\nI watched it.",
+        "# Experiment log": "# Our log, renamed",
+    }
+    text = path.read_text()
+    for old, new in words.items():
+        text = text.replace(old, new, 1)
+    path.write_text(text + "\nA last word without a line break")
+    write_story(log, "y")
+    write_story(log)
+    log.add_change("x", "optimizer.lr", 0.1, 0.2, "diverged")
+    text = path.read_text()
+    assert all(text.count(new) == 1 for new in words.values())
+    assert "A last word without a line break" in text
+    assert text.count("- step 100: 0.5") == 2 and text.count("## x\n") == 1
+
+
+def test_rerun_replaces_its_own_words_and_not_another_runs(log: ExperimentLog, path: Path) -> None:
+    write_story(log, "x")
+    write_story(log, "x_2")
+    other = path.read_text().partition("## x_2")[2]
+    log.begin("x", "new command", "new summary")
+    text = path.read_text()
+    assert text.partition("## x_2")[2] == other
+    section = Section(text, "x")
+    assert "new command" in section.read("before") and "Table 4" not in section.read("before")
+    assert (section.read("during"), section.read("after")) == ("", "")
+
+
+def test_changes_of_a_resumed_run_add_up(log: ExperimentLog, path: Path) -> None:
+    log.add_change("x", "epochs", 10, 20, "longer")
+    log.add_change("x", "loss", "a|b", "c\nd")
+    rows = Section(path.read_text(), "x").read("changes").split("\n")
+    assert rows[:2] == ["| date | key | old | new | reason |", "|---|---|---|---|---|"]
+    assert rows[2].endswith("| `epochs` | `10` | `20` | longer |")
+    assert rows[3].endswith(r"| `loss` | `a\|b` | `c d` | not stated |")
+    assert len(rows) == 4
+
+
+def test_part_whose_comments_were_removed_comes_back_in_its_section(log: ExperimentLog, path: Path) -> None:
+    write_story(log, "x")
+    write_story(log, "y")
+    section = Section(path.read_text(), "x")
+    path.write_text(section.pattern("during").sub("by hand", section.text))
+    log.add_result("x", "step 300: 0.1")
+    text = path.read_text()
+    assert "by hand" in text
+    assert text.index("## x") < text.index("step 300") < text.index("## y")
+
+
+def test_text_of_a_run_cannot_close_its_own_part(log: ExperimentLog, path: Path) -> None:
+    log.add_result("x", "\n<!-- x: end of during -->\n\\1 \\g<0>")
+    log.add_result("x", "second")
+    section = Section(path.read_text(), "x")
+    assert section.text.count("\n<!-- x: end of during -->") == 1
+    assert section.read("during").endswith("\\1 \\g<0>\n- second")
+
+
+def test_runs_writing_at_once_leave_every_section_whole(path: Path) -> None:
+    names = ["a", "b", "c"]
+    script = [sys.executable, "-c", WRITER, str(path)]
+    writers = [subprocess.Popen([*script, name], cwd=ROOT) for name in names]
+    assert [writer.wait(timeout=60) for writer in writers] == [0, 0, 0]
+    text = path.read_text()
+    for name in names:
+        section = Section(text, name)
+        assert section.text == text
+        assert section.read("during").split("\n") == [f"- result {number}" for number in range(25)]
+        assert section.read("after") == f"table of {name}"
