@@ -1,0 +1,141 @@
+"""Sample pictures: sizes, what is shown where, and that nothing of pyplot's global state is touched."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from visualizers.pictures import describe_count, image_grid_picture, scatter_picture, shared_limits
+
+ROOT = Path(__file__).resolve().parents[1]
+RANDOM = np.random.default_rng(0)
+
+
+def read_png(path: Path) -> np.ndarray:
+    picture = Image.open(path)
+    assert picture.format == "PNG"
+    pixels = np.asarray(picture.convert("RGBA"))
+    assert (pixels[..., 3] == 255).all(), "the background shows through"
+    return pixels[..., :3].astype(int)
+
+
+def bluish(pixels: np.ndarray) -> np.ndarray:
+    return pixels[..., 2] - pixels[..., 0] > 60
+
+
+def reddish(pixels: np.ndarray) -> np.ndarray:
+    return pixels[..., 0] - pixels[..., 2] > 60
+
+
+def test_generated_left_real_right_in_their_own_colors(tmp_path: Path) -> None:
+    path = tmp_path / "scatter.png"
+    points = RANDOM.normal(size=(500, 2))
+    scatter_picture(path, points, points + 0.1, "x, step 100", "energy distance 0.01")
+    pixels = read_png(path)
+    assert pixels.shape == (450, 900, 3)
+    left, right = pixels[:, :475], pixels[:, 475:]
+    assert bluish(left).sum() > 500 and not bluish(right).any()
+    assert reddish(right).sum() > 500 and not reddish(left).any()
+
+
+def test_both_panels_have_the_same_axes_of_equal_aspect(tmp_path: Path) -> None:
+    """The corners of a square far from the other set land at the same place of both panels, and stay a square."""
+    corners = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    path = tmp_path / "scatter.png"
+    scatter_picture(path, corners, corners)
+    pixels = read_png(path)
+    places = [np.argwhere(mask(pixels)) for mask in (bluish, reddish)]
+    height, width = places[0].max(axis=0) - places[0].min(axis=0)
+    assert abs(height - width) <= 2 and height > 100
+    np.testing.assert_allclose(np.ptp(places[0], axis=0), np.ptp(places[1], axis=0), atol=1)
+    np.testing.assert_allclose(places[0].min(axis=0)[0], places[1].min(axis=0)[0], atol=1)
+
+
+def test_limits_hold_all_real_points_and_the_bulk_of_the_generated() -> None:
+    real = np.array([[0.0, 0.0], [2.0, 1.5]])
+    generated = np.concatenate([RANDOM.uniform(0, 2.5, (1000, 2)), [[50.0, 50.0], [np.nan, 0.0]]])
+    low, high = shared_limits(generated, real)
+    assert (low < 0).all() and (high > [2.4, 2.4]).all() and (high < 3.1).all()
+    assert describe_count(generated, low, high) == "1,002, 1 outside, 1 not finite"
+    assert (shared_limits(generated + 100, real)[1] < 4).all()
+
+
+def test_diverged_and_empty_samples_are_drawn(tmp_path: Path) -> None:
+    scatter_picture(tmp_path / "nan.png", np.full((10, 2), np.nan), RANDOM.normal(size=(10, 2)))
+    scatter_picture(tmp_path / "empty.png", np.zeros((0, 2)), np.zeros((0, 2)))
+    assert read_png(tmp_path / "nan.png").shape == read_png(tmp_path / "empty.png").shape == (450, 900, 3)
+
+
+def test_scatter_takes_at_most_six_tenths_of_a_second(tmp_path: Path) -> None:
+    points = RANDOM.normal(size=(10_000, 2))
+    scatter_picture(tmp_path / "first.png", points, points)
+    start = time.process_time()
+    scatter_picture(tmp_path / "second.png", points, points)
+    assert time.process_time() - start < 0.6
+
+
+def test_pixels_are_enlarged_to_whole_squares_of_their_own_value(tmp_path: Path) -> None:
+    """Two 4 x 4 images of one dark pixel each: after enlarging, the dark squares are solid and 4 : 1 of an image."""
+    images = np.ones((2, 1, 4, 4))
+    images[0, 0, 0, 0] = images[1, 0, 3, 3] = -1
+    path = tmp_path / "grid.png"
+    image_grid_picture(path, images, columns=2)
+    dark = np.argwhere((read_png(path) == 0).all(axis=-1))
+    side = int(np.sqrt(len(dark) / 2))
+    assert len(dark) == 2 * side**2 and side > 20
+    rows, columns = np.ptp(dark, axis=0) + 1
+    assert rows == 4 * side and columns == 9 * side  # two images of four pixels and one between them
+
+
+@pytest.mark.parametrize(("channels", "value", "expected"), [(1, 0.0, 128), (3, -1.0, 0), (3, 5.0, 255)])
+def test_values_become_brightness(channels: int, value: float, expected: int, tmp_path: Path) -> None:
+    path = tmp_path / "grid.png"
+    image_grid_picture(path, np.full((1, channels, 8, 8), value), (-1.0, 1.0))
+    pixels = read_png(path)
+    middle = pixels[pixels.shape[0] // 2, pixels.shape[1] // 2]
+    assert (abs(middle - expected) <= 1).all()
+
+
+def test_channels_are_red_green_blue(tmp_path: Path) -> None:
+    images = np.zeros((1, 3, 8, 8))
+    images[:, 0] = 1
+    image_grid_picture(tmp_path / "grid.png", images, (0.0, 1.0))
+    pixels = read_png(tmp_path / "grid.png")
+    assert tuple(pixels[pixels.shape[0] // 2, pixels.shape[1] // 2]) == (255, 0, 0)
+
+
+def test_real_images_stand_to_the_right(tmp_path: Path) -> None:
+    dark, gray = np.full((4, 1, 8, 8), -1.0), np.full((9, 1, 8, 8), 0.0)
+    image_grid_picture(tmp_path / "grid.png", dark, columns=2, reference=gray, title="x")
+    row = read_png(tmp_path / "grid.png")[-20, :, 0]
+    assert set(np.flatnonzero(row == 0)) and set(np.flatnonzero(row == 128))
+    assert np.flatnonzero(row == 0).max() < np.flatnonzero(row == 128).min()
+    assert (row == 0).sum() == (row == 128).sum()  # as many real images as generated ones
+
+
+@pytest.mark.parametrize("shape", [(64, 3, 32, 32), (16, 1, 8, 8), (8, 3, 256, 256), (64, 1, 28, 28)])
+def test_grids_are_about_900_wide(shape: tuple[int, ...], tmp_path: Path) -> None:
+    images = RANDOM.uniform(-1, 1, shape)
+    image_grid_picture(tmp_path / "grid.png", images, columns=8, reference=images)
+    assert 600 <= read_png(tmp_path / "grid.png").shape[1] <= 1400
+
+
+def test_wrong_shapes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\(N, 2\), not \(3, 3\)"):
+        scatter_picture(tmp_path / "x.png", np.zeros((3, 3)), np.zeros((3, 2)))
+    with pytest.raises(ValueError, match=r"not \(2, 4, 8, 8\)"):
+        image_grid_picture(tmp_path / "x.png", np.zeros((2, 4, 8, 8)))
+
+
+def test_no_global_state_and_a_light_import(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; import numpy as np; from visualizers import pictures\n"
+        "assert not {'matplotlib', 'torch'} & set(sys.modules)\n"
+        f"pictures.scatter_picture(Path({str(tmp_path)!r}) / 'x.png', np.zeros((3, 2)), np.ones((3, 2)))\n"
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

@@ -1,0 +1,194 @@
+"""Sample pictures: generated points beside real ones, generated images beside real ones, as PNG files 900 pixels wide.
+
+Figures are built on the Agg canvas without pyplot, so that nothing global is touched and no display is needed. The
+background is opaque white with dark text, which reads on light and dark pages alike; the two colours are told apart by
+every kind of colour vision, and never carry the meaning alone (each panel has its title).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+GENERATED_COLOR = "#0072B2"  # blue and vermilion of Okabe and Ito's palette
+REAL_COLOR = "#D55E00"
+INK = "#222222"
+DPI = 100
+WIDTH = 900  # pixels
+MAX_POINTS = 5000  # more cannot be told apart on 400 pixels, and drawing them takes the time
+MAX_IMAGE = 256  # pixels a side that a single image is enlarged to at most
+MARGIN = 8  # pixels around the grids
+GAP = 28  # pixels between the two grids: wider than between the images of one
+
+
+def scatter_picture(
+    path: Path, samples: np.ndarray, reference: np.ndarray, title: str = "", score_line: str = ""
+) -> None:
+    """Generated points and real ones, side by side on the same axes.
+
+    Args:
+        path: the PNG file to write, 900 x 450 pixels.
+        samples: (N, 2) generated; rows that are not finite are left out and counted in the panel's title.
+        reference: (M, 2) real.
+        title: what run and step this is.
+        score_line: the scores, under the title.
+
+    Raises:
+        ValueError: the points are not two-dimensional.
+    """
+    for points in (samples, reference):
+        if points.ndim != 2 or points.shape[1] != 2:
+            raise ValueError(f"a scatter picture needs points of shape (N, 2), not {points.shape}")
+    figure = new_figure(450, title, score_line)
+    low, high = shared_limits(samples, reference)
+    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    axes[0].set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), ylabel="x₂")
+    for panel, name, points, color in zip(
+        axes, ("generated", "real"), (samples, reference), (GENERATED_COLOR, REAL_COLOR), strict=True
+    ):
+        draw_points(panel, points, color)
+        panel.set_title(f"{name} ({describe_count(points, low, high)})", color=INK, fontsize=11, pad=5)
+    figure.subplots_adjust(left=0.075, right=0.985, bottom=0.12, top=0.80, wspace=0.06)
+    figure.savefig(path)
+
+
+def image_grid_picture(
+    path: Path,
+    images: np.ndarray,
+    value_range: tuple[float, float] = (-1.0, 1.0),
+    columns: int = 8,
+    reference: np.ndarray | None = None,
+    title: str = "",
+) -> None:
+    """Generated images in a grid, beside a grid of real ones where `reference` is given.
+
+    Args:
+        path: the PNG file to write, 600 to 1350 pixels wide: every image pixel becomes a square of whole pixels, and
+            only images too large for that are reduced.
+        images: (N, C, H, W), C = 1 (gray) or 3 (RGB).
+        value_range: the values shown as black and as full brightness; what lies outside is clipped.
+        columns: images in a row of each grid.
+        reference: (M, C, H, W) real; as many as there are generated ones are shown.
+        title: what run and step this is.
+
+    Raises:
+        ValueError: the images are not (N, C, H, W) with one or three channels.
+    """
+    grids = {"generated": images} if reference is None else {"generated": images, "real": reference[: len(images)]}
+    for batch in grids.values():
+        if batch.ndim != 4 or batch.shape[1] not in (1, 3):
+            raise ValueError(f"an image grid needs images of shape (N, 1 or 3, H, W), not {batch.shape}")
+    columns = min(columns, len(images))
+    tiled = {name: tile(to_bytes(batch, value_range), columns) for name, batch in grids.items()}
+    scale = WIDTH / sum(grid.shape[1] for grid in tiled.values())
+    scale = min(scale, max(MAX_IMAGE / images.shape[2], 1.0))
+    draw_grids(path, {name: rescale(grid, scale) for name, grid in tiled.items()}, title)
+
+
+def draw_grids(path: Path, grids: dict[str, np.ndarray], title: str) -> None:
+    """Write byte grids (H, W, 3) side by side, pixel for pixel, under their names and the title."""
+    header = 56 if title else 30
+    width = sum(grid.shape[1] for grid in grids.values()) + GAP * (len(grids) - 1)
+    height = max(grid.shape[0] for grid in grids.values())
+    figure = new_figure(header + height + MARGIN, title, "", max(width + 2 * MARGIN, 10 * len(title)))
+    total_width, total_height = figure.get_size_inches() * DPI
+    left = (total_width - width) / 2
+    for name, grid in grids.items():
+        bottom = total_height - header - grid.shape[0]
+        figure.figimage(grid, left, bottom, origin="upper")
+        middle = (left + grid.shape[1] / 2) / total_width
+        figure.text(middle, 1 - (header - 8) / total_height, name, ha="center", va="bottom", color=INK, fontsize=11)
+        left += grid.shape[1] + GAP
+    figure.savefig(path)
+
+
+def new_figure(height: int, title: str, score_line: str, width: int = WIDTH) -> Figure:
+    """An empty white figure of that many pixels with its two heading lines."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.text(0.5, 1 - 6 / height, title, ha="center", va="top", color=INK, fontsize=12, weight="bold")
+    figure.text(0.5, 1 - 30 / height, score_line, ha="center", va="top", color=INK, fontsize=10)
+    return figure
+
+
+def draw_points(axes: Axes, points: np.ndarray, color: str) -> None:
+    """The finite points, at most MAX_POINTS of them, on equal axes."""
+    shown = finite_rows(points)[:MAX_POINTS]
+    size = float(np.clip(8000 / max(len(shown), 1), 4, 12))
+    axes.scatter(shown[:, 0], shown[:, 1], s=size, c=color, alpha=0.55, linewidths=0)
+    axes.set_aspect("equal", adjustable="box")
+    axes.set_xlabel("x₁", color=INK)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=9)
+
+
+def describe_count(points: np.ndarray, low: np.ndarray, high: np.ndarray) -> str:
+    """How many points there are and how many of them the panel does not show, by reason."""
+    finite = finite_rows(points)
+    outside = int(((finite < low) | (finite > high)).any(axis=1).sum())
+    shown = f"{len(points):,}" if len(finite) <= MAX_POINTS else f"{MAX_POINTS:,} of {len(points):,}"
+    missing = {"outside": outside, "not finite": len(points) - len(finite)}
+    return ", ".join([shown, *(f"{count:,} {why}" for why, count in missing.items() if count)])
+
+
+def shared_limits(samples: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest corner (2,) for both panels: every real point and all but the stray generated ones.
+
+    Generated points count from their 0.5 to their 99.5 percentile and no farther out than half the real points' extent:
+    one that flew off would shrink everything else to a dot. No side is shorter than 0.6 of the longest.
+    """
+    real, generated = finite_rows(reference), finite_rows(samples)
+    if len(real) == 0:
+        return np.full(2, -1.0), np.full(2, 1.0)
+    low, high = real.min(axis=0), real.max(axis=0)
+    extent = max(float((high - low).max()), 1e-6)
+    if len(generated):
+        bulk = np.quantile(generated, [0.005, 0.995], axis=0)
+        low = np.minimum(low, np.maximum(bulk[0], low - extent / 2))
+        high = np.maximum(high, np.minimum(bulk[1], high + extent / 2))
+    short = np.maximum(0.6 * (high - low).max() - (high - low), 0) / 2
+    margin = short + 0.05 * extent
+    return low - margin, high + margin
+
+
+def finite_rows(points: np.ndarray) -> np.ndarray:
+    """The rows without NaN or infinity."""
+    return points[np.isfinite(points).all(axis=1)]
+
+
+def to_bytes(images: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
+    """(N, C, H, W) in `value_range` to (N, H, W, 3) in 0..255; NaN is black."""
+    low, high = value_range
+    levels = np.nan_to_num((images.astype(np.float32) - low) / (high - low), nan=0.0).clip(0, 1)
+    colored = np.repeat(levels, 3, axis=1) if images.shape[1] == 1 else levels
+    return np.rint(255 * colored).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def tile(images: np.ndarray, columns: int) -> np.ndarray:
+    """(N, H, W, 3) to one (rows (H + 1) - 1, columns (W + 1) - 1, 3), one white pixel between images."""
+    count, height, width, channels = images.shape
+    rows = -(-count // columns)
+    cells = np.full((rows * columns, height + 1, width + 1, channels), 255, dtype=np.uint8)
+    cells[:count, :height, :width] = images
+    grid = cells.reshape(rows, columns, height + 1, width + 1, channels).transpose(0, 2, 1, 3, 4)
+    return grid.reshape(rows * (height + 1), columns * (width + 1), channels)[:-1, :-1]
+
+
+def rescale(image: np.ndarray, scale: float) -> np.ndarray:
+    """The image about `scale` times as large: each pixel a square of whole pixels, or whole blocks averaged to one."""
+    if scale >= 2 / 3:
+        factor = max(1, round(scale))
+        return image.repeat(factor, axis=0).repeat(factor, axis=1)
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(image).reduce(round(1 / scale)))
