@@ -1,0 +1,245 @@
+"""What the runs under outputs/ are and how they did.
+
+python scripts/runs.py list                      # every run: state, step, epoch, minutes, best scores
+python scripts/runs.py show my_experiment        # what it changed, how it stands, its last numbers, its files
+python scripts/runs.py compare first second      # the settings that differ and the last scores side by side
+"""
+
+import argparse
+import difflib
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from training.errors import UserError
+from training.run_folder import RunFolder
+
+HIGHER_IS_BETTER = ("accuracy", "inception_score")
+HEADLINES = ("eval/energy_distance", "eval/fid", "eval/accuracy", "eval/kid", "eval/loss")  # in order of preference
+HEADLINES_SHOWN = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        print(options.report(options))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--output-dir", type=Path, default=Path("outputs"), help="folder of the runs (default: outputs)"
+    )
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[shared]
+    )
+    commands = parser.add_subparsers(required=True, metavar="list | show NAME | compare A B ...")
+    listing = commands.add_parser("list", help="every run in a line")
+    showing = commands.add_parser("show", help="one run in full")
+    comparing = commands.add_parser("compare", help="two runs or more, side by side")
+    showing.add_argument("names", nargs=1, metavar="NAME")
+    comparing.add_argument("names", nargs="+", metavar="NAME")
+    for command, report in ((listing, list_runs), (showing, show_run), (comparing, compare_runs)):
+        command.add_argument("--output-dir", type=Path, default=argparse.SUPPRESS, help="folder of the runs")
+        command.set_defaults(report=report)
+    return parser.parse_args(arguments)
+
+
+def list_runs(options: argparse.Namespace) -> str:
+    """One line a run, the latest last."""
+    folders = sorted(run_folders(options.output_dir), key=lambda folder: folder.read_status().get("started", ""))
+    if not folders:
+        return f"no runs under {options.output_dir}: python launcher.py run_name=my_experiment makes one"
+    header = ["run", "state", "step", "epochs", "minutes", "best scores"]
+    return table([header, *(list_row(folder) for folder in folders)])
+
+
+def list_row(folder: RunFolder) -> list[str]:
+    status = folder.read_status()
+    minutes = f"{status.get('seconds', 0) / 60:.1f}"
+    scores = best_scores(folder)
+    headlines = [name for name in HEADLINES if name in scores][:HEADLINES_SHOWN]
+    told = ", ".join(f"{name.removeprefix('eval/')} {number(scores[name])}" for name in headlines)
+    return [folder.name, state(status), str(status.get("step", "-")), epochs(status), minutes, told or "-"]
+
+
+def show_run(options: argparse.Namespace) -> str:
+    """Overrides, status, last metrics and files of one run."""
+    folder = find_run(options.output_dir, options.names[0])
+    status = folder.read_status()
+    best = best_scores(folder)
+    last = last_metrics(folder)
+    rows = [["metric", "last", "best"]] + [
+        [name, number(value), number(best[name]) if name in best else ""] for name, value in sorted(last.items())
+    ]
+    parts = {
+        "": f"{folder.name}: {state(status)} at step {status.get('step', '-')}, epoch {epochs(status)}, "
+        f"{status.get('seconds', 0) / 60:.1f} minutes" + (f"\n{status['why']}" if status.get("why") else ""),
+        "started, updated": f"{status.get('started', '-')}, {status.get('updated', '-')}",
+        "overrides": overrides(folder) or "none, or not stored",
+        "metrics": table(rows) if last else "none yet",
+        "files": "\n".join(describe(path) for path in files(folder)),
+    }
+    return "\n\n".join(f"{title}\n{indent(text)}" if title else text for title, text in parts.items())
+
+
+def compare_runs(options: argparse.Namespace) -> str:
+    """Settings that differ between the runs, then their last scores."""
+    names = list(dict.fromkeys(options.names))
+    if len(names) < 2:
+        raise UserError("compare needs at least two different runs: python scripts/runs.py compare A B")
+    folders = [find_run(options.output_dir, name) for name in names]
+    configs = [flat(read_config(folder)) for folder in folders]
+    metrics = [last_metrics(folder) for folder in folders]
+    settings = rows_that_differ(configs, str, ignored=("run_name",))
+    scores = rows_of(metrics, number, [name for name in all_keys(metrics) if not name.startswith("gpu/")])
+    parts = [
+        table([["setting", *names], *settings]) if settings else "the settings are the same",
+        table([["last value", *names], *scores]) if scores else "no metrics yet",
+    ]
+    return "\n\n".join(parts)
+
+
+def run_folders(output_dir: Path) -> list[RunFolder]:
+    """Every run under the output folder, by name."""
+    paths = (output_dir / "runs").glob("*/status.json")
+    return [RunFolder(path.parent) for path in sorted(paths)]
+
+
+def find_run(output_dir: Path, name: str) -> RunFolder:
+    """The run of that name.
+
+    Raises:
+        UserError: there is none; the message names the nearest.
+    """
+    folders = {folder.name: folder for folder in run_folders(output_dir)}
+    if name in folders:
+        return folders[name]
+    near = difflib.get_close_matches(name, folders, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}?" if near else "python scripts/runs.py list shows what there is."
+    raise UserError(f"no run named {name} under {output_dir / 'runs'}: {hint}")
+
+
+def state(status: dict[str, Any]) -> str:
+    """The state as stored, or `lost` where a run of this machine says running and its process is gone."""
+    stored = str(status.get("state", "-"))
+    here = status.get("host") == platform.node()
+    return "lost" if stored == "running" and here and not process_lives(status["pid"]) else stored
+
+
+def process_lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it lives, and is another user's
+        return True
+    return True
+
+
+def epochs(status: dict[str, Any]) -> str:
+    """Epochs done, of how many where that is stored."""
+    total = status.get("epochs")
+    return f"{status.get('epoch', '-')}" + (f"/{total}" if total else "")
+
+
+def best_scores(folder: RunFolder) -> dict[str, float]:
+    """The best value of each eval metric, over metrics.jsonl and the status."""
+    best: dict[str, float] = {}
+    for scores in (folder.read_status().get("scores", {}), *evaluations(folder)):
+        for name, value in scores.items():
+            if name.startswith("eval/") and value is not None:
+                pick = max if name.endswith(HIGHER_IS_BETTER) else min
+                best[name] = pick(best.get(name, value), value)
+    return best
+
+
+def evaluations(folder: RunFolder) -> Iterator[dict[str, Any]]:
+    """The rows that hold an eval metric; the others, by far the most, are not parsed."""
+    return (json.loads(line) for line in folder.metric_lines() if '"eval/' in line)
+
+
+def last_metrics(folder: RunFolder) -> dict[str, float | None]:
+    """The last value of each metric, the status's scores included."""
+    last: dict[str, float | None] = {}
+    for row in folder.read_metrics():
+        last |= row
+    last |= folder.read_status().get("scores", {})
+    return {name: value for name, value in last.items() if name not in ("step", "epoch", "elapsed_seconds")}
+
+
+def overrides(folder: RunFolder) -> str:
+    return folder.overrides_path.read_text(encoding="utf-8").rstrip() if folder.overrides_path.is_file() else ""
+
+
+def read_config(folder: RunFolder) -> dict[str, Any]:
+    """The resolved configuration, empty where the run stored none."""
+    import yaml  # type: ignore[import-untyped]
+
+    return yaml.safe_load(folder.config_path.read_text(encoding="utf-8")) if folder.config_path.is_file() else {}
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots: {"optimizer": {"lr": 1}} to {"optimizer.lr": 1}."""
+    if not isinstance(config, dict) or not config:
+        return {prefix: config} if prefix else {}
+    pairs = [flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in config.items()]
+    return {name: value for part in pairs for name, value in part.items()}
+
+
+def all_keys(columns: list[dict[str, Any]]) -> list[str]:
+    return sorted({key for column in columns for key in column})
+
+
+def rows_that_differ(
+    columns: list[dict[str, Any]], show: Callable[[Any], str], ignored: tuple[str, ...]
+) -> list[list[str]]:
+    """A row for each key whose values are not all the same."""
+    rows = rows_of(columns, show, [key for key in all_keys(columns) if key not in ignored])
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def rows_of(columns: list[dict[str, Any]], show: Callable[[Any], str], keys: list[str]) -> list[list[str]]:
+    """[key, value in each column], "-" where a column lacks the key."""
+    return [[key, *(show(column[key]) if key in column else "-" for column in columns)] for key in keys]
+
+
+def number(value: float | None) -> str:
+    """Four significant digits, whole numbers in full; null was not a number."""
+    if value is None:
+        return "nan"
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def files(folder: RunFolder) -> list[Path]:
+    return sorted(path for path in folder.path.rglob("*") if path.is_file() and not path.name.startswith("."))
+
+
+def describe(path: Path) -> str:
+    return f"{path}  ({path.stat().st_size / 1024:,.1f} KiB)"
+
+
+def indent(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.split("\n"))
+
+
+def table(rows: list[list[str]]) -> str:
+    """Columns as wide as their widest cell, the last as it comes."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Delete runs from the local trackio dashboard, by name. The runs' own folders under outputs/ stay.
+
+python scripts/trackio_delete.py --list
+python scripts/trackio_delete.py "old_.*" --dry-run      # says what would go
+python scripts/trackio_delete.py "test_.*"               # asks, then deletes; --yes does not ask
+
+The pattern is a regular expression that must match a run's whole name.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from training.errors import UserError
+from training.trackio_tracker import delete_run, run_names
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        run(parse(arguments))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pattern", nargs="?", help="regular expression for the whole name of a run")
+    parser.add_argument("--list", action="store_true", help="list the runs (those that match, with a pattern)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be deleted")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--project", default="denoising-zoo", help="trackio project (default: denoising-zoo)")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.pattern is None and not options.list:
+        raise UserError(
+            'say which runs: python scripts/trackio_delete.py "old_.*" --dry-run, or --list for their names.'
+        )
+    names = matching(options.project, options.pattern)
+    if options.list or options.dry_run:
+        print("\n".join(names) if options.list else "would delete:\n" + indent(names))
+        return
+    if not options.yes and not confirmed(names):
+        raise UserError("nothing was deleted.")
+    for name in names:
+        delete_run(options.project, name)
+    print(f"deleted {len(names)} of the project {options.project}:\n{indent(names)}")
+
+
+def matching(project: str, pattern: str | None) -> list[str]:
+    """The names of the project's runs that the pattern matches as a whole, all of them without one.
+
+    Raises:
+        UserError: the pattern is no regular expression, or nothing matches it.
+    """
+    try:
+        expression = re.compile(".*" if pattern is None else pattern)
+    except re.error as error:
+        raise UserError(
+            f"{pattern!r} is not a regular expression ({error}): write old_.* for old_1, old_2, ..."
+        ) from None
+    names = run_names(project)
+    if not names:
+        raise UserError(f"the trackio project {project} has no runs here: --project names another.")
+    found = [name for name in names if expression.fullmatch(name)]
+    if not found:
+        raise UserError(f"no run of the project {project} has a name that is {pattern} as a whole: --list shows them.")
+    return found
+
+
+def confirmed(names: list[str]) -> bool:
+    """Ask on the terminal; anything but yes is no."""
+    print(f"about to delete {len(names)} run(s):\n{indent(names)}")
+    print("delete them? [y/N] ", end="", flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def indent(names: list[str]) -> str:
+    return "\n".join(f"  {name}" for name in names)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
