@@ -275,3 +275,13 @@ def test_gradients_flow_through_a_solve() -> None:
     x = points(3, 1).requires_grad_()
     (slope,) = torch.autograd.grad(RK4(12).solve(gaussian_velocity, x).sum(), x)
     assert torch.allclose(slope, torch.full_like(slope, 0.4), atol=1e-5)
+
+
+@pytest.mark.parametrize("solver, order", FIXED_STEP)
+def test_fixed_steps_never_wait_for_the_device(solver: type[RungeKutta], order: int) -> None:
+    """A meta tensor has no values, so reading one on the host would raise."""
+    times: list[Tensor] = []
+    x = torch.empty(2, 3, device="meta")
+    reached = solver(5).solve(lambda x, t: t * x, x, callback=lambda x, t: times.append(t))
+    assert reached.shape == (2, 3)
+    assert {(t.device.type, t.ndim) for t in times} == {("meta", 0)}
