@@ -1,1 +1,142 @@
+#!/usr/bin/env python
+"""The front door: compose a run, check it, carry it out.
 
+python launcher.py run_name=first_flow                              # 2-D flow matching with oracles, under a minute
+python launcher.py run_name=digits dataloaders=digits model=cnn     # real handwritten digits
+python launcher.py run_name=first_flow resume=true epochs=20        # go on
+python launcher.py -m run_name=sweep seed=0,1,2                     # one run for each; finished ones are skipped
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+FLAGS = {"--device": "device", "--backend": "backend"}
+HYDRA_FLAGS = (
+    "-m", "--multirun", "-c", "--cfg", "-r", "--resolve", "-p", "--package", "-i", "--info", "-sc",
+    "--shell-completion", "--hydra-help", "--version",
+)  # fmt: skip
+CONFIGS = Path(__file__).resolve().parent / "configs"
+
+HELP = """DenoisingZoo: flow-matching experiments from one command, scored against closed-form truth.
+
+  python launcher.py run_name=NAME [group=choice ...] [key=value ...] [flags]
+
+flags (anywhere on the line)
+  --device auto|cpu|cuda|mps   short for device=
+  --backend local              where it runs, short for backend=
+  -m                           one run for every combination of a=1,2 b=x,y; run again, it skips what has finished
+  --cfg job                    print the composed configuration and stop (every key there can be set)
+  -sc install=bash             shell completion: eval "$(python launcher.py -sc install=bash)"
+
+groups and choices
+{groups}
+
+examples
+  python launcher.py run_name=first_flow
+  python launcher.py run_name=ot dataloaders=moons loss/coupling=minibatch_ot batch_size=256
+  python launcher.py run_name=digits dataloaders=digits model=cnn
+  python launcher.py run_name=first_flow resume=true epochs=20
+  python launcher.py run_name=again eval_checkpoint=outputs/ckpts/mlp/first_flow_last.pt solver=euler
+  python launcher.py -m run_name=seeds seed=0,1,2
+keys people type: run_name epochs max_steps batch_size device precision compile seed resume overwrite init_from
+eval_every save_every optimizer.lr grad_clip trackio.enabled; the README explains the rest."""
+
+
+def help_text() -> str:
+    """What `--help` prints; reads file names only, so it answers at once."""
+    choices: dict[str, list[str]] = {}
+    for file in sorted(CONFIGS.rglob("*.yaml")):
+        if file.parent != CONFIGS:
+            choices.setdefault(file.parent.relative_to(CONFIGS).as_posix(), []).append(file.stem)
+    width = max(map(len, choices))
+    return HELP.format(groups="\n".join(f"  {g:<{width}}  {' | '.join(names)}" for g, names in choices.items()))
+
+
+def with_flags_as_overrides(arguments: list[str]) -> list[str]:
+    """`--device X` and `--backend X` as device=X and backend=X in their places, so that the later one wins."""
+    from training.errors import UserError
+
+    words, rest = [], iter(arguments)
+    for word in rest:
+        flag, _, value = word.partition("=")
+        if flag in FLAGS:
+            value = value or next(rest, "")
+            if not value or value.startswith("-"):
+                raise UserError(f"{flag} needs a value, such as {flag} {'cpu' if flag == '--device' else 'local'}")
+            word = f"{FLAGS[flag]}={value}"
+        words.append(word)
+    return words
+
+
+def unknown_flag(arguments: list[str]) -> str | None:
+    """A word that looks like a flag and is none of ours or Hydra's."""
+    return next((w for w in arguments if w.startswith("-") and w.split("=")[0] not in HYDRA_FLAGS), None)
+
+
+def launch(overrides: list[str]) -> float | None:
+    """Check and carry out one run; returns its best monitored value. Also the door for notebooks: see `run`."""
+    from training.launch import prepare
+
+    config = prepare(overrides)
+    from hydra.utils import instantiate
+
+    return instantiate(config["backend"]).submit(overrides, config)
+
+
+def run(*overrides: str) -> float | None:
+    """From Python: `from launcher import run; run("run_name=x", "epochs=2")`. Raises UserError for bad settings."""
+    return launch(list(overrides))
+
+
+def through_hydra(arguments: list[str]) -> None:
+    """-m, --cfg, --info and completion are Hydra's own. A sweep is checked and composed whole before its first job."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    from training.config import parse_overrides, register_resolvers
+    from training.launch import sweep_job
+    from training.sweep import JobFailedError, check_sweep
+
+    register_resolvers()
+    words = [w for w in arguments if "=" in w and not w.startswith("-")]
+    swept = {o.key_or_group for o in parse_overrides(words) if o.is_sweep_override()}
+    if "-m" in arguments or "--multirun" in arguments:
+        check_sweep(words, swept)
+
+    @hydra.main(version_base=None, config_path="configs", config_name="train")
+    def job(_: Any) -> float | None:
+        overrides = sweep_job(list(HydraConfig.get().overrides.task), swept)
+        if overrides is None:
+            return None
+        with JobFailedError.from_user_errors():
+            return launch(overrides)
+
+    sys.argv[1:] = arguments
+    job()
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status: 0, 1 for a mistake of the user's (one sentence on stderr), 130 and 143 for SIGINT and SIGTERM."""
+    from training.errors import UserError
+
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text())
+        return 0
+    try:
+        words = with_flags_as_overrides(arguments)
+        flag = unknown_flag(words)
+        if flag is not None:
+            raise UserError(f"there is no flag {flag}; `python launcher.py --help` lists them")
+        if any(word.split("=")[0] in HYDRA_FLAGS for word in words):
+            through_hydra(words)
+        else:
+            launch(words)
+    except UserError as error:
+        print(f"launcher.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -40,9 +40,7 @@ def state_header(file: Path) -> tuple[tuple[int, ...], "np.dtype"]:
     if len(shape) not in (2, 4) or 0 in shape[1:]:
         raise UserError(f"the states in {file} have shape {shape}; save them as (N, D) or as (N, C, H, W)")
     if shape[0] < MIN_ROWS:
-        raise UserError(
-            f"{file} holds {shape[0]} rows; at least {MIN_ROWS} are needed to train on some and hold out others"
-        )
+        raise UserError(f"{file} holds {shape[0]} rows; at least {MIN_ROWS} are needed to train on some and hold out others")
     return shape, dtype
 
 

@@ -30,6 +30,4 @@ class Digits(TensorDataset):
         states = torch.from_numpy(digits.images).float()[:, None] / 8 - 1  # pixels count 0 to 16
         labels = torch.from_numpy(digits.target).long()
         held_out = stratified_rows(labels, len(labels), fraction=0.2, seed=0)
-        super().__init__(
-            states, labels, held_out, epoch_size=epoch_size, num_classes=num_classes, value_range=value_range
-        )
+        super().__init__(states, labels, held_out, epoch_size=epoch_size, num_classes=num_classes, value_range=value_range)

@@ -73,9 +73,7 @@ class Spirals(PlanarShape):
     num_classes.
     """
 
-    def __init__(
-        self, rotations: float = 1.0, noise: float = 0.05, num_classes: int = 2, **common: Unpack[CommonOptions]
-    ):
+    def __init__(self, rotations: float = 1.0, noise: float = 0.05, num_classes: int = 2, **common: Unpack[CommonOptions]):
         require_above_zero("num_classes", num_classes)
         super().__init__(noise, num_classes, **common)
         self.rotations = float(rotations)

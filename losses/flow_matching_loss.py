@@ -12,7 +12,7 @@ class FlowMatchingLoss(FlowObjective):
     trained flow can be fine-tuned into a MeanFlow-type model.
     """
 
-    def __init__(self, second_time: SecondTime = "end", **parts):  # noqa: ANN003
+    def __init__(self, second_time: SecondTime = "end", **parts):
         super().__init__(**parts)
         self.second_time = second_time
 

@@ -57,6 +57,7 @@ class FlowObjective(nn.Module, ABC):
     """
 
     second_time: SecondTime = "end"
+    needs_teacher: bool = False  # whether forward wants the EMA objective beside the batch
 
     def __init__(
         self,

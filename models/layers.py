@@ -1,7 +1,7 @@
 """Layers that several models share; each works under jvp, channels_last, autocast and torch.compile of the whole loss."""
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 

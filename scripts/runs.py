@@ -37,9 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
-        "--output-dir", type=Path, default=Path("outputs"), help="folder of the runs (default: outputs)"
-    )
+    shared.add_argument("--output-dir", type=Path, default=Path("outputs"), help="folder of the runs (default: outputs)")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[shared]
     )
@@ -201,9 +199,7 @@ def all_keys(columns: list[dict[str, Any]]) -> list[str]:
     return sorted({key for column in columns for key in column})
 
 
-def rows_that_differ(
-    columns: list[dict[str, Any]], show: Callable[[Any], str], ignored: tuple[str, ...]
-) -> list[list[str]]:
+def rows_that_differ(columns: list[dict[str, Any]], show: Callable[[Any], str], ignored: tuple[str, ...]) -> list[list[str]]:
     """A row for each key whose values are not all the same."""
     rows = rows_of(columns, show, [key for key in all_keys(columns) if key not in ignored])
     return [row for row in rows if len(set(row[1:])) > 1]
@@ -236,9 +232,7 @@ def indent(text: str) -> str:
 def table(rows: list[list[str]]) -> str:
     """Columns as wide as their widest cell, the last as it comes."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 if __name__ == "__main__":

@@ -39,9 +39,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     if options.pattern is None and not options.list:
-        raise UserError(
-            'say which runs: python scripts/trackio_delete.py "old_.*" --dry-run, or --list for their names.'
-        )
+        raise UserError('say which runs: python scripts/trackio_delete.py "old_.*" --dry-run, or --list for their names.')
     names = matching(options.project, options.pattern)
     if options.list or options.dry_run:
         print("\n".join(names) if options.list else "would delete:\n" + indent(names))
@@ -62,9 +60,7 @@ def matching(project: str, pattern: str | None) -> list[str]:
     try:
         expression = re.compile(".*" if pattern is None else pattern)
     except re.error as error:
-        raise UserError(
-            f"{pattern!r} is not a regular expression ({error}): write old_.* for old_1, old_2, ..."
-        ) from None
+        raise UserError(f"{pattern!r} is not a regular expression ({error}): write old_.* for old_1, old_2, ...") from None
     names = run_names(project)
     if not names:
         raise UserError(f"the trackio project {project} has no runs here: --project names another.")

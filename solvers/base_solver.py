@@ -28,9 +28,7 @@ class BaseSolver(ABC):
         self.evaluations = 0
 
     @abstractmethod
-    def solve(
-        self, field: Field, x0: Tensor, times: Tensor | None = None, callback: StepCallback | None = None
-    ) -> Tensor:
+    def solve(self, field: Field, x0: Tensor, times: Tensor | None = None, callback: StepCallback | None = None) -> Tensor:
         """The state at times[-1] of the path that is at x0 (B, ...) at times[0].
 
         times: (N + 1,) monotone, increasing (noise to data) or decreasing (data to noise); None means `steps` intervals

@@ -24,9 +24,7 @@ class Dopri5(BaseSolver):
             raise UserError(f"solver.rtol={rtol} and solver.atol={atol} must both be above 0; 1e-6 is the default")
         self.rtol, self.atol = rtol, atol
 
-    def solve(
-        self, field: Field, x0: Tensor, times: Tensor | None = None, callback: StepCallback | None = None
-    ) -> Tensor:
+    def solve(self, field: Field, x0: Tensor, times: Tensor | None = None, callback: StepCallback | None = None) -> Tensor:
         from torchdiffeq import odeint  # here, because importing it is slow and fixed-step solvers do without
 
         self.evaluations = 0

@@ -29,9 +29,7 @@ class RungeKutta(BaseSolver):
     def tableau(self) -> Tableau:
         """The method's coefficients."""
 
-    def solve(
-        self, field: Field, x0: Tensor, times: Tensor | None = None, callback: StepCallback | None = None
-    ) -> Tensor:
+    def solve(self, field: Field, x0: Tensor, times: Tensor | None = None, callback: StepCallback | None = None) -> Tensor:
         self.evaluations = 0
         grid = self.times(x0, times)
         x = x0

@@ -91,8 +91,7 @@ class CheckpointFolder:
         candidates = [path for path in (self.last, *reversed(self.epoch_saves())) if path.exists()]
         if not candidates:
             raise UserError(
-                f"run_name={self.run_name} has no save in {self.folder} to resume from; "
-                "start it anew with overwrite=true"
+                f"run_name={self.run_name} has no save in {self.folder} to resume from; start it anew with overwrite=true"
             )
         return candidates[0]
 

@@ -94,9 +94,7 @@ class OneCycle(Schedule):
 
     def shape(self, share: float, step: int, total_steps: int) -> float:
         low, part = (
-            (self.start, share / self.rise)
-            if share < self.rise
-            else (self.final, (1 - share) / max(1 - self.rise, 1e-12))
+            (self.start, share / self.rise) if share < self.rise else (self.final, (1 - share) / max(1 - self.rise, 1e-12))
         )
         return low + (1 - low) * 0.5 * (1 - math.cos(math.pi * part))
 

@@ -18,8 +18,6 @@ def stream_seed(seed: int, stream: str, index: int = 0) -> int:
     return (base + index) % SEED_SPACE
 
 
-def generator_for(
-    seed: int, stream: str, index: int = 0, device: torch.device | str = "cpu"
-) -> torch.Generator:
+def generator_for(seed: int, stream: str, index: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
     """A new generator on `device`, seeded for draw `index` of the named stream."""
     return torch.Generator(device=device).manual_seed(stream_seed(seed, stream, index))

@@ -32,7 +32,7 @@ class Telemetry(ABC):
     def read(self) -> dict[str, float]:
         """The figures known now, at once; a figure that is not known is absent."""
 
-    def close(self) -> None:  # noqa: B027 (most readers hold nothing)
+    def close(self) -> None:
         """Let go of what the reader holds; it may be called more than once."""
 
 

@@ -48,7 +48,7 @@ class Tracker(ABC):
     def finish(self) -> None:
         """Write out what is pending and close the run."""
 
-    def abandon(self) -> None:  # noqa: B027 (most trackers have nothing to let go of)
+    def abandon(self) -> None:
         """Let go without writing: called once, when the tracker has failed."""
 
 

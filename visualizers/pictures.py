@@ -27,9 +27,7 @@ MARGIN = 8  # pixels around the grids
 GAP = 28  # pixels between the two grids: wider than between the images of one
 
 
-def scatter_picture(
-    path: Path, samples: np.ndarray, reference: np.ndarray, title: str = "", score_line: str = ""
-) -> None:
+def scatter_picture(path: Path, samples: np.ndarray, reference: np.ndarray, title: str = "", score_line: str = "") -> None:
     """Generated points and real ones, side by side on the same axes.
 
     Args:

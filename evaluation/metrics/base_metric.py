@@ -47,7 +47,8 @@ class Generation:
     noise (N, ...): x0, sample i from its own fixed seed. samples (N, ...): the solver's end states. label (N,) or None.
     objective: carries the weights that made the samples (EMA by default), in eval mode; objective.velocity(x, t, label).
     field: the velocity the solver followed (guidance included). final: whether this is the run's last, larger evaluation.
-    cache: folder for things that may be recomputed. generator(name): a CPU generator with a seed fixed by (run seed, name).
+    cache: folder for things that may be recomputed. generator(name): a generator on the
+    dataset's device with a seed fixed by (run seed, name).
     """
 
     noise: Tensor

@@ -49,8 +49,7 @@ class SmallCNN(VelocityModel):
         channels, height, width_px = state_shape
         if height % 2 or width_px % 2:
             raise UserError(
-                f"model=cnn halves images once, so their sides must be even, not {height}x{width_px}; "
-                "resize or pad the data"
+                f"model=cnn halves images once, so their sides must be even, not {height}x{width_px}; resize or pad the data"
             )
         self.num_classes = num_classes
         self.time_features = TimeFeatures(list(time_frequencies or []))

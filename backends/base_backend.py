@@ -1,0 +1,15 @@
+"""The backend contract: where a checked run is carried out."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+
+class Backend(ABC):
+    """Carries out runs somewhere. A new place is one subclass and one YAML in configs/backend."""
+
+    @abstractmethod
+    def submit(self, overrides: list[str], config: dict[str, Any]) -> float | None:
+        """Carry out the run that `overrides` (as typed) name; `config` is what they compose to, resolved and checked.
+
+        Returns the run's best monitored value where it is known on return, for sweepers that minimise it.
+        """

@@ -1,0 +1,119 @@
+"""A trained model, away from its run: load it, sample it, score it, draw it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evaluation.evaluator import Evaluation, fixed_labels, fixed_noise, generate
+from losses.objective import FlowObjective
+from solvers.base_solver import BaseSolver
+from training.assemble import (
+    build_dataset,
+    build_objective,
+    build_solver,
+    build_source,
+    dataset_key,
+    load_network,
+)
+from training.build import build
+from training.checkpoint import load_checkpoint
+from training.config import parse_overrides
+from training.device import pick_device
+from training.errors import UserError
+from training.launch import laid_over
+
+
+@dataclass
+class TrainedModel:
+    """A checkpoint ready to sample: `load(path).sample(n, seed=0)`. Weights are the EMA ones."""
+
+    objective: FlowObjective
+    config: dict[str, Any]
+    device: torch.device
+    step: int
+
+    @torch.no_grad()
+    def sample(self, n: int, seed: int = 0, label: int | None = None, solver: BaseSolver | None = None) -> Tensor:
+        """n samples (n, *state_shape) on the CPU; sample i depends on the seed and i alone.
+
+        label: the class of all samples of a conditional model (None: the classes in turn). solver: instead of the run's.
+        """
+        noise = fixed_noise(build_source(self.config, torch.device("cpu")), n, seed).to(self.device)
+        classes = self.objective.network.num_classes
+        if label is not None and not 0 <= label < classes:
+            raise UserError(
+                f"label={label} does not fit: this model knows "
+                + (f"the classes 0 to {classes - 1}" if classes else "no classes; leave label out")
+            )
+        labels = fixed_labels(classes, n) if label is None else torch.full((n,), label)
+        labels = None if labels is None else labels.to(self.device)
+        return generate(self.objective.velocity, solver or build_solver(self.config), noise, labels).cpu()
+
+    def velocity(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> Tensor:
+        """The learned velocity at states x (B, ...) and times t, a number or (B,)."""
+        return self.objective.velocity(x, torch.as_tensor(t, device=x.device), label)
+
+
+def load(path: str | Path, device: str = "auto") -> TrainedModel:
+    """The model of a checkpoint, rebuilt from the configuration stored in it. UserError if that cannot be done."""
+    payload = load_checkpoint(Path(path))
+    return trained_model(payload, payload["config"], Path(path), pick_device(device))
+
+
+def trained_model(payload: dict[str, Any], config: dict[str, Any], path: Path, device: torch.device) -> TrainedModel:
+    objective = build_objective(config, device)
+    load_network(objective.network, payload["ema"], path)
+    return TrainedModel(objective.eval().requires_grad_(False), config, device, payload["step"])
+
+
+def evaluate_checkpoint(config: dict[str, Any]) -> None:
+    """Score a checkpoint with its own configuration, typed overrides laid over it, and draw its samples.
+
+    No tracker run; the picture goes to outputs/evaluations/<run_name>.png.
+    """
+    from training.summary import print_scores
+
+    path = Path(config["eval_checkpoint"])
+    payload = load_checkpoint(path)
+    merged = laid_over(payload["config"], config, parse_overrides(config["overrides"]))
+    device = pick_device(config["device"])
+    model = trained_model(payload, merged, path, device)
+    solver = build_solver(merged)
+    print(f"{path}: {payload['run_name']} at step {payload['step']:,}, EMA weights, {device.type}")
+    evaluation = build(merged["evaluation"]).evaluate(
+        model.objective, build_dataset(merged, device), build_source(merged, device), solver, merged["seed"],
+        dataset_key(merged), Path(config["output_dir"]) / "cache", final=True,
+    )  # fmt: skip
+    print_scores(evaluation, solver.evaluations)
+    picture = Path(config["output_dir"]) / "evaluations" / f"{config['run_name']}.png"
+    if draw_picture(picture, evaluation, f"{payload['run_name']}, step {payload['step']}"):
+        print(f"  picture  {picture}")
+
+
+def draw_picture(path: Path, evaluation: Evaluation, title: str, images: int = 100) -> bool:
+    """Samples beside real data as a PNG: a scatter plot or an image grid. False for data of any other form."""
+    from visualizers.pictures import image_grid_picture, scatter_picture
+
+    dataset = evaluation.generation.dataset
+    samples, reference = evaluation.generation.samples.cpu().numpy(), evaluation.reference.cpu().numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if dataset.state_shape == (2,):
+        scatter_picture(path, samples[:2000], reference, title, score_line(evaluation))
+        return True
+    if len(dataset.state_shape) == 3:
+        columns = max(1, round(images**0.5))
+        image_grid_picture(path, samples[:images], dataset.value_range or (-1.0, 1.0), columns, reference[:images], title)
+        return True
+    return False
+
+
+def score_line(evaluation: Evaluation) -> str:
+    """The first score with its floor, in words."""
+    if not evaluation.scores:
+        return ""
+    score = evaluation.scores[0]
+    floor = "" if score.floor is None else f", noise floor {score.floor:.4f} ± {score.floor_sd or 0:.4f}"
+    return f"{score.name.partition('/')[2].replace('_', ' ')} {score.value:.4f}{floor}"

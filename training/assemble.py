@@ -1,0 +1,123 @@
+"""From a resolved configuration to the objects of a run."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataloaders.base_dataloaders import FlowDataset
+from dataloaders.sources import Source
+from losses.objective import FlowObjective
+from solvers.base_solver import BaseSolver
+from training.build import build
+from training.checkpoint import CheckpointFolder, load_checkpoint
+from training.device import gradient_scaler, pick_device, set_numerics
+from training.errors import UserError
+from training.launch import run_folder_of
+from training.run import Run
+from training.seeds import stream_seed
+from training.state import TrainState, averaged_objective
+from training.trackers import tracker_from_config
+
+MODEL_PARTS = ("model", "loss")
+
+
+def build_dataset(config: dict[str, Any], device: torch.device) -> FlowDataset:
+    """The data on `device`, its epoch cut to limit_data draws if asked."""
+    dataset: FlowDataset = build(config["dataloaders"])
+    if config["limit_data"]:
+        dataset.epoch_size = min(dataset.epoch_size, config["limit_data"])
+    return dataset.to(device)
+
+
+def build_source(config: dict[str, Any], device: torch.device) -> Source:
+    source: Source = build(config["source"])
+    return source.to(device)
+
+
+def build_solver(config: dict[str, Any]) -> BaseSolver:
+    solver: BaseSolver = build(config["solver"])
+    return solver
+
+
+def build_objective(config: dict[str, Any], device: torch.device) -> FlowObjective:
+    """The objective around a freshly initialised network, the same for the same seed on every rank."""
+    torch.manual_seed(stream_seed(config["seed"], "weights"))
+    network = build(config["model"])
+    network.init_weights()
+    objective: FlowObjective = build(config["loss"], network=network)
+    return objective.to(device)
+
+
+def dataset_key(config: dict[str, Any]) -> str:
+    """Names the data and all its settings: part of every cache key."""
+    settings = json.dumps(config["dataloaders"], sort_keys=True)
+    return f"{config['choices']['dataloaders']}-{hashlib.blake2s(settings.encode(), digest_size=8).hexdigest()}"
+
+
+def load_network(network: torch.nn.Module, weights: dict[str, Any], path: Path) -> None:
+    """Copy saved weights into a network. UserError when they are of another shape."""
+    wrong = [
+        name for name, value in network.state_dict().items() if name not in weights or weights[name].shape != value.shape
+    ] + [name for name in weights if name not in network.state_dict()]
+    if wrong:
+        raise UserError(
+            f"{path} holds another network than this model ({wrong[0]} differs); "
+            "use the model and data settings it was trained with"
+        )
+    network.load_state_dict(weights)
+
+
+def start_weights(objective: FlowObjective, path: Path) -> None:
+    """init_from: begin at the EMA weights of another run."""
+    payload = load_checkpoint(path)
+    load_network(objective.network, payload["ema"], path)
+    if payload["second_time"] != objective.second_time:
+        print(
+            f"note: {path} was trained with second_time={payload['second_time']}, this objective reads its second time as "
+            f"{objective.second_time}; a flow trained with loss.second_time=state is the better start"
+        )
+
+
+def assemble(config: dict[str, Any]) -> Run:
+    """Every part of the run, on its device, at its start or where its newest save left it. Writes nothing."""
+    device = pick_device(config["device"])
+    set_numerics(device, config["deterministic"])
+    objective = build_objective(config, device)
+    if config["init_from"] and not config["resume"]:
+        start_weights(objective, Path(config["init_from"]))
+    ema = build(config["ema"])
+    optimizer = build(config["optimizer"], params=[p for p in objective.network.parameters() if p.requires_grad])
+    for settings in optimizer.param_groups:
+        settings["initial_lr"] = settings["lr"]
+    state = TrainState(
+        objective, averaged_objective(objective, ema), ema, optimizer, build(config["schedule"]),
+        gradient_scaler(device, config["precision"]),
+    )  # fmt: skip
+    checkpoints = CheckpointFolder(
+        Path(config["output_dir"]), config["choices"]["model"], config["run_name"], config["keep_saves"]
+    )
+    if config["resume"]:
+        resume_state(state, checkpoints.newest(), config)
+    return Run(
+        config, device, build_dataset(config, device), build_source(config, device), state, build_solver(config),
+        build(config["evaluation"]), compiled(objective, config), run_folder_of(config), checkpoints,
+        tracker_from_config(config["trackio"]), [build(node) for node in config["callbacks"].values()],
+        dataset_key(config),
+    )  # fmt: skip
+
+
+def resume_state(state: TrainState, path: Path, config: dict[str, Any]) -> None:
+    """Take up a save; the learning rate is the configuration's, in case resume=force changed it."""
+    payload = load_checkpoint(path)
+    load_network(state.objective.network, payload["network"], path)
+    state.load_state_dict(payload)
+    for settings in state.optimizer.param_groups:
+        settings["initial_lr"] = config["optimizer"]["lr"]
+
+
+def compiled(objective: FlowObjective, config: dict[str, Any]) -> Any:
+    """The objective, or its compiled form: the whole loss is compiled, never the network alone."""
+    return torch.compile(objective, mode=config["compile_mode"]) if config["compile"] else objective

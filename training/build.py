@@ -1,0 +1,34 @@
+"""Objects from configuration nodes."""
+
+from typing import Any
+
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+
+from training.config import HANDED_ON
+from training.errors import UserError
+
+
+def without_handed_on(node: Any) -> Any:
+    """The node without the settings it only hands on to other parts."""
+    if isinstance(node, dict):
+        return {key: without_handed_on(value) for key, value in node.items() if key != HANDED_ON}
+    return node
+
+
+def build(node: dict[str, Any], **parts: Any) -> Any:
+    """The object a node's `_target_` names, nested ones first, with `parts` as further arguments.
+
+    UserError when a constructor raises one, or does not know a setting.
+    """
+    try:
+        return instantiate(without_handed_on(node), _convert_="all", **parts)
+    except HydraException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, (UserError, TypeError)):
+            cause = cause.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        if isinstance(cause, TypeError):
+            raise UserError(f"{node.get('_target_')} does not take these settings: {cause}") from error
+        raise

@@ -1,0 +1,167 @@
+"""Observers of a run: they watch, draw and write, and may vote to stop, but never change what is trained."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.experiment_log import ExperimentLog
+from training.telemetry import NoTelemetry, Telemetry, telemetry_for
+
+if TYPE_CHECKING:
+    from training.run import Run
+
+
+class Callback(ABC):
+    """Hooks in the order they are called. `run` may be read; run.stop_early(why) is the only thing to do to it."""
+
+    def fit_begin(self, run: Run) -> None: ...
+
+    def epoch_begin(self, run: Run) -> None: ...
+
+    def step_end(self, run: Run) -> None: ...
+
+    def extra_metrics(self, run: Run) -> dict[str, float]:
+        """Figures to log beside those of the loop."""
+        return {}
+
+    def evaluation_end(self, run: Run) -> None: ...
+
+    def epoch_end(self, run: Run) -> None: ...
+
+    def fit_end(self, run: Run) -> None:
+        """Called when the loop ends by itself or is interrupted."""
+
+    def close(self) -> None:
+        """Called last, whatever ended the run."""
+
+
+class ProgressBar(Callback):
+    """One tqdm bar with loss, rate and time left on a terminal; nothing when output is redirected."""
+
+    def __init__(self, every: int = 10) -> None:
+        self.every = every
+        self.bar: Any = None
+
+    def fit_begin(self, run: Run) -> None:
+        from tqdm import tqdm
+
+        quiet = not sys.stderr.isatty()
+        self.bar = tqdm(
+            total=run.total_steps, initial=run.state.step, disable=quiet, unit="step", dynamic_ncols=True, desc="train"
+        )
+
+    def step_end(self, run: Run) -> None:
+        step = run.state.step
+        if step % self.every == 0 or step == run.total_steps:
+            self.bar.update(step - self.bar.n)
+            if "train/loss" in run.last_values:
+                self.bar.set_postfix(loss=f"{run.last_values['train/loss']:.4g}", refresh=False)
+
+    def evaluation_end(self, run: Run) -> None:
+        if self.bar is not None and self.bar.disable and run.evaluation is not None:
+            values = run.evaluation.values
+            shown = [f"{k.partition('/')[2]} {values[k]:.4g}" for k in ("eval/loss", "eval/energy_distance") if k in values]
+            print(f"epoch {run.epoch}, step {run.state.step}/{run.total_steps}: {', '.join(shown)}", flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class SamplePictures(Callback):
+    """At each evaluation, a picture of the samples beside real data, to samples/ and to the tracker."""
+
+    def __init__(self, images: int = 100) -> None:
+        self.images = images
+
+    def evaluation_end(self, run: Run) -> None:
+        from evaluation.sample import draw_picture
+
+        assert run.evaluation is not None
+        path = run.folder.sample_picture(run.state.step)
+        title = f"{run.config['run_name']}, step {run.state.step}"
+        if draw_picture(path, run.evaluation, title, self.images) and run.state.step:
+            run.tracker.log_image("samples", path, run.state.step)
+
+
+class DeviceTelemetry(Callback):
+    """Adds what the accelerator is doing to each logged line."""
+
+    def __init__(self) -> None:
+        self.telemetry: Telemetry = NoTelemetry()
+
+    def fit_begin(self, run: Run) -> None:
+        self.telemetry = telemetry_for(run.device.type)
+
+    def extra_metrics(self, run: Run) -> dict[str, float]:
+        return self.telemetry.read()
+
+    def close(self) -> None:
+        self.telemetry.close()
+
+
+class ExperimentNotes(Callback):
+    """Writes the run's log.md, and its section of EXPERIMENT_LOG.md when log.expect says what is expected."""
+
+    def __init__(self) -> None:
+        self.logs: list[ExperimentLog] = []
+
+    def fit_begin(self, run: Run) -> None:
+        log = run.config["log"]
+        self.logs = [ExperimentLog(run.folder.log_path)]
+        if log["expect"]:
+            self.logs.append(ExperimentLog(Path(log["file"])))
+        if run.state.step == 0:
+            choices = ", ".join(f"{group}={choice}" for group, choice in run.config["choices"].items() if choice)
+            for notes in self.logs:
+                notes.begin(
+                    run.config["run_name"], run.config["command"], f"Configuration: {choices}",
+                    log["expect"] or "", log["source"] or "", log["reason"] or "",
+                )  # fmt: skip
+        for notes in self.logs:
+            for key, (old, new) in run.config["changed"].items():
+                notes.add_change(run.config["run_name"], key, old, new, log["reason"] or "")
+
+    def evaluation_end(self, run: Run) -> None:
+        if run.evaluation is not None and run.state.step:
+            scores = ", ".join(f"{score.name} {score.value:.4g}" for score in run.evaluation.scores)
+            for notes in self.logs:
+                notes.add_result(run.config["run_name"], f"epoch {run.epoch}, step {run.state.step}: {scores}")
+
+    def fit_end(self, run: Run) -> None:
+        if run.evaluation is None or (run.stop is not None and not run.stop.early):
+            return
+        from training.summary import score_rows
+
+        rows = [f"| {name} | {value} | {floor} |" for name, value, floor in score_rows(run.evaluation)]
+        facts = f"{run.state.step} steps, {run.elapsed():.0f} s in the loop, seed {run.config['seed']}."
+        table = "\n".join(["| score | value | noise floor |", "|---|---|---|", *rows, "", facts])
+        for notes in self.logs:
+            notes.finish(run.config["run_name"], table)
+
+
+class Profiler(Callback):
+    """torch.profiler over `steps` steps after `skip`: a table on the console, a trace in the run's folder."""
+
+    def __init__(self, skip: int = 10, steps: int = 40) -> None:
+        self.skip, self.steps = skip, steps
+        self.begun = 0
+        self.profiler: Any = None
+
+    def fit_begin(self, run: Run) -> None:
+        self.begun = run.state.step
+
+    def step_end(self, run: Run) -> None:
+        import torch
+
+        done = run.state.step - self.begun
+        if done == self.skip:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+        elif done == self.skip + self.steps:
+            self.profiler.stop()
+            self.profiler.export_chrome_trace(str(run.folder.path / "trace.json"))
+            print(self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))

@@ -1,0 +1,127 @@
+"""What is wrong with a configuration, said before anything is imported, made or overwritten. No torch here."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from training.errors import UserError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+\-]{0,199}")
+
+Rule = tuple[str, Callable[[Any], bool], str]
+
+
+def whole(least: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def optional(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or rule(value)
+
+
+def positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def one_of(*words: Any) -> Callable[[Any], bool]:
+    return lambda value: any(value is word or (value == word and type(value) is type(word)) for word in words)
+
+
+RULES: list[Rule] = [
+    ("epochs", whole(1), "a whole number of at least 1"),
+    ("max_steps", optional(whole(1)), "a whole number of at least 1, or null"),
+    ("batch_size", whole(1), "a whole number of at least 1"),
+    ("gradient_accumulation_steps", whole(1), "a whole number of at least 1"),
+    ("limit_data", optional(whole(1)), "a whole number of at least 1, or null"),
+    ("num_workers", whole(0), "a whole number of at least 0"),
+    ("seed", lambda v: whole(0)(v) and v < 2**63, "a whole number from 0 to 2^63 - 1"),
+    ("device", one_of("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda or mps"),
+    ("precision", one_of("fp32", "bf16", "fp16"), "fp32, bf16 or fp16"),
+    ("compile_mode", one_of("default", "reduce-overhead", "max-autotune"), "default, reduce-overhead or max-autotune"),
+    ("grad_clip", optional(positive), "a number above 0, or null"),
+    ("eval_every", whole(1), "a whole number of epochs, at least 1"),
+    ("save_every", whole(1), "a whole number of epochs, at least 1"),
+    ("log_every", whole(1), "a whole number of steps, at least 1"),
+    ("keep_saves", whole(0), "a whole number, 0 for all"),
+    ("patience", optional(whole(1)), "a whole number of at least 1, or null"),
+    ("resume", one_of(True, False, "force"), "true, false or force"),
+    ("output_dir", lambda v: isinstance(v, str) and v != "", "the path of a folder"),
+    ("init_from", optional(lambda v: isinstance(v, str)), "the path of a checkpoint, or null"),
+    ("eval_checkpoint", optional(lambda v: isinstance(v, str)), "the path of a checkpoint, or null"),
+    ("monitor", lambda v: isinstance(v, str) and v != "", "the name of an evaluation metric such as eval/loss"),
+    ("optimizer.lr", positive, "a number above 0"),
+    ("optimizer.weight_decay", lambda v: v == 0 or positive(v), "a number of at least 0"),
+    ("ema.decay", lambda v: isinstance(v, (int, float)) and 0 <= v < 1, "a number from 0 up to, not including, 1"),
+    ("evaluation.samples", whole(2), "a whole number of at least 2"),
+    ("evaluation.final_samples", whole(2), "a whole number of at least 2"),
+    ("loss.label_dropout", lambda v: isinstance(v, (int, float)) and 0 <= v <= 1, "a number from 0 to 1"),
+    ("loss.time_sampler.ratio", lambda v: isinstance(v, (int, float)) and 0 <= v <= 1, "a number from 0 to 1"),
+    ("loss.time_sampler.std", positive, "a number above 0"),
+    ("model.width", whole(1), "a whole number of at least 1"),
+    ("model.depth", whole(1), "a whole number of at least 1"),
+    ("model.dropout", lambda v: isinstance(v, (int, float)) and 0 <= v < 1, "a number from 0 up to, not including, 1"),
+    ("solver.steps", whole(1), "a whole number of at least 1"),
+]
+
+
+def lookup(config: dict[str, Any], key: str) -> Any:
+    """The value at a dotted key. KeyError if there is none."""
+    node: Any = config
+    for part in key.split("."):
+        node = node[part]
+    return node
+
+
+def has(config: dict[str, Any], key: str) -> bool:
+    node: Any = config
+    for part in key.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def check_values(config: dict[str, Any]) -> None:
+    """UserError for the first value out of its range."""
+    check_run_name(config["run_name"])
+    for key, holds, words in RULES:
+        if has(config, key) and not holds(lookup(config, key)):
+            raise UserError(f"{key} takes {words}, not {lookup(config, key)!r}")
+    if config["resume"] and config["overwrite"]:
+        raise UserError("resume and overwrite contradict each other; give one of them")
+    if config["resume"] and config["init_from"]:
+        raise UserError("resume and init_from contradict each other: a resumed run has its own weights; give one of them")
+
+
+def check_run_name(name: Any) -> None:
+    """UserError for a run_name that cannot name files safely."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise UserError(
+            f"run_name={name!r} cannot name files; use letters, digits and . _ = + - only, "
+            "beginning with a letter or digit, at most 200 characters"
+        )
+
+
+def check_files(config: dict[str, Any]) -> None:
+    """UserError for a file that should be there, or an output folder that cannot be written."""
+    for key in ("init_from", "eval_checkpoint"):
+        path = config[key]
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"{key}={path} is not a file; give the path of a checkpoint such as outputs/ckpts/mlp/last.pt")
+    folder = Path(config["output_dir"])
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir={folder} cannot be written: {existing} is not a folder this user may write to")
+
+
+def check_run_is_new(config: dict[str, Any], run_folder: Path) -> None:
+    """UserError when the name is taken and nothing says what to do about it."""
+    if config["resume"] or config["overwrite"] or config["eval_checkpoint"]:
+        return
+    if run_folder.exists():
+        raise UserError(
+            f"run_name={config['run_name']} exists already in {run_folder}; go on with it by resume=true, "
+            "replace it (the old run is moved aside) by overwrite=true, or choose another name"
+        )

@@ -1,0 +1,226 @@
+"""From the words of a command line to a checked configuration, without importing torch.
+
+A command line is composed once: Hydra composes the groups, then each `key=value` is laid over them here, so that an
+unknown key, a wrong type or a value out of range becomes one sentence that names the nearest right word.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dataloaders.array_header import array_classes, array_shape
+from training.errors import UserError
+
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+HANDED_ON = "training"  # a group's node of settings that other parts take from it; no constructor sees it
+
+
+def vector_shape(shape: Any) -> Any:
+    """The state shape, for models of vectors. UserError for images."""
+    if len(shape) != 1:
+        raise UserError(
+            f"this model takes vectors, but the data has states of shape {list(shape)}; "
+            "choose an image model (model=cnn) or a set of points (dataloaders=kmeans)"
+        )
+    return shape
+
+
+def image_shape(shape: Any) -> Any:
+    """The state shape, for models of images. UserError for vectors."""
+    if len(shape) != 3:
+        raise UserError(
+            f"this model takes images (channels, height, width), but the data has states of shape {list(shape)}; "
+            "choose model=mlp or an image set (dataloaders=digits)"
+        )
+    return shape
+
+
+def conditional_classes(conditional: bool, num_classes: int) -> int:
+    """How many classes the network is told of. UserError when it should be conditional on data without labels."""
+    if conditional and not num_classes:
+        raise UserError("conditional=true needs labels, and this data has none; use conditional=false")
+    return num_classes if conditional else 0
+
+
+def register_resolvers() -> None:
+    """The functions that configs/ calls as ${name:argument}."""
+    for function in (vector_shape, image_shape, conditional_classes, array_shape, array_classes):
+        OmegaConf.register_new_resolver(function.__name__, function, replace=True)
+
+
+def groups() -> dict[str, list[str]]:
+    """Every config group ("loss", "loss/path", ...) and its choices."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(CONFIG_DIR.rglob("*.yaml")):
+        if file.parent != CONFIG_DIR:
+            found.setdefault(file.parent.relative_to(CONFIG_DIR).as_posix(), []).append(file.stem)
+    return found
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """' (did you mean x?)' or nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def parse_overrides(overrides: list[str]) -> list[Override]:
+    """Hydra's own reading of each override. UserError for one it cannot read."""
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            override = None
+        if override is None or not override.key_or_group:
+            raise UserError(
+                f"cannot read {text!r}: write key=value or group=choice, and quote spaces and special characters "
+                "as in 'key=\"a, b\"'"
+            )
+        parsed.append(override)
+    return parsed
+
+
+def is_group(override: Override) -> bool:
+    """Whether it chooses a file of configs/ (or one of Hydra's own) rather than sets a value."""
+    key = override.key_or_group.split("@")[0]
+    return ((CONFIG_DIR / key).is_dir() and not isinstance(override.value(), dict)) or key.startswith("hydra/")
+
+
+def check_choice(override: Override) -> None:
+    """UserError for a choice that its group does not have."""
+    choices = groups().get(override.key_or_group.split("@")[0])
+    value = override.value()
+    if choices is not None and not override.is_delete() and value is not None and str(value) not in choices:
+        raise UserError(
+            f"{override.key_or_group}={value} does not exist{nearest(str(value), choices)}; choices: {', '.join(choices)}"
+        )
+
+
+def compose_config(overrides: list[str]) -> DictConfig:
+    """The configuration a command line means, choices included under `choices`. UserError with one sentence otherwise."""
+    register_resolvers()
+    parsed = [override for override in parse_overrides(overrides) if not override.key_or_group.startswith("hydra")]
+    for override in parsed:
+        if override.is_sweep_override():
+            raise UserError(f"{override.input_line} lists several values; add -m to run one job for each")
+    chosen = [override for override in parsed if is_group(override)]
+    for override in chosen:
+        check_choice(override)
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        try:
+            cfg = compose("train", [str(o.input_line) for o in chosen], return_hydra_config=True)
+        except HydraException as error:
+            raise UserError(f"cannot compose these choices: {str(error).splitlines()[0]}") from error
+    choices = {key: value for key, value in cfg.hydra.runtime.choices.items() if not key.startswith("hydra")}
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    cfg["choices"] = dict(choices)
+    for override in parsed:
+        if override not in chosen:
+            lay_over(cfg, override)
+    return cfg
+
+
+def flat_keys(cfg: Any, prefix: str = "") -> list[str]:
+    """Every key of a nested configuration, dotted, inner nodes included."""
+    keys = []
+    for key in map(str, cfg if isinstance(cfg, DictConfig) else ()):
+        keys.append(f"{prefix}{key}")
+        if not OmegaConf.is_missing(cfg, key) and isinstance(cfg._get_node(key), DictConfig):
+            keys += flat_keys(cfg[key], f"{prefix}{key}.")
+    return keys
+
+
+def select(node: Any, key: str) -> Any:
+    """The value at a dotted key of nested dicts."""
+    for part in key.split("."):
+        node = node[part]
+    return node
+
+
+def lay_over(cfg: DictConfig, override: Override) -> None:
+    """Set, add (+key) or delete (~key) one value. UserError for an unknown key or a value of another type."""
+    key, known = override.key_or_group, flat_keys(cfg)
+    if not override.is_add() and not override.is_force_add() and key not in known:
+        known += [group for group in groups() if "/" in group]
+        raise UserError(f"there is no setting {key}{nearest(key, known)}; `python launcher.py --cfg job` lists them all")
+    if override.is_delete():
+        parent, _, leaf = key.rpartition(".")
+        del (OmegaConf.select(cfg, parent) if parent else cfg)[leaf]
+        return
+    value = override.value()
+    if key in known:
+        value = checked_type(key, value, default_of(cfg, key), raw_text(override))
+    OmegaConf.update(cfg, key, value, merge=isinstance(value, dict), force_add=True)
+
+
+def raw_text(override: Override) -> str:
+    """The value as it was typed."""
+    return str(override.input_line).partition("=")[2].strip("'\"")
+
+
+def default_of(cfg: DictConfig, key: str) -> Any:
+    """What the key holds unless overridden; None where that is missing or cannot be told yet."""
+    if any(OmegaConf.is_missing(cfg, k) for k in (key,) if "." not in key):
+        return ""
+    try:
+        return OmegaConf.select(cfg, key, throw_on_missing=False)
+    except OmegaConfBaseException:
+        return None
+
+
+TYPE_WORDS: list[tuple[type, tuple[type, ...], str]] = [
+    (bool, (bool,), "true or false"),
+    (int, (int,), "a whole number"),
+    (float, (int, float), "a number"),
+    (DictConfig, (dict,), "a group of settings: set one of its keys"),
+]
+
+
+def checked_type(key: str, value: Any, default: Any, text: str) -> Any:
+    """`value` if it is of the kind of `default`; text keys take any scalar as typed. UserError otherwise."""
+    if isinstance(value, str) and value.startswith("${"):
+        return value
+    if isinstance(default, str):
+        if isinstance(value, (dict, list)):
+            raise UserError(f"{key} takes a single word, not {text!r}")
+        return None if value is None else text
+    if value is None or default is None:
+        return value
+    for kind, accepted, words in TYPE_WORDS:
+        if isinstance(default, kind):
+            if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)):
+                return value
+            hint = f"such as {default}" if kind is not DictConfig else f"such as {key}.{next(iter(dict(default)), 'x')}"
+            raise UserError(f"{key} takes {words}, {hint}, not {text!r}")
+    if not isinstance(value, list):
+        raise UserError(f"{key} takes a list such as {list(default)}, not {text!r}")
+    return value
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain values, every interpolation carried out. UserError for what is missing or impossible."""
+    unset = OmegaConf.to_container(cfg)
+    missing = [key for key in flat_keys(cfg) if select(unset, key) == "???"]
+    if missing:
+        example = "run_name=my_experiment" if missing[0] == "run_name" else f"{missing[0]}=..."
+        raise UserError(f"{missing[0]} is missing; add it to the command, such as {example}")
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise cause from None
+        raise UserError(f"a setting cannot be worked out: {str(error).splitlines()[0]}") from error
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}

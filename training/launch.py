@@ -1,0 +1,151 @@
+"""From typed overrides to a configuration that is checked and ready to run: new, resumed, or one job of a sweep."""
+
+import hashlib
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+from omegaconf import OmegaConf
+
+from training.checks import check_files, check_run_is_new, check_values, has, lookup
+from training.config import compose_config, is_group, parse_overrides, resolved
+from training.errors import UserError
+from training.run_folder import RunFolder
+
+# What may differ when a run goes on: how long, where, how fast and what is shown, but nothing that is learned from.
+FREE = (
+    "epochs", "max_steps", "device", "devices", "compile", "compile_mode", "output_dir", "num_workers", "log_every",
+    "save_every", "keep_saves", "resume", "overwrite", "init_from", "eval_checkpoint", "log", "trackio", "callbacks",
+    "backend", "command", "changed", "overrides", "choices",
+)  # fmt: skip
+
+
+def run_folder_of(config: dict[str, Any]) -> RunFolder:
+    return RunFolder(Path(config["output_dir"]) / "runs" / config["run_name"])
+
+
+def prepare(overrides: list[str]) -> dict[str, Any]:
+    """The resolved configuration of a run, with `command`, `overrides` and `changed` (key -> (old, new)) beside its keys.
+
+    UserError for anything that is wrong with it. Nothing is written.
+    """
+    config = resolved(compose_config(overrides))
+    check_values(config)
+    config |= {
+        "command": "python launcher.py " + shlex.join(overrides),
+        "overrides": overrides,
+        "changed": {},
+    }
+    if config["resume"]:
+        config = resumed(config, parse_overrides(overrides))
+        check_values(config)
+    check_files(config)
+    check_run_is_new(config, run_folder_of(config).path)
+    return config
+
+
+def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
+    """The stored configuration of the run with what was typed now laid over it.
+
+    UserError when there is no such run, or when a setting that matters differs and resume is not `force`.
+    """
+    folder = run_folder_of(config)
+    if not folder.config_path.is_file():
+        raise UserError(
+            f"there is no run {config['run_name']} in {folder.path.parent} to resume; "
+            "leave resume=true out to start it, or see `python scripts/runs.py list`"
+        )
+    stored = OmegaConf.to_container(OmegaConf.load(folder.config_path))
+    assert isinstance(stored, dict)
+    before = {str(key): value for key, value in stored.items()}
+    merged = laid_over(before, config, typed)
+    changed = differences(before, merged)
+    hard = {key: pair for key, pair in changed.items() if key.split(".")[0] not in FREE}
+    if hard and config["resume"] != "force":
+        listed = "; ".join(f"{key} was {old!r} and is now {new!r}" for key, (old, new) in hard.items())
+        raise UserError(
+            f"run {config['run_name']} was made with other settings: {listed}; leave them out to go on as it was, "
+            "or say resume=force"
+        )
+    soft = {key: pair for key, pair in changed.items() if key.split(".")[0] in ("epochs", "max_steps", "device")}
+    return merged | {"changed": hard | soft}
+
+
+def laid_over(stored: dict[str, Any], config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
+    """`stored` with each typed override's value, or chosen group, taken from `config`."""
+    merged = OmegaConf.create(stored)
+    for override in typed:
+        if override.key_or_group.startswith("hydra"):
+            continue
+        key = override.key_or_group.split("@")[0]
+        if is_group(override):
+            if key in ("experiment", "debug"):
+                raise UserError(f"{key}= can only be given when a run starts; leave it out here")
+            merged["choices"][key] = config["choices"].get(key)
+            key = "trackio" if key == "tracker" else key.replace("/", ".")
+        value = lookup(config, key) if has(config, key) else None
+        OmegaConf.update(merged, key, value, merge=False, force_add=True)
+    for key in ("resume", "overwrite", "command", "overrides", "changed"):
+        merged[key] = config[key]
+    plain = OmegaConf.to_container(merged)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of a nested dict by dotted key."""
+    if not isinstance(config, dict) or not config:
+        return {prefix.rstrip("."): config}
+    return {k: v for key, value in config.items() for k, v in flat(value, f"{prefix}{key}.").items()}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """key -> (old, new) for every leaf that differs."""
+    before, after = flat(old), flat(new)
+    keys = [*before, *(key for key in after if key not in before)]
+    return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}
+
+
+def sweep_name(run_name: str, swept: list[tuple[str, str]]) -> str:
+    """run_name with the job's own overrides appended: short, fit for a file name, the same whatever their order."""
+    leaves = [key.split(".")[-1] for key, _ in swept]
+    parts = []
+    for key, value in sorted(swept):
+        leaf = key.split(".")[-1]
+        word = f"{leaf if leaves.count(leaf) == 1 else key}={value}"
+        clean = re.sub(r"[^A-Za-z0-9._=+\-]+", "-", word).strip("-")
+        if len(clean) > 40 or clean != word.replace("/", "-"):
+            clean = f"{clean[:32]}-{hashlib.blake2s(word.encode(), digest_size=3).hexdigest()}"
+        parts.append(clean)
+    return "_".join([run_name, *parts])
+
+
+def sweep_job(job: list[str], swept_keys: set[str]) -> list[str] | None:
+    """The overrides of one job of a sweep under its own run_name, resuming what was begun; None if it has finished.
+
+    UserError when a run of that name exists that another command made.
+    """
+    parsed = parse_overrides(job)
+    swept = [
+        (o.key_or_group, o.input_line.partition("=")[2]) for o in parsed if o.key_or_group in swept_keys and o.input_line
+    ]
+    bare = [text for text in job if not re.match(r"(resume|overwrite)=", text)]
+    config = resolved(compose_config(bare))
+    name = sweep_name(str(config["run_name"]), swept)
+    overrides = [*(text for text in bare if not text.startswith("run_name=")), f"run_name={name}"]
+    folder = RunFolder(Path(config["output_dir"]) / "runs" / name)
+    if not folder.config_path.is_file():
+        return overrides
+    stored = OmegaConf.to_container(OmegaConf.load(folder.config_path))
+    assert isinstance(stored, dict)
+    if sorted(stored.get("overrides", [])) != sorted(overrides):
+        raise UserError(
+            f"run {name} exists in {folder.path.parent} from another command; give this sweep another run_name, "
+            "or remove that run"
+        )
+    status = folder.read_status()
+    if status.get("state") == "finished":
+        return None
+    return [*overrides, "resume=true" if status.get("step") else "overwrite=true"]

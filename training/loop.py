@@ -1,0 +1,156 @@
+"""The training loop: one for every model, objective and device."""
+
+import math
+import time
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from losses.objective import FlowBatch
+from training.device import autocast
+from training.errors import UserError
+from training.run import Run
+from training.seeds import generator_for, stream_seed
+from training.terms import named_terms
+
+
+def fit(run: Run) -> None:
+    """Train until the last step, an early stop or an interruption; evaluate and save on the way."""
+    run.notify("fit_begin")
+    run.clock = time.perf_counter()
+    run.split_time()
+    while run.state.step < run.total_steps and run.stop is None:
+        run.notify("epoch_begin")
+        for group in epoch_groups(run):
+            values = train_step(run, group)
+            after_step(run, values)
+            if run.stop is not None or run.state.step >= run.total_steps:
+                break
+        end_epoch(run)
+    run.notify("fit_end")
+
+
+def epoch_groups(run: Run) -> Iterator[list[FlowBatch]]:
+    """The rest of the current epoch, one list of drawn batches per optimizer step.
+
+    Each step's randomness comes from generators seeded by (seed, rank, step): nothing has to be saved to resume exactly.
+    """
+    epoch, position = divmod(run.state.step, run.steps_per_epoch)
+    accumulate, seed = run.config["gradient_accumulation_steps"], run.config["seed"]
+    generator = torch.Generator(device=run.device)
+    fixed = run.config["overfit"]
+    order = generator_for(seed, "order", 0 if fixed else epoch)
+    batches = run.dataset.epoch(run.batch_size, order, generator, position * accumulate, run.rank, run.world)
+    for step in range(run.state.step, (epoch + 1) * run.steps_per_epoch):
+        index = 0 if fixed else step * run.world + run.rank
+        if fixed:
+            batches = run.dataset.epoch(run.batch_size, generator_for(seed, "order"), generator)
+        generator.manual_seed(stream_seed(seed, "batch", index))
+        torch.manual_seed(stream_seed(seed, "network", index))
+        progress = step / run.total_steps
+        yield [
+            run.state.objective.draw(run.source.sample(len(x1), generator), x1, label, generator, progress)
+            for x1, label in islice(batches, accumulate)
+        ]
+
+
+def train_step(run: Run, group: list[FlowBatch]) -> dict[str, Tensor]:
+    """One optimizer step over a group of batches. Returns its losses and gradient norm as scalars on the device."""
+    state = run.state
+    state.objective.train()
+    for settings in state.optimizer.param_groups:
+        settings["lr"] = settings["initial_lr"] * state.schedule.factor(state.step, run.total_steps)
+
+    # Accumulate gradients: each batch weighs by its rows, so a ragged last one counts rightly.
+    rows = sum(len(batch) for batch in group)
+    totals: dict[str, Tensor] = {}
+    for batch in group:
+        with autocast(run.device, run.config["precision"]):
+            terms = named_terms(run.forward(batch, run.teacher), run.config["loss_weights"])
+        share = len(batch) / rows
+        state.scaler.scale(terms["loss"] * share).backward()
+        for name, term in terms.items():
+            totals[name] = totals.get(name, 0.0) + share * term.detach()
+
+    # Update weights and their average.
+    state.scaler.unscale_(state.optimizer)
+    parameters = [p for p in state.objective.network.parameters() if p.requires_grad]
+    totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, run.config["grad_clip"] or math.inf)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    state.ema.update(state.ema_objective.network, state.objective.network, state.step)
+    return totals
+
+
+def after_step(run: Run, values: dict[str, Tensor]) -> None:
+    """Count the step in the window; every log_every steps, write a line."""
+    run.state.window.add(values)
+    if run.state.step % run.config["log_every"] == 0:
+        log_window(run)
+    run.notify("step_end")
+
+
+def log_window(run: Run) -> None:
+    """Write the means since the last line. UserError when a loss was not finite: nothing broken is ever saved."""
+    window, state = run.state.window, run.state
+    check_finite(run)
+    if not window.count:
+        return
+    means, seconds = window.means(), max(run.split_time(), 1e-9)
+    rate = run.steps_since_split / seconds
+    metrics = {f"train/{name}": value for name, value in means.items()}
+    metrics["train/lr"] = state.optimizer.param_groups[0]["lr"]
+    metrics["train/steps_per_second"] = rate
+    metrics["train/samples_per_second"] = rate * run.batch_size * run.config["gradient_accumulation_steps"]
+    window.clear()
+    run.log(metrics)
+
+
+def check_finite(run: Run) -> None:
+    """The NaN guard. UserError naming the term, the step and the last good save."""
+    term = run.state.window.non_finite()
+    if term is not None:
+        last = run.checkpoints.last
+        kept = f"the last good save is {last}" if last.exists() else "nothing was saved yet"
+        raise UserError(
+            f"train/{term} became NaN or infinite within the steps up to {run.state.step}; {kept}; "
+            "try a lower optimizer.lr, a smaller grad_clip or precision=fp32"
+        )
+
+
+def end_epoch(run: Run) -> None:
+    """At the end of an epoch, of the run, or on a stop: evaluate where due, then save."""
+    complete = run.state.step % run.steps_per_epoch == 0
+    last = run.state.step >= run.total_steps
+    if not complete and not last:
+        check_finite(run)
+        run.save(epoch=None, best=False)
+        return
+    log_window(run)
+    best = False
+    if last or run.epoch % run.config["eval_every"] == 0:
+        best = judge(run, run.evaluate(final=last))
+    if run.stop is not None and not last and run.stop.early:
+        judge(run, run.evaluate(final=True))
+    if last or best or run.stop is not None or run.epoch % run.config["save_every"] == 0:
+        run.save(epoch=run.epoch, best=best)
+    run.notify("epoch_end")
+    run.split_time()  # the next rate is of training alone
+
+
+def judge(run: Run, values: dict[str, float]) -> bool:
+    """Compare the monitored metric with the best so far: whether this is the best; plateau and patience hear of it."""
+    state, monitor = run.state, run.config["monitor"]
+    if monitor not in values:
+        known = ", ".join(sorted(values))
+        raise UserError(f"monitor={monitor} is not among this run's evaluation metrics; use one of {known}")
+    state.schedule.observe(values[monitor])
+    better = values[monitor] < state.best
+    state.best, state.waited = (values[monitor], 0) if better else (state.best, state.waited + 1)
+    if run.config["patience"] and state.waited >= run.config["patience"]:
+        run.stop_early(f"{monitor} has not improved for {state.waited} evaluations")
+    return better

@@ -1,0 +1,164 @@
+"""A run: the parts a configuration names, assembled, and the few things they do together."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dataloaders.base_dataloaders import FlowDataset
+from dataloaders.sources import Source
+from evaluation.evaluator import Evaluation, GeneratorEvaluator
+from losses.objective import FlowBatch, FlowObjective
+from solvers.base_solver import BaseSolver
+from training.callbacks import Callback
+from training.checkpoint import FORMAT, CheckpointFolder
+from training.provenance import git_commit, package_versions
+from training.run_folder import RunFolder
+from training.state import TrainState
+from training.terms import LossOutput
+from training.trackers import Tracker
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a run ends before its last step. early: it was voted for, so the run counts as finished."""
+
+    why: str
+    early: bool = False
+    signal: int = 0
+
+
+@dataclass
+class Run:
+    """Everything one process of a run holds. config is resolved and plain; rank and world count processes."""
+
+    config: dict[str, Any]
+    device: torch.device
+    dataset: FlowDataset
+    source: Source
+    state: TrainState
+    solver: BaseSolver
+    evaluator: GeneratorEvaluator
+    forward: Callable[[FlowBatch, FlowObjective | None], LossOutput]  # the objective, possibly compiled
+    folder: RunFolder
+    checkpoints: CheckpointFolder
+    tracker: Tracker
+    callbacks: list[Callback]
+    dataset_key: str
+    rank: int = 0
+    world: int = 1
+    stop: Stop | None = None
+    evaluation: Evaluation | None = None
+    last_values: dict[str, float] = field(default_factory=dict)  # the newest value of every metric
+    clock: float = 0.0
+    split_clock: float = 0.0
+    split_step: int = 0
+    steps_since_split: int = 0
+
+    @property
+    def batch_size(self) -> int:
+        return self.config["batch_size"]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch; the last may see fewer batches."""
+        return -(-self.dataset.batches_per_epoch(self.batch_size) // self.config["gradient_accumulation_steps"])
+
+    @property
+    def total_steps(self) -> int:
+        return self.config["max_steps"] or self.config["epochs"] * self.steps_per_epoch
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done, a begun one counted once the run ends in it."""
+        return -(-self.state.step // self.steps_per_epoch)
+
+    @property
+    def teacher(self) -> FlowObjective | None:
+        """The EMA objective, for losses that want a target from it."""
+        return self.state.ema_objective if self.state.objective.needs_teacher else None
+
+    def notify(self, hook: str) -> None:
+        """Tell every callback."""
+        for callback in self.callbacks:
+            getattr(callback, hook)(self)
+
+    def stop_early(self, why: str) -> None:
+        """Vote to end the run at the next step, as finished."""
+        self.stop = self.stop or Stop(why, early=True)
+
+    def elapsed(self) -> float:
+        """Seconds spent in the loop, earlier sittings included."""
+        return self.state.elapsed + (time.perf_counter() - self.clock if self.clock else 0.0)
+
+    def split_time(self) -> float:
+        """Seconds since the last call, and as a side effect the steps in between."""
+        now, step = time.perf_counter(), self.state.step
+        seconds = now - self.split_clock
+        self.steps_since_split = step - self.split_step
+        self.split_clock, self.split_step = now, step
+        return seconds
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Write metrics at the current step, to metrics.jsonl and to the tracker."""
+        for callback in self.callbacks:
+            metrics = metrics | callback.extra_metrics(self)
+        metrics = {**metrics, "epoch": float(self.epoch), "train/elapsed_seconds": self.elapsed()}
+        self.last_values |= metrics
+        self.folder.append_metrics(self.state.step, self.epoch, self.elapsed(), metrics)
+        self.tracker.log(metrics, self.state.step)
+
+    def evaluate(self, final: bool) -> dict[str, float]:
+        """Score the EMA weights; returns the values by metric name."""
+        self.evaluation = self.evaluator.evaluate(
+            self.state.ema_objective,
+            self.dataset,
+            self.source,
+            self.solver,
+            self.config["seed"],
+            self.dataset_key,
+            Path(self.config["output_dir"]) / "cache",
+            final,
+        )
+        if self.state.step:
+            self.log({**self.evaluation.values, "eval/seconds": self.evaluation.seconds})
+        self.notify("evaluation_end")
+        return self.evaluation.values
+
+    def payload(self) -> dict[str, Any]:
+        """What a checkpoint holds: the state, and where it comes from."""
+        state = self.state.state_dict() | {"elapsed": self.elapsed()}
+        return state | {
+            "format": FORMAT,
+            "run_name": self.config["run_name"],
+            "arch": self.config["choices"]["model"],
+            "epoch": self.epoch,
+            "second_time": self.state.objective.second_time,
+            "config": self.config,
+            "git_commit": git_commit(),
+            "versions": package_versions(),
+        }
+
+    def save(self, epoch: int | None, best: bool) -> None:
+        """Save the state, and what people and scripts want to know of it."""
+        self.checkpoints.save(self.payload(), epoch, best)
+        self.write_status("running")
+
+    def write_status(self, state: str, why: str = "") -> None:
+        scores = {name: v for name, v in self.last_values.items() if name.startswith(("eval/", "oracle/"))}
+        self.folder.write_status(state, self.state.step, self.epoch, self.elapsed(), scores, why)
+
+    def export_weights(self, network_state: dict[str, Tensor]) -> Path:
+        """model.safetensors: the EMA weights with the configuration, for use elsewhere."""
+        import json
+
+        from safetensors.torch import save_file
+
+        path = self.folder.path / "model.safetensors"
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in network_state.items()}
+        save_file(tensors, path, {"config": json.dumps(self.config)})
+        return path

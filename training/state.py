@@ -1,0 +1,65 @@
+"""All of a run that changes while it trains, and nothing else: what a checkpoint holds."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from losses.objective import FlowObjective
+from training.ema import ConstantEMA
+from training.schedules import Schedule
+from training.terms import Window
+
+
+@dataclass
+class TrainState:
+    """objective (with the trained network) and ema_objective (with its average) share everything but the network.
+
+    step: optimizer steps done. Epoch and data position follow from it, and every random number from the seed and it, so
+    neither is saved. best: lowest monitored value; waited: evaluations since. elapsed: training seconds of earlier sittings.
+    """
+
+    objective: FlowObjective
+    ema_objective: FlowObjective
+    ema: ConstantEMA
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    scaler: torch.amp.GradScaler
+    window: Window = field(default_factory=Window)
+    step: int = 0
+    best: float = float("inf")
+    waited: int = 0
+    elapsed: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors only. Networks are saved bare."""
+        return {
+            "network": self.objective.network.state_dict(),
+            "ema": self.ema_objective.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "window": self.window.state_dict(),
+            "step": self.step,
+            "best": self.best,
+            "waited": self.waited,
+            "elapsed": self.elapsed,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state exactly."""
+        self.objective.network.load_state_dict(state["network"])
+        self.ema_objective.network.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.window.load_state_dict(state["window"], next(self.objective.network.parameters()).device)
+        self.step, self.best, self.waited, self.elapsed = (state[k] for k in ("step", "best", "waited", "elapsed"))
+
+
+def averaged_objective(objective: FlowObjective, ema: ConstantEMA) -> FlowObjective:
+    """The same objective around the average of its network."""
+    shallow = copy.copy(objective)
+    shallow._modules = {**objective._modules, "network": ema.average_of(objective.network)}
+    return shallow.eval()

@@ -1,0 +1,113 @@
+"""What a run says before it starts and after it ends."""
+
+from pathlib import Path
+from typing import Any
+
+from evaluation.evaluator import Evaluation
+from evaluation.metrics.base_metric import Absent
+from training.device import device_name
+from training.run import Run
+
+SHOWN_EXTRA = ("oracle/flow_map_error_median", "oracle/flow_map_error_exact_field")
+
+
+def print_lines(rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
+
+
+def megabytes(paths: list[Path]) -> str:
+    return f"{sum(path.stat().st_size for path in paths) / 1e6:.1f} MB"
+
+
+def print_start(run: Run) -> None:
+    """A dozen lines: what is about to happen, where, and what it leaves."""
+    config, choices, network = run.config, run.config["choices"], run.state.objective.network
+    accumulate = config["gradient_accumulation_steps"]
+    rows = f"{run.batch_size} rows" + (f" x {accumulate} batches" if accumulate > 1 else "")
+    frequencies = config["model"].get("time_frequencies")
+    kept = f"newest {config['keep_saves']} epoch saves" if config["keep_saves"] else "every epoch save"
+    shape = "x".join(map(str, run.dataset.state_shape))
+    print(f"{config['run_name']}: {choices['model']} learns {choices['dataloaders']} by {choices['loss']}")
+    print_lines(
+        [
+            ("device", f"{device_name(run.device)}, {config['precision']}" + (", compiled" if config["compile"] else "")),
+            ("data", f"{choices['dataloaders']}, states {shape}, {run.dataset.epoch_size:,} draws an epoch"),
+            ("model", f"{choices['model']}, {network.parameter_count():,} parameters"
+             + (f", {network.num_classes} classes" if network.num_classes else "")
+             + (f", time frequencies {frequencies}" if frequencies else "")),
+            ("objective", f"{choices['loss']}, path {choices.get('loss/path')}, coupling {choices.get('loss/coupling')}"),
+            ("optimizer", f"{choices['optimizer']}, lr {config['optimizer']['lr']:g}, schedule {choices['schedule']}"),
+            ("steps", f"{run.total_steps:,} of {rows}, {run.steps_per_epoch:,} an epoch"
+             + (f", from step {run.state.step:,}" if run.state.step else "")),
+            ("evaluation", f"every {config['eval_every']} epoch(s): {config['evaluation']['samples']:,} samples, "
+             f"{config['evaluation']['final_samples']:,} at the end; {choices['solver']}, {run.solver.steps} steps"),
+            ("run folder", str(run.folder.path)),
+            ("checkpoints", f"{run.checkpoints.folder} ({kept}, last and best)"),
+        ]
+    )  # fmt: skip
+
+
+def number(value: float) -> str:
+    return f"{value:.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.2g}"
+
+
+def score_rows(evaluation: Evaluation) -> list[tuple[str, str, str]]:
+    """(name, value +- standard error, noise floor) of each score."""
+    rows = [("eval/loss", number(evaluation.values["eval/loss"]), "")]
+    for score in evaluation.scores:
+        value = number(score.value) + (f" +- {number(score.spread)}" if score.spread is not None else "")
+        floor = "" if score.floor is None else number(score.floor)
+        floor += "" if score.floor_sd is None else f" +- {number(score.floor_sd)}"
+        rows.append((score.name, value, floor))
+        rows += [(name, number(v), "") for name, v in (score.extra or {}).items() if name in SHOWN_EXTRA]
+    return rows
+
+
+def absent_lines(absent: list[Absent]) -> list[str]:
+    """One line per reason, naming the scores it rules out."""
+    by_reason: dict[str, list[str]] = {}
+    for item in absent:
+        by_reason.setdefault(item.reason, []).append(item.name)
+    return [f"{', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+
+
+def print_scores(evaluation: Evaluation, nfe: int) -> None:
+    """The table of scores with their noise floors, and why some are absent."""
+    print(
+        f"scores of {len(evaluation.generation.samples):,} samples, {nfe} evaluations each (noise floor: real against real)"
+    )
+    rows = score_rows(evaluation)
+    width = max(len(name) for name, _, _ in rows)
+    for name, value, floor in rows:
+        print(f"  {name:<{width}}  {value:<22}" + (f"floor {floor}" if floor else ""))
+    for line in absent_lines(evaluation.absent):
+        print(f"  not given: {line}")
+
+
+def print_end(run: Run, picture: Path | None) -> None:
+    """The closing block: scores, picture, dashboard, how to go on."""
+    name = run.config["run_name"]
+    how = "interrupted" if run.stop is not None and not run.stop.early else "finished"
+    why = f" ({run.stop.why})" if run.stop is not None else ""
+    print(f"{name} {how}{why} at step {run.state.step:,} of {run.total_steps:,}, {run.elapsed():.1f} s")
+    if run.evaluation is not None:
+        print_scores(run.evaluation, run.solver.evaluations)
+    print_lines(end_lines(run, picture, how))
+
+
+def end_lines(run: Run, picture: Path | None, how: str) -> list[tuple[str, str]]:
+    config, name = run.config, run.config["run_name"]
+    lines: list[tuple[str, Any]] = [("picture", picture)] if picture else []
+    files = run.checkpoints.all_files()
+    if files:
+        lines.append(("checkpoint", f"{run.checkpoints.last} ({len(files)} saves, {megabytes(files)})"))
+    if config["trackio"]["enabled"]:
+        lines.append(("dashboard", f"trackio show --project {config['trackio']['project']}"))
+    if how == "interrupted":
+        lines.append(("go on", f"python launcher.py run_name={name} resume=true"))
+    else:
+        lines.append(("go on", f"python launcher.py run_name={name} resume=true epochs={2 * config['epochs']}"))
+        lines.append(("sample", f"python scripts/sample.py ckpt={run.checkpoints.last} n=1000"))
+    return [(key, str(value)) for key, value in lines]
