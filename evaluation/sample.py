@@ -20,10 +20,12 @@ from training.assemble import (
 )
 from training.build import build
 from training.checkpoint import load_checkpoint
-from training.config import parse_overrides
+from training.checks import check_values
+from training.config import compose_config, parse_overrides, resolved
 from training.device import pick_device
 from training.errors import UserError
 from training.launch import laid_over
+from training.seeds import generator_for
 
 
 @dataclass
@@ -52,6 +54,11 @@ class TrainedModel:
         labels = None if labels is None else labels.to(self.device)
         return generate(self.objective.velocity, solver or build_solver(self.config), noise, labels).cpu()
 
+    def real(self, n: int, seed: int = 0) -> Tensor:
+        """At most n held-out states of the data the model learned, on the CPU."""
+        dataset = build_dataset(self.config, torch.device("cpu"))
+        return dataset.held_out(n, generator_for(seed, "evaluation/reference"))[0]
+
     def velocity(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> Tensor:
         """The learned velocity at states x (B, ...) and times t, a number or (B,)."""
         return self.objective.velocity(x, torch.as_tensor(t, device=x.device), label)
@@ -61,6 +68,13 @@ def load(path: str | Path, device: str = "auto") -> TrainedModel:
     """The model of a checkpoint, rebuilt from the configuration stored in it. UserError if that cannot be done."""
     payload = load_checkpoint(Path(path))
     return trained_model(payload, payload["config"], Path(path), pick_device(device))
+
+
+def solver_from_overrides(words: list[str]) -> BaseSolver:
+    """A solver named on a command line, e.g. ["solver=rk4", "solver.steps=8"]. UserError for what is not one."""
+    config = resolved(compose_config(["run_name=sample", *words]))
+    check_values(config)
+    return build_solver(config)
 
 
 def trained_model(payload: dict[str, Any], config: dict[str, Any], path: Path, device: torch.device) -> TrainedModel:

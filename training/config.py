@@ -199,7 +199,7 @@ def checked_type(key: str, value: Any, default: Any, text: str) -> Any:
         if isinstance(default, kind):
             if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)):
                 return value
-            hint = f"such as {default}" if kind is not DictConfig else f"such as {key}.{next(iter(dict(default)), 'x')}"
+            hint = f"such as {default}" if kind is not DictConfig else f"such as {key}.{[*flat_keys(default), 'x'][0]}"
             raise UserError(f"{key} takes {words}, {hint}, not {text!r}")
     if not isinstance(value, list):
         raise UserError(f"{key} takes a list such as {list(default)}, not {text!r}")

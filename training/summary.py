@@ -92,7 +92,7 @@ def print_end(run: Run, picture: Path | None) -> None:
     how = "interrupted" if run.stop is not None and not run.stop.early else "finished"
     why = f" ({run.stop.why})" if run.stop is not None else ""
     print(f"{name} {how}{why} at step {run.state.step:,} of {run.total_steps:,}, {run.elapsed():.1f} s")
-    if run.evaluation is not None:
+    if run.evaluation is not None and how == "finished":
         print_scores(run.evaluation, run.solver.evaluations)
     print_lines(end_lines(run, picture, how))
 
