@@ -83,6 +83,13 @@ def test_gaussian_takes_a_mean_for_all_dimensions_or_each() -> None:
     assert Gaussian([1, 2], state_shape=[2]).mixture.means.tolist() == [[1, 2]]
 
 
+def test_eight_gaussians_sit_an_eighth_of_a_turn_apart() -> None:
+    means = EightGaussians(radius=3).mixture.means
+    eighth_turn = torch.tensor([[1.0, -1.0], [1.0, 1.0]]) / math.sqrt(2)
+    assert torch.allclose(means @ eighth_turn.T, means.roll(-1, 0), atol=1e-5)
+    assert means[0].tolist() == [3, 0]
+
+
 def radius_and_angle(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.norm(dim=1), torch.atan2(x[:, 1], x[:, 0])
 
@@ -137,6 +144,15 @@ def test_pinwheel_blades_are_twisted() -> None:
     assert right_way_out.double().mean() > 0.998
     assert wrapped(angle - expected)[right_way_out].max() < 1e-4
     assert length.std().item() == pytest.approx(0.3, rel=0.03)
+
+
+def test_pinwheel_blades_have_their_width() -> None:
+    """Straight blades of no length, turned back onto the first: x = 1.5 (1, q)."""
+    x, label = draw(Pinwheel(radial_std=0, tangential_std=0.2, rate=0, num_classes=5))
+    angle = -2 * math.pi * label / 5
+    along, across = (angle.cos() * x[:, 0] - angle.sin() * x[:, 1], angle.sin() * x[:, 0] + angle.cos() * x[:, 1])
+    assert torch.allclose(along, torch.full_like(along, 1.5), atol=1e-5)
+    assert stats.kstest((across / 0.3).numpy(), "norm").pvalue > 1e-3
 
 
 def test_s_curve_is_two_three_quarter_circles() -> None:

@@ -6,9 +6,7 @@ from hypothesis import strategies as st
 
 from dataloaders.base_dataloaders import make_unified_flow_matching_input, split_unified_flow_matching_input
 
-STATE_SHAPES = st.one_of(
-    st.tuples(st.integers(1, 5)), st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6))
-)
+STATE_SHAPES = st.one_of(st.tuples(st.integers(1, 5)), st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6)))
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 
 
