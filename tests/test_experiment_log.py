@@ -32,9 +32,7 @@ def log(path: Path) -> ExperimentLog:
 
 
 def write_story(log: ExperimentLog, name: str = "x") -> None:
-    log.begin(
-        name, f"python launcher.py run_name={name}", "model: mlp, loss: meanflow", "0.01", "Table 4", "a baseline"
-    )
+    log.begin(name, f"python launcher.py run_name={name}", "model: mlp, loss: meanflow", "0.01", "Table 4", "a baseline")
     log.add_result(name, "step 100: 0.5")
     log.add_result(name, "step 200: 0.2")
     log.finish(name, "| metric | value |\n|---|---|\n| eval/energy_distance | 0.02 |")
@@ -95,6 +93,13 @@ def test_rerun_replaces_its_own_words_and_not_another_runs(log: ExperimentLog, p
     section = Section(text, "x")
     assert "new command" in section.read("before") and "Table 4" not in section.read("before")
     assert (section.read("during"), section.read("after")) == ("", "")
+
+
+def test_name_that_begins_another_is_its_own_section(log: ExperimentLog, path: Path) -> None:
+    write_story(log, "x_2")
+    write_story(log, "x")
+    lines = path.read_text().split("\n")
+    assert lines.index("## x_2") < lines.index("## x")
 
 
 def test_changes_of_a_resumed_run_add_up(log: ExperimentLog, path: Path) -> None:

@@ -43,16 +43,16 @@ def test_generated_left_real_right_in_their_own_colors(tmp_path: Path) -> None:
 
 
 def test_both_panels_have_the_same_axes_of_equal_aspect(tmp_path: Path) -> None:
-    """The corners of a square far from the other set land at the same place of both panels, and stay a square."""
-    corners = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    path = tmp_path / "scatter.png"
-    scatter_picture(path, corners, corners)
-    pixels = read_png(path)
-    places = [np.argwhere(mask(pixels)) for mask in (bluish, reddish)]
-    height, width = places[0].max(axis=0) - places[0].min(axis=0)
-    assert abs(height - width) <= 2 and height > 100
-    np.testing.assert_allclose(np.ptp(places[0], axis=0), np.ptp(places[1], axis=0), atol=1)
-    np.testing.assert_allclose(places[0].min(axis=0)[0], places[1].min(axis=0)[0], atol=1)
+    """A generated square of side 1.4 beside a real one of side 1: both stay squares, in that ratio, on one height."""
+    corners = np.array([[-0.5, -0.5], [0.5, -0.5], [-0.5, 0.5], [0.5, 0.5]])
+    scatter_picture(tmp_path / "scatter.png", 1.4 * corners, corners)
+    pixels = read_png(tmp_path / "scatter.png")
+    generated, real = (np.argwhere(mask(pixels)) for mask in (bluish, reddish))
+    marker = 5
+    heights, widths = zip(*(np.ptp(square, axis=0) - marker for square in (generated, real)), strict=True)
+    np.testing.assert_allclose(heights, widths, atol=2)
+    assert heights[1] > 100 and abs(heights[0] - 1.4 * heights[1]) <= 4
+    assert abs(generated.mean(axis=0)[0] - real.mean(axis=0)[0]) <= 1
 
 
 def test_limits_hold_all_real_points_and_the_bulk_of_the_generated() -> None:

@@ -92,9 +92,7 @@ def test_compare_tells_only_the_settings_that_differ(output_dir: Path, capsys: p
     assert cells(lines, "train/loss") == ["train/loss", "0.8", "nan"]
 
 
-def test_unknown_run_is_one_sentence_with_the_nearest_name(
-    output_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_run_is_one_sentence_with_the_nearest_name(output_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run_main(capsys, "show", "moon_mlp", "--output-dir", output_dir)
     assert code == 1 and "did you mean moons_mlp?" in err and err.count("\n") == 1
     code, _, err = run_main(capsys, "compare", "moons_mlp", "moons_mlp", "--output-dir", output_dir)
@@ -102,7 +100,8 @@ def test_unknown_run_is_one_sentence_with_the_nearest_name(
 
 
 def test_runs_from_any_folder_in_half_a_second(output_dir: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts/runs.py"), "show", "moons_mlp", "--output-dir", "."]
+    """-S hides site-packages: the script finds the repository by itself and needs nothing else."""
+    command = [sys.executable, "-S", str(ROOT / "scripts/runs.py"), "show", "moons_mlp", "--output-dir", "."]
     spent = os.times()
     start = time.perf_counter()
     done = subprocess.run(command, cwd=output_dir, capture_output=True, text=True, check=True)

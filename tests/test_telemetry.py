@@ -53,7 +53,7 @@ def macmon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A script called macmon, alone on PATH, that notes its arguments and pid, writes a few lines and stays."""
     script = tmp_path / "bin" / "macmon"
     script.parent.mkdir()
-    lines = [OLD_LINE, NEW_LINE, '{"torn": ']
+    lines = ['{"torn": ', OLD_LINE, NEW_LINE]
     script.write_text(
         f"#!{sys.executable}\nimport os, sys, time\nfrom pathlib import Path\n"
         f"Path({str(tmp_path / 'called')!r}).write_text(' '.join([str(os.getpid()), *sys.argv[1:]]))\n"
