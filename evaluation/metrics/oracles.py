@@ -1,0 +1,122 @@
+"""Errors against the exact flow, where the data's density and so the truth is known in closed form."""
+
+import copy
+import hashlib
+
+import torch
+from torch import Tensor
+
+from evaluation.closed_forms import ExactFlow, one_thread
+from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
+from evaluation.metrics.cache import cached_tensor
+from evaluation.metrics.two_sample import not_finite
+from losses.couplings import IndependentCoupling
+from losses.objective import expand_time
+from training.seeds import generator_for
+
+CHUNK = 8192  # states the network sees at once
+
+
+def exact_flow(generation: Generation) -> ExactFlow | str:
+    """The flow that a perfect network would follow, in float64 on the CPU, or why it is not known."""
+    objective, mixture = generation.objective, generation.dataset.mixture
+    if mixture is None:
+        return f"the truth of {type(generation.dataset).__name__} data is not known in closed form"
+    if generation.source.gaussian_std is None:
+        return "the source is not Gaussian, so the truth is not known in closed form"
+    if not isinstance(objective.coupling, IndependentCoupling):
+        return "optimal-transport pairs have another truth than independent ones"
+    if objective.network.num_classes > 0:
+        return "the network is conditional on labels, the known truth is not"
+    return ExactFlow(mixture.to("cpu", torch.float64), generation.source.gaussian_std, objective.path)
+
+
+def standard_error(terms: Tensor) -> float:
+    """Of the mean of independent terms (N,)."""
+    return (terms.std() / len(terms) ** 0.5).item()
+
+
+class OracleVelocity(Metric):
+    """oracle/velocity_error = sqrt(E|v - v*|^2 / E|v*|^2) and oracle/excess_loss = E|v_c - v|^2 - E|v_c - v*|^2.
+
+    z_t is drawn afresh along the path, t uniform on [0, path.last_time], the same draws in every run. v* = E[v_c | z_t], so
+    the excess over the Bayes-optimal loss is E|v - v*|^2: the paired difference of losses has the same mean, and the noise
+    of v_c on top. Sums over dimensions, as in the losses. draws, final_draws: states during the run / at its end.
+    """
+
+    def __init__(self, draws: int = 10_000, final_draws: int = 100_000):
+        self.draws, self.final_draws = draws, final_draws
+
+    def compute(self, generation: Generation) -> list[Score | Absent]:
+        flow = exact_flow(generation)
+        if isinstance(flow, str):
+            return [Absent("oracle/velocity_error", flow), Absent("oracle/excess_loss", flow)]
+        z, t = self.states(generation, flow, self.final_draws if generation.final else self.draws)
+        exact = torch.cat(
+            [flow(states.double(), times) for states, times in zip(z.split(CHUNK), t.split(CHUNK), strict=True)]
+        )
+        error = (self.model_velocity(generation, z, t) - exact).flatten(1).square().sum(1)
+        size = exact.flatten(1).square().sum(1)
+        relative = (error.mean() / size.mean()).sqrt().item()
+        spread = 0.5 * relative * standard_error(error / error.mean().clamp(min=1e-300) - size / size.mean())
+        note = f"{len(z):,} states on the path"
+        return [
+            Score("oracle/velocity_error", relative, spread, note=note),
+            Score("oracle/excess_loss", error.mean().item(), standard_error(error), note=note),
+        ]
+
+    def states(self, generation: Generation, flow: ExactFlow, count: int) -> tuple[Tensor, Tensor]:
+        """z (count, ...) and t (count,), fp32 on the CPU."""
+        generator = generator_for(0, "oracle/velocity")
+        x1 = flow.mixture.to(dtype=torch.float32).sample(count, generator)[0].reshape(-1, *generation.dataset.state_shape)
+        x0 = flow.source_std * torch.randn(x1.shape, generator=generator)
+        t = flow.path.last_time * torch.rand(count, generator=generator)
+        return flow.path.state(x0, x1, expand_time(t, x1)), t
+
+    def model_velocity(self, generation: Generation, z: Tensor, t: Tensor) -> Tensor:
+        """The network's velocity (count, ...) in float64 on the CPU."""
+        device = generation.samples.device
+        velocity = generation.objective.velocity
+        parts = [
+            velocity(states.to(device), times.to(device))
+            for states, times in zip(z.split(CHUNK), t.split(CHUNK), strict=True)
+        ]
+        return torch.cat(parts).cpu().double()
+
+
+class OracleFlowMapError(Metric):
+    """oracle/flow_map_error = sqrt(E|X(x0, 0, 1) - X*(x0, 0, 1)|^2): each sample against the exact end of its own noise.
+
+    Far sharper than any distance between sets. On blobs most of it comes from the few samples near a separatrix, hence
+    oracle/flow_map_error_median; oracle/flow_map_error_exact_field is what the run's solver makes of the exact field.
+    """
+
+    name = "oracle/flow_map_error"
+
+    def compute(self, generation: Generation) -> list[Score | Absent]:
+        flow = exact_flow(generation)
+        reason = flow if isinstance(flow, str) else not_finite(generation.samples)
+        if isinstance(flow, str) or reason is not None:
+            return [Absent(self.name, str(reason))]
+        noise = generation.noise.cpu().double()
+        truth = self.truth(generation, flow, noise)
+        squared = (generation.samples.cpu().double() - truth).flatten(1).square().sum(1)
+        with one_thread():
+            solved = copy.copy(generation.solver).solve(flow, noise)  # a copy: its count of evaluations is the samples'
+        extra = {
+            f"{self.name}_median": squared.median().sqrt().item(),
+            f"{self.name}_exact_field": (solved - truth).flatten(1).square().sum(1).mean().sqrt().item(),
+        }
+        value = squared.mean().sqrt().item()
+        spread = 0.5 * standard_error(squared) / max(value, 1e-300)
+        return [Score(self.name, value, spread, extra=extra, note=f"{len(noise):,} samples")]
+
+    def truth(self, generation: Generation, flow: ExactFlow, noise: Tensor) -> Tensor:
+        """X*(noise, 0, 1), cached: integrating it for 10,000 samples takes seconds."""
+        key: dict[str, object] = {
+            "dataset": generation.dataset_key,
+            "source_std": flow.source_std,
+            "path": [type(flow.path).__name__, vars(flow.path)],
+            "noise": hashlib.blake2s(noise.numpy().tobytes(), digest_size=16).hexdigest(),
+        }
+        return cached_tensor(generation.cache, "flow_map_truth", key, lambda: flow.flow_map(noise, 0.0, 1.0))

@@ -1,0 +1,65 @@
+"""2-Wasserstein distances: exact for vectors, on a subset, and sliced for anything."""
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from evaluation.metrics.base_metric import Generation
+from evaluation.metrics.two_sample import TwoSampleMetric
+from training.seeds import generator_for
+
+
+def wasserstein2(x: Tensor, y: Tensor) -> float:
+    """W2 = sqrt(min over pairings of mean |x_i - y_p(i)|^2) of x and y (N, D): the exact assignment, O(N^3)."""
+    x, y = x.cpu().double(), y.cpu().double()
+    cost = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square().numpy()
+    return float(cost[linear_sum_assignment(cost)].mean() ** 0.5)
+
+
+def sliced_wasserstein2(x: Tensor, y: Tensor, directions: Tensor) -> float:
+    """sqrt(mean over directions (P, D), unit vectors, of the squared W2 of the projections) (Bonneel et al. 2015).
+
+    Of x and y (N, D). In one dimension the best pairing is by rank, so each projection is exact.
+    """
+    ranked_x, ranked_y = (np.sort((directions @ side.T).cpu().numpy()) for side in (x, y))  # 5 times as fast as torch's
+    return float(np.square(ranked_x - ranked_y, dtype=np.float64).mean() ** 0.5)
+
+
+class Wasserstein(TwoSampleMetric):
+    """eval/w2 of the first `points` of each side. Above its floor, which falls with the number of points, it has meaning."""
+
+    name = "eval/w2"
+
+    def __init__(self, points: int = 500, replicates: int = 10):
+        super().__init__(replicates)
+        self.points = points
+
+    def refusal(self, generation: Generation) -> str | None:
+        if len(generation.dataset.state_shape) != 1:
+            return "the exact 2-Wasserstein distance is for vectors, not for images"
+        return super().refusal(generation)
+
+    def distance(self, x: Tensor, y: Tensor) -> float:
+        count = min(len(x), len(y), self.points)
+        return wasserstein2(x[:count], y[:count])
+
+
+class SlicedWasserstein(TwoSampleMetric):
+    """eval/sliced_w2 over fixed random directions, the same in every run; the larger side is cut to the smaller's size."""
+
+    name = "eval/sliced_w2"
+
+    def __init__(self, projections: int = 64, replicates: int = 10):
+        super().__init__(replicates)
+        self.projections = projections
+
+    def directions(self, like: Tensor) -> Tensor:
+        """(P, D) unit vectors for states `like` (N, D)."""
+        generator = generator_for(0, f"{self.name}/directions")
+        normal = torch.randn(self.projections, like.shape[1], generator=generator)
+        return torch.nn.functional.normalize(normal).to(like)
+
+    def distance(self, x: Tensor, y: Tensor) -> float:
+        count = min(len(x), len(y))
+        return sliced_wasserstein2(x[:count], y[:count], self.directions(x))

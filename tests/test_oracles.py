@@ -1,0 +1,214 @@
+"""Oracle metrics: zero for the exact field, known values for a wrong one, absent where there is no truth."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dataloaders.base_dataloaders import FlowDataset, split_unified_flow_matching_input
+from dataloaders.sources import GaussianSource, Source
+from dataloaders.synthetic import Gaussian, KMeans
+from dataloaders.tensor_dataset import TensorDataset
+from evaluation.closed_forms import ExactFlow
+from evaluation.metrics.base_metric import Absent, Generation, Score
+from evaluation.metrics.oracles import OracleFlowMapError, OracleVelocity
+from losses.couplings import Coupling, IndependentCoupling, MinibatchOTCoupling
+from losses.objective import FlowBatch, FlowObjective
+from losses.paths import CosinePath, LinearPath, ProbabilityPath, VariancePreservingPath
+from losses.predictions import VelocityPrediction
+from losses.time_samplers import UniformTimes
+from losses.weightings import UniformWeighting
+from models.velocity_model import VelocityModel
+from solvers.base_solver import BaseSolver, Field, StepCallback
+from training.seeds import generator_for
+
+OFFSET = torch.tensor([0.3, -0.4])
+
+
+class OffsetField(VelocityModel):
+    """The exact velocity plus a constant."""
+
+    def __init__(self, flow: ExactFlow, offset: Tensor, num_classes: int = 0):
+        super().__init__()
+        self.flow, self.offset, self.num_classes = flow, nn.Parameter(offset), num_classes
+
+    def forward(self, unified_input: Tensor, label: Tensor | None = None) -> Tensor:
+        x, times = split_unified_flow_matching_input(unified_input)
+        return self.flow(x.double(), times[:, 0]).float() + self.offset
+
+
+class Plain(FlowObjective):
+    """An objective that is only read."""
+
+    def forward(self, batch: FlowBatch, teacher: FlowObjective | None = None) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class EulerSteps(BaseSolver):
+    """Euler's method, enough to tell a solver's error from none."""
+
+    def solve(self, field: Field, x0: Tensor, times: Tensor | None = None, callback: StepCallback | None = None) -> Tensor:
+        x, self.evaluations = x0, self.steps
+        for i in range(self.steps):
+            x = x + field(x, torch.tensor(i / self.steps)) / self.steps
+        return x
+
+
+class NotGaussian(GaussianSource):
+    """A source without a known standard deviation."""
+
+    def __init__(self, state_shape: list[int]):
+        super().__init__(state_shape)
+        self.gaussian_std = None
+
+
+def generation(
+    cache: Path,
+    dataset: FlowDataset | None = None,
+    source: Source | None = None,
+    coupling: Coupling | None = None,
+    path: ProbabilityPath | None = None,
+    offset: Tensor | None = None,
+    num_classes: int = 0,
+    key: str = "kmeans",
+    steps: int = 200,
+    count: int = 300,
+) -> Generation:
+    dataset, path, source = dataset or KMeans(), path or LinearPath(), source or GaussianSource([2], 0.9)
+    flow = ExactFlow((dataset.mixture or KMeans().mixture).to(dtype=torch.float64), source.gaussian_std or 1.0, path)
+    network = OffsetField(flow, torch.zeros(2) if offset is None else offset, num_classes)
+    objective = Plain(
+        network, path, coupling or IndependentCoupling(), UniformTimes(), VelocityPrediction(), UniformWeighting()
+    )
+    noise, solver = source.sample(count, torch.Generator().manual_seed(0)), EulerSteps(steps)
+    with torch.no_grad():
+        samples = solver.solve(objective.velocity, noise)
+    return Generation(
+        noise, samples, None, objective, objective.velocity, solver, dataset, source, key, cache, False,
+        lambda name: generator_for(0, name),
+    )  # fmt: skip
+
+
+def compute(metric: OracleVelocity | OracleFlowMapError, made: Generation) -> list[Score]:
+    with torch.no_grad():
+        results = metric.compute(made)
+    return [result for result in results if isinstance(result, Score)]
+
+
+PATHS = [LinearPath(), CosinePath(), VariancePreservingPath()]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
+def test_exact_field_has_no_velocity_error(tmp_path: Path, path: ProbabilityPath) -> None:
+    error, excess = compute(OracleVelocity(4000), generation(tmp_path, path=path))
+    assert (error.name, excess.name) == ("oracle/velocity_error", "oracle/excess_loss")
+    assert error.value < 1e-6
+    assert excess.value < 1e-10
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
+def test_constant_offset_is_measured_as_such(tmp_path: Path, path: ProbabilityPath) -> None:
+    made = generation(tmp_path, path=path, offset=OFFSET)
+    metric = OracleVelocity(20_000)
+    error, excess = compute(metric, made)
+    assert excess.value == pytest.approx(0.25, rel=1e-5)  # |c|^2, summed over dimensions
+    # E|v*|^2 from fresh conditional draws: E|v_c|^2 - E|v_c - v*|^2
+    g = torch.Generator().manual_seed(7)
+    x1, x0 = KMeans().held_out(100_000, g)[0], 0.9 * torch.randn(100_000, 2, generator=g)
+    t = path.last_time * torch.rand(100_000, 1, generator=g)
+    network = made.objective.network
+    assert isinstance(network, OffsetField)
+    v_c, v = path.conditional_velocity(x0, x1, t), network.flow(path.state(x0, x1, t).double(), t[:, 0])
+    size = v_c.square().sum(1).mean() - (v_c - v).square().sum(1).mean()
+    assert error.value == pytest.approx(0.5 / math.sqrt(size), rel=0.02)
+    paired = (v_c - v - OFFSET).square().sum(1) - (v_c - v).square().sum(1)
+    assert excess.value == pytest.approx(paired.mean().item(), abs=4 * paired.std().item() / math.sqrt(100_000))
+    assert error.spread is not None and 0 < error.spread < 0.02 * error.value
+
+
+def test_velocity_spread_is_the_scatter_over_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = generation(tmp_path)
+    network = made.objective.network
+    monkeypatch.setattr(network, "forward", lambda unified, label=None: 0.5 * unified[:, :2])
+    scores = []
+    for i in range(40):
+        monkeypatch.setattr("evaluation.metrics.oracles.generator_for", lambda seed, name, i=i: generator_for(i, name))
+        scores.append(compute(OracleVelocity(500), made))
+    for k in range(2):
+        values = torch.tensor([score[k].value for score in scores])
+        spread = torch.tensor([score[k].spread for score in scores]).mean()
+        assert spread.item() == pytest.approx(values.std().item(), rel=0.35)
+
+
+def test_draws_grow_at_the_final_evaluation(tmp_path: Path) -> None:
+    made = generation(tmp_path, offset=OFFSET)
+    made.final = True
+    assert "700 states" in compute(OracleVelocity(300, 700), made)[0].note
+
+
+def test_flow_map_error_of_the_exact_field_is_the_solvers(tmp_path: Path) -> None:
+    made = generation(tmp_path)
+    (score,) = compute(OracleFlowMapError(), made)
+    assert score.extra is not None
+    assert score.value == pytest.approx(score.extra["oracle/flow_map_error_exact_field"], rel=1e-2)
+    assert 1e-4 < score.extra["oracle/flow_map_error_median"] < score.value
+    (finer,) = compute(OracleFlowMapError(), generation(tmp_path, steps=1600))
+    assert finer.value < 0.3 * score.value
+    assert made.solver.evaluations == 200
+
+
+def test_flow_map_error_of_a_displaced_sampler(tmp_path: Path) -> None:
+    made = generation(tmp_path, dataset=Gaussian())
+    made.samples = 0.7 + 0.4 / 0.9 * made.noise + OFFSET  # one Gaussian: X* = m + s / s0 x0
+    (score,) = compute(OracleFlowMapError(), made)
+    assert score.extra is not None
+    assert score.value == pytest.approx(0.5, abs=1e-6)
+    assert score.extra["oracle/flow_map_error_median"] == pytest.approx(0.5, abs=1e-6)
+    assert score.spread == pytest.approx(0, abs=1e-6)
+
+
+def test_truth_is_integrated_once_for_the_same_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    original = ExactFlow.flow_map
+
+    def counted(self: ExactFlow, z: Tensor, r: float, t: float) -> Tensor:
+        calls.append(len(z))
+        return original(self, z, r, t)
+
+    monkeypatch.setattr(ExactFlow, "flow_map", counted)
+    (first,) = compute(OracleFlowMapError(), generation(tmp_path, count=20))
+    (again,) = compute(OracleFlowMapError(), generation(tmp_path, count=20))
+    assert first == again and len(calls) == 1
+    compute(OracleFlowMapError(), generation(tmp_path, count=20, key="kmeans std=0.2"))
+    compute(OracleFlowMapError(), generation(tmp_path, count=20, path=CosinePath()))
+    compute(OracleFlowMapError(), generation(tmp_path, count=20, path=VariancePreservingPath(beta_max=12.0)))
+    compute(OracleFlowMapError(), generation(tmp_path, count=21))
+    assert len(calls) == 5
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[:200])
+    compute(OracleFlowMapError(), generation(tmp_path, count=21))
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize("metric", [OracleVelocity(100), OracleFlowMapError()], ids=lambda m: type(m).__name__)
+def test_absent_where_the_truth_is_unknown(tmp_path: Path, metric: OracleVelocity | OracleFlowMapError) -> None:
+    finite = TensorDataset(torch.randn(30, 2), None, torch.arange(10))
+    for reason, made in {
+        "TensorDataset data": generation(tmp_path, dataset=finite),
+        "source is not Gaussian": generation(tmp_path, source=NotGaussian([2])),
+        "optimal-transport pairs": generation(tmp_path, coupling=MinibatchOTCoupling()),
+        "conditional on labels": generation(tmp_path, num_classes=5),
+    }.items():
+        with torch.no_grad():
+            results = metric.compute(made)
+        assert all(isinstance(result, Absent) and reason in result.reason for result in results), results
+        assert len(results) == (2 if isinstance(metric, OracleVelocity) else 1)
+
+
+def test_diverged_samples_have_no_flow_map_error(tmp_path: Path) -> None:
+    made = generation(tmp_path)
+    made.samples[0, 0] = math.inf
+    (absent,) = OracleFlowMapError().compute(made)
+    assert isinstance(absent, Absent) and "not finite" in absent.reason
