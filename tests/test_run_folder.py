@@ -124,9 +124,7 @@ def test_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_killed_writer_leaves_whole_files(folder: RunFolder) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(folder.path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(folder.path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "1\n"
     for _ in range(50):
         assert folder.read_status()["state"] == "running"
