@@ -75,13 +75,10 @@ def unknown_flag(arguments: list[str]) -> str | None:
 
 
 def launch(overrides: list[str]) -> float | None:
-    """Check and carry out one run; returns its best monitored value. Also the door for notebooks: see `run`."""
-    from training.launch import prepare
+    """Check and carry out one run; returns its best monitored value, if known."""
+    from training.launch import prepare, submit
 
-    config = prepare(overrides)
-    from hydra.utils import instantiate
-
-    return instantiate(config["backend"]).submit(overrides, config)
+    return submit(prepare(overrides))
 
 
 def run(*overrides: str) -> float | None:
@@ -90,27 +87,21 @@ def run(*overrides: str) -> float | None:
 
 
 def through_hydra(arguments: list[str]) -> None:
-    """-m, --cfg, --info and completion are Hydra's own. A sweep is checked and composed whole before its first job."""
+    """-m, --cfg, --info and completion are Hydra's own."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
-    from training.config import parse_overrides, register_resolvers
-    from training.launch import sweep_job
-    from training.sweep import JobFailedError, check_sweep
+    from training.config import register_resolvers
+    from training.sweep import Sweep
 
     register_resolvers()
-    words = [w for w in arguments if "=" in w and not w.startswith("-")]
-    swept = {o.key_or_group for o in parse_overrides(words) if o.is_sweep_override()}
-    if "-m" in arguments or "--multirun" in arguments:
-        check_sweep(words, swept)
+    words = [word for word in arguments if not word.startswith("-")]
+    sweep = Sweep(words) if {"-m", "--multirun"} & set(arguments) else None
 
     @hydra.main(version_base=None, config_path="configs", config_name="train")
     def job(_: Any) -> float | None:
-        overrides = sweep_job(list(HydraConfig.get().overrides.task), swept)
-        if overrides is None:
-            return None
-        with JobFailedError.from_user_errors():
-            return launch(overrides)
+        assert sweep is not None
+        return sweep.run(HydraConfig.get().overrides.task)
 
     sys.argv[1:] = arguments
     job()

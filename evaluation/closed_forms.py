@@ -1,28 +1,16 @@
 """The exact flow of a Gaussian mixture: what every objective and sampler is held against."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from dataloaders.gaussian_mixture import GaussianMixture
+from evaluation.threads import one_thread
 from losses.paths import LinearPath, PathPoint, ProbabilityPath
 from solvers.dopri5 import Dopri5
 
 TOLERANCE = 1e-9  # of the adaptive solver; on kmeans the worst of 10,000 end states is then within 1e-6 of the truth
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Small operations run faster on one thread than split over busy cores (on two busy ones, 15 times)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class ExactFlow:

@@ -104,7 +104,7 @@ def assemble(config: dict[str, Any]) -> Run:
     return Run(
         config, device, build_dataset(config, device), build_source(config, device), state, build_solver(config),
         build(config["evaluation"]), compiled(objective, config), run_folder_of(config), checkpoints,
-        tracker_from_config(config["trackio"]), [build(node) for node in config["callbacks"].values()],
+        tracker_from_config(config["trackio"]), [build(node) for node in config["callbacks"].values() if node],
         dataset_key(config),
     )  # fmt: skip
 

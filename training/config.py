@@ -5,13 +5,16 @@ unknown key, a wrong type or a value out of range becomes one sentence that name
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -51,8 +54,9 @@ def conditional_classes(conditional: bool, num_classes: int) -> int:
 
 def register_resolvers() -> None:
     """The functions that configs/ calls as ${name:argument}."""
-    for function in (vector_shape, image_shape, conditional_classes, array_shape, array_classes):
+    for function in (vector_shape, image_shape, conditional_classes, array_classes):
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)
+    OmegaConf.register_new_resolver("array_shape", lambda path: OmegaConf.create(array_shape(path)), replace=True)
 
 
 def groups() -> dict[str, list[str]]:
@@ -75,6 +79,8 @@ def parse_overrides(overrides: list[str]) -> list[Override]:
     parser = OverridesParser.create()
     parsed = []
     for text in overrides:
+        if re.fullmatch(r"run_name=[\w.+\-]+=[\w.=+\-]*", text):  # a sweep's run_name holds =, which Hydra wants quoted
+            text = f"run_name='{text.removeprefix('run_name=')}'"
         try:
             override = parser.parse_override(text)
         except HydraException:
@@ -114,12 +120,16 @@ def compose_config(overrides: list[str]) -> DictConfig:
     chosen = [override for override in parsed if is_group(override)]
     for override in chosen:
         check_choice(override)
-    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-        try:
+    outer = get_gh_backup()  # Hydra's own, while it runs the jobs of a sweep
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base=None):
             cfg = compose("train", [str(o.input_line) for o in chosen], return_hydra_config=True)
-        except HydraException as error:
-            raise UserError(f"cannot compose these choices: {str(error).splitlines()[0]}") from error
-    choices = {key: value for key, value in cfg.hydra.runtime.choices.items() if not key.startswith("hydra")}
+    except HydraException as error:
+        raise UserError(f"cannot compose these choices: {str(error).splitlines()[0]}") from error
+    finally:
+        restore_gh_from_backup(outer)
+    choices = {key: value for key, value in cfg.hydra.runtime.choices.items() if "hydra" not in key and "@" not in key}
     OmegaConf.set_struct(cfg, False)
     del cfg["hydra"]
     cfg["choices"] = dict(choices)
@@ -153,13 +163,18 @@ def lay_over(cfg: DictConfig, override: Override) -> None:
         known += [group for group in groups() if "/" in group]
         raise UserError(f"there is no setting {key}{nearest(key, known)}; `python launcher.py --cfg job` lists them all")
     if override.is_delete():
-        parent, _, leaf = key.rpartition(".")
-        del (OmegaConf.select(cfg, parent) if parent else cfg)[leaf]
+        delete(cfg, key)
         return
     value = override.value()
     if key in known:
         value = checked_type(key, value, default_of(cfg, key), raw_text(override))
     OmegaConf.update(cfg, key, value, merge=isinstance(value, dict), force_add=True)
+
+
+def delete(cfg: DictConfig, key: str) -> None:
+    """Remove the node at a dotted key."""
+    parent, _, leaf = key.rpartition(".")
+    del (OmegaConf.select(cfg, parent) if parent else cfg)[leaf]
 
 
 def raw_text(override: Override) -> str:
@@ -177,6 +192,7 @@ def default_of(cfg: DictConfig, key: str) -> Any:
         return None
 
 
+MIXED = ("resume",)  # true, false or a word: training.checks knows
 TYPE_WORDS: list[tuple[type, tuple[type, ...], str]] = [
     (bool, (bool,), "true or false"),
     (int, (int,), "a whole number"),
@@ -187,7 +203,7 @@ TYPE_WORDS: list[tuple[type, tuple[type, ...], str]] = [
 
 def checked_type(key: str, value: Any, default: Any, text: str) -> Any:
     """`value` if it is of the kind of `default`; text keys take any scalar as typed. UserError otherwise."""
-    if isinstance(value, str) and value.startswith("${"):
+    if key in MIXED or (isinstance(value, str) and value.startswith("${")):
         return value
     if isinstance(default, str):
         if isinstance(value, (dict, list)):

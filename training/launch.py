@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Override
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from backends.base_backend import Backend
 from training.checks import check_files, check_run_is_new, check_values, has, lookup
-from training.config import compose_config, is_group, parse_overrides, resolved
+from training.config import compose_config, delete, is_group, parse_overrides, resolved
 from training.errors import UserError
 from training.run_folder import RunFolder
 
@@ -20,6 +22,12 @@ FREE = (
     "save_every", "keep_saves", "resume", "overwrite", "init_from", "eval_checkpoint", "log", "trackio", "callbacks",
     "backend", "command", "changed", "overrides", "choices",
 )  # fmt: skip
+
+
+def submit(config: dict[str, Any]) -> float | None:
+    """Hand a prepared configuration to its backend; returns the run's best monitored value, if known."""
+    backend: Backend = instantiate(config["backend"])
+    return backend.submit(config["overrides"], config)
 
 
 def run_folder_of(config: dict[str, Any]) -> RunFolder:
@@ -85,6 +93,9 @@ def laid_over(stored: dict[str, Any], config: dict[str, Any], typed: list[Overri
                 raise UserError(f"{key}= can only be given when a run starts; leave it out here")
             merged["choices"][key] = config["choices"].get(key)
             key = "trackio" if key == "tracker" else key.replace("/", ".")
+        if override.is_delete():
+            delete(merged, key)
+            continue
         value = lookup(config, key) if has(config, key) else None
         OmegaConf.update(merged, key, value, merge=False, force_add=True)
     for key in ("resume", "overwrite", "command", "overrides", "changed"):
@@ -134,7 +145,7 @@ def sweep_job(job: list[str], swept_keys: set[str]) -> list[str] | None:
     bare = [text for text in job if not re.match(r"(resume|overwrite)=", text)]
     config = resolved(compose_config(bare))
     name = sweep_name(str(config["run_name"]), swept)
-    overrides = [*(text for text in bare if not text.startswith("run_name=")), f"run_name={name}"]
+    overrides = [*(text for text in bare if not text.startswith("run_name=")), f"run_name='{name}'"]
     folder = RunFolder(Path(config["output_dir"]) / "runs" / name)
     if not folder.config_path.is_file():
         return overrides

@@ -51,10 +51,8 @@ class RunFolder:
         return self.path / "log.md"
 
     def sample_picture(self, step: int) -> Path:
-        """Where the picture of a step goes; its folder exists afterwards."""
-        folder = self.path / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"step_{step:08d}.png"
+        """Where the picture of a step goes; whoever draws it makes the folder."""
+        return self.path / "samples" / f"step_{step:08d}.png"
 
     def write_config(self, config: str, overrides: list[str]) -> None:
         """Store the resolved configuration (YAML text) and the overrides as typed."""

@@ -1,15 +1,16 @@
 """A sweep is checked whole before its first job, and its jobs fail one by one without ending it."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.errors import CompactHydraException
 
 from training.config import parse_overrides
 from training.errors import UserError
-from training.launch import prepare, sweep_job
+from training.launch import prepare, submit, sweep_job
 
 
 class JobFailedError(CompactHydraException):
@@ -26,12 +27,32 @@ class JobFailedError(CompactHydraException):
             raise JobFailedError("a job of the sweep failed, see above; the same command runs it again") from error
 
 
-def check_sweep(words: list[str], swept: set[str]) -> None:
-    """UserError for the first job that could not start. A sweeper that chooses its own values is left to itself."""
-    if any(word.startswith("hydra/sweeper") for word in words):
-        return
-    (jobs,) = BasicSweeper.split_arguments(parse_overrides(words), max_batch_size=None)
-    for job in jobs:
-        overrides = sweep_job(list(job), swept)
-        if overrides is not None:
-            prepare(overrides)
+class Sweep:
+    """The jobs of -m, composed whole before the first begins: a file edited meanwhile changes none of them.
+
+    swept: the keys that vary; they name the jobs. A sweeper that chooses values as it goes (hydra/sweeper=...) has its jobs
+    composed when they come. UserError for the first job that could not start.
+    """
+
+    def __init__(self, words: list[str]) -> None:
+        overrides = parse_overrides(words)
+        self.swept = {o.key_or_group for o in overrides if o.is_sweep_override()}
+        self.prepared: dict[tuple[str, ...], dict[str, Any] | None] = {}
+        if not any(word.startswith("hydra/sweeper") for word in words):
+            (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+            self.prepared = {tuple(job): self.prepare(job) for job in jobs}
+
+    def prepare(self, job: Sequence[str]) -> dict[str, Any] | None:
+        """The checked configuration of a job, or None when it has finished."""
+        overrides = sweep_job(list(job), self.swept)
+        return None if overrides is None else prepare(overrides)
+
+    def run(self, job: Sequence[str]) -> float | None:
+        """Carry out a job unless it has finished; its failure is said at once and reported to Hydra."""
+        key = tuple(job)
+        config = self.prepared[key] if key in self.prepared else self.prepare(job)
+        if config is None:
+            print(f"{' '.join(job)}: has finished, skipped")
+            return None
+        with JobFailedError.from_user_errors():
+            return submit(config)

@@ -1,9 +1,11 @@
 """Euclidean distances between sets of points, in chunks that fit the cache."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from evaluation.threads import parallel_sum
 
 FEW_DIMENSIONS = 8  # up to here differences are taken dimension by dimension; above, a matrix product is faster
 CPU_ELEMENTS, GPU_ELEMENTS = 2**20, 2**26  # distances held at once
@@ -34,33 +36,41 @@ def difference_distances(x: Tensor, y: Tensor, buffer: Tensor) -> Tensor:
     return total.sqrt_()
 
 
-def blocks(x: Tensor, y: Tensor, chunk: int, same: bool) -> Iterator[tuple[int, Tensor]]:
-    """(first row, distances) of row blocks of x; with `same` (y is x) only the columns from the first row on."""
-    columns = y.T.contiguous().T if x.shape[1] <= FEW_DIMENSIONS else y  # each dimension contiguous
-    buffer = x.new_empty(2, chunk * len(y)) if x.shape[1] <= FEW_DIMENSIONS else x.new_empty(0)
-    for first in range(0, len(x), chunk):
+def block_sum(x: Tensor, y: Tensor, chunk: int, starts: Sequence[int], same: bool) -> float:
+    """Sum of |x_i - y_j| over blocks of `chunk` rows of x, in float64. With `same` (y is x) over ordered pairs i != j, from
+    the columns that are not left of the block, each of which stands for two.
+    """
+    few = x.shape[1] <= FEW_DIMENSIONS
+    columns = y.T.contiguous().T if few else y  # each dimension contiguous
+    buffer = x.new_empty(2, chunk * len(y) if few else 0)
+    total = 0.0
+    for first in starts:
         rows, others = x[first : first + chunk], columns[first if same else 0 :]
-        if x.shape[1] <= FEW_DIMENSIONS:
-            yield first, difference_distances(rows, others, buffer)
-        else:
-            yield first, squared_distances(rows, others).sqrt_()
+        distances = difference_distances(rows, others, buffer) if few else squared_distances(rows, others).sqrt_()
+        if same:
+            square = distances[:, : len(rows)].fill_diagonal_(0)
+            square.mul_(0.5)  # in the diagonal block each pair appears twice
+        total += distances.sum(1).cpu().double().sum().item()
+    return 2 * total if same else total
+
+
+def pair_sum(x: Tensor, y: Tensor, same: bool) -> float:
+    """block_sum over all of x."""
+    chunk = rows_at_once(y)
+    starts = range(0, len(x), chunk)
+    if x.device.type == "cpu" and x.shape[1] <= FEW_DIMENSIONS:
+        return parallel_sum(lambda share: block_sum(x, y, chunk, share, same), starts)
+    return block_sum(x, y, chunk, starts, same)
 
 
 def distance_sum(x: Tensor, y: Tensor) -> float:
-    """Sum of |x_i - y_j| over all pairs of x (N, D) and y (M, D), accumulated in float64."""
-    sums = [distances.sum(1) for _, distances in blocks(x, y, rows_at_once(y), same=False)]
-    return torch.cat(sums).cpu().double().sum().item()
+    """Sum of |x_i - y_j| over all pairs of x (N, D) and y (M, D)."""
+    return pair_sum(x, y, same=False)
 
 
 def self_distance_sum(x: Tensor) -> float:
-    """Sum of |x_i - x_j| over ordered pairs i != j of x (N, D): each unordered pair is measured once."""
-    sums = []
-    for _, distances in blocks(x, x, rows_at_once(x), same=True):
-        square = distances[:, : len(distances)]
-        square.fill_diagonal_(0)
-        square.mul_(0.5)  # in the diagonal block each pair appears twice
-        sums.append(distances.sum(1))
-    return 2 * torch.cat(sums).cpu().double().sum().item()
+    """Sum of |x_i - x_j| over ordered pairs i != j of x (N, D); each unordered pair is measured once."""
+    return pair_sum(x, x, same=True)
 
 
 def nearest(x: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:

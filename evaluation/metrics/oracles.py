@@ -6,10 +6,11 @@ import hashlib
 import torch
 from torch import Tensor
 
-from evaluation.closed_forms import ExactFlow, one_thread
+from evaluation.closed_forms import ExactFlow
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
 from evaluation.metrics.cache import cached_tensor
 from evaluation.metrics.two_sample import not_finite
+from evaluation.threads import one_thread
 from losses.couplings import IndependentCoupling
 from losses.objective import expand_time
 from training.seeds import generator_for

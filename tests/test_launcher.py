@@ -1,0 +1,156 @@
+"""The front door: every mistake is one sentence, exit status 1, and nothing written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import launcher
+
+ROOT = Path(__file__).resolve().parents[1]
+
+MISTAKES = [
+    ([], "run_name is missing"),
+    (["run_name=a/b"], "cannot name files"),
+    (["run_name=.."], "cannot name files"),
+    (["run_name=..."], "cannot name files"),
+    (["run_name='a b'"], "cannot name files"),
+    (["run_name=" + "x" * 300], "cannot name files"),
+    (["run_name=x", "modle=mlp"], "did you mean model?"),
+    (["run_name=x", "model=mpl"], "did you mean mlp?"),
+    (["run_name=x", "loss/path=cosin"], "did you mean cosine?"),
+    (["run_name=x", "solver=rk5"], "did you mean rk4?"),
+    (["run_name=x", "epoch=3"], "did you mean epochs?"),
+    (["run_name=x", "epochs=abc"], "epochs takes a whole number"),
+    (["run_name=x", "epochs=1.5"], "epochs takes a whole number"),
+    (["run_name=x", "epochs=true"], "epochs takes a whole number"),
+    (["run_name=x", "epochs="], "epochs takes a whole number"),
+    (["run_name=x", "epochs=0"], "at least 1"),
+    (["run_name=x", "epochs=-1"], "at least 1"),
+    (["run_name=x", "batch_size=0"], "at least 1"),
+    (["run_name=x", "batch_size=[1,2]"], "batch_size takes a whole number"),
+    (["run_name=x", "max_steps=0"], "at least 1"),
+    (["run_name=x", "seed=-1"], "seed takes"),
+    (["run_name=x", "seed=99999999999999999999"], "seed takes"),
+    (["run_name=x", "optimizer.lr=-1"], "optimizer.lr takes a number above 0"),
+    (["run_name=x", "optimizer.lr=nan"], "optimizer.lr takes a number above 0"),
+    (["run_name=x", "optimizer.lr=fast"], "optimizer.lr takes a number"),
+    (["run_name=x", "grad_clip=0"], "grad_clip takes"),
+    (["run_name=x", "compile=yess"], "compile takes true or false"),
+    (["run_name=x", "precision=fp8"], "precision takes"),
+    (["run_name=x", "compile_mode=fast"], "compile_mode takes"),
+    (["run_name=x", "device=tpu"], "device takes"),
+    (["run_name=x", "--device"], "--device needs a value"),
+    (["run_name=x", "--backend", "lokal"], "did you mean local?"),
+    (["run_name=x", "--foo"], "there is no flag --foo"),
+    (["run_name=x", "model=cnn"], "takes images"),
+    (["run_name=x", "dataloaders=digits"], "takes vectors"),
+    (["run_name=x", "dataloaders=array"], "dataloaders.path is missing"),
+    (["run_name=x", "dataloaders=array", "dataloaders.path=/nowhere.npy"], "/nowhere.npy"),
+    (["run_name=x", "seed=1,2"], "add -m"),
+    (["run_name=x", "=3"], "cannot read '=3'"),
+    (["run_name=x", "epochs"], "cannot read 'epochs'"),
+    (["run_name=x", "epochs=${nothing}"], "cannot be worked out"),
+    (["run_name=x", "resume=true"], "there is no run x"),
+    (["run_name=x", "resume=maybe"], "resume takes true, false or force"),
+    (["run_name=x", "eval_checkpoint=/nowhere.pt"], "eval_checkpoint=/nowhere.pt is not a file"),
+    (["run_name=x", "init_from=/nowhere.pt"], "init_from=/nowhere.pt is not a file"),
+    (["run_name=x", "ema.decay=1"], "ema.decay takes"),
+    (["run_name=x", "loss.label_dropout=2"], "loss.label_dropout takes"),
+    (["run_name=x", "solver.steps=0"], "solver.steps takes"),
+    (["run_name=x", "model.width=abc"], "model.width takes a whole number"),
+    (["-m", "run_name=x", "seed=1,two"], "seed takes a whole number"),
+]  # fmt: skip
+
+
+def files_below(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*"))
+
+
+@pytest.mark.parametrize(("words", "sentence"), MISTAKES, ids=lambda v: " ".join(v)[:60] if isinstance(v, list) else "")
+def test_a_mistake_is_one_sentence_and_writes_nothing(words, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status = launcher.main([f"output_dir={tmp_path / 'outputs'}", *words])
+    said = capsys.readouterr().err
+    assert status == 1
+    assert sentence in said and said.count("\n") == 1 and "Traceback" not in said
+    assert files_below(tmp_path) == []
+
+
+def test_mistakes_are_found_before_torch_is_imported():
+    code = (
+        "import sys, launcher; status = launcher.main(['run_name=x', 'epochs=0']); "
+        "sys.exit(10 if 'torch' in sys.modules else status)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1, result.stderr
+
+
+def test_help_names_every_group_and_choice_without_importing_hydra_or_torch():
+    code = (
+        "import sys, launcher; launcher.main(['--help']); "
+        "sys.exit(10 if {'torch', 'hydra', 'omegaconf'} & set(sys.modules) else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for file in (ROOT / "configs").rglob("*.yaml"):
+        if file.parent.name != "configs":
+            line = next(row for row in result.stdout.splitlines() if f" {file.stem} " in f"{row} ".replace("|", " "))
+            assert line
+
+
+def test_importing_train_leaves_out_what_only_some_runs_need():
+    code = (
+        "import sys, train; late = {'diffusers', 'modal', 'cleanfid', 'matplotlib', 'trackio', 'sklearn', 'torchdiffeq'};"
+        "print(sorted(late & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_cfg_job_prints_the_composed_configuration():
+    command = [sys.executable, "launcher.py", "--cfg", "job", "run_name=x", "--device", "cpu", "epochs=3"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "epochs: 3" in result.stdout and "device: cpu" in result.stdout and "learning" not in result.stdout
+
+
+def test_flags_become_overrides_in_their_places_so_the_later_one_wins():
+    words = launcher.with_flags_as_overrides(["--device", "cpu", "run_name=x", "device=cuda", "--device=mps"])
+    assert words == ["device=cpu", "run_name=x", "device=cuda", "device=mps"]
+
+
+def test_a_name_that_exists_is_refused_with_what_to_do(small_run, tmp_path, capsys):
+    folder = small_run("x")
+    before = {path: path.read_bytes() for path in files_below(folder) if path.is_file()}
+    assert launcher.main(["run_name=x", f"output_dir={folder}"]) == 1
+    said = capsys.readouterr().err
+    assert "resume=true" in said and "overwrite=true" in said
+    assert before == {path: path.read_bytes() for path in files_below(folder) if path.is_file()}
+
+
+def test_overwrite_moves_the_old_run_aside(small_run):
+    folder = small_run("x")
+    old_metrics = (folder / "runs/x/metrics.jsonl").read_text()
+    small_run("x", "overwrite=true", "seed=1")
+    moved = [path for path in (folder / "runs").iterdir() if path.name.startswith("x.old-")]
+    assert len(moved) == 1 and (moved[0] / "metrics.jsonl").read_text() == old_metrics
+    assert len(list((folder / "ckpts/mlp").glob("x.old-*_last.pt"))) == 1
+    assert (folder / "runs/x/metrics.jsonl").read_text() != old_metrics
+
+
+def test_a_sweep_names_each_job_and_skips_what_has_finished(tmp_path):
+    small = (
+        "trackio.enabled=false evaluation.samples=16 evaluation.final_samples=16 max_steps=2 model.width=8 callbacks=none"
+    )
+    command = [
+        sys.executable, "launcher.py", "-m", "run_name=s", "seed=0,1", f"output_dir={tmp_path}", *small.split(),
+        "evaluation=loss_only",
+    ]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == ["s_seed=0", "s_seed=1"]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("status.json")}
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("status.json")}
+    assert again.stdout.count("has finished") == 2

@@ -1,0 +1,328 @@
+"""The velocity-model contract over every file in configs/model, and the layers that models share.
+
+A new model joins by its config. It must take points (dataloaders=kmeans) or images (dataloaders=digits). One of more than
+LARGE parameters is built on the meta device only; its values are checked on a copy of depth 1, if it has a `depth`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import get_class
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dataloaders.base_dataloaders import make_unified_flow_matching_input
+from models.layers import ClassEmbedding, GroupNorm, TimeFeatures
+from models.velocity_model import VelocityModel
+from training.build import build
+from training.config import compose_config, groups, resolved
+from training.errors import UserError
+
+LARGE = 20_000_000
+SIZES = {"mlp": (1, 1_000_000), "cnn": (400_000, 650_000)}  # trainable parameters
+ONE_TIME: set[str] = set()  # models that declare to read the time of the state only
+ROWS = 4
+
+
+@cache
+def model_node(name: str, dataset: str, *overrides: str) -> dict[str, Any]:
+    """configs/model/<name>.yaml as a run on `dataset` resolves it."""
+    return resolved(compose_config(["run_name=x", f"dataloaders={dataset}", f"model={name}", *overrides]))["model"]
+
+
+@cache
+def suits(name: str) -> list[str]:
+    """The datasets whose states the model takes, one of points and one of images."""
+    found = []
+    for dataset in ("kmeans", "digits"):
+        with suppress(UserError):
+            model_node(name, dataset)
+            found.append(dataset)
+    return found
+
+
+def is_classifier(name: str) -> bool:
+    """Whether it maps images to logits: another contract, tested elsewhere."""
+    return name not in SIZES and model_node(name, "digits")["_target_"].startswith("models.classifier.")
+
+
+MODELS = [name for name in groups()["model"] if not is_classifier(name)]
+every_model = pytest.mark.parametrize("name", MODELS)
+conditional_or_not = pytest.mark.parametrize("conditional", [False, True], ids=["unconditional", "conditional"])
+
+
+@cache
+def full_size(name: str) -> int:
+    """Parameters of the model as configured, without their memory."""
+    with torch.device("meta"):
+        return build(model_node(name, suits(name)[0])).parameter_count()
+
+
+def small_model(name: str, conditional: bool = False) -> VelocityModel:
+    """The model, or its shallow variant, in training mode without dropout and with no parameter left at zero."""
+    overrides = [f"conditional={conditional}".lower()]
+    keys = model_node(name, suits(name)[0])
+    overrides += ["model.dropout=0.0"] if "dropout" in keys else []
+    if full_size(name) > LARGE:
+        if "depth" not in keys:
+            pytest.skip(f"{name} has {full_size(name):,} parameters and no depth to reduce")
+        overrides.append("model.depth=1")
+    torch.manual_seed(0)
+    model = build(model_node(name, suits(name)[0], *overrides))
+    model.init_weights()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def state_shape(name: str) -> list[int]:
+    return model_node(name, suits(name)[0])["state_shape"]
+
+
+def inputs(name: str, rows: int = ROWS, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """States (B, ...) and times r < t (B, 2)."""
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(rows, *state_shape(name), generator=generator, dtype=dtype)
+    return z, torch.rand(rows, 2, generator=generator, dtype=dtype).sort(dim=1).values
+
+
+def fused(z: Tensor, times: Tensor) -> Tensor:
+    """The unified input in the states' own precision."""
+    return torch.cat([z, times.view(*times.shape, *(1,) * (z.ndim - 2)).expand(-1, -1, *z.shape[2:])], dim=1)
+
+
+def some_labels(model: VelocityModel) -> Tensor | None:
+    """Real labels and, last, the null one; None for an unconditional network."""
+    return torch.tensor([0, 1, 2, model.num_classes]) if model.num_classes else None
+
+
+@contextmanager
+def all_in_double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where a model insists on fp32 by x.float(), let it have fp64, so that differences can be compared."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "float", Tensor.double)
+        yield
+
+
+@every_model
+def test_it_is_a_velocity_model_of_points_or_images(name: str) -> None:
+    assert suits(name), f"model={name} can be composed neither with dataloaders=kmeans nor with dataloaders=digits"
+    assert issubclass(get_class(model_node(name, suits(name)[0])["_target_"]), VelocityModel)
+
+
+@pytest.mark.parametrize("name, bounds", SIZES.items(), ids=SIZES)
+def test_it_has_the_size_it_is_known_for(name: str, bounds: tuple[int, int]) -> None:
+    assert bounds[0] < full_size(name) < bounds[1]
+
+
+@conditional_or_not
+@every_model
+def test_full_size_gives_velocities_of_the_states_shape(name: str, conditional: bool) -> None:
+    with torch.device("meta"):
+        model = build(model_node(name, suits(name)[0], f"conditional={conditional}".lower()))
+        unified = make_unified_flow_matching_input(*(part.to("meta") for part in inputs(name)))
+        label = some_labels(model)
+    assert model(unified, label).shape == (ROWS, *state_shape(name))
+    assert model.num_classes == ({"kmeans": 5, "digits": 10}[suits(name)[0]] if conditional else 0)
+
+
+@conditional_or_not
+@every_model
+def test_a_fresh_model_answers_finitely_and_every_parameter_can_learn(name: str, conditional: bool) -> None:
+    model = small_model(name, conditional)
+    torch.manual_seed(0)
+    model.init_weights()
+    unified, label = make_unified_flow_matching_input(*inputs(name)), some_labels(model)
+    fresh = model(unified, label)
+    assert fresh.shape == (ROWS, *state_shape(name)) and fresh.isfinite().all() and fresh.dtype == torch.float32
+    small = small_model(name, conditional)
+    small(unified, label).square().sum().backward()
+    unused = [n for n, p in small.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not unused
+
+
+@every_model
+def test_labels_matter_and_no_label_is_the_null_label(name: str) -> None:
+    model = small_model(name, conditional=True)
+    unified = make_unified_flow_matching_input(*inputs(name))
+    null = torch.full((ROWS,), model.num_classes)
+    assert torch.allclose(model(unified, None), model(unified, null), atol=1e-6)
+    answers = [model(unified, torch.full((ROWS,), label)) for label in range(model.num_classes + 1)]
+    for i, answer in enumerate(answers):
+        assert all((answer - other).abs().amax() > 1e-4 for other in answers[:i])
+    mixed = model(unified, torch.arange(ROWS))
+    for row in range(ROWS):
+        assert torch.allclose(mixed[row], answers[row][row], atol=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["along the flow", "the time headed to"])
+@conditional_or_not
+@every_model
+def test_forward_mode_is_the_central_difference(
+    name: str, conditional: bool, direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with all_in_double(monkeypatch), sdpa_kernel(SDPBackend.MATH):
+        model = small_model(name, conditional).double()
+        z, times = inputs(name, dtype=torch.float64)
+        flow = direction == "along the flow"
+        tangent_z = torch.randn(z.shape, generator=torch.Generator().manual_seed(2), dtype=z.dtype) * flow
+        tangent_t = torch.tensor([1.0, 0.0] if flow else [0.0, 1.0], dtype=z.dtype).expand(ROWS, 2)
+
+        def u(z: Tensor, times: Tensor) -> Tensor:
+            return model(fused(z, times), some_labels(model))
+
+        value, tangent = torch.func.jvp(u, (z, times), (tangent_z, tangent_t))
+        h = 1e-5
+        with torch.no_grad():
+            difference = u(z + h * tangent_z, times + h * tangent_t) - u(z - h * tangent_z, times - h * tangent_t)
+    assert torch.equal(value, u_value := value.detach()) and u_value.dtype == torch.float64
+    assert tangent is not None
+    if flow or name not in ONE_TIME:
+        assert tangent.abs().max() > 1e-4
+    assert torch.allclose(tangent, difference / (2 * h), rtol=1e-5, atol=1e-6)
+
+
+@every_model
+def test_forward_mode_can_be_differentiated_in_the_parameters(name: str) -> None:
+    """What MeanFlow-type losses do without a stop-gradient: reverse over forward."""
+    model, (z, times) = small_model(name), inputs(name)
+    with sdpa_kernel(SDPBackend.MATH):
+        _, tangent = torch.func.jvp(lambda z: model(fused(z, times)), (z,), (torch.ones_like(z),))
+        tangent.square().sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients and all(g.isfinite().all() for g in gradients) and any(g.any() for g in gradients)
+
+
+@every_model
+def test_bf16_autocast_stays_near_fp32(name: str) -> None:
+    model, unified = small_model(name), make_unified_flow_matching_input(*inputs(name))
+    exact = model(unified)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = model(unified).float()
+    assert half.isfinite().all() and not torch.equal(half, exact)
+    assert (half - exact).norm() < 0.05 * exact.norm()
+
+
+@every_model
+def test_channels_last_changes_nothing(name: str) -> None:
+    if len(state_shape(name)) != 3:
+        pytest.skip("vectors have no memory format")
+    model, unified = small_model(name), make_unified_flow_matching_input(*inputs(name))
+    expected = model(unified)
+    turned = model.to(memory_format=torch.channels_last)(unified.contiguous(memory_format=torch.channels_last))
+    assert torch.allclose(turned, expected, atol=1e-5)
+    with sdpa_kernel(SDPBackend.MATH):
+        _, tangent = torch.func.jvp(
+            lambda x: model(x.contiguous(memory_format=torch.channels_last)), (unified,), (torch.ones_like(unified),)
+        )
+    assert tangent.isfinite().all() and tangent.any()
+
+
+@every_model
+def test_it_reads_both_times(name: str) -> None:
+    model, (z, times) = small_model(name), inputs(name)
+    here = model(make_unified_flow_matching_input(z, times))
+    for column in {0} if name in ONE_TIME else {0, 1}:
+        moved = times.clone()
+        moved[:, column] += 0.2
+        there = model(make_unified_flow_matching_input(z, moved))
+        assert ((there - here).flatten(1).abs().amax(1) > 1e-4).all(), ("state's time", "time headed to")[column]
+
+
+@conditional_or_not
+@every_model
+def test_rows_of_a_batch_do_not_see_each_other(name: str, conditional: bool) -> None:
+    model, unified = small_model(name, conditional), make_unified_flow_matching_input(*inputs(name))
+    label = some_labels(model)
+    together = model(unified, label)
+    for row in range(ROWS):
+        alone = model(unified[row : row + 1], None if label is None else label[row : row + 1])
+        assert torch.allclose(alone[0], together[row], atol=1e-5)
+
+
+@every_model
+def test_the_answer_is_repeatable_and_the_input_left_alone(name: str) -> None:
+    model, unified = small_model(name), make_unified_flow_matching_input(*inputs(name))
+    before = unified.clone()
+    assert torch.equal(model(unified), model(unified))
+    assert torch.equal(unified, before)
+
+
+@settings(max_examples=25, deadline=None)
+@given(r=st.floats(0, 1), t=st.floats(0, 1), frequencies=st.lists(st.floats(0.1, 32), max_size=4))
+def test_time_features_are_the_times_and_their_sines_and_cosines(r: float, t: float, frequencies: list[float]) -> None:
+    features = TimeFeatures(frequencies)
+    row = features(torch.tensor([[r, t]]))[0]
+    assert row.shape == (features.width,) and row.dtype == torch.float32
+    assert torch.equal(row[:2], torch.tensor([r, t]))
+    angles = torch.tensor([time * frequency for time in (r, t) for frequency in frequencies])
+    assert torch.allclose(row[2:], torch.cat([angles.sin(), angles.cos()]), atol=1e-5)
+
+
+def test_time_features_stay_fp32_under_autocast_and_travel_in_no_checkpoint() -> None:
+    features = TimeFeatures([1.0, 32.0])
+    times = torch.tensor([[0.5, 0.5001]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(features(times), features(times.clone()))
+        assert features(times).dtype == torch.float32 and features(times)[0, 0] != features(times)[0, 1]
+    assert not features.state_dict()
+
+
+def test_class_embedding_has_a_null_row_that_none_reads() -> None:
+    embedding = ClassEmbedding(3, 8)
+    assert embedding.weight.shape == (4, 8)
+    assert torch.equal(embedding.rows(None, 2), embedding(torch.tensor([3, 3])))
+    assert torch.equal(embedding.rows(torch.tensor([2, 0]), 2), embedding.weight[[2, 0]])
+
+
+def normalisations(groups: int, channels: int) -> tuple[GroupNorm, nn.GroupNorm]:
+    """Ours and torch's with the same scale and shift."""
+    ours, theirs = GroupNorm(groups, channels), nn.GroupNorm(groups, channels)
+    with torch.no_grad():
+        theirs.weight.copy_(torch.linspace(-1, 2, channels))
+        theirs.bias.copy_(torch.linspace(3, -1, channels))
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (3, 8, 5), (3, 8, 4, 6)])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_group_norm_is_torchs(groups: int, shape: tuple[int, ...]) -> None:
+    if groups == 8 and len(shape) == 2:
+        pytest.skip("torch refuses groups of a single value")
+    ours, theirs = normalisations(groups, 8)
+    x = 2 + 3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(ours(x), theirs(x), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_group_norm_has_a_forward_derivative_in_either_layout(layout: torch.memory_format) -> None:
+    ours, theirs = (norm.double() for norm in normalisations(2, 8))
+    generator = torch.Generator().manual_seed(0)
+    x, v = torch.randn(2, 3, 8, 4, 6, generator=generator, dtype=torch.float64)
+    x = x.contiguous(memory_format=layout)
+    value, tangent = torch.func.jvp(ours, (x,), (v,))
+    h = 1e-6
+    assert torch.allclose(value, theirs(x))
+    assert tangent.abs().max() > 0.1
+    assert torch.allclose(tangent, (theirs(x + h * v) - theirs(x - h * v)) / (2 * h), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("overrides, word", [
+    (["model=mlp", "dataloaders=digits"], "model=cnn"),
+    (["model=cnn", "dataloaders=kmeans"], "model=mlp"),
+    (["model=cnn", "dataloaders=array", "dataloaders.state_shape=[1,7,8]"], "even"),
+    (["model=mlp", "dataloaders=array", "dataloaders.num_classes=0", "dataloaders.state_shape=[2]", "conditional=true"],
+     "labels"),
+])  # fmt: skip
+def test_an_impossible_pair_is_one_sentence(overrides: list[str], word: str) -> None:
+    with pytest.raises(UserError, match=word) as caught:
+        build(resolved(compose_config(["run_name=x", *overrides]))["model"])
+    assert "\n" not in str(caught.value)
