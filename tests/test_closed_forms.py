@@ -1,6 +1,7 @@
 """The exact flow against derivations that share nothing with its formula."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,10 +12,17 @@ from torch import Tensor
 
 from dataloaders.gaussian_mixture import GaussianMixture
 from evaluation.closed_forms import ExactFlow
+from evaluation.threads import one_thread
 from losses.paths import CosinePath, LinearPath, ProbabilityPath, VariancePreservingPath
 
 PATHS = [LinearPath(), CosinePath(), VariancePreservingPath()]
 TIMES = [0.0, 0.2, 0.5, 0.83, 0.99]
+
+
+@pytest.fixture(autouse=True)
+def single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 def tensor(*values: float) -> Tensor:

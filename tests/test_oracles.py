@@ -1,6 +1,7 @@
 """Oracle metrics: zero for the exact field, known values for a wrong one, absent where there is no truth."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from dataloaders.tensor_dataset import TensorDataset
 from evaluation.closed_forms import ExactFlow
 from evaluation.metrics.base_metric import Absent, Generation, Score
 from evaluation.metrics.oracles import OracleFlowMapError, OracleVelocity
+from evaluation.threads import one_thread
 from losses.couplings import Coupling, IndependentCoupling, MinibatchOTCoupling
 from losses.objective import FlowBatch, FlowObjective
 from losses.paths import CosinePath, LinearPath, ProbabilityPath, VariancePreservingPath
@@ -25,6 +27,12 @@ from solvers.base_solver import BaseSolver, Field, StepCallback
 from training.seeds import generator_for
 
 OFFSET = torch.tensor([0.3, -0.4])
+
+
+@pytest.fixture(autouse=True)
+def single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 class OffsetField(VelocityModel):

@@ -52,10 +52,10 @@ class OracleVelocity(Metric):
         flow = exact_flow(generation)
         if isinstance(flow, str):
             return [Absent("oracle/velocity_error", flow), Absent("oracle/excess_loss", flow)]
-        z, t = self.states(generation, flow, self.final_draws if generation.final else self.draws)
-        exact = torch.cat(
-            [flow(states.double(), times) for states, times in zip(z.split(CHUNK), t.split(CHUNK), strict=True)]
-        )
+        with one_thread():
+            z, t = self.states(generation, flow, self.final_draws if generation.final else self.draws)
+            chunks = zip(z.double().split(CHUNK), t.split(CHUNK), strict=True)
+            exact = torch.cat([flow(states, times) for states, times in chunks])
         error = (self.model_velocity(generation, z, t) - exact).flatten(1).square().sum(1)
         size = exact.flatten(1).square().sum(1)
         relative = (error.mean() / size.mean()).sqrt().item()
@@ -77,11 +77,8 @@ class OracleVelocity(Metric):
     def model_velocity(self, generation: Generation, z: Tensor, t: Tensor) -> Tensor:
         """The network's velocity (count, ...) in float64 on the CPU."""
         device = generation.samples.device
-        velocity = generation.objective.velocity
-        parts = [
-            velocity(states.to(device), times.to(device))
-            for states, times in zip(z.split(CHUNK), t.split(CHUNK), strict=True)
-        ]
+        chunks = zip(z.to(device).split(CHUNK), t.to(device).split(CHUNK), strict=True)
+        parts = [generation.objective.velocity(states, times) for states, times in chunks]
         return torch.cat(parts).cpu().double()
 
 
