@@ -14,6 +14,7 @@ import torch
 from hydra.utils import get_class
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -21,7 +22,7 @@ from dataloaders.base_dataloaders import make_unified_flow_matching_input
 from models.layers import ClassEmbedding, GroupNorm, TimeFeatures
 from models.velocity_model import VelocityModel
 from training.build import build
-from training.config import compose_config, groups, resolved
+from training.config import CONFIG_DIR, compose_config, groups, resolved
 from training.errors import UserError
 
 LARGE = 20_000_000
@@ -49,7 +50,7 @@ def suits(name: str) -> list[str]:
 
 def is_classifier(name: str) -> bool:
     """Whether it maps images to logits: another contract, tested elsewhere."""
-    return name not in SIZES and model_node(name, "digits")["_target_"].startswith("models.classifier.")
+    return OmegaConf.load(CONFIG_DIR / "model" / f"{name}.yaml")["_target_"].startswith("models.classifier.")
 
 
 MODELS = [name for name in groups()["model"] if not is_classifier(name)]
@@ -64,18 +65,24 @@ def full_size(name: str) -> int:
         return build(model_node(name, suits(name)[0])).parameter_count()
 
 
-def small_model(name: str, conditional: bool = False) -> VelocityModel:
-    """The model, or its shallow variant, in training mode without dropout and with no parameter left at zero."""
-    overrides = [f"conditional={conditional}".lower()]
-    keys = model_node(name, suits(name)[0])
-    overrides += ["model.dropout=0.0"] if "dropout" in keys else []
+def fresh_model(name: str, conditional: bool = False) -> VelocityModel:
+    """The model or its shallow variant, without dropout, as training starts it."""
+    overrides, settings = [f"conditional={conditional}".lower()], model_node(name, suits(name)[0])
+    if "dropout" in settings:
+        overrides.append("model.dropout=0.0")
     if full_size(name) > LARGE:
-        if "depth" not in keys:
+        if "depth" not in settings:
             pytest.skip(f"{name} has {full_size(name):,} parameters and no depth to reduce")
         overrides.append("model.depth=1")
     torch.manual_seed(0)
     model = build(model_node(name, suits(name)[0], *overrides))
     model.init_weights()
+    return model
+
+
+def small_model(name: str, conditional: bool = False) -> VelocityModel:
+    """A fresh model moved off its start, where gates and outputs may be zero and would hide mistakes."""
+    model = fresh_model(name, conditional)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -135,17 +142,14 @@ def test_full_size_gives_velocities_of_the_states_shape(name: str, conditional: 
 
 @conditional_or_not
 @every_model
-def test_a_fresh_model_answers_finitely_and_every_parameter_can_learn(name: str, conditional: bool) -> None:
-    model = small_model(name, conditional)
-    torch.manual_seed(0)
-    model.init_weights()
-    unified, label = make_unified_flow_matching_input(*inputs(name)), some_labels(model)
-    fresh = model(unified, label)
-    assert fresh.shape == (ROWS, *state_shape(name)) and fresh.isfinite().all() and fresh.dtype == torch.float32
-    small = small_model(name, conditional)
-    small(unified, label).square().sum().backward()
-    unused = [n for n, p in small.named_parameters() if p.grad is None or not p.grad.any()]
-    assert not unused
+def test_a_fresh_model_answers_finitely_and_later_every_parameter_can_learn(name: str, conditional: bool) -> None:
+    fresh, moved = fresh_model(name, conditional), small_model(name, conditional)
+    unified, label = make_unified_flow_matching_input(*inputs(name)), some_labels(fresh)
+    answer = fresh(unified, label)
+    assert answer.shape == (ROWS, *state_shape(name)) and answer.dtype == torch.float32
+    assert answer.isfinite().all() and answer.abs().max() < 10
+    moved(unified, label).square().sum().backward()
+    assert not [n for n, p in moved.named_parameters() if p.grad is None or not p.grad.any()]
 
 
 @every_model
@@ -182,7 +186,7 @@ def test_forward_mode_is_the_central_difference(
         h = 1e-5
         with torch.no_grad():
             difference = u(z + h * tangent_z, times + h * tangent_t) - u(z - h * tangent_z, times - h * tangent_t)
-    assert torch.equal(value, u_value := value.detach()) and u_value.dtype == torch.float64
+            assert torch.allclose(value, u(z, times)) and value.dtype == torch.float64
     assert tangent is not None
     if flow or name not in ONE_TIME:
         assert tangent.abs().max() > 1e-4
@@ -318,9 +322,8 @@ def test_group_norm_has_a_forward_derivative_in_either_layout(layout: torch.memo
 @pytest.mark.parametrize("overrides, word", [
     (["model=mlp", "dataloaders=digits"], "model=cnn"),
     (["model=cnn", "dataloaders=kmeans"], "model=mlp"),
-    (["model=cnn", "dataloaders=array", "dataloaders.state_shape=[1,7,8]"], "even"),
-    (["model=mlp", "dataloaders=array", "dataloaders.num_classes=0", "dataloaders.state_shape=[2]", "conditional=true"],
-     "labels"),
+    (["model=cnn", "dataloaders=digits", "dataloaders.state_shape=[1,7,8]"], "even"),
+    (["model=mlp", "dataloaders=kmeans", "dataloaders.num_classes=0", "conditional=true"], "labels"),
 ])  # fmt: skip
 def test_an_impossible_pair_is_one_sentence(overrides: list[str], word: str) -> None:
     with pytest.raises(UserError, match=word) as caught:
