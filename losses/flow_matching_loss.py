@@ -1,5 +1,7 @@
 """Flow matching."""
 
+from typing import Any
+
 from torch import Tensor
 
 from losses.objective import FlowBatch, FlowObjective, SecondTime
@@ -12,7 +14,7 @@ class FlowMatchingLoss(FlowObjective):
     trained flow can be fine-tuned into a MeanFlow-type model.
     """
 
-    def __init__(self, second_time: SecondTime = "end", **parts):
+    def __init__(self, second_time: SecondTime = "end", **parts: Any) -> None:
         super().__init__(**parts)
         self.second_time = second_time
 

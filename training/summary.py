@@ -108,6 +108,7 @@ def end_lines(run: Run, picture: Path | None, how: str) -> list[tuple[str, str]]
     if how == "interrupted":
         lines.append(("go on", f"python launcher.py run_name={name} resume=true"))
     else:
-        lines.append(("go on", f"python launcher.py run_name={name} resume=true epochs={2 * config['epochs']}"))
+        longer = f"max_steps={2 * config['max_steps']}" if config["max_steps"] else f"epochs={2 * config['epochs']}"
+        lines.append(("go on", f"python launcher.py run_name={name} resume=true {longer}"))
         lines.append(("sample", f"python scripts/sample.py ckpt={run.checkpoints.last} n=1000"))
     return [(key, str(value)) for key, value in lines]
