@@ -217,6 +217,7 @@ def test_nearest_training_tells_copies_and_missing_classes(generation: Callable[
     ratio, copies, share = NearestTraining().compute(generation(dataset, kept))
     assert isinstance(copies, Score) and isinstance(share, Score) and share.extra is not None
     assert copies.value == pytest.approx(40 / 80)
+    assert isinstance(ratio, Score) and ratio.value < 0.5  # half of them sit on a training state
     assert sum(share.extra.values()) == pytest.approx(1)
     assert list(share.extra) == [f"eval/class_share_{k}" for k in range(3)]
     ratio, copies, share = NearestTraining().compute(generation(dataset, train[label == 1] * 100 - 3))
