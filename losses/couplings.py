@@ -30,6 +30,6 @@ class MinibatchOTCoupling(Coupling):
     """
 
     def pair(self, x0: Tensor, x1: Tensor, label: Tensor | None, generator: torch.Generator) -> Pairs:
-        cost = torch.cdist(x0.flatten(1), x1.flatten(1)).square()
+        cost = torch.cdist(x0.flatten(1), x1.flatten(1), compute_mode="donot_use_mm_for_euclid_dist").square()
         partner = torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1]).to(x1.device)
         return x0, x1[partner], None if label is None else label[partner]

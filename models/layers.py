@@ -20,8 +20,9 @@ class TimeFeatures(nn.Module):
         self.width = 2 * (1 + 2 * len(frequencies))
 
     def forward(self, times: Tensor) -> Tensor:
-        angles = (times.float()[..., None] * self.frequencies).flatten(1)
-        return torch.cat([times.float(), angles.sin(), angles.cos()], dim=1)
+        times = times.to(torch.promote_types(times.dtype, torch.float32))
+        angles = (times[..., None] * self.frequencies).flatten(1)
+        return torch.cat([times, angles.sin(), angles.cos()], dim=1)
 
 
 class ClassEmbedding(nn.Embedding):

@@ -11,6 +11,8 @@ import torch
 
 TRACKIO_FOLDER = tempfile.TemporaryDirectory(prefix="trackio-tests-", ignore_cleanup_errors=True)
 os.environ["TRACKIO_DIR"] = TRACKIO_FOLDER.name
+os.environ["OMP_NUM_THREADS"] = "1"  # tests are small: one thread is faster, and numbers do not hang on the machine
+torch.set_num_threads(1)
 for remote in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "TRACKIO_STORAGE_MODE", "TRACKIO_WEBHOOK_URL"):
     os.environ.pop(remote, None)
 

@@ -45,7 +45,7 @@ def test_optimal_transport_in_one_dimension_pairs_by_rank() -> None:
 def test_optimal_transport_survives_data_far_from_the_origin() -> None:
     """Distances through a matrix product would lose the small differences that decide."""
     x0, x1, _ = batch(64, 0, 2)
-    x0, x1 = 100 + x0, 100 + x1
+    x0, x1 = 1000 + x0, 1000 + x1
     exact = np.square(x0.double().numpy()[:, None] - x1.double().numpy()[None]).sum(-1)
     paired = MinibatchOTCoupling().pair(x0, x1, None, torch.Generator())
     assert squared_distance(paired[0], paired[1]) == pytest.approx(exact[linear_sum_assignment(exact)].sum(), rel=1e-3)

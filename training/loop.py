@@ -12,7 +12,7 @@ from losses.objective import FlowBatch
 from training.device import autocast
 from training.errors import UserError
 from training.run import Run
-from training.seeds import generator_for, stream_seed
+from training.seeds import generator_for, seed_network, stream_seed
 from training.terms import named_terms
 
 
@@ -48,7 +48,7 @@ def epoch_groups(run: Run) -> Iterator[list[FlowBatch]]:
         if fixed:
             batches = run.dataset.epoch(run.batch_size, generator_for(seed, "order"), generator)
         generator.manual_seed(stream_seed(seed, "batch", index))
-        torch.manual_seed(stream_seed(seed, "network", index))
+        seed_network(seed, index, run.device)
         progress = step / run.total_steps
         yield [
             run.state.objective.draw(run.source.sample(len(x1), generator), x1, label, generator, progress)

@@ -100,7 +100,7 @@ class OneCycle(Schedule):
 
 
 class Plateau(Schedule):
-    """Multiplied by `gamma` whenever the monitored metric has not improved for `patience` evaluations."""
+    """Multiplied by `gamma` when the monitored metric has not improved for more than `patience` evaluations."""
 
     def __init__(self, gamma: float = 0.5, patience: int = 3, warmup_steps: int = 0):
         super().__init__(warmup_steps)

@@ -18,6 +18,19 @@ def stream_seed(seed: int, stream: str, index: int = 0) -> int:
     return (base + index) % SEED_SPACE
 
 
+def seed_network(seed: int, index: int, device: torch.device) -> None:
+    """Seed what dropout draws from, the default generator of `device`, for step `index`.
+
+    torch.manual_seed would do, but visits every kind of device: 170 microseconds against 2.
+    """
+    number = stream_seed(seed, "network", index)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
+    elif device.type == "mps":
+        torch.mps.manual_seed(number)
+    torch.default_generator.manual_seed(number)
+
+
 def generator_for(seed: int, stream: str, index: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
     """A new generator on `device`, seeded for draw `index` of the named stream."""
     return torch.Generator(device=device).manual_seed(stream_seed(seed, stream, index))

@@ -60,7 +60,7 @@ class Window:
         self.sums, self.count = {}, 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums, "count": self.count}
+        return {"sums": dict(self.sums), "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
