@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from dataloaders.sources import GaussianSource, Source
 from dataloaders.synthetic import Gaussian, KMeans
 from dataloaders.tensor_dataset import TensorDataset
 from evaluation.closed_forms import ExactFlow
-from evaluation.metrics.base_metric import Absent, Generation, Score
-from evaluation.metrics.oracles import OracleFlowMapError, OracleVelocity
+from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
+from evaluation.metrics.oracles import OracleFlowMapError, OracleLogProbError, OracleVelocity
 from evaluation.threads import one_thread
 from losses.couplings import Coupling, IndependentCoupling, MinibatchOTCoupling
 from losses.objective import FlowBatch, FlowObjective
@@ -99,7 +100,7 @@ def generation(
     )  # fmt: skip
 
 
-def compute(metric: OracleVelocity | OracleFlowMapError, made: Generation) -> list[Score]:
+def compute(metric: Metric, made: Generation) -> list[Score]:
     with torch.no_grad():
         results = metric.compute(made)
     return [result for result in results if isinstance(result, Score)]
@@ -200,8 +201,10 @@ def test_truth_is_integrated_once_for_the_same_noise(tmp_path: Path, monkeypatch
     assert len(calls) == 6
 
 
-@pytest.mark.parametrize("metric", [OracleVelocity(100), OracleFlowMapError()], ids=lambda m: type(m).__name__)
-def test_absent_where_the_truth_is_unknown(tmp_path: Path, metric: OracleVelocity | OracleFlowMapError) -> None:
+@pytest.mark.parametrize(
+    "metric", [OracleVelocity(100), OracleFlowMapError(), OracleLogProbError(9)], ids=lambda m: type(m).__name__
+)
+def test_absent_where_the_truth_is_unknown(tmp_path: Path, metric: Metric) -> None:
     finite = TensorDataset(torch.randn(30, 2), None, torch.arange(10))
     for reason, made in {
         "TensorDataset data": generation(tmp_path, dataset=finite),
@@ -220,3 +223,25 @@ def test_diverged_samples_have_no_flow_map_error(tmp_path: Path) -> None:
     made.samples[0, 0] = math.inf
     (absent,) = OracleFlowMapError().compute(made)
     assert isinstance(absent, Absent) and "not finite" in absent.reason
+
+
+def test_log_prob_error_of_the_exact_field_is_nearly_nothing(tmp_path: Path) -> None:
+    made = replace(generation(tmp_path, dataset=Gaussian(mean=0.7, std=0.4)), final=True)
+    (score,) = compute(OracleLogProbError(50), made)
+    assert score.value < 1e-4 and score.extra is not None
+    assert score.extra["oracle/log_prob_error_exact_field"] < 1e-5
+
+
+def test_log_prob_error_of_another_gaussians_field_is_the_difference_of_their_densities(tmp_path: Path) -> None:
+    """A network that is exact for N(.9, .5^2) is judged on N(.7, .4^2): |log p' - log p| on the same points."""
+    wrong, right = Gaussian(mean=0.9, std=0.5), Gaussian(mean=0.7, std=0.4)
+    made = replace(generation(tmp_path, dataset=wrong), dataset=right, final=True)
+    (score,) = compute(OracleLogProbError(200), made)
+    points = right.held_out(200, made.generator("log_prob"))[0]
+    assert wrong.mixture is not None and right.mixture is not None
+    expected = (wrong.mixture.log_prob(points) - right.mixture.log_prob(points)).abs().mean().item()
+    assert score.value == pytest.approx(expected, rel=1e-3) and expected > 0.1
+
+
+def test_log_prob_is_left_to_the_final_evaluation(tmp_path: Path) -> None:
+    assert OracleLogProbError().compute(generation(tmp_path)) == []

@@ -8,7 +8,7 @@ from evaluation.metrics.base_metric import Absent
 from training.device import device_name
 from training.run import Run
 
-SHOWN_EXTRA = ("oracle/flow_map_error_median", "oracle/flow_map_error_exact_field")
+SHOWN_EXTRA = ("oracle/flow_map_error_median", "oracle/flow_map_error_exact_field", "oracle/log_prob_error_exact_field")
 
 
 def print_lines(rows: list[tuple[str, str]]) -> None:

@@ -13,6 +13,9 @@ from evaluation.metrics.two_sample import not_finite
 from evaluation.threads import one_thread
 from losses.couplings import IndependentCoupling
 from losses.objective import expand_time
+from solvers.base_solver import Field
+from solvers.dopri5 import Dopri5
+from solvers.likelihood import log_likelihood
 from training.seeds import generator_for
 
 CHUNK = 8192  # states the network sees at once
@@ -118,3 +121,33 @@ class OracleFlowMapError(Metric):
             "noise": hashlib.blake2s(noise.numpy().tobytes(), digest_size=16).hexdigest(),
         }
         return cached_tensor(generation.cache, "flow_map_truth", key, lambda: flow.flow_map(noise, 0.0, 1.0))
+
+
+class OracleLogProbError(Metric):
+    """oracle/log_prob_error = mean |log p_model(x) - log p(x)| in nats over fixed held-out points, at the final evaluation.
+
+    The model's density by the change of variables along its own flow, integrated adaptively (solver=dopri5, rtol 1e-6);
+    extra oracle/log_prob_error_exact_field is what the same integration makes of the exact field.
+    """
+
+    name = "oracle/log_prob_error"
+
+    def __init__(self, points: int = 500):
+        self.points = points
+
+    def compute(self, generation: Generation) -> list[Score | Absent]:
+        flow = exact_flow(generation)
+        if isinstance(flow, str):
+            return [Absent(self.name, flow)]
+        if not generation.final:
+            return []
+        points = generation.dataset.held_out(self.points, generation.generator("log_prob"))[0]
+        exact = generation.dataset.mixture.to("cpu", torch.float64).log_prob(points.cpu().double())  # type: ignore[union-attr]
+        error = (self.log_prob(generation, generation.objective.velocity, points) - exact).abs()
+        own = (self.log_prob(generation, flow, points.cpu().double()) - exact).abs()
+        extra = {f"{self.name}_exact_field": own.mean().item()}
+        return [Score(self.name, error.mean().item(), standard_error(error), extra=extra, note=f"{len(points)} points")]
+
+    def log_prob(self, generation: Generation, field: Field, points: Tensor) -> Tensor:
+        """Log density in nats (N,) of the points under the flow of `field`, in float64 on the CPU."""
+        return log_likelihood(field, points, generation.source.log_prob, Dopri5()).log_prob.cpu().double()
