@@ -1,5 +1,6 @@
 """What a run says before it starts and after it ends."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from evaluation.metrics.base_metric import Absent
 from training.device import device_name
 from training.run import Run
 
+RUNNER = "uv run " if "UV" in os.environ else ""  # commands are shown as they can be typed again
 SHOWN_EXTRA = ("oracle/flow_map_error_median", "oracle/flow_map_error_exact_field", "oracle/log_prob_error_exact_field")
 
 
@@ -104,11 +106,11 @@ def end_lines(run: Run, picture: Path | None, how: str) -> list[tuple[str, str]]
     if files:
         lines.append(("checkpoint", f"{run.checkpoints.last} ({len(files)} saves, {megabytes(files)})"))
     if config["trackio"]["enabled"]:
-        lines.append(("dashboard", f"trackio show --project {config['trackio']['project']}"))
+        lines.append(("dashboard", f"{RUNNER}trackio show --project {config['trackio']['project']}"))
     if how == "interrupted":
-        lines.append(("go on", f"python launcher.py run_name={name} resume=true"))
+        lines.append(("go on", f"{RUNNER}python launcher.py run_name={name} resume=true"))
     else:
         longer = f"max_steps={2 * config['max_steps']}" if config["max_steps"] else f"epochs={2 * config['epochs']}"
-        lines.append(("go on", f"python launcher.py run_name={name} resume=true {longer}"))
-        lines.append(("sample", f"python scripts/sample.py ckpt={run.checkpoints.last} n=1000"))
+        lines.append(("go on", f"{RUNNER}python launcher.py run_name={name} resume=true {longer}"))
+        lines.append(("sample", f"{RUNNER}python scripts/sample.py ckpt={run.checkpoints.last} n=1000"))
     return [(key, str(value)) for key, value in lines]
