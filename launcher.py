@@ -130,6 +130,9 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"launcher.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("launcher.py: stopped before anything was begun", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.evaluator import Evaluation, fixed_labels, fixed_noise, generate
+from evaluation.evaluator import fixed_labels, fixed_noise, generate
+from evaluation.report import draw_picture, print_scores
 from losses.objective import FlowObjective
 from solvers.base_solver import BaseSolver
 from solvers.dopri5 import Dopri5
@@ -101,8 +102,6 @@ def evaluate_checkpoint(config: dict[str, Any]) -> None:
 
     No tracker run; the picture goes to outputs/evaluations/<run_name>.png.
     """
-    from training.summary import print_scores
-
     path = Path(config["eval_checkpoint"])
     payload = load_checkpoint(path)
     merged = laid_over(payload["config"], config, parse_overrides(config["overrides"]))
@@ -118,29 +117,3 @@ def evaluate_checkpoint(config: dict[str, Any]) -> None:
     picture = Path(config["output_dir"]) / "evaluations" / f"{config['run_name']}.png"
     if draw_picture(picture, evaluation, f"{payload['run_name']}, step {payload['step']}"):
         print(f"  picture  {picture}")
-
-
-def draw_picture(path: Path, evaluation: Evaluation, title: str, images: int = 100) -> bool:
-    """Samples beside real data as a PNG: a scatter plot or an image grid. False for data of any other form."""
-    from visualizers.pictures import image_grid_picture, scatter_picture
-
-    dataset = evaluation.generation.dataset
-    samples, reference = evaluation.generation.samples.cpu().numpy(), evaluation.reference.cpu().numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if dataset.state_shape == (2,):
-        scatter_picture(path, samples[:2000], reference, title, score_line(evaluation))
-        return True
-    if len(dataset.state_shape) == 3:
-        columns = max(1, round(images**0.5))
-        image_grid_picture(path, samples[:images], dataset.value_range or (-1.0, 1.0), columns, reference[:images], title)
-        return True
-    return False
-
-
-def score_line(evaluation: Evaluation) -> str:
-    """The first score with its floor, in words."""
-    if not evaluation.scores:
-        return ""
-    score = evaluation.scores[0]
-    floor = "" if score.floor is None else f", noise floor {score.floor:.4f} ± {score.floor_sd or 0:.4f}"
-    return f"{score.name.partition('/')[2].replace('_', ' ')} {score.value:.4f}{floor}"

@@ -1,15 +1,20 @@
 """The house: folders resolve to this checkout, every configuration composes and builds, the rules of the house hold."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from losses.objective import FlowObjective
 from training.assemble import build_objective
 from training.build import build
 from training.config import compose_config, groups, resolved
+from training.ema import ConstantEMA
+from training.state import averaged_objective
+from training.terms import named_terms
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("backends", "dataloaders", "evaluation", "losses", "models", "scripts", "solvers", "training", "visualizers")
@@ -85,3 +90,43 @@ def test_every_dataset_trains_two_steps_and_is_sampled(dataset, small_run, tmp_p
         words = [*extra, "dataloaders=digits", "dataloaders.epoch_size=1438", "max_steps=2"]
     folder = small_run("x", *words)
     assert (folder / "runs/x/status.json").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision_trains_to_a_lower_loss(precision, small_run):
+    folder = small_run("x", f"precision={precision}", "epochs=4", "optimizer.lr=0.01")
+    rows = [json.loads(line) for line in (folder / "runs/x/metrics.jsonl").read_text().splitlines()]
+    losses = [row["eval/loss"] for row in rows if "eval/loss" in row]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("debug", groups()["debug"])
+def test_every_debug_recipe_runs(debug, small_run, capsys):
+    folder = small_run("x", f"debug={debug}", "max_steps=55")
+    assert json.loads((folder / "runs/x/status.json").read_text())["state"] == "finished"
+    if debug == "profile":
+        assert (folder / "runs/x/trace.json").exists() and "aten::addmm" in capsys.readouterr().out
+
+
+def objective_of(loss: str, *overrides: str) -> FlowObjective:
+    config = resolved(compose_config(["run_name=x", f"loss={loss}", "model.width=16", "model.depth=2", *overrides]))
+    return build_objective(config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("conditional", ["false", "true"])
+@pytest.mark.parametrize("loss", groups()["loss"])
+def test_every_objective_keeps_its_contract(loss, conditional):
+    """Drawn from its generator alone, named finite scalars with a gradient for every parameter, a velocity to follow."""
+    objective = objective_of(loss, f"conditional={conditional}")
+    x0, x1, label = torch.randn(64, 2), torch.randn(64, 2) + 1, torch.arange(64) % 5
+    first, again, other = (objective.draw(x0, x1, label, torch.Generator().manual_seed(s), 0.5) for s in (1, 1, 2))
+    assert torch.equal(first.unified_input, again.unified_input)
+    assert not torch.equal(first.unified_input, other.unified_input)
+    assert (first.r <= first.t).all() and first.unified_input.dtype == torch.float32 and len(first) == 64
+    teacher = averaged_objective(objective, ConstantEMA())
+    terms = named_terms(objective(first, teacher), {})
+    assert all(term.ndim == 0 and term.isfinite() for term in terms.values())
+    terms["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.network.parameters())
+    assert objective.second_time in ("end", "state")
+    assert objective.velocity(x0, torch.tensor(0.3)).shape == x0.shape

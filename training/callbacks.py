@@ -78,7 +78,7 @@ class SamplePictures(Callback):
         self.images = images
 
     def evaluation_end(self, run: Run) -> None:
-        from evaluation.sample import draw_picture
+        from evaluation.report import draw_picture
 
         assert run.evaluation is not None
         path = run.folder.sample_picture(run.state.step)
@@ -134,7 +134,7 @@ class ExperimentNotes(Callback):
     def fit_end(self, run: Run) -> None:
         if run.evaluation is None or (run.stop is not None and not run.stop.early):
             return
-        from training.summary import score_rows
+        from evaluation.report import score_rows
 
         rows = [f"| {name} | {value} | {floor} |" for name, value, floor in score_rows(run.evaluation)]
         facts = f"{run.state.step} steps, {run.elapsed():.0f} s in the loop, seed {run.config['seed']}."

@@ -1,6 +1,7 @@
 """The device a run computes on, and the numerical switches that go with it."""
 
 import contextlib
+import os
 import platform
 from typing import Any
 
@@ -13,6 +14,8 @@ AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def pick_device(name: str) -> torch.device:
     """auto is CUDA, then MPS, then CPU. UserError for a device this machine does not have."""
+    if name not in ("auto", "cpu", "cuda", "mps"):
+        raise UserError(f"device takes auto, cpu, cuda or mps, not {name!r}")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
@@ -31,6 +34,8 @@ def device_name(device: torch.device) -> str:
 
 def set_numerics(device: torch.device, deterministic: bool) -> None:
     """On CUDA: TF32 and cuDNN autotuning, or deterministic kernels throughout. The CPU is deterministic as it is."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
     torch.use_deterministic_algorithms(deterministic)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = not deterministic

@@ -89,8 +89,10 @@ def laid_over(stored: dict[str, Any], config: dict[str, Any], typed: list[Overri
             continue
         key = override.key_or_group.split("@")[0]
         if is_group(override):
+            if merged["choices"].get(key) == config["choices"].get(key):
+                continue  # the same choice again: the stored settings of it stand
             if key in ("experiment", "debug"):
-                raise UserError(f"{key}= can only be given when a run starts; leave it out here")
+                raise UserError(f"{key}={config['choices'].get(key)} can only be given when a run starts; leave it out here")
             merged["choices"][key] = config["choices"].get(key)
             key = "trackio" if key == "tracker" else key.replace("/", ".")
         if override.is_delete():

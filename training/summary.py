@@ -4,13 +4,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from evaluation.evaluator import Evaluation
-from evaluation.metrics.base_metric import Absent
+from evaluation.report import print_scores
 from training.device import device_name
 from training.run import Run
 
 RUNNER = "uv run " if "UV" in os.environ else ""  # commands are shown as they can be typed again
-SHOWN_EXTRA = ("oracle/flow_map_error_median", "oracle/flow_map_error_exact_field", "oracle/log_prob_error_exact_field")
 
 
 def print_lines(rows: list[tuple[str, str]]) -> None:
@@ -49,43 +47,6 @@ def print_start(run: Run) -> None:
             ("checkpoints", f"{run.checkpoints.folder} ({kept}, last and best)"),
         ]
     )  # fmt: skip
-
-
-def number(value: float) -> str:
-    return f"{value:.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.2g}"
-
-
-def score_rows(evaluation: Evaluation) -> list[tuple[str, str, str]]:
-    """(name, value +- standard error, noise floor) of each score."""
-    rows = [("eval/loss", number(evaluation.values["eval/loss"]), "")]
-    for score in evaluation.scores:
-        value = number(score.value) + (f" +- {number(score.spread)}" if score.spread is not None else "")
-        floor = "" if score.floor is None else number(score.floor)
-        floor += "" if score.floor_sd is None else f" +- {number(score.floor_sd)}"
-        rows.append((score.name, value, floor))
-        rows += [(name, number(v), "") for name, v in (score.extra or {}).items() if name in SHOWN_EXTRA]
-    return rows
-
-
-def absent_lines(absent: list[Absent]) -> list[str]:
-    """One line per reason, naming the scores it rules out."""
-    by_reason: dict[str, list[str]] = {}
-    for item in absent:
-        by_reason.setdefault(item.reason, []).append(item.name)
-    return [f"{', '.join(names)}: {reason}" for reason, names in by_reason.items()]
-
-
-def print_scores(evaluation: Evaluation, nfe: int) -> None:
-    """The table of scores with their noise floors, and why some are absent."""
-    print(
-        f"scores of {len(evaluation.generation.samples):,} samples, {nfe} evaluations each (noise floor: real against real)"
-    )
-    rows = score_rows(evaluation)
-    width = max(len(name) for name, _, _ in rows)
-    for name, value, floor in rows:
-        print(f"  {name:<{width}}  {value:<22}" + (f"floor {floor}" if floor else ""))
-    for line in absent_lines(evaluation.absent):
-        print(f"  not given: {line}")
 
 
 def print_end(run: Run, picture: Path | None) -> None:

@@ -1,0 +1,141 @@
+#!/usr/bin/env python
+"""How long a training step takes, how much of it is data, and how fast samples come, for several settings side by side.
+
+    python scripts/benchmark.py                                          # the default run
+    python scripts/benchmark.py "model=mlp" "model=mlp model.width=512" "dataloaders=digits model=cnn"
+    python scripts/benchmark.py --rounds 20 --json benchmark.json "precision=fp32" "precision=bf16"
+
+Each argument is one row: launcher overrides in quotes. Rounds are interleaved (row 1, row 2, row 1, ...), so a machine that
+slows down slows all rows; figures are medians over rounds, the last column the ratio of step times to the first row.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from training.errors import UserError
+
+COLUMNS = ("step_ms", "data_ms", "data_share", "train_samples_per_second", "generated_per_second", "peak_memory_mb")
+
+
+class Contestant:
+    """One row: an assembled run that is stepped and sampled, never saved."""
+
+    def __init__(self, overrides: str):
+        from training.assemble import assemble
+        from training.launch import prepare
+
+        fixed = ["run_name=benchmark", "trackio.enabled=false", "callbacks=none", "overwrite=true"]
+        self.name = overrides or "default"
+        self.run = assemble(prepare([*fixed, *overrides.split()]))
+        self.groups = self.endless_groups()
+
+    def endless_groups(self) -> Iterator[Any]:
+        from training.loop import epoch_groups
+
+        while True:
+            self.run.state.step = 0
+            yield from epoch_groups(self.run)
+
+    def wait(self) -> None:
+        """Until the device has done what was asked of it."""
+        import torch
+
+        if self.run.device.type == "cuda":
+            torch.cuda.synchronize()
+        elif self.run.device.type == "mps":
+            torch.mps.synchronize()
+
+    def timed(self, work: Any) -> tuple[float, Any]:
+        self.wait()
+        begun = time.perf_counter()
+        result = work()
+        self.wait()
+        return time.perf_counter() - begun, result
+
+    def round(self, steps: int) -> dict[str, float]:
+        """One round's figures: `steps` training steps, then one batch carried through the solver."""
+        import torch
+
+        from evaluation.evaluator import generate
+        from training.loop import train_step
+
+        data_seconds, groups = self.timed(lambda: [next(self.groups) for _ in range(steps)])
+        step_seconds, _ = self.timed(lambda: [train_step(self.run, group) for group in groups])
+        rows = sum(len(batch) for group in groups for batch in group)
+        noise = self.run.source.sample(self.run.batch_size, torch.Generator(self.run.device).manual_seed(0))
+        with torch.no_grad():
+            sample_seconds, _ = self.timed(
+                lambda: generate(self.run.state.ema_objective.velocity, self.run.solver, noise, None)
+            )
+        total = data_seconds + step_seconds
+        memory = torch.cuda.max_memory_allocated() / 2**20 if self.run.device.type == "cuda" else resident_megabytes()
+        return {
+            "step_ms": 1e3 * total / steps,
+            "data_ms": 1e3 * data_seconds / steps,
+            "data_share": data_seconds / total,
+            "train_samples_per_second": rows / total,
+            "generated_per_second": len(noise) / sample_seconds,
+            "peak_memory_mb": memory,
+        }
+
+
+def resident_megabytes() -> float:
+    """Peak resident memory of this process in MiB (all rows together)."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def benchmark(rows: list[str], rounds: int, steps: int) -> list[dict[str, Any]]:
+    """Medians over interleaved rounds, one dict per row, the first of each row's rounds being a warm-up."""
+    contestants = [Contestant(overrides) for overrides in rows]
+    figures: list[list[dict[str, float]]] = [[] for _ in contestants]
+    for _ in range(rounds + 1):
+        for contestant, measured in zip(contestants, figures, strict=True):
+            measured.append(contestant.round(steps))
+    medians = [{c: statistics.median(m[c] for m in measured[1:]) for c in COLUMNS} for measured in figures]
+    return [
+        {"row": contestant.name, **median, "ratio": median["step_ms"] / medians[0]["step_ms"]}
+        for contestant, median in zip(contestants, medians, strict=True)
+    ]
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """The results as a table."""
+    columns = [*COLUMNS, "ratio"]
+    lines = ["| settings | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
+    return "\n".join([*lines, *(f"| `{r['row']}` | " + " | ".join(f"{r[c]:.4g}" for c in columns) + " |" for r in results)])
+
+
+def main(words: list[str]) -> int:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", default=[""], help="launcher overrides, one quoted argument a row")
+    parser.add_argument("--rounds", type=int, default=10, help="counted rounds of each row")
+    parser.add_argument("--steps", type=int, default=20, help="training steps in a round")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args(words)
+    try:
+        if options.rounds < 1 or options.steps < 1:
+            raise UserError("--rounds and --steps take whole numbers of at least 1")
+        results = benchmark(options.rows, options.rounds, options.steps)
+    except UserError as error:
+        print(f"benchmark.py: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    print(markdown(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
