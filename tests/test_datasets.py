@@ -37,7 +37,8 @@ def load(file: Path, array_file: Path) -> DictConfig:
     OmegaConf.register_new_resolver("array_classes", array_classes, replace=True)
     config = OmegaConf.load(file)
     assert isinstance(config, DictConfig)
-    assert set(config.pop("training")) == {"epochs", "batch_size", "evaluation_samples", "final_evaluation_samples"}
+    needed = {"epochs", "batch_size", "evaluation_samples", "final_evaluation_samples"}
+    assert needed <= set(config.pop("training")) <= needed | {"eval_every", "lr"}
     if OmegaConf.is_missing(config, "path"):
         config.path = str(array_file)
     return config

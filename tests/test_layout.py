@@ -94,7 +94,7 @@ def test_every_dataset_trains_two_steps_and_is_sampled(dataset, small_run, tmp_p
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_trains_to_a_lower_loss(precision, small_run):
-    folder = small_run("x", f"precision={precision}", "epochs=4", "optimizer.lr=0.01")
+    folder = small_run("x", f"precision={precision}", "epochs=8", "optimizer.lr=0.02", "ema.decay=0.5")
     rows = [json.loads(line) for line in (folder / "runs/x/metrics.jsonl").read_text().splitlines()]
     losses = [row["eval/loss"] for row in rows if "eval/loss" in row]
     assert losses[-1] < 0.8 * losses[0]

@@ -107,7 +107,7 @@ def test_config_and_overrides(folder: RunFolder) -> None:
 def test_sample_pictures_sort_by_step(folder: RunFolder) -> None:
     paths = [folder.sample_picture(step) for step in (1000, 20, 300_000)]
     assert sorted(paths) == [paths[1], paths[0], paths[2]]
-    assert paths[0].parent.is_dir() and paths[0].suffix == ".png"
+    assert paths[0].parent == folder.path / "samples" and paths[0].suffix == ".png"
 
 
 def test_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
