@@ -56,13 +56,20 @@ def generate(
 
 
 class GeneratorEvaluator:
-    """Scores samples of a velocity network. samples / final_samples: how many during the run / at its end."""
+    """Scores samples of a velocity network. samples / final_samples: how many during the run / at its end.
+    batch_size: rows of one forward pass of eval/loss. loss_weights: as in training.
+    """
 
     def __init__(
-        self, samples: int, final_samples: int, metrics: dict[str, Metric], loss_weights: dict[str, float] | None = None
+        self,
+        samples: int,
+        final_samples: int,
+        metrics: dict[str, Metric],
+        batch_size: int = 1024,
+        loss_weights: dict[str, float] | None = None,
     ):
         self.samples, self.final_samples, self.metrics = samples, final_samples, metrics
-        self.loss_weights = loss_weights or {}
+        self.batch_size, self.loss_weights = batch_size, loss_weights or {}
 
     @torch.no_grad()
     def evaluate(
@@ -100,13 +107,19 @@ class GeneratorEvaluator:
         return Evaluation(scores, absent, values, generation, reference, time.perf_counter() - begun)
 
     def held_out_loss(self, generation: Generation, device: torch.device) -> float:
-        """The training loss on held-out data with fixed draws, in fp32."""
+        """The training loss on held-out data with fixed draws, in fp32 and in batches as large as the training ones:
+        minibatch optimal transport pairs within a batch."""
         generator = generator_for(0, "evaluation/loss", 0, device)
-        x1, label = generation.dataset.held_out(self.final_samples, generator)
-        x0 = generation.source.sample(len(x1), generator)
-        batch = generation.objective.draw(x0, x1, label, generator, progress=1.0)
-        output = generation.objective(batch, generation.objective)
-        return float(named_terms(output, self.loss_weights)["loss"])
+        states, labels = generation.dataset.held_out(self.final_samples, generator)
+        total = 0.0
+        for start in range(0, len(states), self.batch_size):
+            x1 = states[start : start + self.batch_size]
+            label = None if labels is None else labels[start : start + self.batch_size]
+            x0 = generation.source.sample(len(x1), generator)
+            batch = generation.objective.draw(x0, x1, label, generator, progress=1.0)
+            output = generation.objective(batch, generation.objective)
+            total += len(x1) * float(named_terms(output, self.loss_weights)["loss"])
+        return total / len(states)
 
 
 def flat_values(score: Score) -> dict[str, float]:
