@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from dataloaders.sources import Source
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
 from losses.objective import FlowObjective
 from solvers.base_solver import BaseSolver
+from solvers.time_grids import UniformGrid
 from training.seeds import generator_for
 from training.terms import named_terms
 
@@ -52,6 +54,21 @@ def generate(
         solver.solve(lambda x, t, y=y: field(x, t, y), x0)  # type: ignore[misc]
         for x0, y in zip(noise.split(CHUNK), labels, strict=False)
     ]
+    return torch.cat(parts)
+
+
+def few_steps(objective: FlowObjective, noise: Tensor, label: Tensor | None, evaluations: int) -> Tensor:
+    """Noise (N, ...) carried to t = 1 by the objective's flow map in so many equal steps, one evaluation each, in chunks.
+
+    UserError when the objective learns no flow map.
+    """
+    times = UniformGrid().times(evaluations).to(noise.device, torch.float32)
+    labels = [None] * len(noise) if label is None else label.split(CHUNK)
+    parts = []
+    for x, y in zip(noise.split(CHUNK), labels, strict=False):
+        for r, t in pairwise(times):
+            x = objective.flow_map(x, r, t, y)
+        parts.append(x)
     return torch.cat(parts)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.evaluator import fixed_labels, fixed_noise, generate
+from evaluation.evaluator import few_steps, fixed_labels, fixed_noise, generate
 from evaluation.report import draw_picture, print_scores
 from losses.objective import FlowObjective
 from solvers.base_solver import BaseSolver
@@ -41,10 +41,18 @@ class TrainedModel:
     step: int
 
     @torch.no_grad()
-    def sample(self, n: int, seed: int = 0, label: int | None = None, solver: BaseSolver | None = None) -> Tensor:
+    def sample(
+        self,
+        n: int,
+        seed: int = 0,
+        label: int | None = None,
+        solver: BaseSolver | None = None,
+        evaluations: int | None = None,
+    ) -> Tensor:
         """n samples (n, *state_shape) on the CPU; sample i depends on the seed and i alone.
 
         label: the class of all samples of a conditional model (None: the classes in turn). solver: instead of the run's.
+        evaluations: by the flow map in so many steps, one evaluation each, instead of a solver (one-step objectives).
         """
         noise = fixed_noise(build_source(self.config, torch.device("cpu")), n, seed).to(self.device)
         classes = self.objective.network.num_classes
@@ -55,6 +63,8 @@ class TrainedModel:
             )
         labels = fixed_labels(classes, n) if label is None else torch.full((n,), label)
         labels = None if labels is None else labels.to(self.device)
+        if evaluations is not None:
+            return few_steps(self.objective, noise, labels, evaluations).cpu()
         return generate(self.objective.velocity, solver or build_solver(self.config), noise, labels).cpu()
 
     def log_prob(self, x: Tensor, label: Tensor | None = None, solver: BaseSolver | None = None) -> Tensor:

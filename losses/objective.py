@@ -5,7 +5,7 @@ is headed to). Which second time a network was trained with is the objective's k
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -18,6 +18,7 @@ from losses.predictions import Prediction
 from losses.time_samplers import TimeSampler
 from losses.weightings import Weighting
 from models.velocity_model import VelocityModel
+from training.errors import UserError
 
 SecondTime = Literal["end", "state"]
 
@@ -47,6 +48,12 @@ class FlowBatch:
     def __len__(self) -> int:
         return self.input.shape[0]
 
+    def split(self, rows: int) -> tuple["FlowBatch", "FlowBatch"]:
+        """The first `rows` rows and the rest, as views: fixed sizes, so shapes stay static."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        first, rest = ({n: v[part] for n, v in named.items()} for part in (slice(rows), slice(rows, None)))
+        return replace(self, **first), replace(self, **rest)
+
 
 class FlowObjective(nn.Module, ABC):
     """A loss around a bare network. Instantiated with the network; compiled and DDP-wrapped as a whole, never the network.
@@ -57,6 +64,7 @@ class FlowObjective(nn.Module, ABC):
     """
 
     second_time: SecondTime = "end"
+    learns_flow_map: bool = False  # whether u(z, r, t) is trained for r < t, so that flow_map may be asked for
     needs_teacher: bool = False  # whether forward wants the EMA objective beside the batch
 
     def __init__(
@@ -114,6 +122,22 @@ class FlowObjective(nn.Module, ABC):
     def velocity(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Instantaneous velocity at states x (B, ...) and times t, scalar or (B,): what an ODE solver follows."""
         return self.predict(self.unified(x, t, t), x, t, label)
+
+    def mean_velocity(self, z: Tensor, r: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """The network's u(z, r, t) at states z (B, ...) at times r, headed to t, scalars or (B,)."""
+        return self.predict(self.unified(z, r, t), z, r, label)
+
+    def flow_map(self, x: Tensor, r: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """X(x, r, t) = x + (t - r) u(x, r, t): states x (B, ...) at times r carried to times t by one evaluation.
+
+        UserError when the objective does not teach the network such maps.
+        """
+        if not self.learns_flow_map:
+            raise UserError(
+                "this model knows only the velocity at an instant, not a map from one time to another; "
+                "sample it with an ODE solver, or train one with loss=meanflow"
+            )
+        return x + expand_time(t - r, x) * self.mean_velocity(x, r, t, label)
 
     @abstractmethod
     def forward(self, batch: FlowBatch, teacher: "FlowObjective | None" = None) -> dict[str, Tensor]:

@@ -5,8 +5,9 @@
     python scripts/sample.py ckpt=... n=64 solver=rk4 solver.steps=8 seed=1 out=samples.png
     python scripts/sample.py ckpt=... n=10000 out=samples.npz            # array `x`
     python scripts/sample.py ckpt=... label=3
+    python scripts/sample.py ckpt=... nfe=1                              # one evaluation a sample (loss=meanflow)
 
-Keys: ckpt (required), n (64), seed (0), label, device (auto), out (<checkpoint>_samples.png; .npz and .npy
+Keys: ckpt (required), n (64), seed (0), label, nfe, device (auto), out (<checkpoint>_samples.png; .npz and .npy
 write numbers), and any solver setting.
 """
 
@@ -21,7 +22,7 @@ from training.errors import UserError
 if TYPE_CHECKING:
     from evaluation.sample import TrainedModel
 
-DEFAULTS: dict[str, Any] = {"ckpt": None, "n": 64, "seed": 0, "label": None, "device": "auto", "out": None}
+DEFAULTS: dict[str, Any] = {"ckpt": None, "n": 64, "seed": 0, "label": None, "nfe": None, "device": "auto", "out": None}
 SUFFIXES = (".png", ".npz", ".npy")
 
 
@@ -34,14 +35,17 @@ def read_words(words: list[str]) -> tuple[dict[str, Any], list[str]]:
             raise UserError(f"cannot use {word!r}; the keys are {', '.join(DEFAULTS)} and solver settings, as key=value")
         if key not in DEFAULTS:
             solver.append(word)
-        elif isinstance(DEFAULTS[key], int) or key == "label":
+        elif isinstance(DEFAULTS[key], int) or key in ("label", "nfe"):
             settings[key] = whole_number(key, value)
         else:
             settings[key] = value
     if settings["ckpt"] is None:
         raise UserError("ckpt is missing; add it to the command, such as ckpt=outputs/ckpts/mlp/last.pt")
-    if settings["n"] < 1:
-        raise UserError(f"n takes a whole number of at least 1, not {settings['n']}")
+    for key in ("n", "nfe"):
+        if settings[key] == 0:
+            raise UserError(f"{key} takes a whole number of at least 1, not 0")
+    if settings["nfe"] and solver:
+        raise UserError("nfe= samples by the learned flow map, without a solver; give nfe or solver settings, not both")
     return settings, solver
 
 
@@ -69,7 +73,7 @@ def sample(words: list[str]) -> Path:
 
     model = load(settings["ckpt"], settings["device"])
     solver = solver_from_overrides(solver_words) if solver_words else None
-    states = model.sample(settings["n"], settings["seed"], settings["label"], solver)
+    states = model.sample(settings["n"], settings["seed"], settings["label"], solver, settings["nfe"])
     write(path, states.numpy(), model, f"{model.config['run_name']}, seed {settings['seed']}")
     return path
 

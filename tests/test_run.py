@@ -68,7 +68,9 @@ def test_the_same_seed_gives_bit_identical_runs_and_another_seed_does_not(small_
     [
         pytest.param(EVERYTHING, 4, id="accumulation, dropout, schedule, EMA, between log lines of an epoch"),
         pytest.param(EVERYTHING, 3, id="at the end of an epoch"),
-        pytest.param(["schedule=plateau", "schedule.patience=1", "schedule.gamma=0.1", "optimizer.lr=3.0"], 9, id="plateau"),
+        pytest.param(
+            ["schedule=plateau", "schedule.patience=0", "schedule.gamma=0.5", "optimizer.lr=1e-12"], 20, id="plateau"
+        ),
         pytest.param(["loss/coupling=minibatch_ot", "conditional=true"], 9, id="minibatch OT, label dropout"),
         pytest.param(["precision=bf16"], 9, id="bf16"),
         pytest.param(["dataloaders=moons", "source=eight_gaussians"], 9, id="data as source"),
@@ -87,6 +89,24 @@ def test_a_run_stopped_and_resumed_equals_the_uninterrupted_one(small_run, extra
     small_run("x", "resume=true", "~callbacks.telemetry", output="parts")
     assert_equal_runs(whole, parts, "x")
     assert json.loads((parts / "runs/x/status.json").read_text())["state"] == "finished"
+
+
+def test_what_was_logged_after_the_last_save_is_logged_once(small_run, monkeypatch):
+    """A SIGKILL between saves leaves rows of steps that the resumed run takes again."""
+
+    class Killed(Callback):
+        def step_end(self, run: Run) -> None:
+            if run.state.step == 13:
+                raise InterruptedError("as if killed")
+
+    whole = small_run("x", output="whole")
+    monkeypatch.setattr("training.callbacks.DeviceTelemetry", Killed)
+    with pytest.raises(InterruptedError):
+        small_run("x", output="parts")
+    monkeypatch.undo()
+    assert metric_rows(whole.parent / "parts", "x")[-1]["step"] == 12
+    small_run("x", "resume=true", output="parts")
+    assert_equal_runs(whole, whole.parent / "parts", "x")
 
 
 def test_a_finite_dataset_resumes_mid_epoch_without_repeating_or_skipping(small_run, tmp_path, monkeypatch):
@@ -139,10 +159,26 @@ def test_each_step_sees_fresh_noise_and_ranks_see_their_own(tmp_path):
     first = torch.cat([g[0].raw_source for g in epoch_groups(run)])
     run.state.step = run.steps_per_epoch
     second = torch.cat([g[0].raw_source for g in epoch_groups(run)])
-    run.state.step, run.rank, run.world = 0, 1, 2
-    other_rank = torch.cat([g[0].raw_source for g in epoch_groups(run)])
-    everything = torch.cat([first, second, other_rank])
-    assert len(first) == 250 and len(torch.unique(everything, dim=0)) == len(everything)
+    run.state.step, run.world = 0, 2
+    ranks = []
+    for run.rank in (0, 1):
+        ranks.append(torch.cat([g[0].raw_source for g in epoch_groups(run)]))
+    for draws in (torch.cat([first, second]), torch.cat(ranks)):
+        assert len(torch.unique(draws, dim=0)) == len(draws)
+    assert len(first) == 250 and len(ranks[0]) == len(ranks[1]) == 125
+
+
+def test_each_epoch_of_a_finite_set_has_its_own_order(tmp_path):
+    import numpy as np
+
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(100, 2)))
+    data = ["dataloaders=array", f"dataloaders.path={tmp_path / 'x.npy'}", "dataloaders.epoch_size=null", "batch_size=90"]
+    run = assemble(small_config(tmp_path, *data))
+    (first,) = [g[0].raw_target for g in epoch_groups(run)]
+    run.state.step = 1
+    (second,) = [g[0].raw_target for g in epoch_groups(run)]
+    assert not torch.equal(first, second)
+    assert torch.equal(first.sort(0).values, second.sort(0).values)
 
 
 def test_overfit_shows_the_same_batch_every_step(tmp_path):
@@ -253,7 +289,8 @@ def test_best_is_the_save_with_the_lowest_monitored_value(small_run):
 
 def test_max_steps_may_end_inside_an_epoch_with_a_last_evaluation_and_save(small_run):
     folder = small_run("x", "max_steps=5")
-    assert load_checkpoint(folder / "ckpts/mlp/x_last.pt")["step"] == 5
+    saved = load_checkpoint(folder / "ckpts/mlp/x_last.pt")
+    assert saved["step"] == 5 and saved["epoch"] == 1
     assert metric_rows(folder, "x")[-1]["step"] == 5 and "eval/loss" in metric_rows(folder, "x")[-1]
 
 

@@ -1,5 +1,6 @@
 """The fronts in scripts/: from any folder, with one sentence for a mistake."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ def test_samples_of_a_seed_are_the_same_however_many_are_asked_for(checkpoint):
     many, few, other = model.sample(600, seed=3), model.sample(7, seed=3), model.sample(7, seed=4)
     torch.testing.assert_close(many[:7], few)
     assert not torch.allclose(few, other) and many.shape == (600, 2)
+    assert len(torch.unique(many, dim=0)) == 600
 
 
 def test_sample_writes_numbers_and_pictures(checkpoint, tmp_path, capsys):
@@ -52,6 +54,9 @@ def test_sample_runs_from_any_folder(checkpoint, tmp_path):
         (["ckpt={c}", "out=x.txt"], "must end in"),
         (["ckpt={c}", "out=/nowhere/x.png"], "does not exist"),
         (["ckpt={c}", "label=3"], "knows no classes"),
+        (["ckpt={c}", "nfe=1"], "only the velocity at an instant"),
+        (["ckpt={c}", "nfe=0"], "nfe takes"),
+        (["ckpt={c}", "nfe=1", "solver=rk4"], "not both"),
         (["ckpt={c}", "solver=rk5"], "did you mean rk4?"),
         (["ckpt={c}", "solver.step=5"], "did you mean solver.steps?"),
         (["ckpt={c}", "steps=5"], "cannot use 'steps=5'"),
@@ -70,6 +75,14 @@ def test_a_conditional_model_is_sampled_by_class(small_run, tmp_path):
     assert not torch.allclose(model.sample(20, label=0), model.sample(20, label=4))
     with pytest.raises(UserError, match="classes 0 to 4"):
         model.sample(20, label=5)
+
+
+def test_a_meanflow_run_is_scored_and_sampled_in_one_evaluation(small_run, tmp_path):
+    folder = small_run("m", "loss=meanflow", "evaluation=generator", "max_steps=4", "evaluation.samples=40")
+    scores = json.loads((folder / "runs/m/status.json").read_text())["scores"]
+    assert {f"eval/energy_distance_{n}nfe" for n in (1, 2, 4)} <= set(scores)
+    assert sample.main([f"ckpt={folder / 'ckpts/mlp/m_last.pt'}", "nfe=1", "n=9", f"out={tmp_path / 'one.npy'}"]) == 0
+    assert np.load(tmp_path / "one.npy").shape == (9, 2)
 
 
 def test_log_prob_integrates_to_one(checkpoint):
