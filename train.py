@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from evaluation.sample import evaluate_checkpoint
 from training.assemble import assemble
 from training.checkpoint import CheckpointFolder
+from training.checks import check_run_is_new
 from training.errors import UserError
 from training.loop import fit
 from training.run import Run, Stop
@@ -35,14 +36,19 @@ def carry_out(config: dict[str, Any]) -> float | None:
             return None
         run = assemble(config)
         if config["resume"] and run.state.step >= run.total_steps:
+            key = "max_steps" if config["max_steps"] else "epochs"
             print(
-                f"{config['run_name']} has done its {run.state.step:,} steps already; give a larger epochs= "
-                f"(it has {config['epochs']}) to go on"
+                f"{config['run_name']} has done its {run.state.step:,} steps already; give a larger {key}= "
+                f"(it has {config[key]}) to go on"
             )
+            run.folder.write_status("finished", run.state.step, run.epoch, run.elapsed())  # if it was killed at the very end
             return run.state.best
+        run.folder.lock()
         if config["overwrite"]:
             move_aside(run)
-        make_folder(run)
+            run.folder.lock()
+        elif not config["resume"]:
+            check_run_is_new(config, run.folder.path)  # again: another process may have begun it meanwhile
         run.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(config)), config["overrides"])
         return conduct(run)
 
@@ -66,7 +72,7 @@ def conduct(run: Run) -> float:
         for callback in run.callbacks:
             callback.close()
         run.tracker.finish()
-        run.folder.close()
+        run.folder.release()
     interrupted = run.stop is not None and not run.stop.early
     run.write_status("interrupted" if interrupted else "finished", run.stop.why if run.stop else "")
     run.export_weights(run.state.ema_objective.network.state_dict())
@@ -75,14 +81,6 @@ def conduct(run: Run) -> float:
     if interrupted and run.stop is not None:
         raise SystemExit(128 + run.stop.signal)
     return run.state.best
-
-
-def make_folder(run: Run) -> None:
-    """The run's folder. UserError when the system refuses it."""
-    try:
-        run.folder.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {run.folder.path}: {error.strerror}; choose another output_dir") from error
 
 
 def public(config: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +118,7 @@ def explained_memory_errors() -> Iterator[None]:
         if isinstance(error, RuntimeError) and "out of memory" not in words and "can't allocate memory" not in words:
             raise
         raise UserError(
-            "out of memory; use a smaller batch_size with gradient_accumulation_steps to make up for it, "
+            "out of memory; use a smaller model, a smaller batch_size with gradient_accumulation_steps to make up for it, "
             "precision=bf16, or fewer evaluation.samples"
         ) from error
 
@@ -129,8 +127,9 @@ def move_aside(run: Run) -> None:
     """Rename the files of an earlier run of this name, so that overwrite=true loses nothing."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     new_name = f"{run.config['run_name']}.old-{stamp}"
-    if run.folder.path.exists():
+    if run.folder.config_path.exists():
         run.folder.path.rename(run.folder.path.with_name(new_name))
+        run.folder.release()
     for arch in (run.checkpoints.folder.parent).glob("*"):
         checkpoints = CheckpointFolder(Path(run.config["output_dir"]), arch.name, run.config["run_name"], keep=0)
         for path in checkpoints.all_files():

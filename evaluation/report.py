@@ -34,9 +34,11 @@ def absent_lines(absent: list[Absent]) -> list[str]:
 
 def print_scores(evaluation: Evaluation, nfe: int) -> None:
     """The table of scores with their noise floors, and why some are absent."""
-    print(
-        f"scores of {len(evaluation.generation.samples):,} samples, {nfe} evaluations each (noise floor: real against real)"
-    )
+    if evaluation.scores:
+        count = f"{len(evaluation.generation.samples):,} samples, {nfe} evaluations each"
+        print(f"scores of {count} (noise floor: real against real)")
+    else:
+        print("held-out loss alone: this evaluation has no scores")
     rows = score_rows(evaluation)
     width = max(len(name) for name, _, _ in rows)
     for name, value, floor in rows:

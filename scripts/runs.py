@@ -182,7 +182,7 @@ def overrides(folder: RunFolder) -> str:
 
 def read_config(folder: RunFolder) -> dict[str, Any]:
     """The resolved configuration, empty where the run stored none."""
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     return yaml.safe_load(folder.config_path.read_text(encoding="utf-8")) if folder.config_path.is_file() else {}
 

@@ -19,6 +19,7 @@ class Harm:
 
 def test_foreign_and_broken_files_are_refused_in_one_sentence(tmp_path, capsys):
     (tmp_path / "text.pt").write_text("not a checkpoint")
+    (tmp_path / "abc.pt").write_text("abc" * 100)
     (tmp_path / "empty.pt").write_bytes(b"")
     torch.save({"format": FORMAT, "x": torch.zeros(1000)}, tmp_path / "torn.pt")
     (tmp_path / "torn.pt").write_bytes((tmp_path / "torn.pt").read_bytes()[:900])

@@ -154,3 +154,8 @@ def test_a_sweep_names_each_job_and_skips_what_has_finished(tmp_path):
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("status.json")}
     assert again.stdout.count("has finished") == 2
+    status = tmp_path / "runs/s_seed=1/status.json"
+    status.write_text(status.read_text().replace('"finished"', '"running"').replace('"step": 2', '"step": 1'))
+    for _ in ("goes on with the one that was killed", "skips both"):
+        last = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert last.stdout.count("has finished") == 2

@@ -14,6 +14,7 @@ from training.errors import UserError
 from training.launch import prepare
 from training.loop import epoch_groups, fit, train_step
 from training.run import Run, Stop
+from training.run_folder import RunFolder
 
 TIMING = ("second", "elapsed")
 
@@ -219,6 +220,49 @@ def test_running_out_of_memory_names_what_to_turn(small_run, monkeypatch):
     monkeypatch.setattr("training.callbacks.DeviceTelemetry", Greedy)
     with pytest.raises(UserError, match=r"batch_size.*gradient_accumulation_steps.*precision"):
         small_run("x")
+
+
+def test_a_model_too_large_for_memory_is_explained(small_run):
+    with pytest.raises(UserError, match="out of memory; use a smaller model"):
+        small_run("x", "model.width=10000000")
+
+
+def test_a_live_run_is_neither_doubled_nor_overwritten(small_run, tmp_path):
+    live = RunFolder(tmp_path / "outputs/runs/x")
+    live.lock()
+    for words in ([], ["overwrite=true"]):
+        with pytest.raises(UserError, match="another process right now"):
+            small_run("x", *words)
+    live.release()
+    small_run("x")
+    live.lock()
+    with pytest.raises(UserError, match="another process right now"):
+        small_run("x", "resume=true", "epochs=4")
+
+
+def test_a_run_that_ended_before_its_first_save_begins_again(small_run, capsys):
+    with pytest.raises(UserError, match="monitor"):
+        small_run("x", "monitor=eval/fid", output="broken")
+    folder = small_run("x", "epochs=1")
+    for path in (folder / "ckpts").rglob("*.pt"):
+        path.unlink()
+    before = metric_rows(folder, "x")
+    small_run("x", "resume=true")
+    assert "beginning it again" in capsys.readouterr().out
+    assert metric_rows(folder, "x") == before
+
+
+def test_a_wrong_monitor_costs_no_training(small_run):
+    with pytest.raises(UserError, match="monitor=eval/fid"):
+        small_run("x", "monitor=eval/fid")
+    folder = small_run("x", "resume=true", "monitor=eval/loss")
+    assert_equal_runs(folder, small_run("x", output="right"), "x")
+
+
+def test_a_finished_run_says_which_setting_would_extend_it(small_run, capsys):
+    small_run("x", "max_steps=5")
+    small_run("x", "resume=true", "epochs=9")
+    assert "give a larger max_steps= (it has 5)" in capsys.readouterr().out
 
 
 def test_a_run_leaves_its_files(small_run, tmp_path):

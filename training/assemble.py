@@ -100,7 +100,10 @@ def assemble(config: dict[str, Any]) -> Run:
         Path(config["output_dir"]), config["choices"]["model"], config["run_name"], config["keep_saves"]
     )
     if config["resume"]:
-        resume_state(state, checkpoints.newest(), config)
+        if checkpoints.saves():
+            resume_state(state, checkpoints.newest(), config)
+        else:
+            print(f"{config['run_name']} ended before its first save; beginning it again")
     return Run(
         config, device, build_dataset(config, device), build_source(config, device), state, build_solver(config),
         build(config["evaluation"]), compiled(objective, config), run_folder_of(config), checkpoints,

@@ -30,10 +30,13 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     """The payload of a checkpoint of this project, tensors only (weights_only). UserError for anything else."""
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}; `python scripts/runs.py list` shows the runs there are")
+    unreadable = UserError(f"{path} cannot be read as a checkpoint (it is damaged or not one); use another save")
+    if not zipfile.is_zipfile(path):
+        raise unreadable
     try:
         payload = torch.load(path, map_location=device, weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as a checkpoint (it is damaged or not one); use another save") from error
+    except (UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, LookupError, ValueError, TypeError) as error:
+        raise unreadable from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise UserError(f"{path} was not written by this project; give a checkpoint from outputs/ckpts")
     return payload
@@ -86,14 +89,15 @@ class CheckpointFolder:
             for path in self.epoch_saves()[: -self.keep]:
                 path.unlink()
 
+    def saves(self) -> list[Path]:
+        """What this run can go on from, the newest first."""
+        return [path for path in (self.last, *reversed(self.epoch_saves())) if path.exists()]
+
     def newest(self) -> Path:
         """This run's newest save. UserError when there is none."""
-        candidates = [path for path in (self.last, *reversed(self.epoch_saves())) if path.exists()]
-        if not candidates:
-            raise UserError(
-                f"run_name={self.run_name} has no save in {self.folder} to resume from; start it anew with overwrite=true"
-            )
-        return candidates[0]
+        if not self.saves():
+            raise UserError(f"run_name={self.run_name} has no save in {self.folder}; start it anew with overwrite=true")
+        return self.saves()[0]
 
 
 def copy_atomically(source: Path, target: Path) -> None:

@@ -99,7 +99,7 @@ def check_run_name(name: Any) -> None:
     """UserError for a run_name that cannot name files safely."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise UserError(
-            f"run_name={name!r} cannot name files; use letters, digits and . _ = + - only, "
+            f"run_name={str(name)[:60]!r} cannot name files; use letters, digits and . _ = + - only, "
             "beginning with a letter or digit, at most 200 characters"
         )
 
@@ -120,7 +120,7 @@ def check_run_is_new(config: dict[str, Any], run_folder: Path) -> None:
     """UserError when the name is taken and nothing says what to do about it."""
     if config["resume"] or config["overwrite"] or config["eval_checkpoint"]:
         return
-    if run_folder.exists():
+    if (run_folder / "config.yaml").exists():
         raise UserError(
             f"run_name={config['run_name']} exists already in {run_folder}; go on with it by resume=true, "
             "replace it (the old run is moved aside) by overwrite=true, or choose another name"

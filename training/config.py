@@ -70,7 +70,7 @@ def groups() -> dict[str, list[str]]:
 
 def nearest(word: str, known: list[str]) -> str:
     """' (did you mean x?)' or nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
 
 

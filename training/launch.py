@@ -19,8 +19,8 @@ from training.run_folder import RunFolder
 # What may differ when a run goes on: how long, where, how fast and what is shown, but nothing that is learned from.
 FREE = (
     "epochs", "max_steps", "device", "devices", "compile", "compile_mode", "output_dir", "num_workers", "log_every",
-    "save_every", "keep_saves", "resume", "overwrite", "init_from", "eval_checkpoint", "log", "trackio", "callbacks",
-    "backend", "command", "changed", "overrides", "choices",
+    "save_every", "keep_saves", "monitor", "patience", "resume", "overwrite", "init_from", "eval_checkpoint", "log",
+    "trackio", "callbacks", "backend", "command", "changed", "overrides", "choices",
 )  # fmt: skip
 
 
@@ -153,7 +153,8 @@ def sweep_job(job: list[str], swept_keys: set[str]) -> list[str] | None:
         return overrides
     stored = OmegaConf.to_container(OmegaConf.load(folder.config_path))
     assert isinstance(stored, dict)
-    if sorted(stored.get("overrides", [])) != sorted(overrides):
+    typed = [text for text in stored.get("overrides", []) if not re.match(r"(resume|overwrite)=", text)]
+    if sorted(typed) != sorted(overrides):
         raise UserError(
             f"run {name} exists in {folder.path.parent} from another command; give this sweep another run_name, "
             "or remove that run"

@@ -146,6 +146,7 @@ def judge(run: Run, values: dict[str, float]) -> bool:
     """Compare the monitored metric with the best so far: whether this is the best; plateau and patience hear of it."""
     state, monitor = run.state, run.config["monitor"]
     if monitor not in values:
+        run.save(epoch=None, best=False)
         known = ", ".join(sorted(values))
         raise UserError(f"monitor={monitor} is not among this run's evaluation metrics; use one of {known}")
     state.schedule.observe(values[monitor])

@@ -126,6 +126,7 @@ class Run:
         )
         if self.state.step:
             self.log({**self.evaluation.values, "eval/seconds": self.evaluation.seconds})
+            self.write_status("running")
         self.notify("evaluation_end")
         return self.evaluation.values
 

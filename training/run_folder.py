@@ -1,5 +1,6 @@
 """outputs/runs/<run_name>/: what a run leaves on disk, written so that a crash at any moment leaves it readable."""
 
+import fcntl
 import json
 import math
 import os
@@ -7,6 +8,8 @@ import platform
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
+
+from training.errors import UserError
 
 STATES = ("running", "finished", "failed", "interrupted")
 
@@ -25,6 +28,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics_file: TextIO | None = None
+        self.lock_file: TextIO | None = None
 
     @property
     def name(self) -> str:
@@ -53,6 +57,22 @@ class RunFolder:
     def sample_picture(self, step: int) -> Path:
         """Where the picture of a step goes; whoever draws it makes the folder."""
         return self.path / "samples" / f"step_{step:08d}.png"
+
+    def lock(self) -> None:
+        """Make the folder and hold it until this process ends, however it ends.
+
+        UserError when the system refuses it, or another process holds it: a live run is neither doubled nor overwritten.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock_file = (self.path / ".lock").open("w")
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"run {self.name} is being trained by another process right now; wait for it, or choose another run_name"
+            ) from error
+        except OSError as error:
+            raise UserError(f"cannot make {self.path}: {error.strerror}; choose another output_dir") from error
 
     def write_config(self, config: str, overrides: list[str]) -> None:
         """Store the resolved configuration (YAML text) and the overrides as typed."""
@@ -139,6 +159,13 @@ class RunFolder:
         if self.metrics_path.is_file():
             kept = [line for line in self.metric_lines() if json.loads(line)["step"] <= step]
             write_atomically(self.metrics_path, "".join(f"{line}\n" for line in kept))
+
+    def release(self) -> None:
+        """Let the folder go: the run has ended."""
+        self.close()
+        if self.lock_file is not None:
+            self.lock_file.close()
+            self.lock_file = None
 
     def close(self) -> None:
         """Close metrics.jsonl; a later append opens it again."""

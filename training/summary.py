@@ -8,7 +8,11 @@ from evaluation.report import print_scores
 from training.device import device_name
 from training.run import Run
 
-RUNNER = "uv run " if "UV" in os.environ else ""  # commands are shown as they can be typed again
+# Commands are shown as they can be typed again, from where this one was typed.
+RUNNER = "uv run " if "UV" in os.environ else ""
+ROOT = Path(__file__).resolve().parents[1]
+PLACE = Path() if Path.cwd() == ROOT else ROOT
+LAUNCH, SAMPLE = f"{RUNNER}python {PLACE / 'launcher.py'}", f"{RUNNER}python {PLACE / 'scripts/sample.py'}"
 
 
 def print_lines(rows: list[tuple[str, str]]) -> None:
@@ -69,9 +73,9 @@ def end_lines(run: Run, picture: Path | None, how: str) -> list[tuple[str, str]]
     if config["trackio"]["enabled"]:
         lines.append(("dashboard", f"{RUNNER}trackio show --project {config['trackio']['project']}"))
     if how == "interrupted":
-        lines.append(("go on", f"{RUNNER}python launcher.py run_name={name} resume=true"))
+        lines.append(("go on", f"{LAUNCH} run_name={name} resume=true"))
     else:
         longer = f"max_steps={2 * config['max_steps']}" if config["max_steps"] else f"epochs={2 * config['epochs']}"
-        lines.append(("go on", f"{RUNNER}python launcher.py run_name={name} resume=true {longer}"))
-        lines.append(("sample", f"{RUNNER}python scripts/sample.py ckpt={run.checkpoints.last} n=1000"))
+        lines.append(("go on", f"{LAUNCH} run_name={name} resume=true {longer}"))
+        lines.append(("sample", f"{SAMPLE} ckpt={run.checkpoints.last} n=1000"))
     return [(key, str(value)) for key, value in lines]
