@@ -314,6 +314,17 @@ def test_init_from_starts_at_the_other_runs_average(small_run, tmp_path):
         assemble(small_config(tmp_path, f"init_from={path}", "model.depth=2", "model.width=17"))
 
 
+def test_a_run_that_started_from_another_resumes_exactly_even_before_its_first_save(small_run, tmp_path):
+    start = f"init_from={small_run('start', 'epochs=1', output='start') / 'ckpts/mlp/start_last.pt'}"
+    whole = small_run("x", start, "schedule=constant", output="whole")
+    parts = small_run("x", start, "schedule=constant", "epochs=1", output="parts")
+    for path in (parts / "ckpts").rglob("*.pt"):
+        path.unlink()
+    small_run("x", "resume=true", "epochs=2", output="parts")  # nothing saved: begins at the other run's weights again
+    small_run("x", "resume=true", "epochs=3", output="parts")
+    assert_equal_runs(whole, parts, "x")
+
+
 def test_patience_ends_a_run_early_as_finished(small_run):
     folder = small_run("x", "epochs=50", "patience=2", "optimizer.lr=1e-12")
     status = json.loads((folder / "runs/x/status.json").read_text())

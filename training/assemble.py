@@ -86,7 +86,11 @@ def assemble(config: dict[str, Any]) -> Run:
     device = pick_device(config["device"])
     set_numerics(device, config["deterministic"])
     objective = build_objective(config, device)
-    if config["init_from"] and not config["resume"]:
+    checkpoints = CheckpointFolder(
+        Path(config["output_dir"]), config["choices"]["model"], config["run_name"], config["keep_saves"]
+    )
+    going_on = bool(config["resume"] and checkpoints.saves())
+    if config["init_from"] and not going_on:
         start_weights(objective, Path(config["init_from"]))
     ema = build(config["ema"])
     optimizer = build(config["optimizer"], params=[p for p in objective.network.parameters() if p.requires_grad])
@@ -96,14 +100,10 @@ def assemble(config: dict[str, Any]) -> Run:
         objective, averaged_objective(objective, ema), ema, optimizer, build(config["schedule"]),
         gradient_scaler(device, config["precision"]),
     )  # fmt: skip
-    checkpoints = CheckpointFolder(
-        Path(config["output_dir"]), config["choices"]["model"], config["run_name"], config["keep_saves"]
-    )
-    if config["resume"]:
-        if checkpoints.saves():
-            resume_state(state, checkpoints.newest(), config)
-        else:
-            print(f"{config['run_name']} ended before its first save; beginning it again")
+    if going_on:
+        resume_state(state, checkpoints.newest(), config)
+    elif config["resume"]:
+        print(f"{config['run_name']} ended before its first save; beginning it again")
     return Run(
         config, device, build_dataset(config, device), build_source(config, device), state, build_solver(config),
         build(config["evaluation"]), compiled(objective, config), run_folder_of(config), checkpoints,

@@ -89,6 +89,10 @@ def check_values(config: dict[str, Any]) -> None:
     for key, holds, words in RULES:
         if has(config, key) and not holds(lookup(config, key)):
             raise UserError(f"{key} takes {words}, not {lookup(config, key)!r}")
+
+
+def check_contradictions(config: dict[str, Any]) -> None:
+    """UserError for words of one command that cannot both hold; what a resumed run was once started with is no matter."""
     if config["resume"] and config["overwrite"]:
         raise UserError("resume and overwrite contradict each other; give one of them")
     if config["resume"] and config["init_from"]:
@@ -107,7 +111,7 @@ def check_run_name(name: Any) -> None:
 def check_files(config: dict[str, Any]) -> None:
     """UserError for a file that should be there, or an output folder that cannot be written."""
     for key in ("init_from", "eval_checkpoint"):
-        path = config[key]
+        path = None if key == "init_from" and config["resume"] else config[key]
         if path is not None and not Path(path).is_file():
             raise UserError(f"{key}={path} is not a file; give the path of a checkpoint such as outputs/ckpts/mlp/last.pt")
     folder = Path(config["output_dir"])

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from backends.base_backend import Backend
-from training.checks import check_files, check_run_is_new, check_values, has, lookup
+from training.checks import check_contradictions, check_files, check_run_is_new, check_values, has, lookup
 from training.config import compose_config, delete, is_group, parse_overrides, resolved
 from training.errors import UserError
 from training.run_folder import RunFolder
@@ -41,6 +41,7 @@ def prepare(overrides: list[str]) -> dict[str, Any]:
     """
     config = resolved(compose_config(overrides))
     check_values(config)
+    check_contradictions(config)
     config |= {
         "command": "python launcher.py " + shlex.join(overrides),
         "overrides": overrides,
