@@ -52,7 +52,45 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        grouped = x.reshape(x.shape[0], self.groups, -1)
-        normal = F.layer_norm(grouped, grouped.shape[-1:]).reshape(x.shape)
         wide = (1, -1, *(1,) * (x.ndim - 2))
-        return normal * self.weight.view(wide) + self.bias.view(wide)
+        return group_norm(x, self.groups) * self.weight.view(wide) + self.bias.view(wide)
+
+
+def group_norm(x: Tensor, groups: int) -> Tensor:
+    """x (B, C, ...) with each of its groups of channels at mean 0 and variance 1, row by row."""
+    grouped = x.reshape(x.shape[0], groups, -1)
+    return F.layer_norm(grouped, grouped.shape[-1:]).reshape(x.shape)
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x (1 + scale) + shift, in one pass over x."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class Conditioning(nn.Module):
+    """What modulates a network's blocks: SiLU of an embedding of both times plus, if conditional, one of the class.
+
+    times (B, 2), label (B,) or None -> (B, width). In fp32 whatever the autocast: bf16 would not tell close times apart.
+    """
+
+    def __init__(self, num_classes: int, width: int, frequencies: list[float]):
+        super().__init__()
+        self.features = TimeFeatures(frequencies)
+        self.time = nn.Sequential(nn.Linear(self.features.width, width), nn.SiLU(), nn.Linear(width, width))
+        self.label = ClassEmbedding(num_classes, width) if num_classes else None
+
+    def forward(self, times: Tensor, label: Tensor | None = None) -> Tensor:
+        device = "cpu" if times.is_meta else times.device.type  # meta has no autocast to switch off
+        with torch.autocast(device, enabled=False):
+            embedding = self.time(self.features(times))
+            if self.label is not None:
+                embedding = embedding + self.label.rows(label, len(times))
+            return F.silu(embedding)
+
+
+def zero_(*layers: nn.Linear | nn.Conv2d) -> None:
+    """Start these layers at zero: a residual branch as nothing, an output as the mean velocity."""
+    for layer in layers:
+        nn.init.zeros_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)

@@ -1,7 +1,7 @@
 """The velocity-model contract over every file in configs/model, and the layers that models share.
 
 A new model joins by its config. It must take points (dataloaders=kmeans) or images (dataloaders=digits). One of more than
-LARGE parameters is built on the meta device only; its values are checked on a copy of depth 1, if it has a `depth`.
+LARGE parameters is built on the meta device only; its values are checked on a copy of depth 1, or a narrow one.
 """
 
 from collections.abc import Iterator
@@ -20,13 +20,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dataloaders.base_dataloaders import make_unified_flow_matching_input
 from models.layers import ClassEmbedding, GroupNorm, TimeFeatures
+from models.unet.unet import Attention
 from models.velocity_model import VelocityModel
+from training.assemble import build_objective
 from training.build import build
 from training.config import CONFIG_DIR, compose_config, groups, resolved
 from training.errors import UserError
 
 LARGE = 20_000_000
-SIZES = {"mlp": (1, 1_000_000), "cnn": (450_000, 550_000)}  # trainable parameters
+SIZES = {  # trainable parameters
+    "mlp": (1, 1_000_000),
+    "cnn": (450_000, 550_000),
+    "unet": (50_500_000, 51_500_000),
+    "unet_small": (700_000, 1_500_000),
+}
+KNOWN_FOR = {"unet": ["model.state_shape=[3,32,32]"]}  # what a size is quoted for
+SHALLOW = {"depth": 1, "width": 16, "blocks": 1}  # those of these settings that a large model has make it small
 ONE_TIME: set[str] = set()  # models that declare to read the time of the state only
 ROWS = 4
 
@@ -59,23 +68,25 @@ conditional_or_not = pytest.mark.parametrize("conditional", [False, True], ids=[
 
 
 @cache
-def full_size(name: str) -> int:
+def full_size(name: str, *overrides: str) -> int:
     """Parameters of the model as configured, without their memory."""
     with torch.device("meta"):
-        return build(model_node(name, suits(name)[0])).parameter_count()
+        return build(model_node(name, suits(name)[0], *overrides)).parameter_count()
+
+
+def shallow(name: str) -> list[str]:
+    """Overrides that take the dropout away and make a large model small."""
+    node = model_node(name, suits(name)[0])
+    overrides = ["model.dropout=0.0"] if "dropout" in node else []
+    if full_size(name) > LARGE:
+        overrides += [f"model.{key}={value}" for key, value in SHALLOW.items() if key in node]
+    return overrides
 
 
 def fresh_model(name: str, conditional: bool = False) -> VelocityModel:
     """The model or its shallow variant, without dropout, as training starts it."""
-    overrides, settings = [f"conditional={conditional}".lower()], model_node(name, suits(name)[0])
-    if "dropout" in settings:
-        overrides.append("model.dropout=0.0")
-    if full_size(name) > LARGE:
-        if "depth" not in settings:
-            pytest.skip(f"{name} has {full_size(name):,} parameters and no depth to reduce")
-        overrides.append("model.depth=1")
     torch.manual_seed(0)
-    model = build(model_node(name, suits(name)[0], *overrides))
+    model = build(model_node(name, suits(name)[0], f"conditional={conditional}".lower(), *shallow(name)))
     model.init_weights()
     return model
 
@@ -126,7 +137,7 @@ def test_it_is_a_velocity_model_of_points_or_images(name: str) -> None:
 
 @pytest.mark.parametrize("name, bounds", SIZES.items(), ids=SIZES)
 def test_it_has_the_size_it_is_known_for(name: str, bounds: tuple[int, int]) -> None:
-    assert bounds[0] < full_size(name) < bounds[1]
+    assert bounds[0] < full_size(name, *KNOWN_FOR.get(name, [])) < bounds[1]
 
 
 @conditional_or_not
@@ -258,6 +269,50 @@ def test_the_answer_is_repeatable_and_the_input_left_alone(name: str) -> None:
     assert torch.equal(unified, before)
 
 
+ONE_OF_EACH_CLASS = {model_node(name, suits(name)[0])["_target_"]: name for name in MODELS if "digits" in suits(name)}
+
+
+@pytest.mark.parametrize("loss", ["mse", "meanflow"])
+@pytest.mark.parametrize("name", ONE_OF_EACH_CLASS.values())
+def test_the_compiled_loss_is_the_eager_one(name: str, loss: str) -> None:
+    """Traced whole, with the derivative inside; no kernels are generated, which would take a minute each."""
+    node = ["run_name=x", "dataloaders=digits", f"model={name}", f"loss={loss}", *shallow(name)]
+    objective = build_objective(resolved(compose_config(node)), torch.device("cpu"))
+    with torch.no_grad():
+        for p in objective.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    data = torch.randn(2, ROWS, *state_shape(name), generator=torch.Generator().manual_seed(0))
+    batch = objective.draw(data[0], data[1], None, torch.Generator().manual_seed(0))
+    parameters = list(objective.parameters())
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager_decomp_partition")
+    (ours, theirs) = (run(batch)["loss"] for run in (compiled, objective))
+    assert torch.allclose(ours, theirs, rtol=1e-4)
+    for mine, other in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
+        assert torch.allclose(mine, other, rtol=1e-3, atol=1e-3 * other.abs().max().item() + 1e-6)
+
+
+@pytest.mark.parametrize("shape", [[1, 28, 28], [3, 8, 12], [4, 16, 16]])
+def test_the_small_unet_takes_any_channels_and_sides_that_halve_evenly(shape: list[int]) -> None:
+    model = build(model_node("unet_small", "digits", f"model.state_shape={shape}".replace(" ", "")))
+    assert model(torch.randn(2, shape[0] + 2, *shape[1:])).shape == (2, *shape)
+
+
+@pytest.mark.parametrize("name, shape, expected", [
+    ("unet", [3, 32, 32], {16, 8, 4}),
+    ("unet_small", [1, 28, 28], {7}),
+    ("unet_small", [1, 8, 8], {4, 2}),
+])  # fmt: skip
+def test_the_unet_attends_on_its_coarse_levels(name: str, shape: list[int], expected: set[int]) -> None:
+    with torch.device("meta"):
+        model = build(model_node(name, "digits", f"model.state_shape={shape}".replace(" ", "")))
+        sides: set[int] = set()
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.register_forward_hook(lambda _, __, out: sides.add(out.shape[-1]))
+        model(torch.empty(1, shape[0] + 2, *shape[1:]))
+    assert sides == expected
+
+
 @settings(max_examples=25, deadline=None)
 @given(r=st.floats(0, 1), t=st.floats(0, 1), frequencies=st.lists(st.floats(0.1, 32), max_size=4))
 def test_time_features_are_the_times_and_their_sines_and_cosines(r: float, t: float, frequencies: list[float]) -> None:
@@ -322,6 +377,9 @@ def test_group_norm_has_a_forward_derivative_in_either_layout(layout: torch.memo
     (["model=mlp", "dataloaders=digits"], "model=cnn"),
     (["model=cnn", "dataloaders=kmeans"], "model=mlp"),
     (["model=cnn", "dataloaders=digits", "dataloaders.state_shape=[1,7,8]"], "even"),
+    (["model=unet_small", "dataloaders=digits", "model.state_shape=[1,8,6]"], "multiples of 4, not 8x6"),
+    (["model=unet_small", "dataloaders=digits", "model.width=12"], "multiples of 8"),
+    (["model=unet", "dataloaders=kmeans"], "takes images"),
     (["model=mlp", "dataloaders=kmeans", "dataloaders.num_classes=0", "conditional=true"], "labels"),
 ])  # fmt: skip
 def test_an_impossible_pair_is_one_sentence(overrides: list[str], word: str) -> None:

@@ -1,0 +1,157 @@
+"""The U-Net velocity model for images."""
+
+from math import gcd
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dataloaders.base_dataloaders import split_unified_flow_matching_input
+from models.layers import Conditioning, GroupNorm, group_norm, modulate, zero_
+from models.velocity_model import VelocityModel
+from training.errors import UserError
+
+GROUP_CHANNELS = 8  # channels that are normalised together
+HEAD_CHANNELS = 64  # channels of an attention head, where the width allows
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels, added to its input: (B, C, H, W) -> the same shape."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.heads = channels // gcd(channels, HEAD_CHANNELS)
+        self.norm = GroupNorm(channels // GROUP_CHANNELS, channels)
+        self.qkv, self.project = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = self.norm(x).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(pixels).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.project(attended).transpose(1, 2).reshape(x.shape)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, then attention if asked; the embedding scales and shifts the second normalisation.
+
+    x (B, inputs, H, W), embedding (B, E) -> (B, outputs, H, W).
+    """
+
+    def __init__(self, inputs: int, outputs: int, attention: bool, embedding: int, dropout: float):
+        super().__init__()
+        self.norm = GroupNorm(inputs // GROUP_CHANNELS, inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * outputs)
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.attention = Attention(outputs) if attention else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = group_norm(self.conv1(F.silu(self.norm(x))), scale.shape[1] // GROUP_CHANNELS)
+        h = modulate(h, scale, shift)
+        return self.attention(self.skip(x) + self.conv2(self.dropout(F.silu(h))))
+
+
+class Level(nn.Module):
+    """One resolution, and inside it every coarser one: blocks down, the coarser levels, blocks up that read what was kept.
+
+    widths, attention: channels and whether to attend, for this level and the coarser ones. x (B, widths[0], H, W) -> same.
+    """
+
+    def __init__(self, widths: list[int], attention: list[bool], blocks: int, embedding: int, dropout: float):
+        super().__init__()
+        settings = (attention[0], embedding, dropout)
+        here = widths[0]
+        self.down = nn.ModuleList(ResidualBlock(here, here, *settings) for _ in range(blocks))
+        self.inner = (
+            Halved(widths, attention, blocks, embedding, dropout)
+            if len(widths) > 1
+            else ResidualBlock(here, here, *settings)
+        )
+        self.up = nn.ModuleList(ResidualBlock(2 * here, here, *settings) for _ in range(blocks + 1))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        kept = [x]
+        for block in self.down:
+            kept.append(block(kept[-1], embedding))
+        h = self.inner(kept[-1], embedding)
+        for block in self.up:
+            h = block(torch.cat([h, kept.pop()], dim=1), embedding)
+        return h
+
+
+class Halved(nn.Module):
+    """The coarser levels between a strided convolution and a nearest-neighbour enlargement: (B, widths[0], H, W) -> same."""
+
+    def __init__(self, widths: list[int], attention: list[bool], blocks: int, embedding: int, dropout: float):
+        super().__init__()
+        self.shrink = nn.Conv2d(widths[0], widths[1], 3, stride=2, padding=1)
+        self.level = Level(widths[1:], attention[1:], blocks, embedding, dropout)
+        self.enlarge = nn.Conv2d(widths[1], widths[0], 3, padding=1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.level(self.shrink(x), embedding)
+        return self.enlarge(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+
+
+def check_pyramid(sides: list[int], widths: list[int]) -> None:
+    """UserError when the sides do not halve evenly from level to level, or the widths do not form groups."""
+    halvings = len(widths) - 1
+    if any(side % 2**halvings for side in sides):
+        raise UserError(
+            f"this U-Net halves images {halvings} times, so their sides must be multiples of {2**halvings}, not "
+            f"{sides[0]}x{sides[1]}; resize or pad the data, or give fewer levels, as in 'model.multipliers=[1,2]'"
+        )
+    if any(width % GROUP_CHANNELS for width in widths):
+        raise UserError(f"the U-Net's channels must be multiples of {GROUP_CHANNELS}, not {widths}; change model.width")
+
+
+class UNet(VelocityModel):
+    """Residual blocks down and up a pyramid of resolutions, what is seen on the way down joined to the way up.
+
+    After Ho et al. 2020 (arXiv 2006.11239, app. B), with time and class as scale and shift (Dhariwal & Nichol 2021,
+    arXiv 2105.05233, eq. 6). (B, C + 2, H, W) -> (B, C, H, W).
+    width: channels at full resolution, times each level's multiplier. blocks: on each level's way down, one more up.
+    attention_up_to: the longest side, in pixels, of levels with self-attention. embedding: width of the time and class
+    embedding. UserError for sides that do not halve evenly, or channels that are no multiples of 8.
+    """
+
+    def __init__(
+        self,
+        state_shape: list[int],
+        num_classes: int = 0,
+        width: int = 128,
+        multipliers: tuple[int, ...] | list[int] = (1, 2, 2, 2),
+        blocks: int = 3,
+        attention_up_to: int = 16,
+        embedding: int = 384,
+        time_frequencies: list[float] | None = None,
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        channels, *sides = state_shape
+        widths = [width * factor for factor in multipliers]
+        check_pyramid(sides, widths)
+        attention = [max(sides) // 2**level <= attention_up_to for level in range(len(widths))]
+        self.num_classes = num_classes
+        self.conditioning = Conditioning(num_classes, embedding, list(time_frequencies or []))
+        self.stem = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.pyramid = Level(widths, attention, blocks, embedding, dropout)
+        self.norm = GroupNorm(widths[0] // GROUP_CHANNELS, widths[0])
+        self.head = nn.Conv2d(widths[0], channels, 3, padding=1)
+
+    def init_weights(self) -> None:
+        """Start each block as its skip, each attention as the identity and the output at zero."""
+        zero_(self.head)
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                zero_(module.conv2)
+            elif isinstance(module, Attention):
+                zero_(module.project)
+
+    def forward(self, unified_input: Tensor, label: Tensor | None = None) -> Tensor:
+        state, times = split_unified_flow_matching_input(unified_input)
+        h = self.pyramid(self.stem(state), self.conditioning(times, label))
+        return self.head(F.silu(self.norm(h)))
