@@ -1,4 +1,4 @@
-"""Who is paired with whom: the joint distribution of noise x0 and data x1 within a batch."""
+"""Who is paired with whom: the joint distribution of noise x0 and data x1."""
 
 from abc import ABC, abstractmethod
 
@@ -6,7 +6,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from training.errors import UserError
+
 Pairs = tuple[Tensor, Tensor, Tensor | None]
+REFLOW_SEED = 1_000_003  # of a teacher's samples: no run's own
 
 
 class Coupling(ABC):
@@ -14,7 +17,7 @@ class Coupling(ABC):
 
     @abstractmethod
     def pair(self, x0: Tensor, x1: Tensor, label: Tensor | None, generator: torch.Generator) -> Pairs:
-        """x0, x1 (B, ...) and label (B,) reordered into pairs; a label stays with its x1. No row is lost or repeated."""
+        """x0, x1 (B, ...) and label (B,) as pairs, as many; a label stays with its x1."""
 
 
 class IndependentCoupling(Coupling):
@@ -33,3 +36,44 @@ class MinibatchOTCoupling(Coupling):
         cost = torch.cdist(x0.flatten(1), x1.flatten(1), compute_mode="donot_use_mm_for_euclid_dist").square()
         partner = torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1]).to(x1.device)
         return x0, x1[partner], None if label is None else label[partner]
+
+
+class ReflowCoupling(Coupling):
+    """Pairs (x0, X(x0)) of noise and where a trained flow carries it, in place of the batch's own (Liu et al. 2022,
+    arXiv 2209.03003): training on them straightens the flow, so that few solver steps suffice.
+
+    teacher: a checkpoint; its EMA weights and its own source and solver make `count` pairs once, when first asked, and
+    batches are drawn from them. A conditional teacher's labels, 0, 1, ... in turn, come with them. UserError when the
+    teacher's states have another shape than the data.
+    """
+
+    def __init__(self, teacher: str, count: int = 50_000):
+        if count < 1:
+            raise UserError(f"loss.coupling.count={count} must be at least 1: the number of pairs to draw batches from")
+        self.teacher, self.count = teacher, count
+        self.pairs: Pairs | None = None
+
+    def pair(self, x0: Tensor, x1: Tensor, label: Tensor | None, generator: torch.Generator) -> Pairs:
+        source, target, classes = self.pairs = self.pairs or self.make_pairs(x1)
+        rows = torch.randint(self.count, (len(x1),), generator=generator, device=x1.device)
+        return source[rows], target[rows], None if classes is None else classes[rows]
+
+    def make_pairs(self, like: Tensor) -> Pairs:
+        """All pairs on the device of the data `like` (B, ...): noise, where it goes, and labels or None."""
+        from evaluation.evaluator import fixed_labels, fixed_noise
+        from evaluation.sample import load
+        from training.assemble import build_source
+
+        model = load(self.teacher, like.device.type)
+        target = model.sample(self.count, seed=REFLOW_SEED).to(like.device)
+        if target.shape[1:] != like.shape[1:]:
+            raise UserError(
+                f"loss.coupling.teacher={self.teacher} makes states of shape {tuple(target.shape[1:])}, the data has "
+                f"{tuple(like.shape[1:])}; use a teacher of this data"
+            )
+        source = fixed_noise(build_source(model.config, torch.device("cpu")), self.count, REFLOW_SEED).to(like.device)
+        label = fixed_labels(model.objective.network.num_classes, self.count)
+        return source, target, None if label is None else label.to(like.device)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "ReflowCoupling":
+        return self  # the EMA objective draws from the same pairs

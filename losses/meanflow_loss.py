@@ -1,39 +1,76 @@
-"""MeanFlow."""
+"""MeanFlow and its improved form."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from losses.forward_mode import jvp
+from helpers_cfg import MeanFlowGuidance
 from losses.objective import FlowBatch, FlowObjective, SecondTime, expand_time
+from losses.total_derivative import DerivativeObjective
+from training.errors import UserError
 
 
-class MeanFlowLoss(FlowObjective):
+class MeanFlowLoss(DerivativeObjective):
     """Mean velocity u(z_r, r, t): one evaluation crosses the whole path (Geng et al. 2025, arXiv 2505.13447, eq. 6 and 10).
 
     (t - r) u(z_r, r, t) = int_r^t v ds along the flow; differentiated in r,
-        u = v + (t - r) D_v u,      D_v u = du/dr + v . grad_z u      (one JVP, tangents (v, 1, 0)).
+        u = v + (t - r) D_v u,      D_v u = du/dr + v . grad_z u.
     The conditional velocity stands for v, which leaves the minimiser of the unweighted loss where it is; adaptive weighting
-    (p > 0) moves it on multimodal data. Only the first interval_rows of a batch, those with r < t, pay for the JVP; on the
-    rest u(z, r, r) is fitted to v_c directly. The paper's time runs the other way: its later time is the state's time here.
+    (p > 0) moves it on multimodal data. Only the first interval_rows of a batch, those with r < t, pay for the derivative;
+    on the rest u(z, r, r) is fitted to v_c directly. The paper's time runs the other way: its later time is the state's.
+
+    guidance: folded into the target, so that one unguided evaluation is a guided sample. Raises UserError for a network
+    that is not conditional, or whose null label is never trained.
     """
 
     second_time: SecondTime = "state"
     learns_flow_map = True
 
+    def __init__(self, guidance: MeanFlowGuidance | None = None, **parts: Any) -> None:
+        super().__init__(**parts)
+        if guidance is not None and (self.network.num_classes == 0 or self.label_dropout == 0):
+            raise UserError(
+                "loss/guidance needs a network that knows labels and their absence: "
+                "add conditional=true and keep loss.label_dropout above 0, or leave loss/guidance out"
+            )
+        self.guidance = guidance
+
     def forward(self, batch: FlowBatch, teacher: FlowObjective | None = None) -> dict[str, Tensor]:
         rows = self.time_sampler.interval_rows(len(batch))
-        interval, instant = batch.split(rows)
-        target = self.interval_target(interval)
-        u = self.mean_velocity(interval.input, interval.r, interval.t, interval.label)
-        v = self.mean_velocity(instant.input, instant.r, instant.t, instant.label)
-        errors = torch.cat([u - target, v - instant.conditional_velocity])
-        return {"loss": self.weighting(errors.square().flatten(1).sum(1))}
+        v = self.velocity_target(batch)
+        u, derivative = self.value_and_derivative(batch, rows, v[:rows])
+        duration = expand_time(batch.t - batch.r, batch.input)[:rows]
+        target = torch.cat([v[:rows] + duration * derivative, v[rows:]])
+        return {"loss": self.weighting((u - target).square().flatten(1).sum(1))}
 
-    def interval_target(self, batch: FlowBatch) -> Tensor:
-        """sg(v_c + (t - r) D_v u): the tangent is taken without building a graph, in fp32."""
+    def velocity_target(self, batch: FlowBatch) -> Tensor:
+        """v_c (B, ...), or with guidance its guided form on the rows that have a label."""
+        if self.guidance is None or batch.label is None:
+            return batch.conditional_velocity
+        null = torch.full_like(batch.label, self.network.num_classes)
+        with self.frozen():
+            v_label, v_null = (self.velocity(batch.input, batch.r, label) for label in (batch.label, null))
+        guided = self.guidance.target(batch.conditional_velocity, v_label, v_null, batch.r)
+        return torch.where(expand_time(batch.label == null, guided).bool(), batch.conditional_velocity, guided)
 
-        def field(z: Tensor, r: Tensor) -> Tensor:
-            return self.mean_velocity(z, r, batch.t, batch.label)
 
-        tangent = jvp(field, (batch.input, batch.r), (batch.conditional_velocity, torch.ones_like(batch.r)))
-        return (batch.conditional_velocity + expand_time(batch.t - batch.r, batch.input) * tangent).detach()
+class ImprovedMeanFlowLoss(MeanFlowLoss):
+    """|u - (t - r) sg(D_v u) - v_c|^2 + |v - v_c|^2 with v = u(z_r, r, r) (Geng et al. 2025, arXiv 2512.02012).
+
+    The direction of the derivative is the network's own instantaneous velocity, which takes the variance of v_c out of it;
+    v_c enters as what is regressed to, only. The first term is taken on the rows with r < t, the second on every row.
+    """
+
+    def forward(self, batch: FlowBatch, teacher: FlowObjective | None = None) -> dict[str, Tensor]:
+        rows = self.time_sampler.interval_rows(len(batch))
+        interval, _ = batch.split(rows)
+        target = self.velocity_target(batch)
+        v = self.velocity(batch.input, batch.r, batch.label)
+        instant_loss = self.weighting((v - target).square().flatten(1).sum(1))
+        if rows == 0:
+            return {"loss": instant_loss}
+        u, derivative = self.value_and_derivative(interval, rows, v[:rows].detach())
+        residual = u - expand_time(interval.t - interval.r, u) * derivative - target[:rows]
+        mean_loss = rows / len(batch) * self.weighting(residual.square().flatten(1).sum(1))
+        return {"instant": instant_loss, "mean": mean_loss, "loss": instant_loss + mean_loss}

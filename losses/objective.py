@@ -5,11 +5,14 @@ is headed to). Which second time a network was trained with is the objective's k
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from dataloaders.base_dataloaders import make_unified_flow_matching_input
 from losses.couplings import Coupling
@@ -50,7 +53,7 @@ class FlowBatch:
 
     def split(self, rows: int) -> tuple["FlowBatch", "FlowBatch"]:
         """The first `rows` rows and the rest, as views: fixed sizes, so shapes stay static."""
-        named = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        named = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         first, rest = ({n: v[part] for n, v in named.items()} for part in (slice(rows), slice(rows, None)))
         return replace(self, **first), replace(self, **rest)
 
@@ -81,6 +84,28 @@ class FlowObjective(nn.Module, ABC):
         self.network = network
         self.path, self.coupling, self.time_sampler, self.prediction = path, coupling, time_sampler, prediction
         self.weighting, self.label_dropout = weighting, label_dropout
+        self.has_dropout = any(isinstance(part, _DropoutNd) and part.p > 0 for part in network.modules())
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two evaluations of the network differ: dropout, in training."""
+        return self.has_dropout and self.training
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """For evaluations whose dropout masks the next evaluation of as many rows shall draw again."""
+        if not self.is_random:
+            yield
+            return
+        device = next(self.network.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """`repeated`, and without a graph: for evaluations that make a target."""
+        with torch.no_grad(), self.repeated():
+            yield
 
     def draw(
         self, x0: Tensor, x1: Tensor, label: Tensor | None, generator: torch.Generator, progress: float = 0.0
@@ -126,6 +151,15 @@ class FlowObjective(nn.Module, ABC):
     def mean_velocity(self, z: Tensor, r: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """The network's u(z, r, t) at states z (B, ...) at times r, headed to t, scalars or (B,)."""
         return self.predict(self.unified(z, r, t), z, r, label)
+
+    def mean_velocity_of(self, batch: FlowBatch) -> Tensor:
+        """u on the rows of a batch (B, ...)."""
+        return self.mean_velocity(batch.input, batch.r, batch.t, batch.label)
+
+    def mean_velocities(self, batch: FlowBatch, rows: int) -> Tensor:
+        """u on every row (B, ...): in one pass, unless dropout asks that the first `rows` be evaluated by themselves."""
+        parts = batch.split(rows) if self.is_random and 0 < rows < len(batch) else (batch,)
+        return torch.cat([self.mean_velocity_of(part) for part in parts])
 
     def flow_map(self, x: Tensor, r: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """X(x, r, t) = x + (t - r) u(x, r, t): states x (B, ...) at times r carried to times t by one evaluation.

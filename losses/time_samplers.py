@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from training.errors import UserError
+
 
 class TimeSampler(ABC):
     """Draws times in [0, 1] (1 is data); subclasses give the distribution of a single time.
@@ -48,3 +50,27 @@ class LogitNormalTimes(TimeSampler):
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.sigmoid(self.mean + self.std * torch.randn(shape, generator=generator, device=generator.device))
+
+
+class DyadicTimes(TimeSampler):
+    """Intervals of length 2^-k, k uniform in 0 .. levels - 1, that begin at a multiple of their length (Frans et al. 2024,
+    arXiv 2410.12557); instants uniform on [0, 1]. Raises UserError for fewer than one level.
+
+    shortest: half of the shortest interval, 2^-levels.
+    """
+
+    def __init__(self, levels: int = 7, ratio: float = 0.125):
+        super().__init__(ratio)
+        if not isinstance(levels, int) or levels < 1:
+            raise UserError(f"loss.time_sampler.levels={levels} must be a whole number of at least 1")
+        self.levels, self.shortest = levels, 2.0**-levels
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.rand(shape, generator=generator, device=generator.device)
+
+    def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        rows, device = self.interval_rows(n), generator.device
+        steps = 2.0 ** torch.randint(self.levels, (rows,), generator=generator, device=device)
+        place = (self.draw((rows,), generator) * steps).floor().clamp(max=steps - 1)
+        instants = self.draw((n - rows,), generator)
+        return torch.cat([place / steps, instants]), torch.cat([(place + 1) / steps, instants])

@@ -50,6 +50,14 @@ def companions(group: str, choice: str, tmp_path: Path) -> list[str]:
         return [f"dataloaders.path={tmp_path / 'x.npy'}"]
     if (group, choice) in [("dataloaders", name) for name in IMAGE_SETS]:
         return ["model=cnn"]
+    if (group, choice) in [("loss", "reflow"), ("loss/coupling", "reflow")]:
+        return ["loss.coupling.teacher=none.pt"]
+    if (group, choice) == ("loss/time_sampler", "dyadic"):
+        return ["loss=shortcut"]
+    if (group, choice) == ("loss/guidance", "meanflow"):
+        return ["loss=meanflow", "conditional=true"]
+    if group == "loss/alpha":
+        return ["loss=alpha_flow"]
     if group == "model":
         try:
             resolved(compose_config(["run_name=x", f"model={choice}"]))
@@ -115,9 +123,12 @@ def objective_of(loss: str, *overrides: str) -> FlowObjective:
 
 @pytest.mark.parametrize("conditional", ["false", "true"])
 @pytest.mark.parametrize("loss", groups()["loss"])
-def test_every_objective_keeps_its_contract(loss, conditional):
+def test_every_objective_keeps_its_contract(loss, conditional, tmp_path):
     """Drawn from its generator alone, named finite scalars with a gradient for every parameter, a velocity to follow."""
-    objective = objective_of(loss, f"conditional={conditional}")
+    words = companions("loss", loss, tmp_path)
+    objective = objective_of(loss, f"conditional={conditional}", *words)
+    if words:  # the pairs that a teacher's checkpoint would give
+        objective.coupling.pairs = (*torch.randn(2, 50_000, 2), torch.arange(50_000) % 5)
     x0, x1, label = torch.randn(64, 2), torch.randn(64, 2) + 1, torch.arange(64) % 5
     first, again, other = (objective.draw(x0, x1, label, torch.Generator().manual_seed(s), 0.5) for s in (1, 1, 2))
     assert torch.equal(first.unified_input, again.unified_input)

@@ -9,10 +9,13 @@ import torch
 
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
+from evaluation.metrics.base_metric import Decode
+from helpers_cfg import guided
 from losses.objective import FlowObjective
 from solvers.base_solver import BaseSolver
 from training.build import build
 from training.checkpoint import CheckpointFolder, load_checkpoint
+from training.config import HANDED_ON, parse_overrides
 from training.device import gradient_scaler, pick_device, set_numerics
 from training.errors import UserError
 from training.launch import run_folder_of
@@ -51,6 +54,51 @@ def build_objective(config: dict[str, Any], device: torch.device) -> FlowObjecti
     return objective.to(device)
 
 
+def build_flow(objective: FlowObjective, config: dict[str, Any], device: torch.device) -> FlowObjective:
+    """What is sampled: the objective under the guidance that the configuration asks for, or itself without any.
+
+    A guidance with a checkpoint gets the network in it as `guide`. UserError for guidance that this model cannot have.
+    """
+    node = config.get("guidance")
+    if not node:
+        return objective
+    parts: dict[str, torch.nn.Module] = {"network": objective.network}
+    if "checkpoint" in node:
+        parts["guide"] = load_guide(Path(node["checkpoint"]), objective, config, device)
+    return guided(objective, build({key: value for key, value in node.items() if key != "checkpoint"}, **parts))
+
+
+def load_guide(path: Path, objective: FlowObjective, config: dict[str, Any], device: torch.device) -> torch.nn.Module:
+    """The EMA network of a checkpoint, frozen. UserError when its output does not mean what the objective's does."""
+    payload = load_checkpoint(path)
+    guide = build_objective(payload["config"], device)
+    theirs, ours = meaning(guide, payload["config"]), meaning(objective, config)
+    for what, value in theirs.items():
+        if value != ours[what]:
+            raise UserError(
+                f"guidance.checkpoint={path} cannot guide this model: its {what} is {value}, here it is {ours[what]}; "
+                "give a weaker model trained on the same data with the same loss"
+            )
+    load_network(guide.network, payload["ema"], path)
+    return guide.network.eval().requires_grad_(False)
+
+
+def meaning(objective: FlowObjective, config: dict[str, Any]) -> dict[str, Any]:
+    """What must agree for two networks' outputs to be combined, by name."""
+    return {
+        "state shape": list(config["dataloaders"]["state_shape"]),
+        "second_time": objective.second_time,
+        "prediction": type(objective.prediction).__name__,
+        "path": (type(objective.path).__name__, *vars(objective.path).values()),
+        "learning of a flow map": objective.learns_flow_map,
+    }
+
+
+def build_decoder(config: dict[str, Any], device: torch.device) -> Decode | None:
+    """From latent states to images in [-1, 1]: the decoder of the configuration's VAE; None where states are no latents."""
+    return build(config["vae"]).to(device).decode if config.get("vae") else None
+
+
 def dataset_key(config: dict[str, Any]) -> str:
     """Names the data and all its settings: part of every cache key."""
     settings = json.dumps(config["dataloaders"], sort_keys=True)
@@ -81,10 +129,29 @@ def start_weights(objective: FlowObjective, path: Path) -> None:
         )
 
 
+def adopt_model(config: dict[str, Any], path: Path) -> None:
+    """init_from: build the network as the checkpoint's was, but for what was typed (losses choose time embeddings).
+
+    UserError when the checkpoint holds another kind of model.
+    """
+    stored = load_checkpoint(path)["config"]
+    kind, wanted = stored["choices"]["model"], config["choices"]["model"]
+    if kind != wanted:
+        raise UserError(f"init_from={path} holds model={kind}, this run has model={wanted}; add model={kind}")
+    typed = {override.key_or_group for override in parse_overrides(config["overrides"])}
+    for key, value in stored["model"].items():
+        free = key in config["model"] and key not in (HANDED_ON, "state_shape", "num_classes")
+        if free and f"model.{key}" not in typed and config["model"][key] != value:
+            print(f"note: model.{key}={value}, as in {path} (the default here is {config['model'][key]})")
+            config["model"][key] = value
+
+
 def assemble(config: dict[str, Any]) -> Run:
     """Every part of the run, on its device, at its start or where its newest save left it. Writes nothing."""
     device = pick_device(config["device"])
     set_numerics(device, config["deterministic"])
+    if config["init_from"] and not config["resume"]:
+        adopt_model(config, Path(config["init_from"]))
     objective = build_objective(config, device)
     checkpoints = CheckpointFolder(
         Path(config["output_dir"]), config["choices"]["model"], config["run_name"], config["keep_saves"]
@@ -108,7 +175,7 @@ def assemble(config: dict[str, Any]) -> Run:
         config, device, build_dataset(config, device), build_source(config, device), state, build_solver(config),
         build(config["evaluation"]), compiled(objective, config), run_folder_of(config), checkpoints,
         tracker_from_config(config["trackio"]), [build(node) for node in config["callbacks"].values() if node],
-        dataset_key(config),
+        dataset_key(config), build_flow(state.ema_objective, config, device), build_decoder(config, device),
     )  # fmt: skip
 
 
