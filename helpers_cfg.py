@@ -1,10 +1,121 @@
 """Guidance: predictions pushed along the difference of two of them, in sampling and folded into training."""
 
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from losses.objective import expand_time
+from dataloaders.base_dataloaders import split_unified_flow_matching_input
+from losses.objective import FlowObjective, expand_time
+from models.velocity_model import VelocityModel
 from training.errors import UserError
+
+
+class Guidance(VelocityModel, ABC):
+    """A velocity model around a velocity model: weak + scale (strong - weak), whose strong part is the model alone.
+
+    interval: the times of the state (0 noise, 1 data) that are guided; outside it the strong part alone answers
+    (Kynkäänniemi et al. 2024, arXiv 2404.07724). What is combined is the network's output over all channels: velocities,
+    mean velocities u(z, r, t) and so flow maps, and predictions of x1 or x0 alike, as each is affine in the output.
+    scale 1 is the model alone, scale 0 the weak part. An evaluation costs two forward passes, or one of twice the rows.
+    Raises UserError when scale is negative or not finite, or interval is not two times low <= high in [0, 1].
+    """
+
+    def __init__(self, network: VelocityModel, scale: float, interval: Sequence[float] = (0.0, 1.0)):
+        super().__init__()
+        if not 0 <= scale < float("inf"):
+            raise UserError(f"guidance.scale takes a number of at least 0 (1 is no guidance), not {scale}")
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+            raise UserError(f"guidance.interval takes two times [low, high], 0 (noise) to 1 (data), not {list(interval)}")
+        self.network, self.num_classes = network, network.num_classes
+        self.scale, self.interval = float(scale), (float(interval[0]), float(interval[1]))
+
+    @abstractmethod
+    def forward(self, unified_input: Tensor, label: Tensor | None = None) -> Tensor: ...
+
+    def check(self, objective: FlowObjective) -> None:
+        """UserError when the objective has not taught the network what this guidance asks of it."""
+
+    def describe(self) -> str:
+        """In a few words, for a line about samples."""
+        low, high = self.interval
+        where = "" if self.interval == (0, 1) else f" for t in [{low:g}, {high:g}]"
+        return f"{type(self).__name__} {self.scale:g}{where}"
+
+    def combine(self, weak: Tensor, strong: Tensor, guided: Tensor) -> Tensor:
+        """weak + scale (strong - weak) (B, ...) in the rows where guided (B,), else strong."""
+        rows = guided.reshape(-1, *(1,) * (strong.ndim - 1))
+        return torch.where(rows, weak + self.scale * (strong - weak), strong)
+
+    def inside(self, unified_input: Tensor) -> Tensor:
+        """(B,): whether the state's time lies in the interval."""
+        time = split_unified_flow_matching_input(unified_input)[1][:, 0]
+        return (self.interval[0] <= time) & (time <= self.interval[1])
+
+
+class ClassifierFreeGuidance(Guidance):
+    """v_null + scale (v_c - v_null), both in one forward pass of twice the rows (Ho & Salimans 2022, arXiv 2207.12598).
+
+    Rows of the null label, and label None, are the null prediction unguided. Raises UserError for an unconditional network.
+    """
+
+    def __init__(self, network: VelocityModel, scale: float, interval: Sequence[float] = (0.0, 1.0)):
+        super().__init__(network, scale, interval)
+        if not network.num_classes:
+            raise UserError(
+                "guidance=cfg needs a model that is told the class, and this one is not; train it with conditional=true, "
+                "or use guidance=autoguidance"
+            )
+
+    def forward(self, unified_input: Tensor, label: Tensor | None = None) -> Tensor:
+        if label is None or self.scale == 1:
+            return self.network(unified_input, label)
+        null = torch.full_like(label, self.num_classes)
+        strong, weak = self.network(torch.cat([unified_input] * 2), torch.cat([label, null])).chunk(2)
+        return self.combine(weak, strong, self.inside(unified_input) & (label != null))
+
+    def check(self, objective: FlowObjective) -> None:
+        if objective.label_dropout == 0:
+            raise UserError(
+                "guidance=cfg needs a model that has also learned without the class, and this one was trained with "
+                "loss.label_dropout=0; train it with loss.label_dropout=0.1, or use guidance=autoguidance"
+            )
+
+
+class Autoguidance(Guidance):
+    """v_guide + scale (v - v_guide): away from what a weaker network gets wrong (Karras et al. 2024, arXiv 2406.02507).
+
+    guide: smaller or less trained, of the same states and classes, or unconditional. Raises UserError for other classes.
+    """
+
+    def __init__(self, network: VelocityModel, guide: VelocityModel, scale: float, interval: Sequence[float] = (0.0, 1.0)):
+        super().__init__(network, scale, interval)
+        if guide.num_classes not in (0, network.num_classes):
+            raise UserError(
+                f"the model that guides knows {guide.num_classes} classes, the guided one {network.num_classes}; "
+                "guidance.checkpoint takes a model of the same classes, or an unconditional one"
+            )
+        self.guide = guide
+
+    def forward(self, unified_input: Tensor, label: Tensor | None = None) -> Tensor:
+        strong = self.network(unified_input, label)
+        if self.scale == 1:
+            return strong
+        weak = self.guide(unified_input, label if self.guide.num_classes else None)
+        return self.combine(weak, strong, self.inside(unified_input))
+
+
+def guided(objective: FlowObjective, guidance: Guidance) -> FlowObjective:
+    """A copy of the objective that shares all but the network, which is the guidance; the original stays as it is.
+
+    UserError when the objective's training does not allow this guidance.
+    """
+    guidance.check(objective)
+    shallow = copy.copy(objective)
+    shallow._modules = {**objective._modules, "network": guidance}
+    return shallow
 
 
 class MeanFlowGuidance:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -11,20 +10,25 @@ from torch import Tensor
 
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
-from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
+from evaluation.metrics.base_metric import Absent, Decode, Generation, Metric, Score
 from losses.objective import FlowObjective
 from solvers.base_solver import BaseSolver
-from solvers.time_grids import UniformGrid
+from solvers.flow_map import FlowMapSolver
+from solvers.runge_kutta import Euler
 from training.seeds import generator_for
 from training.terms import named_terms
 
 SEED_BLOCK = 256  # noise is drawn in blocks of this many samples, each from its own seed: any batch size, the same set
 CHUNK = 4096  # samples carried through the solver at once
+Fresh = Callable[[int, int, int], Tensor]  # fresh(k, first, count) -> noise (count, ...) of step k, from sample `first` on
 
 
 @dataclass
 class Evaluation:
-    """What an evaluation found. values: flat metric name -> number, as logged. reference: real states beside the samples."""
+    """What an evaluation found. values: flat metric name -> number, as logged.
+
+    reference (M, ...): real states beside the samples, with reference_label (M,) or None.
+    """
 
     scores: list[Score]
     absent: list[Absent]
@@ -32,12 +36,23 @@ class Evaluation:
     generation: Generation
     reference: Tensor
     seconds: float
+    reference_label: Tensor | None = None
 
 
-def fixed_noise(source: Source, count: int, seed: int) -> Tensor:
-    """Noise (count, ...) on the CPU; sample i is the same for every count, batch size and device count."""
-    blocks = range(-(-count // SEED_BLOCK))
-    return torch.cat([source.sample(SEED_BLOCK, generator_for(seed, "sample", i)) for i in blocks])[:count]
+def fixed_noise(source: Source, count: int, seed: int, stream: str = "sample", first: int = 0) -> Tensor:
+    """Noise (count, ...) on the CPU of the samples from number `first` on, for a source on the CPU.
+
+    Sample i depends on (seed, stream, i) alone: it is the same for every count, batch size and device count.
+    """
+    begin, end = first // SEED_BLOCK, -(-(first + count) // SEED_BLOCK)
+    drawn = torch.cat([source.sample(SEED_BLOCK, generator_for(seed, stream, i)) for i in range(begin, end)])
+    return drawn[first - begin * SEED_BLOCK :][:count]
+
+
+def fresh_noise(source: Source, seed: int) -> Fresh:
+    """The noise that re-noising solvers add: that of sample i in step k depends on (seed, k, i) alone. For a source on the
+    CPU."""
+    return lambda k, first, count: fixed_noise(source, count, seed, f"renoise/{k}", first)
 
 
 def fixed_labels(num_classes: int, count: int) -> Tensor | None:
@@ -46,30 +61,31 @@ def fixed_labels(num_classes: int, count: int) -> Tensor | None:
 
 
 def generate(
-    field: Callable[[Tensor, Tensor, Tensor | None], Tensor], solver: BaseSolver, noise: Tensor, label: Tensor | None
+    flow: FlowObjective, solver: BaseSolver, noise: Tensor, label: Tensor | None, fresh: Fresh | None = None
 ) -> Tensor:
-    """Carry noise (N, ...) along field(x, t, label) to t = 1, in chunks."""
-    labels = [None] * len(noise) if label is None else label.split(CHUNK)
-    parts = [
-        solver.solve(lambda x, t, y=y: field(x, t, y), x0)  # type: ignore[misc]
-        for x0, y in zip(noise.split(CHUNK), labels, strict=False)
-    ]
+    """Noise (N, ...) carried to data by what the objective has learned, in chunks.
+
+    label (N,) or None. fresh: as fresh_noise gives it; only re-noising solvers need it.
+    """
+    parts = []
+    for first in range(0, len(noise), CHUNK):
+        x0 = noise[first : first + CHUNK]
+
+        def added(k: int, first: int = first, x0: Tensor = x0) -> Tensor:
+            assert fresh is not None, "a re-noising solver needs fresh noise"
+            return fresh(k, first, len(x0)).to(x0)
+
+        parts.append(solver.carry(flow, x0, None if label is None else label[first : first + CHUNK], added))
     return torch.cat(parts)
 
 
 def few_steps(objective: FlowObjective, noise: Tensor, label: Tensor | None, evaluations: int) -> Tensor:
-    """Noise (N, ...) carried to t = 1 by the objective's flow map in so many equal steps, one evaluation each, in chunks.
+    """Noise (N, ...) carried to t = 1 in so many equal steps of one evaluation each.
 
-    UserError when the objective learns no flow map.
+    By the objective's flow map where it learns one, else by Euler steps of its velocity.
     """
-    times = UniformGrid().times(evaluations).to(noise.device, torch.float32)
-    labels = [None] * len(noise) if label is None else label.split(CHUNK)
-    parts = []
-    for x, y in zip(noise.split(CHUNK), labels, strict=False):
-        for r, t in pairwise(times):
-            x = objective.flow_map(x, r, t, y)
-        parts.append(x)
-    return torch.cat(parts)
+    solver = FlowMapSolver(evaluations) if objective.learns_flow_map else Euler(evaluations)
+    return generate(objective, solver, noise, label)
 
 
 class GeneratorEvaluator:
@@ -99,31 +115,38 @@ class GeneratorEvaluator:
         dataset_key: str,
         cache: Path,
         final: bool,
+        flow: FlowObjective | None = None,
+        decode: Decode | None = None,
     ) -> Evaluation:
-        """Sample with the objective's network (in eval mode) on the dataset's device and compute every metric."""
+        """Sample with the objective's network (in eval mode) on the dataset's device and compute every metric.
+
+        flow: what is sampled, the objective under guidance; None: the objective itself. eval/loss is always the objective's.
+        decode: from states to images, where the states are latents.
+        """
         begun = time.perf_counter()
         objective.eval()
+        flow = objective if flow is None else flow.eval()
         device = next(objective.network.parameters()).device
         count = self.final_samples if final else self.samples
         noise = fixed_noise(source.to("cpu"), count, seed).to(device)
-        source.to(device)
         label = fixed_labels(objective.network.num_classes, count)
         label = None if label is None else label.to(device)
-        samples = generate(objective.velocity, solver, noise, label)
+        samples = generate(flow, solver, noise, label, fresh_noise(source, seed))
         generation = Generation(
-            noise, samples, label, objective, objective.velocity, solver, dataset, source, dataset_key, cache, final,
-            lambda name: generator_for(seed, f"evaluation/{name}", 0, device),
+            noise, samples, label, flow, flow.velocity, solver, dataset, source.to(device), dataset_key, cache, final,
+            lambda name: generator_for(seed, f"evaluation/{name}", 0, device), decode,
         )  # fmt: skip
-        values = {"eval/loss": self.held_out_loss(generation, device), "eval/nfe": float(solver.evaluations)}
+        values = {"eval/loss": self.held_out_loss(objective, generation, device), "eval/nfe": float(solver.evaluations)}
         results = [result for metric in self.metrics.values() for result in metric.compute(generation)]
         scores = [result for result in results if isinstance(result, Score)]
         for score in scores:
             values |= flat_values(score)
-        reference, _ = dataset.held_out(min(count, 2000), generator_for(seed, "evaluation/reference", 0, device))
+        reference, reference_label = dataset.held_out(min(count, 2000), generation.generator("reference"))
         absent = [result for result in results if isinstance(result, Absent)]
-        return Evaluation(scores, absent, values, generation, reference, time.perf_counter() - begun)
+        seconds = time.perf_counter() - begun
+        return Evaluation(scores, absent, values, generation, reference, seconds, reference_label)
 
-    def held_out_loss(self, generation: Generation, device: torch.device) -> float:
+    def held_out_loss(self, objective: FlowObjective, generation: Generation, device: torch.device) -> float:
         """The training loss on held-out data with fixed draws, in fp32 and in batches as large as the training ones:
         minibatch optimal transport pairs within a batch."""
         generator = generator_for(0, "evaluation/loss", 0, device)
@@ -133,8 +156,8 @@ class GeneratorEvaluator:
             x1 = states[start : start + self.batch_size]
             label = None if labels is None else labels[start : start + self.batch_size]
             x0 = generation.source.sample(len(x1), generator)
-            batch = generation.objective.draw(x0, x1, label, generator, progress=1.0)
-            output = generation.objective(batch, generation.objective)
+            batch = objective.draw(x0, x1, label, generator, progress=1.0)
+            output = objective(batch, objective)
             total += len(x1) * float(named_terms(output, self.loss_weights)["loss"])
         return total / len(states)
 

@@ -2,8 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from evaluation.evaluator import Evaluation
-from evaluation.metrics.base_metric import Absent
+from evaluation.metrics.base_metric import Absent, Decode, as_images
+from helpers_cfg import Guidance
 
 SHOWN_EXTRA = ("oracle/flow_map_error_median", "oracle/flow_map_error_exact_field", "oracle/log_prob_error_exact_field")
 
@@ -36,6 +41,8 @@ def print_scores(evaluation: Evaluation, nfe: int) -> None:
     """The table of scores with their noise floors, and why some are absent."""
     if evaluation.scores:
         count = f"{len(evaluation.generation.samples):,} samples, {nfe} evaluations each"
+        network = evaluation.generation.objective.network
+        count += f", {network.describe()}" if isinstance(network, Guidance) else ""
         print(f"scores of {count} (noise floor: real against real)")
     else:
         print("held-out loss alone: this evaluation has no scores")
@@ -48,20 +55,59 @@ def print_scores(evaluation: Evaluation, nfe: int) -> None:
 
 
 def draw_picture(path: Path, evaluation: Evaluation, title: str, images: int = 100) -> bool:
-    """Samples beside real data as a PNG: a scatter plot or an image grid. False for data of any other form."""
-    from visualizers.pictures import image_grid_picture, scatter_picture
+    """Samples beside real data as a PNG: a scatter plot, or an image grid of about so many `images`, by class where there
+    are classes. False for data of any other form."""
+    from visualizers.pictures import pick_by_class, scatter_picture
 
-    dataset = evaluation.generation.dataset
-    samples, reference = evaluation.generation.samples.cpu().numpy(), evaluation.reference.cpu().numpy()
+    generation = evaluation.generation
+    shape, samples, label = generation.dataset.state_shape, generation.samples, generation.label
     path.parent.mkdir(parents=True, exist_ok=True)
-    if dataset.state_shape == (2,):
-        scatter_picture(path, samples[:2000], reference, title, score_line(evaluation))
+    if shape == (2,):
+        reference = evaluation.reference.cpu().numpy()
+        scatter_picture(path, samples[:2000].cpu().numpy(), reference, title, score_line(evaluation))
         return True
-    if len(dataset.state_shape) == 3:
-        columns = max(1, round(images**0.5))
-        image_grid_picture(path, samples[:images], dataset.value_range or (-1.0, 1.0), columns, reference[:images], title)
-        return True
-    return False
+    if not drawable(shape, generation.decode):
+        return False
+    shown = slice(images) if label is None else torch.from_numpy(pick_by_class(label.cpu().numpy(), images))
+    draw_images(
+        path, samples[shown], None if label is None else label[shown], evaluation.reference, evaluation.reference_label,
+        generation.decode, generation.dataset.value_range, title,
+    )  # fmt: skip
+    return True
+
+
+def drawable(state_shape: tuple[int, ...], decode: Decode | None) -> bool:
+    """Whether states of this shape are images, or become images."""
+    return len(state_shape) == 3 and (decode is not None or state_shape[0] in (1, 3))
+
+
+def draw_images(
+    path: Path,
+    samples: Tensor,
+    label: Tensor | None,
+    reference: Tensor | None,
+    reference_label: Tensor | None,
+    decode: Decode | None,
+    value_range: tuple[float, float] | None,
+    title: str,
+) -> None:
+    """All samples (N, ...) in a grid, each row of one class where there are labels, beside as many real states of the same
+    classes. Latents are decoded first; decoded images and data of unknown range are taken to lie in [-1, 1]."""
+    from visualizers.pictures import image_grid_picture, matching
+
+    labels = None if label is None or (reference is not None and reference_label is None) else label.cpu().numpy()
+    reference_labels = None
+    if reference is not None:
+        beside = np.arange(min(len(samples), len(reference)))
+        if labels is not None and reference_label is not None:
+            beside = matching(labels, reference_label.cpu().numpy())
+            reference_labels = reference_label.cpu().numpy()[beside]
+        reference = as_images(reference[torch.from_numpy(beside)], decode)
+    image_grid_picture(
+        path, as_images(samples, decode).cpu().numpy(),
+        (-1.0, 1.0) if decode is not None or value_range is None else value_range, max(1, round(len(samples) ** 0.5)),
+        None if reference is None else reference.cpu().numpy(), title, labels, reference_labels,
+    )  # fmt: skip
 
 
 def score_line(evaluation: Evaluation) -> str:

@@ -2,19 +2,24 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from evaluation.evaluator import few_steps, fixed_labels, fixed_noise, generate
+from dataloaders.base_dataloaders import Batch
+from evaluation.evaluator import few_steps, fixed_labels, fixed_noise, fresh_noise, generate
+from evaluation.metrics.base_metric import as_images
 from evaluation.report import draw_picture, print_scores
+from helpers_cfg import ClassifierFreeGuidance, Guidance, guided
 from losses.objective import FlowObjective
 from solvers.base_solver import BaseSolver
 from solvers.dopri5 import Dopri5
 from solvers.likelihood import log_likelihood
 from training.assemble import (
     build_dataset,
+    build_decoder,
+    build_flow,
     build_objective,
     build_solver,
     build_source,
@@ -29,6 +34,8 @@ from training.device import pick_device
 from training.errors import UserError
 from training.launch import laid_over
 from training.seeds import generator_for
+
+Label = int | Literal["all"] | Tensor | None
 
 
 @dataclass
@@ -45,30 +52,60 @@ class TrainedModel:
         self,
         n: int,
         seed: int = 0,
-        label: int | None = None,
+        label: Label = None,
         solver: BaseSolver | None = None,
         evaluations: int | None = None,
+        guidance: Guidance | float | None = None,
     ) -> Tensor:
-        """n samples (n, *state_shape) on the CPU; sample i depends on the seed and i alone.
+        """n samples (n, *state_shape) on the CPU, latents of a latent model; sample i depends on its label, the seed and i.
 
-        label: the class of all samples of a conditional model (None: the classes in turn). solver: instead of the run's.
-        evaluations: by the flow map in so many steps, one evaluation each, instead of a solver (one-step objectives).
+        label: as in `labels`. solver, guidance: instead of the run's own; a number is a scale of classifier-free guidance,
+        and 1 is none. evaluations: so many equal steps of one evaluation each instead of a solver, see few_steps.
         """
-        noise = fixed_noise(build_source(self.config, torch.device("cpu")), n, seed).to(self.device)
-        classes = self.objective.network.num_classes
-        if label is not None and not 0 <= label < classes:
-            raise UserError(
-                f"label={label} does not fit: this model knows "
-                + (f"the classes 0 to {classes - 1}" if classes else "no classes; leave label out")
-            )
-        labels = fixed_labels(classes, n) if label is None else torch.full((n,), label)
+        source = build_source(self.config, torch.device("cpu"))
+        noise = fixed_noise(source, n, seed).to(self.device)
+        labels, flow = self.labels(n, label), self.flow(guidance)
         labels = None if labels is None else labels.to(self.device)
         if evaluations is not None:
-            return few_steps(self.objective, noise, labels, evaluations).cpu()
-        return generate(self.objective.velocity, solver or build_solver(self.config), noise, labels).cpu()
+            return few_steps(flow, noise, labels, evaluations).cpu()
+        return generate(flow, solver or build_solver(self.config), noise, labels, fresh_noise(source, seed)).cpu()
+
+    def labels(self, n: int, label: Label) -> Tensor | None:
+        """The labels (n,) of n samples, None for an unconditional model.
+
+        label: a class; "all", every class in order, as equally often as n allows; labels (n,); None, the classes in turn.
+        UserError for a label this model does not know.
+        """
+        classes = self.objective.network.num_classes
+        if label is None:
+            return fixed_labels(classes, n)
+        if classes and label == "all":
+            return torch.arange(n) * classes // n
+        labels = torch.as_tensor(label).cpu().expand(n) if classes and not isinstance(label, str) else torch.tensor([-1])
+        if not 0 <= int(labels.min()) <= int(labels.max()) < max(classes, 1):
+            raise UserError(
+                f"label={label if isinstance(label, (int, str)) else '(a tensor)'} does not fit: this model knows "
+                + (f"the classes 0 to {classes - 1}" if classes else "no classes; leave label out")
+            )
+        return labels
+
+    def flow(self, guidance: Guidance | float | None = None) -> FlowObjective:
+        """What is sampled: the objective, under the run's own guidance or another. UserError where the model allows none."""
+        if guidance is None:
+            return build_flow(self.objective, self.config, self.device)
+        if guidance == 1:
+            return self.objective
+        network = self.objective.network
+        return guided(
+            self.objective, guidance if isinstance(guidance, Guidance) else ClassifierFreeGuidance(network, guidance)
+        )
+
+    def images(self, states: Tensor) -> Tensor:
+        """States (N, ...) as images on the CPU: decoded where the model works on latents."""
+        return as_images(states.to(self.device), build_decoder(self.config, self.device)).cpu()
 
     def log_prob(self, x: Tensor, label: Tensor | None = None, solver: BaseSolver | None = None) -> Tensor:
-        """Log density in nats (B,) of states x (B, *state_shape) under the model, by the change of variables.
+        """Log density in nats (B,) of states x (B, *state_shape) under the unguided model, by the change of variables.
 
         Exact divergence up to 16 dimensions, else Hutchinson's estimate; solver: dopri5 unless given.
         """
@@ -78,13 +115,13 @@ class TrainedModel:
         field = lambda z, t: self.objective.velocity(z, t, label)  # noqa: E731
         return log_likelihood(field, x, source.log_prob, solver or Dopri5()).log_prob.cpu()
 
-    def real(self, n: int, seed: int = 0) -> Tensor:
-        """At most n held-out states of the data the model learned, on the CPU."""
+    def real(self, n: int, seed: int = 0) -> Batch:
+        """At most n held-out states of the data the model learned, on the CPU, with their labels or None."""
         dataset = build_dataset(self.config, torch.device("cpu"))
-        return dataset.held_out(n, generator_for(seed, "evaluation/reference"))[0]
+        return dataset.held_out(n, generator_for(seed, "evaluation/reference"))
 
     def velocity(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> Tensor:
-        """The learned velocity at states x (B, ...) and times t, a number or (B,)."""
+        """The learned velocity, unguided, at states x (B, ...) and times t, a number or (B,)."""
         return self.objective.velocity(x, torch.as_tensor(t, device=x.device), label)
 
 
@@ -94,11 +131,15 @@ def load(path: str | Path, device: str = "auto") -> TrainedModel:
     return trained_model(payload, payload["config"], Path(path), pick_device(device))
 
 
-def solver_from_overrides(words: list[str]) -> BaseSolver:
-    """A solver named on a command line, e.g. ["solver=rk4", "solver.steps=8"]. UserError for what is not one."""
+def settings_from_overrides(words: list[str]) -> dict[str, Any]:
+    """The nodes named on a command line, e.g. {"solver": ...} of ["solver=rk4", "solver.steps=8"].
+
+    UserError for what cannot be read.
+    """
     config = resolved(compose_config(["run_name=sample", *words]))
     check_values(config)
-    return build_solver(config)
+    named = {override.key_or_group.split(".")[0].split("/")[0] for override in parse_overrides(words)}
+    return {name: config.get(name) for name in named}
 
 
 def trained_model(payload: dict[str, Any], config: dict[str, Any], path: Path, device: torch.device) -> TrainedModel:
@@ -122,6 +163,7 @@ def evaluate_checkpoint(config: dict[str, Any]) -> None:
     evaluation = build(merged["evaluation"]).evaluate(
         model.objective, build_dataset(merged, device), build_source(merged, device), solver, merged["seed"],
         dataset_key(merged), Path(config["output_dir"]) / "cache", final=True,
+        flow=model.flow(), decode=build_decoder(merged, device),
     )  # fmt: skip
     print_scores(evaluation, solver.evaluations)
     picture = Path(config["output_dir"]) / "evaluations" / f"{config['run_name']}.png"

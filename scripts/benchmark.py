@@ -73,7 +73,9 @@ class Contestant:
         noise = self.run.source.sample(self.run.batch_size, torch.Generator(self.run.device).manual_seed(0))
         with torch.no_grad():
             sample_seconds, _ = self.timed(
-                lambda: generate(self.run.state.ema_objective.velocity, self.run.solver, noise, None)
+                lambda: generate(
+                    self.run.state.ema_objective, self.run.solver, noise, None, lambda k, first, count: noise[:count]
+                )
             )
         total = data_seconds + step_seconds
         memory = torch.cuda.max_memory_allocated() / 2**20 if self.run.device.type == "cuda" else resident_megabytes()

@@ -3,12 +3,17 @@
 
     python scripts/sample.py ckpt=outputs/ckpts/mlp/first_flow_last.pt n=2000
     python scripts/sample.py ckpt=... n=64 solver=rk4 solver.steps=8 seed=1 out=samples.png
-    python scripts/sample.py ckpt=... n=10000 out=samples.npz            # array `x`
-    python scripts/sample.py ckpt=... label=3
+    python scripts/sample.py ckpt=... n=10000 out=samples.npz            # array `x`, with classes `y`
+    python scripts/sample.py ckpt=... label=3                            # of a model trained with conditional=true
+    python scripts/sample.py ckpt=... label=all n=100                    # a row, or several, for each class
+    python scripts/sample.py ckpt=... label=all n=100 guidance=cfg guidance.scale=3
     python scripts/sample.py ckpt=... nfe=1                              # one evaluation a sample (loss=meanflow)
+    python scripts/sample.py ckpt=... solver=flow_map solver.steps=4 solver.renoise=true
 
-Keys: ckpt (required), n (64), seed (0), label, nfe, device (auto), out (<checkpoint>_samples.png; .npz and .npy
-write numbers), and any solver setting.
+Keys: ckpt (required), n (64), seed (0), label (a class, or all), nfe (so many steps of one evaluation each), device (auto),
+out (<checkpoint>_samples.png; .npz and .npy write numbers), real (true; false draws no real images beside those of a
+class), and any solver or guidance setting (guidance=none: not the run's own). Pictures of a latent model are decoded,
+numbers are its latents.
 """
 
 import sys
@@ -20,22 +25,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dataloaders.base_dataloaders import Batch
     from evaluation.sample import TrainedModel
 
-DEFAULTS: dict[str, Any] = {"ckpt": None, "n": 64, "seed": 0, "label": None, "nfe": None, "device": "auto", "out": None}
+DEFAULTS: dict[str, Any] = {
+    "ckpt": None, "n": 64, "seed": 0, "label": None, "nfe": None, "device": "auto", "out": None, "real": "true",
+}  # fmt: skip
+GROUPS = ("solver", "guidance")
+MOST_REAL = 10_000  # real states looked through for some of each class
 SUFFIXES = (".png", ".npz", ".npy")
 
 
 def read_words(words: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Own settings and solver overrides of a command line. UserError for anything else."""
-    settings, solver = dict(DEFAULTS), []
+    """Own settings, and solver and guidance overrides, of a command line. UserError for anything else."""
+    settings, overrides = dict(DEFAULTS), []
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals or (key not in DEFAULTS and key.split(".")[0].split("/")[0] != "solver"):
-            raise UserError(f"cannot use {word!r}; the keys are {', '.join(DEFAULTS)} and solver settings, as key=value")
+        if not equals or (key not in DEFAULTS and key.split(".")[0].split("/")[0] not in GROUPS):
+            known = ", ".join(DEFAULTS)
+            raise UserError(f"cannot use {word!r}; the keys are {known}, and solver and guidance settings, as key=value")
         if key not in DEFAULTS:
-            solver.append(word)
-        elif isinstance(DEFAULTS[key], int) or key in ("label", "nfe"):
+            overrides.append(word)
+        elif (isinstance(DEFAULTS[key], int) or key in ("label", "nfe")) and word != "label=all":
             settings[key] = whole_number(key, value)
         else:
             settings[key] = value
@@ -44,9 +57,14 @@ def read_words(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     for key in ("n", "nfe"):
         if settings[key] == 0:
             raise UserError(f"{key} takes a whole number of at least 1, not 0")
-    if settings["nfe"] and solver:
-        raise UserError("nfe= samples by the learned flow map, without a solver; give nfe or solver settings, not both")
-    return settings, solver
+    if settings["real"] not in ("true", "false"):
+        raise UserError(f"real takes true or false, not {settings['real']!r}")
+    if settings["nfe"] and any(word.startswith("solver") for word in overrides):
+        raise UserError("nfe= takes so many steps without a solver; give nfe or solver settings, not both")
+    alone = [word for word in overrides if word.startswith("guidance.")]
+    if alone and not any(word.startswith("guidance=") for word in overrides):
+        raise UserError(f"{alone[0]} needs to know which guidance; add guidance=cfg or guidance=autoguidance")
+    return settings, overrides
 
 
 def whole_number(key: str, text: str) -> int:
@@ -67,35 +85,68 @@ def output_path(settings: dict[str, Any]) -> Path:
 
 def sample(words: list[str]) -> Path:
     """Carry out the command; returns the file written."""
-    settings, solver_words = read_words(words)
+    settings, overrides = read_words(words)
     path = output_path(settings)
-    from evaluation.sample import load, solver_from_overrides
+    from evaluation.sample import load, settings_from_overrides
 
     model = load(settings["ckpt"], settings["device"])
-    solver = solver_from_overrides(solver_words) if solver_words else None
-    states = model.sample(settings["n"], settings["seed"], settings["label"], solver, settings["nfe"])
-    write(path, states.numpy(), model, f"{model.config['run_name']}, seed {settings['seed']}")
+    model.config |= settings_from_overrides(overrides)
+    states = model.sample(settings["n"], settings["seed"], settings["label"], evaluations=settings["nfe"])
+    labels = model.labels(settings["n"], settings["label"])
+    title = ", ".join([model.config["run_name"], f"seed {settings['seed']}", *overrides])
+    write(path, states, labels, model, title, settings["real"] == "true")
     return path
 
 
-def write(path: Path, states: Any, model: "TrainedModel", title: str) -> None:
+def write(
+    path: Path, states: "Tensor", labels: "Tensor | None", model: "TrainedModel", title: str, beside_real: bool
+) -> None:
     """The samples in the form the file's ending asks for. UserError for a picture of states that have none."""
     import numpy as np
 
     if path.suffix == ".npz":
-        np.savez(path, x=states)
+        arrays: dict[str, Any] = {"x": states.numpy()} | ({} if labels is None else {"y": labels.numpy()})
+        np.savez(path, **arrays)
     elif path.suffix == ".npy":
-        np.save(path, states)
+        np.save(path, states.numpy())
     else:
-        from visualizers.pictures import image_grid_picture, scatter_picture
+        draw(path, states, labels, model, title, beside_real)
 
-        if states.ndim == 4:
-            value_range = model.config["dataloaders"]["value_range"] or (-1.0, 1.0)
-            image_grid_picture(path, states, tuple(value_range), max(1, round(len(states) ** 0.5)), title=title)
-        elif states.shape[1] == 2:
-            scatter_picture(path, states, model.real(len(states)).numpy(), title)
-        else:
-            raise UserError(f"states of dimension {states.shape[1]} have no picture; use out=samples.npz")
+
+def draw(
+    path: Path, states: "Tensor", labels: "Tensor | None", model: "TrainedModel", title: str, beside_real: bool
+) -> None:
+    """Points beside real ones; images by class, beside real ones of the same classes; images alone without classes."""
+    from evaluation.report import draw_images, drawable
+    from training.assemble import build_decoder
+    from visualizers.pictures import scatter_picture
+
+    shape, decode = tuple(states.shape[1:]), build_decoder(model.config, model.device)
+    if drawable(shape, decode):
+        known = labels is not None and beside_real
+        reference, reference_label = real_of(model, labels, len(states)) if known else (None, None)
+        reference = None if reference is None else reference.to(model.device)
+        low_high = model.config["dataloaders"]["value_range"]
+        value_range = None if low_high is None else (low_high[0], low_high[1])
+        draw_images(path, states.to(model.device), labels, reference, reference_label, decode, value_range, title)
+    elif shape == (2,):
+        scatter_picture(path, states.numpy(), real_of(model, labels, len(states))[0][: len(states)].numpy(), title)
+    else:
+        raise UserError(f"states of shape {list(shape)} have no picture; use out=samples.npz")
+
+
+def real_of(model: "TrainedModel", labels: "Tensor | None", count: int) -> "Batch":
+    """Held-out states of the classes in `labels`, about `count` or more; of all where labels are None."""
+    import torch
+
+    if labels is None:
+        return model.real(count)
+    classes = labels.unique()
+    states, own = model.real(min(2 * count * model.objective.network.num_classes // len(classes), MOST_REAL))
+    if own is None:
+        return states, None
+    wanted = torch.isin(own, classes)
+    return states[wanted], own[wanted]
 
 
 def main(words: list[str]) -> int:

@@ -1,7 +1,10 @@
 """The solver contract: carry a state along a velocity field over given intervals of time."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,16 +12,25 @@ from torch import Tensor
 from solvers.time_grids import TimeGrid, UniformGrid
 from training.errors import UserError
 
+if TYPE_CHECKING:
+    from losses.objective import FlowObjective
+
 Field = Callable[[Tensor, Tensor], Tensor]  # field(x (B, ...), t ()) -> dx/dt (B, ...)
 StepCallback = Callable[[Tensor, Tensor], None]  # callback(x (B, ...), t ()) at every grid point, the first included
+FreshNoise = Callable[[int], Tensor]  # fresh(k) -> source noise (B, ...) of step k, for solvers that add noise again
 
 
 class BaseSolver(ABC):
     """Integrates dx/dt = field(x, t) over the intervals of a time grid, and ends exactly at its last time.
 
-    evaluations: how often the last solve called the field (NFE).
+    evaluations: how often the last solve called the field (NFE); an evaluation under guidance costs two forward passes.
+    follows_velocity: whether any field can be solved; a solver that walks an objective's own flow map has `carry` alone.
+    renoises: whether a sample depends on fresh noise besides its x0, so that it has no one true end.
     Raises UserError when `steps` is not a whole number of at least 1.
     """
+
+    follows_velocity: bool = True
+    renoises: bool = False
 
     def __init__(self, steps: int = 25, grid: TimeGrid | None = None):
         if not isinstance(steps, int) or steps < 1:
@@ -34,6 +46,10 @@ class BaseSolver(ABC):
         times: (N + 1,) monotone, increasing (noise to data) or decreasing (data to noise); None means `steps` intervals
         of the solver's grid from 0 to 1. callback sees (state, time) at every point of the grid.
         """
+
+    def carry(self, flow: FlowObjective, x0: Tensor, label: Tensor | None, fresh: FreshNoise) -> Tensor:
+        """Samples (B, ...) from the noise x0 (B, ...) by what the objective has learned, for label (B,) or None."""
+        return self.solve(lambda x, t: flow.velocity(x, t, label), x0)
 
     def times(self, x0: Tensor, times: Tensor | None = None) -> Tensor:
         """The grid to walk, `times` or else the solver's own: (N + 1,) on x0's device, in x0's precision or fp32.

@@ -29,6 +29,15 @@ def one_of(*words: Any) -> Callable[[Any], bool]:
     return lambda value: any(value is word or (value == word and type(value) is type(word)) for word in words)
 
 
+def times_in_order(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(v == 0 or positive(v) for v in value)
+        and value[0] <= value[1] <= 1
+    )
+
+
 RULES: list[Rule] = [
     ("epochs", whole(1), "a whole number of at least 1"),
     ("max_steps", optional(whole(1)), "a whole number of at least 1, or null"),
@@ -63,6 +72,8 @@ RULES: list[Rule] = [
     ("model.depth", whole(1), "a whole number of at least 1"),
     ("model.dropout", lambda v: isinstance(v, (int, float)) and 0 <= v < 1, "a number from 0 up to, not including, 1"),
     ("solver.steps", whole(1), "a whole number of at least 1"),
+    ("guidance.scale", lambda v: v == 0 or positive(v), "a number of at least 0 (1 is no guidance)"),
+    ("guidance.interval", times_in_order, "two times such as [0.2,0.9], rising from 0 (noise) to 1 (data)"),
 ]
 
 
@@ -114,6 +125,9 @@ def check_files(config: dict[str, Any]) -> None:
         path = None if key == "init_from" and config["resume"] else config[key]
         if path is not None and not Path(path).is_file():
             raise UserError(f"{key}={path} is not a file; give the path of a checkpoint such as outputs/ckpts/mlp/last.pt")
+    guide = lookup(config, "guidance.checkpoint") if has(config, "guidance.checkpoint") else None
+    if guide is not None and not Path(guide).is_file():
+        raise UserError(f"guidance.checkpoint={guide} is not a file; give the path of a weaker model's checkpoint")
     folder = Path(config["output_dir"])
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):

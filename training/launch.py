@@ -20,7 +20,7 @@ from training.run_folder import RunFolder
 FREE = (
     "epochs", "max_steps", "device", "devices", "compile", "compile_mode", "output_dir", "num_workers", "log_every",
     "save_every", "keep_saves", "monitor", "patience", "resume", "overwrite", "init_from", "eval_checkpoint", "log",
-    "trackio", "callbacks", "backend", "command", "changed", "overrides", "choices",
+    "trackio", "callbacks", "backend", "command", "changed", "overrides", "choices", "guidance",
 )  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
             f"run {config['run_name']} was made with other settings: {listed}; leave them out to go on as it was, "
             "or say resume=force"
         )
-    soft = {key: pair for key, pair in changed.items() if key.split(".")[0] in ("epochs", "max_steps", "device")}
+    soft = {key: pair for key, pair in changed.items() if key.split(".")[0] in ("epochs", "max_steps", "device", "guidance")}
     return merged | {"changed": hard | soft}
 
 

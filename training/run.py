@@ -12,6 +12,7 @@ from torch import Tensor
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
 from evaluation.evaluator import Evaluation, GeneratorEvaluator
+from evaluation.metrics.base_metric import Decode
 from losses.objective import FlowBatch, FlowObjective
 from solvers.base_solver import BaseSolver
 from training.callbacks import Callback
@@ -49,6 +50,8 @@ class Run:
     tracker: Tracker
     callbacks: list[Callback]
     dataset_key: str
+    flow: FlowObjective  # what evaluations sample: the EMA objective, under guidance if there is any
+    decode: Decode | None = None  # from latent states to images
     rank: int = 0
     world: int = 1
     stop: Stop | None = None
@@ -123,6 +126,8 @@ class Run:
             self.dataset_key,
             Path(self.config["output_dir"]) / "cache",
             final,
+            self.flow,
+            self.decode,
         )
         if self.state.step:
             self.log({**self.evaluation.values, "eval/seconds": self.evaluation.seconds})

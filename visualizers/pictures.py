@@ -24,6 +24,9 @@ WIDTH = 900  # pixels
 MAX_POINTS = 5000  # more cannot be told apart on 400 pixels, and drawing them takes the time
 MAX_IMAGE = 256  # pixels a side that a single image is enlarged to at most
 MARGIN = 8  # pixels around the grids
+LABEL_MARGIN = 36  # pixels at the sides where rows have class numbers
+MAX_HEIGHT = 3000  # pixels of a grid of many rows
+MAX_CLASSES = 20  # with more, a picture during training shows some of them
 GAP = 28  # pixels between the two grids: wider than between the images of one
 
 
@@ -63,8 +66,13 @@ def image_grid_picture(
     columns: int = 8,
     reference: np.ndarray | None = None,
     title: str = "",
+    labels: np.ndarray | None = None,
+    reference_labels: np.ndarray | None = None,
 ) -> None:
     """Generated images in a grid, beside a grid of real ones where `reference` is given.
+
+    With labels, each class takes a row or several of its own, its number at the left, and real images stand in the row of
+    their class; `columns` then follows from how many there are of a class. Classes of one image each are a plain grid.
 
     Args:
         path: the PNG file to write, 600 to 1350 pixels wide: every image pixel becomes a square of whole pixels, and
@@ -74,6 +82,7 @@ def image_grid_picture(
         columns: images in a row of each grid.
         reference: (M, C, H, W) real; as many as there are generated ones are shown.
         title: what run and step this is.
+        labels, reference_labels: (N,) and (M,) classes.
 
     Raises:
         ValueError: the images are not (N, C, H, W) with one or three channels.
@@ -82,21 +91,66 @@ def image_grid_picture(
     for batch in grids.values():
         if batch.ndim != 4 or batch.shape[1] not in (1, 3):
             raise ValueError(f"an image grid needs images of shape (N, 1 or 3, H, W), not {batch.shape}")
-    columns = min(columns, len(images))
-    tiled = {name: tile(to_bytes(batch, value_range), columns) for name, batch in grids.items()}
-    scale = WIDTH / sum(grid.shape[1] for grid in tiled.values())
+    columns, row_labels = min(columns, len(images)), np.zeros(0, dtype=int)
+    levels = {name: to_bytes(batch, value_range) for name, batch in grids.items()}
+    if labels is not None and np.unique(labels, return_counts=True)[1].max() > 1:
+        columns, row_labels = class_layout(labels)
+        known = {"generated": labels, "real": reference_labels if reference_labels is not None else labels}
+        levels = {name: by_class(batch, known[name][: len(batch)], row_labels, columns) for name, batch in levels.items()}
+    tiled = {name: tile(batch, columns) for name, batch in levels.items()}
+    scale = min(WIDTH / sum(grid.shape[1] for grid in tiled.values()), MAX_HEIGHT / tiled["generated"].shape[0])
     scale = min(scale, max(MAX_IMAGE / images.shape[2], 1.0))
-    draw_grids(path, {name: rescale(grid, scale) for name, grid in tiled.items()}, title)
+    draw_grids(path, {name: rescale(grid, scale) for name, grid in tiled.items()}, title, row_labels)
 
 
-def draw_grids(path: Path, grids: dict[str, np.ndarray], title: str) -> None:
-    """Write byte grids (H, W, 3) side by side, pixel for pixel, under their names and the title."""
+def class_layout(labels: np.ndarray) -> tuple[int, np.ndarray]:
+    """Columns of a grid by class that is about as wide as it is high, and the class of each of its rows, ascending."""
+    classes, counts = np.unique(labels, return_counts=True)
+    rows_each = max(1, round(len(labels) ** 0.5 / len(classes)))
+    columns = -(-int(counts.max()) // rows_each)
+    return columns, np.repeat(classes, -(-counts // columns))
+
+
+def by_class(images: np.ndarray, labels: np.ndarray, row_labels: np.ndarray, columns: int) -> np.ndarray:
+    """Byte images (N, H, W, 3) in reading order of a grid with these classes a row; cells without an image are white."""
+    cells = np.full((len(row_labels), columns, *images.shape[1:]), 255, dtype=np.uint8)
+    for label in np.unique(row_labels):
+        rows, own = np.flatnonzero(row_labels == label), images[labels == label]
+        for place, image in enumerate(own[: len(rows) * columns]):
+            cells[rows[place // columns], place % columns] = image
+    return cells.reshape(-1, *images.shape[1:])
+
+
+def pick_by_class(labels: np.ndarray, images: int) -> np.ndarray:
+    """Indices of about `images` rows, equally many of each class: of all classes, or of some at even spacing if many."""
+    classes = np.unique(labels)
+    if len(classes) > MAX_CLASSES:
+        classes = classes[np.linspace(0, len(classes) - 1, max(1, round(images**0.5))).astype(int)]
+    each = max(1, images // len(classes))
+    return np.concatenate([np.flatnonzero(labels == label)[:each] for label in classes])
+
+
+def matching(labels: np.ndarray, reference_labels: np.ndarray) -> np.ndarray:
+    """Indices of real rows: as many of each class as `labels` has, or as there are."""
+    counted = zip(*np.unique(labels, return_counts=True), strict=True)
+    return np.concatenate([np.flatnonzero(reference_labels == label)[:count] for label, count in counted])
+
+
+def draw_grids(path: Path, grids: dict[str, np.ndarray], title: str, row_labels: np.ndarray) -> None:
+    """Write byte grids (H, W, 3) side by side, pixel for pixel, under their names and the title.
+
+    row_labels: written at the left of the rows; none where it is empty.
+    """
     header = 56 if title else 30
     width = sum(grid.shape[1] for grid in grids.values()) + GAP * (len(grids) - 1)
     height = max(grid.shape[0] for grid in grids.values())
-    figure = new_figure(header + height + MARGIN, title, "", max(width + 2 * MARGIN, 10 * len(title)))
+    margin = LABEL_MARGIN if len(row_labels) else MARGIN
+    figure = new_figure(header + height + MARGIN, title, "", max(width + 2 * margin, 10 * len(title)))
     total_width, total_height = figure.get_size_inches() * DPI
     left = (total_width - width) / 2
+    for row, label in enumerate(row_labels):
+        middle = 1 - (header + (row + 0.5) / len(row_labels) * height) / total_height
+        figure.text((left - 6) / total_width, middle, str(label), ha="right", va="center", color=INK, fontsize=9)
     for name, grid in grids.items():
         bottom = total_height - header - grid.shape[0]
         figure.figimage(grid, left, bottom, origin="upper")

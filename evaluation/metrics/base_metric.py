@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -10,8 +11,18 @@ from torch import Tensor
 
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
+from helpers_cfg import Guidance
 from losses.objective import FlowObjective
 from solvers.base_solver import BaseSolver
+
+Decode = Callable[[Tensor], Tensor]  # latent states (B, ...) -> images (B, C, H, W) in [-1, 1]
+DECODE_CHUNK = 50  # states decoded at once
+
+
+@torch.no_grad()
+def as_images(states: Tensor, decode: Decode | None) -> Tensor:
+    """States (N, ...), generated or real, as what pictures and image scores look at: decoded on to the CPU if latents."""
+    return states if decode is None else torch.cat([decode(part).float().cpu() for part in states.split(DECODE_CHUNK)])
 
 
 @dataclass(frozen=True)
@@ -44,11 +55,13 @@ class Absent:
 class Generation:
     """What one evaluation produced; metrics read, never write.
 
-    noise (N, ...): x0, sample i from its own fixed seed. samples (N, ...): the solver's end states. label (N,) or None.
-    objective: carries the weights that made the samples (EMA by default), in eval mode; objective.velocity(x, t, label).
-    field: the velocity the solver followed (guidance included). final: whether this is the run's last, larger evaluation.
-    cache: folder for things that may be recomputed. generator(name): a generator on the
-    dataset's device with a seed fixed by (run seed, name).
+    noise (N, ...): x0, sample i from its own fixed seed. samples (N, ...): the solver's end states, with label (N,) or None.
+    Distances on states see samples, latents where the model works on latents; pictures and image scores see images.
+    objective: what made the samples (EMA weights by default, guidance included), in eval mode; objective.velocity(x, t,
+    label). field: its velocity. guided: whether there is guidance, so that the truth about the data is none about the
+    samples. final: whether this is the run's last, larger evaluation. cache: folder for things that may be recomputed.
+    generator(name): a generator on the dataset's device with a seed fixed by (run seed, name). decode: from latents to
+    images, None where states are what they show.
     """
 
     noise: Tensor
@@ -63,6 +76,16 @@ class Generation:
     cache: Path
     final: bool
     generator: Callable[[str], torch.Generator]
+    decode: Decode | None = None
+
+    @property
+    def guided(self) -> bool:
+        return isinstance(self.objective.network, Guidance)
+
+    @cached_property
+    def images(self) -> Tensor:
+        """The samples as images, decoded once where they are latents and then kept on the CPU."""
+        return as_images(self.samples, self.decode)
 
 
 class Metric(ABC):

@@ -1,0 +1,50 @@
+"""Sampling by a learned flow map: one evaluation crosses a whole interval of time."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from solvers.base_solver import BaseSolver, Field, FreshNoise, StepCallback
+from solvers.time_grids import TimeGrid
+from training.errors import UserError
+
+if TYPE_CHECKING:
+    from losses.objective import FlowObjective
+
+
+class FlowMapSolver(BaseSolver):
+    """Walks the grid's intervals with the objective's map X(x, r, t) = x + (t - r) u(x, r, t), one evaluation each.
+
+    renoise: each step jumps to data, X(x, r, 1), and unless it was the last returns to the next time t of the grid with
+    fresh noise along the path, alpha_t X + sigma_t x0: multistep sampling of consistency models (Song et al. 2023, arXiv
+    2303.01469, algorithm 1), which forgets the errors of earlier steps. Either way the exact map gives the data exactly.
+    """
+
+    follows_velocity = False
+
+    def __init__(self, steps: int = 4, grid: TimeGrid | None = None, renoise: bool = False):
+        super().__init__(steps, grid)
+        self.renoise = self.renoises = renoise
+
+    def solve(self, field: Field, x0: Tensor, times: Tensor | None = None, callback: StepCallback | None = None) -> Tensor:
+        """UserError: a field has no flow map."""
+        raise UserError(
+            "solver=flow_map walks the map a model has learned and cannot integrate a velocity; use solver=midpoint"
+        )
+
+    def carry(self, flow: FlowObjective, x0: Tensor, label: Tensor | None, fresh: FreshNoise) -> Tensor:
+        """UserError when the objective learns no flow map."""
+        self.evaluations = 0
+        grid = self.times(x0)
+        x = x0
+        for k, (r, t) in enumerate(pairwise(grid)):
+            self.evaluations += 1
+            if self.renoise:
+                x = flow.flow_map(x, r, grid[-1], label)
+                x = flow.path.state(fresh(k), x, t) if k + 1 < self.steps else x
+            else:
+                x = flow.flow_map(x, r, t, label)
+        return x
