@@ -15,6 +15,7 @@ from losses.objective import FlowObjective
 from solvers.base_solver import BaseSolver
 from training.build import build
 from training.checkpoint import CheckpointFolder, load_checkpoint
+from training.config import HANDED_ON, parse_overrides
 from training.device import gradient_scaler, pick_device, set_numerics
 from training.errors import UserError
 from training.launch import run_folder_of
@@ -128,10 +129,29 @@ def start_weights(objective: FlowObjective, path: Path) -> None:
         )
 
 
+def adopt_model(config: dict[str, Any], path: Path) -> None:
+    """init_from: build the network as the checkpoint's was, but for what was typed (losses choose time embeddings).
+
+    UserError when the checkpoint holds another kind of model.
+    """
+    stored = load_checkpoint(path)["config"]
+    kind, wanted = stored["choices"]["model"], config["choices"]["model"]
+    if kind != wanted:
+        raise UserError(f"init_from={path} holds model={kind}, this run has model={wanted}; add model={kind}")
+    typed = {override.key_or_group for override in parse_overrides(config["overrides"])}
+    for key, value in stored["model"].items():
+        free = key in config["model"] and key not in (HANDED_ON, "state_shape", "num_classes")
+        if free and f"model.{key}" not in typed and config["model"][key] != value:
+            print(f"note: model.{key}={value}, as in {path} (the default here is {config['model'][key]})")
+            config["model"][key] = value
+
+
 def assemble(config: dict[str, Any]) -> Run:
     """Every part of the run, on its device, at its start or where its newest save left it. Writes nothing."""
     device = pick_device(config["device"])
     set_numerics(device, config["deterministic"])
+    if config["init_from"] and not config["resume"]:
+        adopt_model(config, Path(config["init_from"]))
     objective = build_objective(config, device)
     checkpoints = CheckpointFolder(
         Path(config["output_dir"]), config["choices"]["model"], config["run_name"], config["keep_saves"]
