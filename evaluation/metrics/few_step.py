@@ -1,27 +1,54 @@
-"""How good few evaluations of a learned flow map are."""
+"""How good few evaluations of the network are."""
 
 from dataclasses import replace
 
 from evaluation.evaluator import few_steps
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
-from evaluation.metrics.energy_distance import EnergyDistance
+from evaluation.metrics.oracles import OracleFlowMapError
+from evaluation.metrics.two_sample import TwoSampleMetric
+from training.errors import UserError
 
 
-class FewStepEnergyDistance(Metric):
-    """eval/energy_distance_1nfe, _2nfe, ...: samples made by the objective's flow map in so many evaluations.
+class FewStep(Metric):
+    """Each of `scores` for samples made in so many evaluations: eval/energy_distance_1nfe, oracle/flow_map_error_4nfe, ...
 
-    From the same noise, against the same real states and the same floor as eval/energy_distance.
+    From the same noise, against the same real states, truth and floor as the solver's own samples. By the flow map in equal
+    steps where the objective learns one; elsewhere absent, or with euler by as many Euler steps of the velocity.
+    UserError for a count that is not a whole number of at least 1.
     """
 
-    def __init__(self, evaluations: list[int] | None = None):
-        self.evaluations = evaluations or [1, 2, 4]
+    def __init__(
+        self,
+        scores: dict[str, TwoSampleMetric | OracleFlowMapError],
+        evaluations: list[int] | None = None,
+        euler: bool = False,
+    ):
+        self.scores, self.evaluations, self.euler = list(scores.values()), list(evaluations or [1, 2, 4]), euler
+        for n in self.evaluations:
+            if not isinstance(n, int) or n < 1:
+                raise UserError(f"evaluation.metrics.few_step.evaluations takes whole numbers of at least 1, not {n!r}")
 
     def compute(self, generation: Generation) -> list[Score | Absent]:
-        names = [f"eval/energy_distance_{n}nfe" for n in self.evaluations]
-        if not generation.objective.learns_flow_map:
-            return [Absent(name, "this objective learns velocities, not maps across time") for name in names]
-        scores: list[Score | Absent] = []
-        for name, n in zip(names, self.evaluations, strict=True):
+        if not (generation.objective.learns_flow_map or self.euler):
+            names = [metric.name for metric in self.scores]
+            reason = "this objective learns velocities, not maps across time"
+            return [Absent(few_step_name(name, n), reason) for n in self.evaluations for name in names]
+        results: list[Score | Absent] = []
+        for n in self.evaluations:
             samples = few_steps(generation.objective, generation.noise, generation.label, n)
-            scores += [replace(s, name=name) for s in EnergyDistance().compute(replace(generation, samples=samples))]
-        return scores
+            made = replace(generation, samples=samples)
+            results += [named(result, n) for metric in self.scores for result in metric.compute(made)]
+        return results
+
+
+def few_step_name(name: str, evaluations: int) -> str:
+    return f"{name}_{evaluations}nfe"
+
+
+def named(result: Score | Absent, evaluations: int) -> Score | Absent:
+    """The result under its few-step name, what goes with it too: x_median becomes x_1nfe_median."""
+    name = few_step_name(result.name, evaluations)
+    if isinstance(result, Absent):
+        return replace(result, name=name)
+    extra = {key.replace(result.name, name, 1): value for key, value in (result.extra or {}).items()}
+    return replace(result, name=name, extra=extra or None)
