@@ -47,6 +47,9 @@ class BaseSolver(ABC):
         of the solver's grid from 0 to 1. callback sees (state, time) at every point of the grid.
         """
 
+    def check(self, flow: FlowObjective) -> None:
+        """UserError when this solver cannot carry by what the objective learns; asked before a run trains."""
+
     def carry(self, flow: FlowObjective, x0: Tensor, label: Tensor | None, fresh: FreshNoise) -> Tensor:
         """Samples (B, ...) from the noise x0 (B, ...) by what the objective has learned, for label (B,) or None."""
         return self.solve(lambda x, t: flow.velocity(x, t, label), x0)

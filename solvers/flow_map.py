@@ -35,8 +35,16 @@ class FlowMapSolver(BaseSolver):
             "solver=flow_map walks the map a model has learned and cannot integrate a velocity; use solver=midpoint"
         )
 
+    def check(self, flow: FlowObjective) -> None:
+        if not flow.learns_flow_map:
+            raise UserError(
+                "solver=flow_map walks a learned flow map, and this loss teaches only the velocity at an instant; "
+                "use solver=midpoint, or train with loss=meanflow"
+            )
+
     def carry(self, flow: FlowObjective, x0: Tensor, label: Tensor | None, fresh: FreshNoise) -> Tensor:
         """UserError when the objective learns no flow map."""
+        self.check(flow)
         self.evaluations = 0
         grid = self.times(x0)
         x = x0

@@ -54,7 +54,7 @@ def test_sample_runs_from_any_folder(checkpoint, tmp_path):
         (["ckpt={c}", "out=x.txt"], "must end in"),
         (["ckpt={c}", "out=/nowhere/x.png"], "does not exist"),
         (["ckpt={c}", "label=3"], "knows no classes"),
-        (["ckpt={c}", "nfe=1"], "only the velocity at an instant"),
+        (["ckpt={c}", "solver=flow_map"], "only the velocity at an instant"),
         (["ckpt={c}", "nfe=0"], "nfe takes"),
         (["ckpt={c}", "nfe=1", "solver=rk4"], "not both"),
         (["ckpt={c}", "solver=rk5"], "did you mean rk4?"),

@@ -152,7 +152,8 @@ def assemble(config: dict[str, Any]) -> Run:
     set_numerics(device, config["deterministic"])
     if config["init_from"] and not config["resume"]:
         adopt_model(config, Path(config["init_from"]))
-    objective = build_objective(config, device)
+    objective, solver = build_objective(config, device), build_solver(config)
+    solver.check(objective)
     checkpoints = CheckpointFolder(
         Path(config["output_dir"]), config["choices"]["model"], config["run_name"], config["keep_saves"]
     )
@@ -172,7 +173,7 @@ def assemble(config: dict[str, Any]) -> Run:
     elif config["resume"]:
         print(f"{config['run_name']} ended before its first save; beginning it again")
     return Run(
-        config, device, build_dataset(config, device), build_source(config, device), state, build_solver(config),
+        config, device, build_dataset(config, device), build_source(config, device), state, solver,
         build(config["evaluation"]), compiled(objective, config), run_folder_of(config), checkpoints,
         tracker_from_config(config["trackio"]), [build(node) for node in config["callbacks"].values() if node],
         dataset_key(config), build_flow(state.ema_objective, config, device), build_decoder(config, device),
