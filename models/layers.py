@@ -94,3 +94,20 @@ def zero_(*layers: nn.Linear | nn.Conv2d) -> None:
         nn.init.zeros_(layer.weight)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean x^2) over the last dimension, times a learned scale; computed in fp32, returned in x's precision."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.weight).type_as(x)
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """x with its last dimension at mean 0 and variance 1; the scale and shift are the caller's."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dataloaders.base_dataloaders import make_unified_flow_matching_input
-from models.layers import ClassEmbedding, GroupNorm, TimeFeatures
+from models.dit.dit import Attention as DiTAttention
+from models.dit.dit import DiT, sincos_positions
+from models.layers import ClassEmbedding, Conditioning, GroupNorm, RMSNorm, TimeFeatures
 from models.unet.unet import Attention
 from models.velocity_model import VelocityModel
 from training.assemble import build_objective
@@ -33,9 +35,21 @@ SIZES = {  # trainable parameters
     "cnn": (450_000, 550_000),
     "unet": (50_500_000, 51_500_000),
     "unet_small": (700_000, 1_500_000),
+    "dit_s": (32_500_000, 33_500_000),
+    "dit_b": (130_000_000, 131_500_000),
+    "dit_b4": (130_000_000, 131_500_000),
+    "dit_l": (457_000_000, 459_000_000),
+    "dit_xl": (674_000_000, 676_000_000),
 }
-KNOWN_FOR = {"unet": ["model.state_shape=[3,32,32]"]}  # what a size is quoted for
-SHALLOW = {"depth": 1, "width": 16, "blocks": 1}  # those of these settings that a large model has make it small
+LATENTS = ["model.state_shape=[4,32,32]", "model.num_classes=1000"]
+KNOWN_FOR = {"unet": ["model.state_shape=[3,32,32]"]}  # the data a size is quoted for
+KNOWN_FOR |= {name: LATENTS for name in SIZES if name.startswith("dit")}
+SHALLOW = {
+    "depth": 1,
+    "hidden_size": 96,
+    "width": 16,
+    "blocks": 1,
+}  # those of these settings that a large model has make it small
 ONE_TIME: set[str] = set()  # models that declare to read the time of the state only
 ROWS = 4
 
@@ -277,6 +291,8 @@ ONE_OF_EACH_CLASS = {model_node(name, suits(name)[0])["_target_"]: name for name
 def test_the_compiled_loss_is_the_eager_one(name: str, loss: str) -> None:
     """Traced whole, with the derivative inside; no kernels are generated, which would take a minute each."""
     node = ["run_name=x", "dataloaders=digits", f"model={name}", f"loss={loss}", *shallow(name)]
+    if "qk_norm" in model_node(name, "digits"):
+        node.append("model.qk_norm=true")
     objective = build_objective(resolved(compose_config(node)), torch.device("cpu"))
     with torch.no_grad():
         for p in objective.parameters():
@@ -295,6 +311,92 @@ def test_the_compiled_loss_is_the_eager_one(name: str, loss: str) -> None:
 def test_the_small_unet_takes_any_channels_and_sides_that_halve_evenly(shape: list[int]) -> None:
     model = build(model_node("unet_small", "digits", f"model.state_shape={shape}".replace(" ", "")))
     assert model(torch.randn(2, shape[0] + 2, *shape[1:])).shape == (2, *shape)
+
+
+def small_dit(*overrides: str, name: str = "dit_s") -> DiT:
+    torch.manual_seed(0)
+    model: DiT = build(model_node(name, "digits", "model.hidden_size=48", "model.depth=2", *overrides))
+    model.init_weights()
+    return model
+
+
+@pytest.mark.parametrize("shape, patch", [([3, 8, 12], 2), ([4, 16, 8], 4), ([1, 5, 7], 1)])
+def test_dit_patches_tile_the_image_row_by_row(shape: list[int], patch: int) -> None:
+    channels, height, width = shape
+    model = small_dit(f"model.state_shape={shape}".replace(" ", ""), f"model.patch_size={patch}")
+    image = torch.arange(2.0 * channels * height * width).view(2, *shape)
+    patches = model.patches(image)
+    assert torch.equal(model.image(patches), image)
+    assert patches.shape == (2, height * width // patch**2, channels * patch**2)
+    assert torch.equal(patches[1, width // patch + 1], image[1, :, patch : 2 * patch, patch : 2 * patch].flatten())
+
+
+def test_dit_starts_at_velocity_zero_with_every_block_the_identity() -> None:
+    model = small_dit()
+    tokens, embedding = torch.randn(2, 16, 48), torch.randn(2, 48)
+    assert all(torch.equal(block(tokens, embedding), tokens) for block in model.blocks)
+    assert not model(torch.randn(2, 3, 8, 8)).any()
+
+
+def test_dit_positions_are_sines_and_cosines_of_row_and_column() -> None:
+    positions = sincos_positions(3, 5, 8).view(3, 5, 2, 2, 2)  # axis, sine or cosine, frequency
+    for row in range(3):
+        for column in range(5):
+            for axis, place in enumerate((row, column)):
+                angles = torch.tensor([place, place / 100.0])
+                assert torch.allclose(positions[row, column, axis], torch.stack([angles.sin(), angles.cos()]), atol=1e-6)
+    assert "positions" not in small_dit().state_dict()
+
+
+def test_dit_knows_where_a_patch_is() -> None:
+    """The same pixels elsewhere are another token: without positions attention could not tell."""
+    model, image = small_dit(), torch.zeros(1, 3, 8, 8)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    here, there = model.patches(model(image))[0, [0, 9]]
+    assert (here - there).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_qk_norm_makes_attention_blind_to_the_size_of_queries_and_keys(qk_norm: bool) -> None:
+    torch.manual_seed(0)
+    attention, x = DiTAttention(32, 2, qk_norm), torch.randn(2, 6, 32)
+    before = attention(x)
+    with torch.no_grad():
+        for values in (attention.qkv.weight, attention.qkv.bias):
+            values[:64] *= 10
+    assert torch.allclose(attention(x), before, atol=1e-3) == qk_norm
+
+
+def test_qk_norm_has_a_forward_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+    with all_in_double(monkeypatch), sdpa_kernel(SDPBackend.MATH):
+        torch.manual_seed(0)
+        attention = DiTAttention(32, 2, qk_norm=True).double()
+        x, v = torch.randn(2, 2, 6, 32, dtype=torch.float64)
+        _, tangent = torch.func.jvp(attention, (x,), (v,))
+        difference = (attention(x + 1e-5 * v) - attention(x - 1e-5 * v)) / 2e-5
+    assert tangent.abs().max() > 1e-3 and torch.allclose(tangent, difference, rtol=1e-5, atol=1e-7)
+
+
+def test_rms_norm_is_torchs_and_keeps_the_precision() -> None:
+    ours, theirs = RMSNorm(16), nn.RMSNorm(16, eps=1e-6)
+    with torch.no_grad():
+        theirs.weight.uniform_(-1, 2)
+    ours.load_state_dict(theirs.state_dict())
+    x = 3 * torch.randn(2, 5, 16)
+    assert torch.allclose(ours(x), theirs(x), atol=1e-6)
+    assert ours(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_conditioning_tells_close_times_apart_under_autocast() -> None:
+    torch.manual_seed(0)
+    conditioning = Conditioning(0, 32, [1.0, 4.0])
+    times = torch.tensor([[0.5, 0.5], [0.5, 0.5005]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        near, exact = conditioning(times), conditioning(times.clone())
+    assert near.dtype == torch.float32 and torch.equal(near, exact) and not torch.equal(near[0], near[1])
+    assert torch.equal(near, conditioning(times))
 
 
 @pytest.mark.parametrize("name, shape, expected", [
@@ -380,6 +482,9 @@ def test_group_norm_has_a_forward_derivative_in_either_layout(layout: torch.memo
     (["model=unet_small", "dataloaders=digits", "model.state_shape=[1,8,6]"], "multiples of 4, not 8x6"),
     (["model=unet_small", "dataloaders=digits", "model.width=12"], "multiples of 8"),
     (["model=unet", "dataloaders=kmeans"], "takes images"),
+    (["model=dit_b4", "dataloaders=digits", "model.state_shape=[1,8,6]"], "4x4, which do not tile images of 8x6"),
+    (["model=dit_s", "dataloaders=digits", "model.hidden_size=100"], "multiple of 4 and of model.heads=6"),
+    (["model=dit_s", "dataloaders=digits", "model.hidden_size=18"], "multiple of 4"),
     (["model=mlp", "dataloaders=kmeans", "dataloaders.num_classes=0", "conditional=true"], "labels"),
 ])  # fmt: skip
 def test_an_impossible_pair_is_one_sentence(overrides: list[str], word: str) -> None:
