@@ -18,7 +18,7 @@ from training.terms import named_terms
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("backends", "dataloaders", "evaluation", "losses", "models", "scripts", "solvers", "training", "visualizers")
-IMAGE_SETS, META_ABOVE = ("digits",), 20_000_000
+IMAGE_SETS, META_ABOVE = ("digits", "random_images"), 20_000_000
 
 
 @pytest.mark.parametrize("name", [*FOLDERS, "launcher", "train"])
@@ -48,6 +48,8 @@ def companions(group: str, choice: str, tmp_path: Path) -> list[str]:
 
         np.save(tmp_path / "x.npy", np.zeros((20, 2), dtype="float32"))
         return [f"dataloaders.path={tmp_path / 'x.npy'}"]
+    if (group, choice) == ("guidance", "autoguidance"):
+        return ["guidance.checkpoint=weak_last.pt"]
     if (group, choice) in [("dataloaders", name) for name in IMAGE_SETS]:
         return ["model=cnn"]
     if (group, choice) in [("loss", "reflow"), ("loss/coupling", "reflow")]:
@@ -95,7 +97,7 @@ def test_every_dataset_trains_two_steps_and_is_sampled(dataset, small_run, tmp_p
     if dataset == "array":
         words.append("dataloaders.epoch_size=null")
     if dataset in IMAGE_SETS:
-        words = [*extra, "dataloaders=digits", "dataloaders.epoch_size=1438", "max_steps=2"]
+        words = [f"dataloaders={dataset}", "model=cnn", "dataloaders.epoch_size=%d" % {"digits": 1438, "random_images": 448}[dataset], "max_steps=2"]
     folder = small_run("x", *words)
     assert (folder / "runs/x/status.json").exists()
 

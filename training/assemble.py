@@ -89,7 +89,7 @@ def meaning(objective: FlowObjective, config: dict[str, Any]) -> dict[str, Any]:
         "state shape": list(config["dataloaders"]["state_shape"]),
         "second_time": objective.second_time,
         "prediction": type(objective.prediction).__name__,
-        "path": (type(objective.path).__name__, *vars(objective.path).values()),
+        "path": " ".join([type(objective.path).__name__, *(f"{k}={v}" for k, v in vars(objective.path).items())]),
         "learning of a flow map": objective.learns_flow_map,
     }
 
