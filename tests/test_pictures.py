@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visualizers.pictures import describe_count, image_grid_picture, scatter_picture, shared_limits
+from visualizers.pictures import (
+    by_class,
+    class_layout,
+    describe_count,
+    image_grid_picture,
+    matching,
+    pick_by_class,
+    scatter_picture,
+    shared_limits,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RANDOM = np.random.default_rng(0)
@@ -139,3 +148,61 @@ def test_no_global_state_and_a_light_import(tmp_path: Path) -> None:
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def class_images(labels: list[int]) -> np.ndarray:
+    """4 x 4 images whose gray level is their class: 0 black, 9 nearly white."""
+    return np.full((len(labels), 1, 4, 4), 0.0) + np.array(labels)[:, None, None, None] / 10
+
+
+def rows_of(panel: np.ndarray) -> list[list[int]]:
+    """The classes shown in each row of images of one panel, by gray level."""
+    found = []
+    for row in panel:
+        levels = [round(int(v) / 25.5) for v in row[:, 0] if v < 250]
+        shown = sorted({level for level in levels if levels.count(level) > 20})
+        if shown and (not found or found[-1] != shown):
+            found.append(shown)
+    return found
+
+
+def test_each_class_has_its_row_and_real_ones_stand_in_it(tmp_path: Path) -> None:
+    labels, reference = [3, 1, 0, 3, 1, 0, 3, 1, 0], [0, 0, 3, 1, 3, 1, 1, 0, 3]
+    path = tmp_path / "grid.png"
+    image_grid_picture(
+        path, class_images(labels), (0.0, 1.0), reference=class_images(reference), title="x",
+        labels=np.array(labels), reference_labels=np.array(reference),
+    )  # fmt: skip
+    pixels = read_png(path)[57:-8]
+    middle = pixels.shape[1] // 2
+    left, right = pixels[:, 40:middle], pixels[:, middle:]
+    assert rows_of(left) == rows_of(right) == [[0], [1], [3]]
+    numbers = (pixels[:, :36] < 128).all(axis=-1).any(axis=1)  # ink at the left of the rows, one run of it for each
+    assert np.flatnonzero(np.diff(numbers.astype(int)) == 1).size == 3
+
+
+def test_by_class_fills_rows_in_order_and_leaves_the_rest_white() -> None:
+    labels = np.array([5, 2, 5, 5, 2, 5, 5])
+    columns, rows = class_layout(labels)
+    assert (columns, rows.tolist()) == (5, [2, 5])
+    images = np.arange(7, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 3), dtype=np.uint8)
+    assert by_class(images, labels, rows, columns)[:, 0, 0, 0].tolist() == [1, 4, 255, 255, 255, 0, 2, 3, 5, 6]
+    columns, rows = class_layout(np.repeat([0, 1], 18))
+    assert (columns, rows.tolist()) == (6, [0, 0, 0, 1, 1, 1])
+
+
+def test_a_picture_of_many_classes_shows_some_of_them_alike() -> None:
+    labels = np.arange(2000) % 1000
+    shown = labels[pick_by_class(labels, 100)]
+    assert len(np.unique(shown)) == 10 and (np.unique(shown, return_counts=True)[1] == 2).all() and shown.max() == 999
+    labels = np.arange(200) % 10
+    assert labels[pick_by_class(labels, 100)].tolist() == np.repeat(np.arange(10), 10).tolist()
+    real = np.array([1, 1, 0, 2, 0, 1])
+    assert real[matching(np.array([1, 0, 1, 7]), real)].tolist() == [0, 1, 1]
+
+
+def test_classes_of_one_image_each_are_a_plain_grid(tmp_path: Path) -> None:
+    images = class_images([0, 1, 2, 3])
+    image_grid_picture(tmp_path / "plain.png", images, columns=2)
+    image_grid_picture(tmp_path / "labelled.png", images, columns=2, labels=np.arange(4))
+    assert (read_png(tmp_path / "plain.png") == read_png(tmp_path / "labelled.png")).all()
