@@ -49,7 +49,7 @@ def read_words(words: list[str]) -> tuple[dict[str, Any], list[str]]:
         if key not in DEFAULTS:
             overrides.append(word)
         elif (isinstance(DEFAULTS[key], int) or key in ("label", "nfe")) and word != "label=all":
-            settings[key] = whole_number(key, value)
+            settings[key] = whole_number(key, value, ", or all" if key == "label" else "")
         else:
             settings[key] = value
     if settings["ckpt"] is None:
@@ -67,9 +67,9 @@ def read_words(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     return settings, overrides
 
 
-def whole_number(key: str, text: str) -> int:
+def whole_number(key: str, text: str, otherwise: str = "") -> int:
     if not text.isascii() or not text.isdigit():
-        raise UserError(f"{key} takes a whole number of at least 0, not {text!r}")
+        raise UserError(f"{key} takes a whole number of at least 0{otherwise}, not {text!r}")
     return int(text)
 
 
@@ -142,7 +142,7 @@ def real_of(model: "TrainedModel", labels: "Tensor | None", count: int) -> "Batc
     if labels is None:
         return model.real(count)
     classes = labels.unique()
-    states, own = model.real(min(2 * count * model.objective.network.num_classes // len(classes), MOST_REAL))
+    states, own = model.real(min(100 + 4 * count * model.objective.network.num_classes // len(classes), MOST_REAL))
     if own is None:
         return states, None
     wanted = torch.isin(own, classes)

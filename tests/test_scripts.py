@@ -10,8 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from evaluation.evaluator import GeneratorEvaluator
+from evaluation.metrics.energy_distance import EnergyDistance
+from evaluation.report import draw_picture, drawable
 from evaluation.sample import load
 from scripts import benchmark, sample
+from solvers.runge_kutta import Euler
+from training.assemble import build_dataset, build_source, dataset_key
 from training.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +59,12 @@ def test_sample_runs_from_any_folder(checkpoint, tmp_path):
         (["ckpt={c}", "out=x.txt"], "must end in"),
         (["ckpt={c}", "out=/nowhere/x.png"], "does not exist"),
         (["ckpt={c}", "label=3"], "knows no classes"),
+        (["ckpt={c}", "label=all"], "knows no classes"),
+        (["ckpt={c}", "label=each"], "label takes"),
+        (["ckpt={c}", "real=maybe"], "real takes"),
+        (["ckpt={c}", "guidance=cfg"], "conditional=true"),
+        (["ckpt={c}", "guidance.scale=2"], "add guidance=cfg"),
+        (["ckpt={c}", "guidance=cfg", "guidance.scale=-2"], "guidance.scale takes"),
         (["ckpt={c}", "solver=flow_map"], "only the velocity at an instant"),
         (["ckpt={c}", "nfe=0"], "nfe takes"),
         (["ckpt={c}", "nfe=1", "solver=rk4"], "not both"),
@@ -73,8 +84,74 @@ def test_a_conditional_model_is_sampled_by_class(small_run, tmp_path):
     path = small_run("c", "conditional=true", "epochs=1") / "ckpts/mlp/c_last.pt"
     model = load(path)
     assert not torch.allclose(model.sample(20, label=0), model.sample(20, label=4))
-    with pytest.raises(UserError, match="classes 0 to 4"):
-        model.sample(20, label=5)
+    for wrong in (5, -1, torch.tensor([0] * 19 + [5])):
+        with pytest.raises(UserError, match="classes 0 to 4"):
+            model.sample(20, label=wrong)
+
+
+def test_sample_i_depends_on_its_label_the_seed_and_i_alone(small_run):
+    model = load(small_run("c", "conditional=true", "epochs=1") / "ckpts/mlp/c_last.pt")
+    everything, labels = model.sample(23, seed=2, label="all"), model.labels(23, "all")
+    assert labels.tolist() == sorted(labels.tolist()) and set(labels.bincount().tolist()) == {4, 5}
+    for label in range(5):
+        alone = model.sample(40, seed=2, label=label)[:23]
+        torch.testing.assert_close(everything[labels == label], alone[labels == label])
+    torch.testing.assert_close(model.sample(23, seed=2, label=labels), everything)
+    torch.testing.assert_close(model.sample(300, seed=2, label=3)[:9], model.sample(9, seed=2, label=3))
+
+
+def test_numbers_come_with_their_classes(small_run, tmp_path):
+    path = small_run("c", "conditional=true", "epochs=1") / "ckpts/mlp/c_last.pt"
+    for label, expected in (("all", [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]), ("3", [3] * 10), (None, [0, 1, 2, 3, 4] * 2)):
+        words = [] if label is None else [f"label={label}"]
+        assert sample.main([f"ckpt={path}", "n=10", f"out={tmp_path / 's.npz'}", *words]) == 0
+        assert np.load(tmp_path / "s.npz")["y"].tolist() == expected
+    assert sample.main([f"ckpt={path}", "n=10", "label=3", f"out={tmp_path / 's.png'}"]) == 0
+
+
+DIGITS = ("dataloaders=digits", "model=cnn", "dataloaders.epoch_size=1438", "conditional=true", "max_steps=1")
+
+
+def test_pictures_of_a_latent_model_are_decoded_and_its_numbers_are_not(small_run, tmp_path, monkeypatch):
+    """A stand-in decoder: each state becomes a red image twice as large."""
+    path = small_run("d", *DIGITS) / "ckpts/cnn/d_last.pt"
+    seen = []
+
+    def decode(states):
+        seen.append(len(states))
+        colour = torch.tensor([1.0, -1.0, -1.0])[None, :, None, None]
+        return colour.expand(len(states), 3, 16, 16)
+
+    monkeypatch.setattr("training.assemble.build_decoder", lambda config, device: decode)
+    assert sample.main([f"ckpt={path}", "n=20", "label=all", f"out={tmp_path / 's.png'}", "solver.steps=1"]) == 0
+    pixels = np.asarray(Image.open(tmp_path / "s.png").convert("RGB")).astype(int)
+    assert ((pixels == [255, 0, 0]).all(axis=-1)).mean() > 0.5
+    assert sum(seen) == 40  # 20 generated, 20 real of the same classes
+    seen.clear()
+    assert sample.main([f"ckpt={path}", "n=20", "real=false", f"out={tmp_path / 's.png'}", "solver.steps=1"]) == 0
+    assert sum(seen) == 20
+    assert sample.main([f"ckpt={path}", "n=20", f"out={tmp_path / 's.npy'}", "solver.steps=1"]) == 0
+    assert np.load(tmp_path / "s.npy").shape == (20, 1, 8, 8) and sum(seen) == 20
+
+
+def test_a_run_on_latents_is_drawn_decoded_and_scored_as_it_is(small_run, tmp_path):
+    """Four channels have no picture of their own; distances see the latents, pictures what they decode to."""
+    path = small_run("d", *DIGITS) / "ckpts/cnn/d_last.pt"
+    model = load(path)
+    parts = (build_dataset(model.config, model.device), build_source(model.config, model.device), Euler(2))
+    evaluator = GeneratorEvaluator(60, 60, {"energy": EnergyDistance()})
+    rest = (0, dataset_key(model.config), tmp_path / "cache", True)
+    plain = evaluator.evaluate(model.objective, *parts, *rest)
+    latent = evaluator.evaluate(model.objective, *parts, *rest, decode=lambda z: z.expand(-1, 3, -1, -1).clamp(-1, 1))
+    assert plain.values["eval/energy_distance"] == latent.values["eval/energy_distance"]
+    made = latent.generation
+    assert made.samples.shape == (60, 1, 8, 8) and made.images.shape == (60, 3, 8, 8)
+    assert torch.equal(made.images[:, 1:2], made.samples.clamp(-1, 1)) and made.images is made.images
+    assert plain.generation.images is plain.generation.samples
+    assert made.label is not None and latent.reference_label is not None
+    assert draw_picture(tmp_path / "latent.png", latent, "x")
+    assert Image.open(tmp_path / "latent.png").size[0] > 600
+    assert drawable((4, 8, 8), made.decode) and not drawable((4, 8, 8), None) and not drawable((3,), None)
 
 
 def test_a_meanflow_run_is_scored_and_sampled_in_one_evaluation(small_run, tmp_path):
