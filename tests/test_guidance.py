@@ -58,7 +58,8 @@ def objective(network: VelocityModel | None = None, label_dropout: float = 0.1) 
 
 
 def unified(states: Tensor, r: Tensor) -> Tensor:
-    return objective().unified(states, r, r)
+    """Headed to halfway between r and the end."""
+    return objective().unified(states, r, (1 + r) / 2)
 
 
 def noise(*shape: int) -> Tensor:

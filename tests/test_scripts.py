@@ -12,7 +12,7 @@ from PIL import Image
 
 from evaluation.evaluator import GeneratorEvaluator
 from evaluation.metrics.energy_distance import EnergyDistance
-from evaluation.report import draw_picture, drawable
+from evaluation.report import draw_images, draw_picture, drawable
 from evaluation.sample import load
 from scripts import benchmark, sample
 from solvers.runge_kutta import Euler
@@ -132,6 +132,18 @@ def test_pictures_of_a_latent_model_are_decoded_and_its_numbers_are_not(small_ru
     assert sum(seen) == 20
     assert sample.main([f"ckpt={path}", "n=20", f"out={tmp_path / 's.npy'}", "solver.steps=1"]) == 0
     assert np.load(tmp_path / "s.npy").shape == (20, 1, 8, 8) and sum(seen) == 20
+
+
+def test_real_images_go_beside_generated_ones_of_their_class(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("visualizers.pictures.image_grid_picture", lambda *arguments: drawn.extend(arguments))
+    label, reference_label = torch.tensor([4, 4, 1, 1, 1]), torch.tensor([0, 1, 4, 1, 4, 1, 4, 1])
+    states, reference = (y[:, None, None, None] * torch.ones(1, 1, 2, 2) for y in (label, reference_label))
+    draw_images(tmp_path / "x.png", states, label, reference, reference_label, lambda z: z + 0.5, (0.0, 9.0), "x")
+    _, images, value_range, _, real, _, labels, real_labels = drawn
+    assert value_range == (-1.0, 1.0)  # decoded images, whatever the range of the states
+    assert images[:, 0, 0, 0].tolist() == [y + 0.5 for y in labels] and labels.tolist() == label.tolist()
+    assert real[:, 0, 0, 0].tolist() == [y + 0.5 for y in real_labels] and real_labels.tolist() == [1, 1, 1, 4, 4]
 
 
 def test_a_run_on_latents_is_drawn_decoded_and_scored_as_it_is(small_run, tmp_path):
