@@ -235,7 +235,7 @@ def test_as_many_runs_at_once_as_asked_for(command, monkeypatch):
             return self.returncode
 
     monkeypatch.setattr(board_script.subprocess, "Popen", Slow)
-    assert command("jobs=2", "table=false", seeds=(0, 1)) == 0
+    assert command("jobs=2", "table=false", seeds=(0, 1, 2)) == 0
     assert max(most) == 2 and names(InProcess.commands)[:2] == [f"leaderboard_mse_gaussian_seed={s}" for s in (0, 1)]
 
 

@@ -29,7 +29,7 @@ def exact_flow(generation: Generation) -> ExactFlow | str:
     if generation.source.gaussian_std is None:
         return "the source is not Gaussian, so the truth is not known in closed form"
     if not isinstance(objective.coupling, IndependentCoupling):
-        return "optimal-transport pairs have another truth than independent ones"
+        return "optimal-transport pairs, and those a teacher made, have another truth than independent ones"
     if generation.guided:
         return "guidance leads away from the data's own law, whose truth is known"
     if objective.network.num_classes > 0:
