@@ -142,6 +142,8 @@ class FlowObjective(nn.Module, ABC):
 
     def predict(self, unified: Tensor, z: Tensor, r: Tensor, label: Tensor | None) -> Tensor:
         """The network's output as a velocity at states z and times r."""
+        if len(z) == 0:  # one part of a batch that is all intervals, or all instants
+            return z
         return self.prediction.velocity(self.network(unified, label), z, expand_time(r, z), self.path)
 
     def velocity(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:

@@ -5,8 +5,13 @@
     python scripts/benchmark.py "model=mlp" "model=mlp model.width=512" "dataloaders=digits model=cnn"
     python scripts/benchmark.py --rounds 20 --json benchmark.json "precision=fp32" "precision=bf16"
 
+    python scripts/benchmark.py --preset jvp               # what MeanFlow's derivative costs, by engine and share
+    python scripts/benchmark.py --preset jvp --and compile=true   # words for every row
+
 Each argument is one row: launcher overrides in quotes. Rounds are interleaved (row 1, row 2, row 1, ...), so a machine that
-slows down slows all rows; figures are medians over rounds, the last column the ratio of step times to the first row.
+slows down slows all rows; figures are medians over rounds. gflop: floating-point operations of a step (matrix products and
+convolutions, forward and backward). The last columns are the ratios of step time and of gflop to the first row; a preset
+compares each model with its own first row.
 """
 
 import argparse
@@ -22,7 +27,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training.errors import UserError
 
-COLUMNS = ("step_ms", "data_ms", "data_share", "train_samples_per_second", "generated_per_second", "peak_memory_mb")
+COLUMNS = ("step_ms", "data_ms", "data_share", "train_samples_per_second", "generated_per_second", "peak_memory_mb", "gflop")
+JVP_MODELS = {
+    "unet_small, batch 32": "dataloaders=random_images dataloaders.state_shape=[1,8,8] model=unet_small batch_size=32",
+    "dit_s, batch 8": "dataloaders=random_images model=dit_s batch_size=8",
+}
+ENGINES = ("func", "separate", "finite_difference")
+
+
+def jvp_preset() -> dict[str, list[str]]:
+    """Flow matching and MeanFlow of the same network, each engine at a share of 25 % and 100 %; by model."""
+    flow = ["loss=mse loss.second_time=state loss.training.time_frequencies=[1,2,4]"]
+    engines = [f"loss=meanflow loss.time_sampler.ratio={share} loss.jvp={e}" for e in ENGINES for share in ("0.25", "1.0")]
+    return {name: [f"{model} {loss}" for loss in flow + engines] for name, model in JVP_MODELS.items()}
 
 
 class Contestant:
@@ -36,6 +53,18 @@ class Contestant:
         self.name = overrides or "default"
         self.run = assemble(prepare([*fixed, *overrides.split()]))
         self.groups = self.endless_groups()
+        self.gflop = self.count_operations()
+
+    def count_operations(self) -> float:
+        """1e9 floating-point operations of one uncompiled step, forward and backward."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        objective, batch = self.run.state.objective, next(self.groups)[0]
+        objective.train()
+        with FlopCounterMode(display=False) as counter:
+            objective(batch, self.run.teacher)["loss"].backward()
+        objective.zero_grad(set_to_none=True)
+        return counter.get_total_flops() / 1e9
 
     def endless_groups(self) -> Iterator[Any]:
         from training.loop import epoch_groups
@@ -67,6 +96,8 @@ class Contestant:
         from evaluation.evaluator import generate
         from training.loop import train_step
 
+        if self.run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         data_seconds, groups = self.timed(lambda: [next(self.groups) for _ in range(steps)])
         step_seconds, _ = self.timed(lambda: [train_step(self.run, group) for group in groups])
         rows = sum(len(batch) for group in groups for batch in group)
@@ -86,6 +117,7 @@ class Contestant:
             "train_samples_per_second": rows / total,
             "generated_per_second": len(noise) / sample_seconds,
             "peak_memory_mb": memory,
+            "gflop": self.gflop,
         }
 
 
@@ -105,15 +137,21 @@ def benchmark(rows: list[str], rounds: int, steps: int) -> list[dict[str, Any]]:
         for contestant, measured in zip(contestants, figures, strict=True):
             measured.append(contestant.round(steps))
     medians = [{c: statistics.median(m[c] for m in measured[1:]) for c in COLUMNS} for measured in figures]
+    first = medians[0]
     return [
-        {"row": contestant.name, **median, "ratio": median["step_ms"] / medians[0]["step_ms"]}
+        {
+            "row": contestant.name,
+            **median,
+            "ratio": median["step_ms"] / first["step_ms"],
+            "gflop_ratio": median["gflop"] / max(first["gflop"], 1e-12),
+        }
         for contestant, median in zip(contestants, medians, strict=True)
     ]
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
     """The results as a table."""
-    columns = [*COLUMNS, "ratio"]
+    columns = [*COLUMNS, "ratio", "gflop_ratio"]
     lines = ["| settings | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
     return "\n".join([*lines, *(f"| `{r['row']}` | " + " | ".join(f"{r[c]:.4g}" for c in columns) + " |" for r in results)])
 
@@ -122,6 +160,8 @@ def main(words: list[str]) -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", default=[""], help="launcher overrides, one quoted argument a row")
+    parser.add_argument("--preset", choices=["jvp"], help="rows made ready, instead of your own")
+    parser.add_argument("--and", dest="common", default="", help="launcher overrides that every row gets")
     parser.add_argument("--rounds", type=int, default=10, help="counted rounds of each row")
     parser.add_argument("--steps", type=int, default=20, help="training steps in a round")
     parser.add_argument("--json", type=Path, help="write the figures here too")
@@ -129,13 +169,17 @@ def main(words: list[str]) -> int:
     try:
         if options.rounds < 1 or options.steps < 1:
             raise UserError("--rounds and --steps take whole numbers of at least 1")
-        results = benchmark(options.rows, options.rounds, options.steps)
+        tables = jvp_preset() if options.preset else {"": options.rows}
+        results = []
+        for title, rows in tables.items():
+            found = benchmark([f"{row} {options.common}".strip() for row in rows], options.rounds, options.steps)
+            print((f"\n{title}\n" if title else "") + markdown(found), flush=True)
+            results += found
     except UserError as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 1
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
-    print(markdown(results))
     return 0
 
 

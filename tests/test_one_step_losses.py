@@ -29,6 +29,7 @@ from losses.time_samplers import DyadicTimes, TimeSampler, UniformTimes
 from losses.total_derivative import DerivativeObjective
 from losses.weightings import AdaptiveWeighting, UniformWeighting, Weighting
 from models.flow_matching.mlp import MLP
+from models.flow_matching.small_cnn import SmallCNN
 from models.velocity_model import VelocityModel
 from training.errors import UserError
 
@@ -146,7 +147,11 @@ def objective(name: str, network: VelocityModel, weighting: Weighting | None = N
 def unified_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs keep the states' own precision here, so that quadrature is not drowned in rounding."""
 
+    real = FlowObjective.unified
+
     def unified(self: FlowObjective, z: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        if z.ndim == 4:
+            return real(self, z, r, t)
         r, t = (time.to(z.dtype).expand(len(z)) for time in (r, t))
         return torch.cat([z, r[:, None], (torch.ones_like(t) if self.second_time == "end" else t)[:, None]], dim=1)
 
@@ -409,6 +414,20 @@ def test_without_intervals_each_is_flow_matching(name):
     batch = loss.draw(x0, x1, None, torch.Generator().manual_seed(0))
     plain = objective("mse", loss.network)(batch)["loss"]
     torch.testing.assert_close(loss(batch)["loss"], plain)
+
+
+@pytest.mark.parametrize("jvp", ["func", "separate", "finite_difference"])
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", [n for n in OBJECTIVES if n not in ("mse", "meanflow_separate")])
+def test_any_share_of_intervals_trains_an_image_model(name, ratio, jvp):
+    engine = {"jvp": jvp} if "jvp" in OBJECTIVES[name][1] and (name, jvp) != ("terminal_velocity", "separate") else {}
+    sampler = DyadicTimes(7, ratio) if name == "shortcut" else UniformTimes(ratio)
+    network = SmallCNN([1, 4, 4], width=8, inner_width=8, inner_blocks=1, embedding=8, time_frequencies=[1.0])
+    loss = objective(name, network, time_sampler=sampler, **engine)
+    x0, x1 = torch.randn(2, 8, 1, 4, 4)
+    value = loss(loss.draw(x0, x1, None, torch.Generator().manual_seed(0)), loss)["loss"]
+    value.backward()
+    assert value.isfinite() and all(p.grad.isfinite().all() for p in network.parameters())
 
 
 def test_shortcut_targets_come_from_the_teacher_and_carry_no_graph():

@@ -1,0 +1,38 @@
+"""Random images of any shape: a stand-in for data when only speed or memory is asked for."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from dataloaders.tensor_dataset import TensorDataset
+from training.errors import UserError
+
+
+class RandomImages(TensorDataset):
+    """Smooth noise of any (C, H, W) clipped to [-1, 1], the same in every run; labels in turn; an eighth held out."""
+
+    def __init__(
+        self,
+        state_shape: Sequence[int] = (4, 32, 32),
+        epoch_size: int = 448,
+        num_classes: int = 10,
+        value_range: Sequence[float] = (-1.0, 1.0),
+    ):
+        """UserError for a shape that is no image's, no classes, or an epoch that is no multiple of 7."""
+        if len(state_shape) != 3:
+            raise UserError(f"random images have a shape such as [3, 32, 32]; dataloaders.state_shape={list(state_shape)}")
+        if num_classes < 1:
+            raise UserError(f"random images have at least one class, not dataloaders.num_classes={num_classes}")
+        if epoch_size < 7 or epoch_size % 7:
+            near = max(7, 7 * round(epoch_size / 7))
+            raise UserError(f"an epoch of {epoch_size} leaves no eighth to hold out; set dataloaders.epoch_size={near}")
+        channels, height, width = state_shape
+        count = epoch_size * 8 // 7
+        coarse = torch.randn(count, channels, -(-height // 4), -(-width // 4), generator=torch.Generator().manual_seed(0))
+        states = F.interpolate(coarse, size=(height, width), mode="bilinear").clamp(-1, 1)
+        labels = torch.arange(count) % num_classes
+        super().__init__(
+            states, labels, torch.arange(count - count // 8, count), epoch_size=epoch_size, num_classes=num_classes,
+            value_range=value_range,
+        )  # fmt: skip
