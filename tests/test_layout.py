@@ -14,6 +14,7 @@ from training.assemble import build_objective
 from training.build import build
 from training.config import CONFIG_DIR, compose_config, groups, resolved
 from training.ema import ConstantEMA
+from training.errors import UserError
 from training.state import averaged_objective
 from training.terms import named_terms
 
@@ -22,7 +23,7 @@ FOLDERS = ("backends", "dataloaders", "evaluation", "losses", "models", "scripts
 IMAGE_SETS, META_ABOVE = ("digits", "random_images"), 20_000_000
 
 
-@pytest.mark.parametrize("name", [*FOLDERS, "launcher", "train"])
+@pytest.mark.parametrize("name", [*FOLDERS, "launcher", "train", "helpers_cfg"])
 def test_no_installed_package_hides_a_folder_of_ours(name):
     spec = importlib.util.find_spec(name)
     assert spec is not None
@@ -34,6 +35,7 @@ def test_house_rules():
     files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")] + [
         ROOT / "launcher.py",
         ROOT / "train.py",
+        ROOT / "helpers_cfg.py",
     ]
     assert not [path for folder in (*FOLDERS, "tests") for path in (ROOT / folder).rglob("__init__.py")]
     for path in files:
@@ -144,3 +146,12 @@ def test_every_objective_keeps_its_contract(loss, conditional, tmp_path):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.network.parameters())
     assert objective.second_time in ("end", "state")
     assert objective.velocity(x0, torch.tensor(0.3)).shape == x0.shape
+
+
+def test_a_part_that_may_be_left_out_is_left_out_by_null():
+    config = resolved(compose_config(["run_name=x", "guidance=null", "loss=meanflow", "loss/guidance=null"]))
+    assert config.get("guidance") is None and config["loss"].get("guidance") is None
+    with pytest.raises(UserError, match="add guidance="):
+        compose_config(["run_name=x", "guidance.scale=2"])
+    with pytest.raises(UserError, match="cannot do without"):
+        compose_config(["run_name=x", "solver=null"])

@@ -124,12 +124,16 @@ def compose_config(overrides: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-            cfg = compose("train", [str(o.input_line) for o in chosen], return_hydra_config=True)
+            words = [str(override.input_line) for override in chosen if override.value() is not None]
+            cfg = compose("train", words, return_hydra_config=True)
     except HydraException as error:
         raise UserError(f"cannot compose these choices: {str(error).splitlines()[0]}") from error
     finally:
         restore_gh_from_backup(outer)
     choices = {key: value for key, value in cfg.hydra.runtime.choices.items() if "hydra" not in key and "@" not in key}
+    for override in chosen:
+        if override.value() is None and choices.get(override.key_or_group) is not None:
+            raise UserError(f"{override.input_line}: a run cannot do without it; choose one of its files, see --help")
     OmegaConf.set_struct(cfg, False)
     del cfg["hydra"]
     cfg["choices"] = dict(choices)
@@ -160,6 +164,9 @@ def lay_over(cfg: DictConfig, override: Override) -> None:
     """Set, add (+key) or delete (~key) one value. UserError for an unknown key or a value of another type."""
     key, known = override.key_or_group, flat_keys(cfg)
     if not override.is_add() and not override.is_force_add() and key not in known:
+        group = key.split(".")[0]
+        if group in groups() and group not in cfg:
+            raise UserError(f"{key} is a setting of a chosen {group}; add {group}={groups()[group][0]} or another of its choices")
         known += [group for group in groups() if "/" in group]
         raise UserError(f"there is no setting {key}{nearest(key, known)}; `python launcher.py --cfg job` lists them all")
     if override.is_delete():
