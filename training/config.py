@@ -166,7 +166,7 @@ def lay_over(cfg: DictConfig, override: Override) -> None:
     if not override.is_add() and not override.is_force_add() and key not in known:
         group = key.split(".")[0]
         if group in groups() and group not in cfg:
-            raise UserError(f"{key} is a setting of a chosen {group}; add {group}={groups()[group][0]} or another of its choices")
+            raise UserError(f"{key} is a setting of a chosen {group}; add {group}={groups()[group][0]} or another choice")
         known += [group for group in groups() if "/" in group]
         raise UserError(f"there is no setting {key}{nearest(key, known)}; `python launcher.py --cfg job` lists them all")
     if override.is_delete():
