@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dataloaders.base_dataloaders import make_unified_flow_matching_input
 from models.dit.dit import Attention as DiTAttention
 from models.dit.dit import DiT, sincos_positions
-from models.layers import ClassEmbedding, Conditioning, GroupNorm, RMSNorm, TimeFeatures
-from models.unet.unet import Attention
+from models.layers import ClassEmbedding, Conditioning, GroupNorm, RMSNorm, TimeFeatures, modulate
+from models.unet.unet import Attention, ResidualBlock
 from models.velocity_model import VelocityModel
 from training.assemble import build_objective
 from training.build import build
@@ -397,6 +397,22 @@ def test_conditioning_tells_close_times_apart_under_autocast() -> None:
         near, exact = conditioning(times), conditioning(times.clone())
     assert near.dtype == torch.float32 and torch.equal(near, exact) and not torch.equal(near[0], near[1])
     assert torch.equal(near, conditioning(times))
+
+
+def test_a_fresh_unets_blocks_are_their_skips_and_its_velocity_is_zero() -> None:
+    model, embedding = fresh_model("unet_small"), torch.randn(2, 128)
+    blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
+    assert len(blocks) == 3 + 1 + 6 and any(isinstance(block.attention, Attention) for block in blocks)
+    for block in blocks:
+        x = torch.randn(2, block.conv1.in_channels, 4, 4)
+        assert torch.equal(block(x, embedding), block.skip(x))
+    assert not model(torch.randn(2, 3, 8, 8)).any()
+
+
+def test_modulate_scales_around_one_and_shifts() -> None:
+    x, scale, shift = torch.randn(2, 3, 4), torch.randn(2, 3, 1), torch.randn(2, 3, 1)
+    assert torch.equal(modulate(x, torch.zeros(1), torch.zeros(1)), x)
+    assert torch.allclose(modulate(x, scale, shift), x * (1 + scale) + shift, atol=1e-6)
 
 
 @pytest.mark.parametrize("name, shape, expected", [
