@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from scipy import stats
 from scipy.special import logit
 
-from losses.time_samplers import LogitNormalTimes, TimeSampler, UniformTimes
+from losses.time_samplers import DyadicTimes, LogitNormalTimes, TimeSampler, UniformTimes
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "loss" / "time_sampler"
 NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
@@ -92,10 +92,31 @@ def test_times_come_from_the_given_generator_alone(name: str, ratio: float) -> N
     first, later = sampler.sample(64, generator), sampler.sample(64, generator)
     again, other = sampler.sample(64, seeded(3)), sampler.sample(64, seeded(4))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
-    assert not torch.isin(first[0], torch.cat([later[0], other[0]])).any()
+    fresh = first[0] if name != "dyadic" else first[0][sampler.interval_rows(64) :]  # dyadic intervals begin on a grid
+    assert not torch.isin(fresh, torch.cat([later[0], other[0]])).any()
+    assert not torch.equal(first[0], later[0]) and not torch.equal(first[0], other[0])
     assert torch.equal(untouched, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_plain_flow_matching_has_no_intervals_by_default(name: str) -> None:
-    assert configured(name).interval_rows(1000) == 0
+@pytest.mark.parametrize("name, rows", [(name, 125 if name == "dyadic" else 0) for name in NAMES])
+def test_intervals_are_off_by_default_but_for_the_sampler_made_of_them(name: str, rows: int) -> None:
+    assert configured(name).interval_rows(1000) == rows
+
+
+@given(levels=st.integers(1, 9), seed=st.integers(0, 1000))
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_dyadic_intervals_are_whole_cells_of_a_dyadic_grid(levels: int, seed: int) -> None:
+    r, t = DyadicTimes(levels, ratio=1.0).sample(200, seeded(seed))
+    k = torch.log2(1 / (t - r))
+    assert torch.equal(k, k.round()) and 0 <= k.min() and k.max() <= levels - 1
+    cell = r / (t - r)
+    assert torch.equal(cell, cell.round())
+
+
+def test_dyadic_lengths_and_places_are_uniform() -> None:
+    r, t = DyadicTimes(4, ratio=1.0).sample(N, seeded())
+    k = torch.log2(1 / (t - r)).long()
+    assert stats.chisquare(torch.bincount(k, minlength=4)).pvalue > 0.01
+    for level in range(1, 4):
+        cells = (r[k == level] * 2**level).long()
+        assert stats.chisquare(torch.bincount(cells, minlength=2**level)).pvalue > 0.01
