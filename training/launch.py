@@ -97,7 +97,8 @@ def laid_over(stored: dict[str, Any], config: dict[str, Any], typed: list[Overri
             merged["choices"][key] = config["choices"].get(key)
             key = "trackio" if key == "tracker" else key.replace("/", ".")
         if override.is_delete():
-            delete(merged, key)
+            if has(stored, key):
+                delete(merged, key)
             continue
         value = lookup(config, key) if has(config, key) else None
         OmegaConf.update(merged, key, value, merge=False, force_add=True)
