@@ -68,6 +68,7 @@ def image_grid_picture(
     title: str = "",
     labels: np.ndarray | None = None,
     reference_labels: np.ndarray | None = None,
+    names: tuple[str, str] = ("generated", "real"),
 ) -> None:
     """Generated images in a grid, beside a grid of real ones where `reference` is given.
 
@@ -83,11 +84,13 @@ def image_grid_picture(
         reference: (M, C, H, W) real; as many as there are generated ones are shown.
         title: what run and step this is.
         labels, reference_labels: (N,) and (M,) classes.
+        names: what stands above the two grids.
 
     Raises:
         ValueError: the images are not (N, C, H, W) with one or three channels.
     """
-    grids = {"generated": images} if reference is None else {"generated": images, "real": reference[: len(images)]}
+    first, second = names
+    grids = {first: images} if reference is None else {first: images, second: reference[: len(images)]}
     for batch in grids.values():
         if batch.ndim != 4 or batch.shape[1] not in (1, 3):
             raise ValueError(f"an image grid needs images of shape (N, 1 or 3, H, W), not {batch.shape}")
@@ -95,10 +98,10 @@ def image_grid_picture(
     levels = {name: to_bytes(batch, value_range) for name, batch in grids.items()}
     if labels is not None and np.unique(labels, return_counts=True)[1].max() > 1:
         columns, row_labels = class_layout(labels)
-        known = {"generated": labels, "real": reference_labels if reference_labels is not None else labels}
+        known = {first: labels, second: reference_labels if reference_labels is not None else labels}
         levels = {name: by_class(batch, known[name][: len(batch)], row_labels, columns) for name, batch in levels.items()}
     tiled = {name: tile(batch, columns) for name, batch in levels.items()}
-    scale = min(WIDTH / sum(grid.shape[1] for grid in tiled.values()), MAX_HEIGHT / tiled["generated"].shape[0])
+    scale = min(WIDTH / sum(grid.shape[1] for grid in tiled.values()), MAX_HEIGHT / tiled[first].shape[0])
     scale = min(scale, max(MAX_IMAGE / images.shape[2], 1.0))
     draw_grids(path, {name: rescale(grid, scale) for name, grid in tiled.items()}, title, row_labels)
 

@@ -6,13 +6,15 @@ import hashlib
 import torch
 from torch import Tensor
 
+from dataloaders.base_dataloaders import FlowDataset
+from dataloaders.sources import Source
 from evaluation.closed_forms import ExactFlow
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
 from evaluation.metrics.cache import cached_tensor
 from evaluation.metrics.two_sample import not_finite
 from evaluation.threads import one_thread
 from losses.couplings import IndependentCoupling
-from losses.objective import expand_time
+from losses.objective import FlowObjective, expand_time
 from solvers.base_solver import Field
 from solvers.dopri5 import Dopri5
 from solvers.likelihood import log_likelihood
@@ -23,18 +25,22 @@ CHUNK = 8192  # states the network sees at once
 
 def exact_flow(generation: Generation) -> ExactFlow | str:
     """The flow that a perfect network would follow, in float64 on the CPU, or why it is not known."""
-    objective, mixture = generation.objective, generation.dataset.mixture
-    if mixture is None:
-        return f"the truth of {type(generation.dataset).__name__} data is not known in closed form"
-    if generation.source.gaussian_std is None:
+    return known_flow(generation.objective, generation.dataset, generation.source, generation.guided)
+
+
+def known_flow(objective: FlowObjective, dataset: FlowDataset, source: Source, guided: bool) -> ExactFlow | str:
+    """The flow that a perfect network of this objective would follow, in float64 on the CPU, or why it is not known."""
+    if dataset.mixture is None:
+        return f"the truth of {type(dataset).__name__} data is not known in closed form"
+    if source.gaussian_std is None:
         return "the source is not Gaussian, so the truth is not known in closed form"
     if not isinstance(objective.coupling, IndependentCoupling):
         return "optimal-transport pairs, and those a teacher made, have another truth than independent ones"
-    if generation.guided:
+    if guided:
         return "guidance leads away from the data's own law, whose truth is known"
     if objective.network.num_classes > 0:
         return "the network is conditional on labels, the known truth is not"
-    return ExactFlow(mixture.to("cpu", torch.float64), generation.source.gaussian_std, objective.path)
+    return ExactFlow(dataset.mixture.to("cpu", torch.float64), source.gaussian_std, objective.path)
 
 
 def standard_error(terms: Tensor) -> float:

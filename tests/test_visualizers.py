@@ -1,0 +1,229 @@
+"""Pictures and films of trained models: every file decodes, starts at the source and ends at the data."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+
+from dataloaders.gaussian_mixture import GaussianMixture
+from evaluation.closed_forms import ExactFlow
+from losses.paths import LinearPath
+from solvers.flow_map import FlowMapSolver
+from solvers.runge_kutta import RK4, Euler
+from training.errors import UserError
+from visualizers import curves, particles, trajectories
+from visualizers.films import write_film
+from visualizers.interpolation import slerp
+from visualizers.scene import interpolated, scene, walk
+
+ROOT = Path(__file__).resolve().parents[1]
+POINTS = ["samples", "one_step", "particles", "trajectories", "velocity_field", "density", "interpolation"]
+IMAGES = ["samples", "one_step", "denoising", "interpolation"]
+FILMS = {"particles", "velocity_field", "denoising"}
+SMALL = [
+    "trackio.enabled=false",
+    "device=cpu",
+    "evaluation=loss_only",
+    "max_steps=3",
+    "batch_size=32",
+    "~callbacks.pictures",
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two hardly trained models: points, and images by class."""
+    import launcher
+
+    folder = tmp_path_factory.mktemp("trained")
+    log = f"log.file={folder / 'LOG.md'}"
+    launcher.run("run_name=points", f"output_dir={folder}", log, *SMALL, "model.width=16", "loss=meanflow")
+    images = ["dataloaders=digits", "model=cnn", "conditional=true"]
+    launcher.run("run_name=images", f"output_dir={folder}", log, *SMALL, *images)
+    return {"points": folder / "ckpts/mlp/points_last.pt", "images": folder / "ckpts/cnn/images_last.pt", "root": folder}
+
+
+@pytest.mark.parametrize("kind, name", [*(("points", name) for name in POINTS), *(("images", name) for name in IMAGES)])
+def test_every_drawing_decodes(kind: str, name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    drawing = import_module(f"visualizers.{name}")
+    files = drawing.draw(scene([f"ckpt={checkpoints[kind]}", f"out={tmp_path}", "n=20", "frames=4"], n=1, frames=2))
+    assert [path.suffix for path in files] == [".png", ".gif"][: 2 if name in FILMS else 1]
+    still = Image.open(files[0])
+    assert still.format == "PNG" and 400 <= still.width <= 1400 and np.asarray(still.convert("L")).std() > 5
+    if name in FILMS:
+        film = Image.open(files[1])
+        assert film.n_frames == 4 and film.info["loop"] == 0
+        shown = [np.asarray(film.convert("RGB")).astype(int) for index in range(4) if film.seek(index) is None]
+        assert all(frame.shape == shown[0].shape for frame in shown) and not np.array_equal(shown[0], shown[-1])
+        assert all(side % 2 == 0 for side in shown[0].shape[:2])
+
+
+@pytest.mark.parametrize("name, kind", [("denoising", "points"), ("particles", "images"), ("density", "images")])
+def test_a_drawing_of_other_states_says_which_to_take(
+    name: str, kind: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    drawing = import_module(f"visualizers.{name}")
+    with pytest.raises(UserError, match=r"draws (points|images).*; see \w+\.py"):
+        drawing.draw(scene([f"ckpt={checkpoints[kind]}", f"out={tmp_path}"], n=4, frames=2))
+
+
+@pytest.mark.parametrize("solver", sorted(file.stem for file in (ROOT / "configs" / "solver").glob("*.yaml")))
+def test_particles_go_by_every_solver(solver: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    made = scene([f"ckpt={checkpoints['points']}", f"out={tmp_path}", f"solver={solver}", "n=8", "frames=3"], n=1, frames=2)
+    (_, states), jump = particles.ways(made).items()
+    assert states.shape == (3, 8, 2) and np.array_equal(states[0], made.noise().numpy())
+    ends = made.model.sample(8, solver=made.own_solver()).numpy()
+    assert np.allclose(states[-1], ends, atol=1e-5)
+    assert np.allclose(jump[1][1], (jump[1][0] + jump[1][2]) / 2, atol=1e-6)  # a single jump is straight
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["colour=red"], "cannot use 'colour=red'"), (["n=0"], "n takes a whole number of at least 1"),
+        (["frames=1"], "frames takes"), (["format=bmp"], "format takes png, gif, mp4"), (["label=3"], "knows no classes"),
+        (["ckpt=nowhere.pt"], "no checkpoint"), (["solver=flow_map", "solver.renoise=true"], "have no path"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence(
+    words: list[str], sentence: str, checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from visualizers.scene import main
+
+    words = [f"ckpt={checkpoints['points']}", f"out={tmp_path / 'new'}", *words]
+    assert main(words, "", particles.draw, n=4) == 1
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+
+
+def test_scripts_run_from_any_folder_and_all_at_once(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHON": sys.executable}
+    told = [str(ROOT / "visualizers" / "vis_all.sh"), str(checkpoints["points"]), f"out={tmp_path}", "n=8", "format=png"]
+    done = subprocess.run(told, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "7 of 8 drawings" in done.stdout and "see particles.py" in done.stderr and "Traceback" not in done.stderr
+    assert {path.stem for path in tmp_path.glob("*.png")} == set(POINTS)
+
+
+@dataclass
+class ExactModel:
+    """The exact flow of a mixture in the place of a network; its map is the solver's."""
+
+    truth: ExactFlow
+    learns_flow_map: bool = False
+
+    def velocity(self, x: torch.Tensor, t: torch.Tensor, label: Any = None) -> torch.Tensor:
+        return self.truth(x, t)
+
+
+MEANS = torch.tensor([[-2.0, 1.0], [1.5, 2.0], [2.0, -1.5]], dtype=torch.float64)
+STDS, WEIGHTS = torch.full((3,), 0.1, dtype=torch.float64), torch.full((3,), 1 / 3, dtype=torch.float64)
+TRUTH = ExactFlow(GaussianMixture(WEIGHTS, MEANS, STDS), 1.0, LinearPath())
+
+
+def test_a_film_starts_at_the_source_and_ends_at_the_data(tmp_path: Path) -> None:
+    """Read off the pixels of the written file: where the coloured dots are in the first and in the last frame."""
+    noise = torch.randn(600, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    paths = {"exact": walk(RK4(40), ExactModel(TRUTH), noise, None, torch.linspace(0, 1, 9)).numpy()}
+    assert stats.kstest(paths["exact"][0].ravel(), "norm").pvalue > 0.01
+    low, high = np.array([-3.5, -3.5]), np.array([3.5, 3.5])
+    figure, moving = particles.film_figure(paths, np.zeros((0, 2)), low, high, "")
+    film = tmp_path / "film.gif"
+    write_film(film, particles.filmed(figure, moving, paths))
+    decoded = Image.open(film)
+    positions = []
+    for index in (0, decoded.n_frames - 1):
+        decoded.seek(index)
+        colored = np.asarray(decoded.convert("RGB")).astype(int)
+        rows, columns = np.nonzero(colored.max(-1) - colored.min(-1) > 60)  # ink and grid are grey
+        positions.append(figure.axes[0].transData.inverted().transform(np.stack([columns, decoded.height - 1 - rows], 1)))
+    first, last = positions
+    assert np.abs(first.mean(0)).max() < 0.2 and np.abs(first.std(0) - 1.1).max() < 0.15  # dots overlap in the middle
+    distance = np.linalg.norm(last[:, None] - MEANS.numpy(), axis=-1)
+    assert (distance.min(1) < 0.45).mean() > 0.98
+    assert (np.bincount(distance.argmin(1), minlength=3) > 0.15 * len(last)).all()
+
+
+def test_between_grid_points_states_move_straight() -> None:
+    states = torch.tensor([[[0.0]], [[1.0]], [[5.0]]])
+    grid, times = torch.tensor([0.0, 0.25, 1.0]), torch.tensor([0.0, 0.125, 0.25, 0.625, 1.0])
+    assert interpolated(states, grid, times).flatten().tolist() == [0.0, 0.5, 1.0, 3.0, 5.0]
+
+
+def test_straightness_is_zero_for_straight_paths_and_known_for_others() -> None:
+    t = np.linspace(0, 1, 2001)[:, None, None]
+    chord = np.array([[[1.0, 2.0], [-3.0, 0.5]]])
+    assert trajectories.straightness(t * chord) < 1e-12
+    assert trajectories.straightness(t**2 * chord) == pytest.approx(1 / 3, abs=1e-4)  # the integral of (2 t - 1)^2
+
+
+@pytest.mark.parametrize("dimensions", [2, 64])
+def test_interpolation_keeps_to_the_great_circle(dimensions: int) -> None:
+    a, b = torch.randn(2, 5, dimensions, generator=torch.Generator().manual_seed(0)).double()
+    a, b = (x / x.norm(dim=1, keepdim=True) for x in (a, b))
+    between = slerp(a, b, torch.linspace(0, 1, 7))
+    assert torch.allclose(between.norm(dim=-1), torch.ones(5, 7).double())
+    assert torch.allclose(between[:, 0], a) and torch.allclose(between[:, -1], b)
+    steps = (between[:, 1:] * between[:, :-1]).sum(-1)
+    assert torch.allclose(steps, steps[:, :1].expand_as(steps))  # equal angles
+
+
+def test_the_expected_data_is_the_exact_posterior_mean() -> None:
+    """E[x1 | z_t] of one Gaussian: m + t s^2 / (t^2 s^2 + (1 - t)^2) (z - t m)."""
+    from visualizers.denoising import expected_data
+
+    mean, std, t = 0.7, 0.4, torch.tensor(0.6, dtype=torch.float64)
+    mixture = GaussianMixture(torch.ones(1).double(), torch.full((1, 2), mean).double(), torch.tensor([std]).double())
+
+    class Flow:
+        path = LinearPath()
+        velocity = staticmethod(lambda z, t, label: ExactFlow(mixture, 1.0, LinearPath())(z, t))
+
+    class Model:
+        flow = staticmethod(lambda: Flow())
+
+    class Still:
+        model, labels = Model(), None
+
+    z = torch.randn(6, 2, generator=torch.Generator().manual_seed(0)).double()
+    expected = mean + t * std**2 / (t**2 * std**2 + (1 - t) ** 2) * (z - t * mean)
+    assert torch.allclose(expected_data(Still(), z, t), expected)
+
+
+def test_mp4_decodes(tmp_path: Path) -> None:
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    film = tmp_path / "film.mp4"
+    write_film(film, [np.full((64, 96, 3), level, dtype=np.uint8) for level in (0, 120, 250)])
+    reader = imageio_ffmpeg.read_frames(str(film))
+    assert next(reader)["size"] == (96, 64)
+    levels = [np.frombuffer(frame, np.uint8).mean() for frame in reader]
+    assert abs(levels[0]) < 6 and abs(levels[1] - 120) < 6 and abs(levels[-1] - 250) < 6
+
+
+def test_curves_show_what_a_run_logged(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "curves.png"
+    assert curves.draw(["points", "images", f"output_dir={checkpoints['root']}", f"out={out}"]) == out
+    assert Image.open(out).format == "PNG"
+    with pytest.raises(UserError, match="is called nobody"):
+        curves.draw(["nobody", f"output_dir={checkpoints['root']}"])
+    with pytest.raises(UserError, match="none of these runs logged eval/fid"):
+        curves.draw(["points", "metrics=eval/fid", f"output_dir={checkpoints['root']}"])
+
+
+def test_a_flow_map_walks_by_its_own_steps(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    made = scene([f"ckpt={checkpoints['points']}", f"out={tmp_path}"], n=5, frames=2)
+    flow, noise = made.model.flow(), made.noise()
+    with torch.no_grad():
+        half = walk(FlowMapSolver(2), flow, noise, None, torch.tensor([0.5]))[0]
+        assert torch.allclose(half, flow.flow_map(noise, torch.tensor(0.0), torch.tensor(0.5)))
+        euler = walk(Euler(2), flow, noise, None, torch.tensor([0.5]))[0]
+        assert torch.allclose(euler, noise + 0.5 * flow.velocity(noise, torch.tensor(0.0)), atol=1e-6)

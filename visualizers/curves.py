@@ -1,0 +1,155 @@
+#!/usr/bin/env python
+"""Losses and scores of any set of runs over their steps, with the noise floors of the scores.
+
+    python visualizers/curves.py                           # the newest run
+    python visualizers/curves.py first_flow digits          # several, by name
+    python visualizers/curves.py "seeds_.*" metrics=train/loss,eval/energy_distance out=seeds.png
+
+Words: run names, or regular expressions for them; metrics (train/loss and whatever the runs scored), output_dir
+(outputs), out (outputs/pictures/curves.png). The band is the floor's mean and two standard deviations of it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from training.errors import UserError
+from training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ROOT = Path(__file__).resolve().parents[1]
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+STYLES = ("-", "--", ":", "-.")
+COLUMNS = 3
+MOST = 12  # panels
+SIDE = ("_floor", "_floor_sd", "_se", "_exact_field", "_median", "seconds", "/nfe")  # what stands beside a score
+
+
+def chosen_runs(words: list[str], runs: Path) -> list[RunFolder]:
+    """The runs whose whole names match one of the words, the newest alone without words. UserError when one matches none."""
+    folders = [RunFolder(path.parent) for path in runs.glob("*/metrics.jsonl")]
+    if not folders:
+        raise UserError(f"there are no runs with metrics in {runs}; train one, or give output_dir=<folder>")
+    folders.sort(key=lambda folder: folder.metrics_path.stat().st_mtime)
+    if not words:
+        return folders[-1:]
+    found = []
+    for word in words:
+        try:
+            pattern = re.compile(word)
+        except re.error as error:
+            raise UserError(f"{word!r} is not a regular expression: {error}") from error
+        matching = [folder for folder in folders if folder.name == word or pattern.fullmatch(folder.name)]
+        if not matching:
+            raise UserError(f"no run in {runs} is called {word}; `python scripts/runs.py list` shows them")
+        found += [folder for folder in matching if folder not in found]
+    return found
+
+
+def series(rows: list[dict[str, Any]], metric: str) -> np.ndarray:
+    """(N, 2): step and value of the rows that have the metric."""
+    known = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+    return np.array(known, dtype=float).reshape(-1, 2)
+
+
+def metrics_of(rows: list[dict[str, Any]]) -> list[str]:
+    """What is worth a panel: the training loss and every score, in the order they appear."""
+    names = [name for row in rows for name in row if name == "train/loss" or name.startswith(("eval/", "oracle/"))]
+    return [name for name in dict.fromkeys(names) if not name.endswith(SIDE)]
+
+
+def draw_metric(axes: Axes, metric: str, runs: dict[str, list[dict[str, Any]]]) -> None:
+    from visualizers.pictures import INK
+
+    lowest = np.inf
+    for index, (name, rows) in enumerate(runs.items()):
+        points = series(rows, metric)
+        if not len(points):
+            continue
+        color, style = COLORS[index % len(COLORS)], STYLES[index // len(COLORS) % len(STYLES)]
+        axes.plot(
+            *points.T, style, color=color, linewidth=1.3, marker="o" if len(points) < 40 else None, markersize=3, label=name
+        )
+        lowest = min(lowest, points[:, 1].min())
+        floor, sd = series(rows, f"{metric}_floor"), series(rows, f"{metric}_floor_sd")
+        if len(floor) and len(floor) == len(sd):
+            axes.fill_between(
+                floor[:, 0], floor[:, 1] - 2 * sd[:, 1], floor[:, 1] + 2 * sd[:, 1], color=color, alpha=0.15, linewidth=0
+            )
+    if lowest > 0 and metric != "train/loss":
+        axes.set_yscale("log")
+    axes.set_title(metric, color=INK, fontsize=10, pad=4)
+    axes.set_xlabel("optimizer step", fontsize=9, color=INK)
+    axes.grid(color="#e5e5e5", linewidth=0.6)
+    axes.tick_params(colors=INK, labelsize=8)
+
+
+def draw(words: list[str]) -> Path:
+    """Carry out the command; returns the file written."""
+    from visualizers.pictures import new_figure
+
+    settings = {"metrics": "", "output_dir": str(ROOT / "outputs"), "out": ""}
+    names = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key in settings:
+            settings[key] = value
+        elif key == "ckpt":  # vis_all.sh hands it to every script
+            from training.checkpoint import load_checkpoint
+
+            names.append(re.escape(load_checkpoint(Path(value))["run_name"]))
+        else:
+            names.append(word)
+    output = Path(settings["output_dir"])
+    runs = {folder.name: folder.read_metrics() for folder in chosen_runs(names, output / "runs")}
+    every = dict.fromkeys(name for rows in runs.values() for name in metrics_of(rows))
+    wanted = settings["metrics"].split(",") if settings["metrics"] else list(every)[:MOST]
+    for name in wanted:
+        if not any(len(series(rows, name)) for rows in runs.values()):
+            raise UserError(f"none of these runs logged {name}; they have {', '.join(every)}")
+    columns = min(COLUMNS, len(wanted))
+    lines = -(-len(wanted) // columns)
+    figure = new_figure(
+        70 + 240 * lines, ", ".join(runs) if len(runs) <= 3 else f"{len(runs)} runs", "", 100 + 400 * columns
+    )
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for panel, name in zip(panels, wanted, strict=False):
+        draw_metric(panel, name, runs)
+    for panel in panels[len(wanted) :]:
+        panel.set_axis_off()
+    if len(runs) > 1:
+        panels[0].legend(fontsize=8, frameon=False)
+    figure.subplots_adjust(
+        left=0.06, right=0.985, bottom=50 / (70 + 240 * lines), top=1 - 60 / (70 + 240 * lines), hspace=0.45
+    )
+    path = Path(settings["out"]) if settings["out"] else output / "pictures" / "curves.png"
+    if path.suffix != ".png":
+        raise UserError(f"out={path} must end in .png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def main(words: list[str]) -> int:
+    if "--help" in words or "-h" in words:
+        print(__doc__)
+        return 0
+    try:
+        print(draw(words))
+    except UserError as error:
+        print(f"curves.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

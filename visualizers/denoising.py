@@ -1,0 +1,104 @@
+#!/usr/bin/env python
+"""Images on their way from noise to data: a strip for each sample, above the data the model expects at that moment.
+
+    python visualizers/denoising.py
+    python visualizers/denoising.py n=8 label=all format=mp4
+
+Writes denoising.png (strips) and denoising.gif (all samples at once). The expected image at time t is E[x1 | z_t],
+read off the velocity: (sigma v - sigma' z) / (alpha' sigma - alpha sigma').
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from visualizers.scene import Scene, frame_times, main, walk
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COLUMNS = 10  # times of a strip
+STRIPS = 5  # samples in the PNG
+
+
+def expected_data(scene: Scene, states: Tensor, t: Tensor) -> Tensor:
+    """E[x1 | z_t = states (N, ...)] as the model sees it; at t = 1 the states themselves."""
+    flow = scene.model.flow()
+    if t >= flow.path.last_time:
+        return states
+    p = flow.path.at(t.to(states))
+    v = flow.velocity(states, t.to(states.device), scene.labels)
+    return (p.sigma * v - p.sigma_dot * states) / (p.alpha_dot * p.sigma - p.alpha * p.sigma_dot)
+
+
+def draw(scene: Scene) -> list[Path]:
+    import torch
+
+    from solvers.runge_kutta import RK4
+    from visualizers.films import write_film
+    from visualizers.pictures import draw_grids, tile
+
+    scene.need_images("denoising.py", "see particles.py")
+    solver = scene.own_solver() if scene.solver else RK4(12)
+    with torch.no_grad():
+        flow, noise = scene.model.flow(), scene.noise()
+        film_times, strip_times = frame_times(scene.frames), torch.linspace(0, 1, COLUMNS)
+        walked = walk(solver, flow, noise, scene.labels, torch.cat([film_times, strip_times]).sort().values)
+        at = dict(zip(torch.cat([film_times, strip_times]).sort().values.tolist(), walked, strict=True))
+        states = torch.stack([at[t] for t in strip_times.tolist()])[:, :STRIPS]
+        strips = torch.stack([states, torch.stack([expected_first(scene, at[float(t)], t) for t in strip_times])])
+
+    # Row by row: the states of a sample at all times, below them what the model expects at these times.
+    rows = strips.permute(2, 0, 1, *range(3, strips.dim())).flatten(0, 2)
+    path = scene.folder / "denoising.png"
+    grid = enlarged(tile(as_bytes(scene, rows), COLUMNS), 900)
+    draw_grids(path, {f"t from 0 to 1; every second row: what the model expects ({solver_words(solver)})": grid}, scene.name,
+               np.zeros(0, dtype=int))  # fmt: skip
+    if scene.form == "png":
+        return [path]
+
+    columns = max(1, round(scene.n**0.5))
+    frames = [even(enlarged(tile(as_bytes(scene, at[t]), columns), 480)) for t in film_times.tolist()]
+    film = path.with_suffix(f".{scene.form}")
+    write_film(film, frames)
+    return [path, film]
+
+
+def expected_first(scene: Scene, states: Tensor, t: Tensor) -> Tensor:
+    return expected_data(scene, states, t)[:STRIPS]
+
+
+def solver_words(solver: object) -> str:
+    return f"{type(solver).__name__}, {getattr(solver, 'steps', '')} steps"
+
+
+def as_bytes(scene: Scene, states: Tensor) -> np.ndarray:
+    """States (N, ...) as image bytes (N, H, W, 3), latents decoded."""
+    from visualizers.pictures import to_bytes
+
+    known = scene.model.config["dataloaders"]["value_range"]
+    decoded = scene.model.config.get("vae") is not None
+    low, high = (-1.0, 1.0) if decoded or known is None else known
+    return to_bytes(scene.model.images(states).numpy(), (low, high))
+
+
+def enlarged(grid: np.ndarray, width: int) -> np.ndarray:
+    from visualizers.pictures import rescale
+
+    return rescale(grid, width / grid.shape[1])
+
+
+def even(frame: np.ndarray) -> np.ndarray:
+    """With an even number of rows and columns, as films need them; white is added."""
+    height, width = frame.shape[:2]
+    return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), constant_values=255)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], __doc__ or "", draw, n=64, frames=25))

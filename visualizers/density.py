@@ -1,0 +1,74 @@
+#!/usr/bin/env python
+"""Where the samples lie against where the data lies: two densities and their difference on one scale.
+
+    python visualizers/density.py
+    python visualizers/density.py n=20000 solver=flow_map solver.steps=1
+
+Writes density.png. Densities are per unit of area, of the samples a histogram, of the data its exact density where it is
+known, and a histogram of as many held-out states where not; both are seen through the same cells.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from visualizers.scene import Scene, main
+
+CELLS = 64  # a side
+
+
+def histogram(points: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Density (CELLS, CELLS) of points (N, 2) per unit of area, rows along the second axis; N counts what lies outside."""
+    edges = [np.linspace(low[i], high[i], CELLS + 1) for i in range(2)]
+    area = float(np.prod((high - low) / CELLS))
+    return np.histogram2d(points[:, 0], points[:, 1], bins=(edges[0], edges[1]))[0].T / (len(points) * area)
+
+
+def draw(scene: Scene) -> list[Path]:
+    import torch
+
+    from evaluation.sample import TrainedModel
+    from visualizers.pictures import INK, new_figure, shared_limits
+    from visualizers.velocity_field import lattice
+
+    scene.need_points("density.py", "see samples.py")
+    model: TrainedModel = scene.model
+    samples = model.sample(scene.n, scene.seed, scene.label, scene.own_solver()).numpy()
+    real = scene.real(scene.n)
+    low, high = shared_limits(samples, real)
+    ours, truth = histogram(samples, low, high), scene.exact()
+    if isinstance(truth, str):
+        theirs, named = histogram(real, low, high), f"data ({len(real):,} states)"
+    else:
+        fine = torch.from_numpy(lattice(low, high, 3 * CELLS))
+        density = truth.log_prob(fine, torch.tensor(1.0, dtype=torch.float64)).exp().numpy()
+        theirs, named = density.reshape(CELLS, 3, CELLS, 3).mean((1, 3)), "data (exact)"
+
+    figure = new_figure(400, f"{scene.name}: density of the samples", "", 1300)
+    panels = figure.subplots(1, 3, sharex=True, sharey=True)
+    top = max(float(np.quantile(theirs, 0.999)), 1e-12)
+    extent = (low[0], high[0], low[1], high[1])
+    shown = [(f"samples ({scene.n:,})", ours, "viridis", 0.0), (named, theirs, "viridis", 0.0)]
+    shown.append(("samples - data", ours - theirs, "RdBu_r", -top))
+    for panel, (name, values, colors, bottom) in zip(panels, shown, strict=True):
+        image = panel.imshow(values, origin="lower", extent=extent, cmap=colors, vmin=bottom, vmax=top)
+        panel.set_title(name, color=INK, fontsize=11, pad=5)
+        panel.set_xlabel("x₁")
+        panel.tick_params(colors=INK, labelsize=9)
+        bar = figure.colorbar(image, ax=panel, fraction=0.046, pad=0.03)
+        bar.ax.tick_params(colors=INK, labelsize=8)
+    bar.set_label("per unit of area", color=INK)
+    panels[0].set_ylabel("x₂")
+    figure.subplots_adjust(left=0.045, right=0.95, bottom=0.12, top=0.85, wspace=0.12)
+    path = scene.folder / "density.png"
+    figure.savefig(path)
+    return [path]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], __doc__ or "", draw, n=20_000))

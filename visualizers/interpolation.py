@@ -1,0 +1,115 @@
+#!/usr/bin/env python
+"""Samples along a path in noise space: what lies between two samples.
+
+    python visualizers/interpolation.py
+    python visualizers/interpolation.py n=6 seed=1 label=3
+
+Writes interpolation.png. Images: each row goes from one noise to another along the great circle between them. Points:
+circles in noise space, and what the flow makes of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from visualizers.scene import Scene, main
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COLUMNS = 11
+RADII = (0.5, 1.0, 1.5, 2.0)  # standard deviations of the noise
+
+
+def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    """States (N, W, ...) between a and b (N, ...) along the great circle, norms going from one's to the other's."""
+    import torch
+
+    x, y = a.flatten(1), b.flatten(1)
+    cosine = torch.nn.functional.cosine_similarity(x, y).clamp(-1 + 1e-6, 1 - 1e-6)
+    angle = cosine.acos()[:, None, None]
+    w = weights[None, :, None].to(x)
+    turned = ((1 - w) * angle).sin() * x[:, None] + (w * angle).sin() * y[:, None]
+    return (turned / angle.sin()).reshape(len(a), len(weights), *a.shape[1:])
+
+
+def carried(scene: Scene, noise: Tensor, label: Tensor | None) -> Tensor:
+    import torch
+
+    from evaluation.evaluator import generate
+    from evaluation.sample import fresh_noise
+    from training.assemble import build_source
+
+    fresh = fresh_noise(build_source(scene.model.config, torch.device("cpu")), scene.seed)
+    with torch.no_grad():
+        return generate(scene.model.flow(), scene.own_solver(), noise, label, fresh)
+
+
+def draw(scene: Scene) -> list[Path]:
+    path = scene.folder / "interpolation.png"
+    if scene.shape == (2,):
+        draw_circles(scene, path)
+    else:
+        draw_rows(scene, path)
+    return [path]
+
+
+def draw_rows(scene: Scene, path: Path) -> None:
+    import torch
+
+    from visualizers.denoising import as_bytes, enlarged
+    from visualizers.pictures import draw_grids, tile
+
+    scene.need_images("interpolation.py", "see particles.py")
+    rows, labels = scene.n, scene.labels
+    scene.n *= 2
+    ends = scene.noise()
+    between = slerp(ends[:rows], ends[rows:], torch.linspace(0, 1, COLUMNS))
+    label = None if labels is None else labels.repeat_interleave(COLUMNS)
+    images = as_bytes(scene, carried(scene, between.flatten(0, 1), label))
+    grid = enlarged(tile(images, COLUMNS), 900)
+    draw_grids(path, {"from one noise to another": grid}, f"{scene.name}: between samples", np.zeros(0, dtype=int))
+
+
+def draw_circles(scene: Scene, path: Path) -> None:
+    import torch
+
+    from visualizers.pictures import INK, new_figure, shared_limits
+
+    angle = torch.linspace(0, 2 * np.pi, 721)
+    circle = torch.stack([angle.cos(), angle.sin()], 1)
+    label = scene.labels
+    shared = None if label is None else label[:1].expand(len(circle))
+    rings = [(radius * circle).to(scene.model.device) for radius in RADII]
+    ends = [carried(scene, ring, shared).cpu().numpy() for ring in rings]
+    real = scene.real(2000)
+    low, high = shared_limits(np.concatenate(ends), real)
+    figure = new_figure(450, f"{scene.name}: circles in noise space", "")
+    left, right = figure.subplots(1, 2)
+    right.scatter(*real.T, s=4, c="#d5d5d5", linewidths=0)
+    from matplotlib import colormaps
+
+    for index, (radius, ring, end) in enumerate(zip(RADII, rings, ends, strict=True)):
+        color = colormaps["plasma"](0.85 * index / (len(RADII) - 1))
+        left.plot(*ring.cpu().numpy().T, color=color, linewidth=1.5, label=f"radius {radius:g}")
+        right.plot(*end.T, color=color, linewidth=1, marker=".", markersize=2)
+    left.legend(loc="upper right", fontsize=8, frameon=False)
+    for panel, name in ((left, "noise"), (right, "data (grey) and where the circles go")):
+        panel.set_title(name, color=INK, fontsize=11, pad=5)
+        panel.set(xlabel="x₁")
+        panel.set_aspect("equal", adjustable="box")
+        panel.tick_params(colors=INK, labelsize=9)
+    left.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), ylabel="x₂")
+    right.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    figure.subplots_adjust(left=0.075, right=0.985, bottom=0.12, top=0.84, wspace=0.16)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], __doc__ or "", draw, n=8))

@@ -1,0 +1,135 @@
+#!/usr/bin/env python
+"""Particles on their way from noise to data: by Euler, by Runge-Kutta and in a single jump, from the same noise.
+
+    python visualizers/particles.py
+    python visualizers/particles.py ckpt=outputs/ckpts/mlp/first_flow_last.pt solver=heun solver.steps=8
+
+Writes particles.png (the start, half of the way, the end) and particles.gif. A particle keeps its colour, from left to right
+at the start; the data is grey. With a solver typed, that one takes the place of the first two.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from visualizers.scene import Scene, frame_times, main, walk
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.collections import PathCollection
+    from matplotlib.figure import Figure
+
+
+def ways(scene: Scene) -> dict[str, np.ndarray]:
+    """Where the particles are at each frame's time, by the name of the way they go: (frames, n, 2) each."""
+    import torch
+
+    from solvers.flow_map import FlowMapSolver
+    from solvers.runge_kutta import RK4, Euler
+
+    flow, label, noise, times = scene.model.flow(), scene.labels, scene.noise(), frame_times(scene.frames)
+    if scene.solver is not None:
+        solvers = {f"{type(scene.solver).__name__}, {scene.solver.steps} steps": scene.solver}
+    else:
+        solvers = {"Euler, 10 steps": Euler(10), "RK4, 24 steps": RK4(24)}
+    jump = "one step of the learned map" if flow.learns_flow_map else "Euler, a single step"
+    solvers[jump] = FlowMapSolver(1) if flow.learns_flow_map else Euler(1)
+    with torch.no_grad():
+        return {name: walk(solver, flow, noise, label, times).cpu().numpy() for name, solver in solvers.items()}
+
+
+def start_colors(start: np.ndarray) -> np.ndarray:
+    """An RGBA colour (n, 4) for each particle by its rank along x₁ at the start (n, 2)."""
+    from matplotlib import colormaps
+
+    rank = start[:, 0].argsort().argsort() / max(len(start) - 1, 1)
+    return colormaps["plasma"](0.85 * rank)
+
+
+def draw_panel(
+    axes: Axes, points: np.ndarray, colors: np.ndarray, real: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> PathCollection:
+    """One panel; returns the particles."""
+    from visualizers.pictures import INK
+
+    axes.scatter(real[:, 0], real[:, 1], s=5, c="#d5d5d5", linewidths=0)
+    particles = axes.scatter(points[:, 0], points[:, 1], s=7, c=colors, linewidths=0)
+    axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xlabel="x₁")
+    axes.set_aspect("equal", adjustable="box")
+    axes.tick_params(colors=INK, labelsize=9)
+    return particles
+
+
+def draw(scene: Scene) -> list[Path]:
+    from visualizers.films import write_film
+    from visualizers.pictures import shared_limits
+
+    scene.need_points("particles.py", "see denoising.py")
+    paths, real = ways(scene), scene.real(1500)
+    ends = np.concatenate([states[[0, -1]].reshape(-1, 2) for states in paths.values()])
+    low, high = shared_limits(ends, real)
+    title = f"{scene.name}: from noise to data"
+    path = scene.folder / "particles.png"
+    still(paths, real, low, high, title).savefig(path)
+    if scene.form == "png":
+        return [path]
+    film = path.with_suffix(f".{scene.form}")
+    write_film(film, filmed(*film_figure(paths, real, low, high, title), paths))
+    return [path, film]
+
+
+def still(paths: dict[str, np.ndarray], real: np.ndarray, low: np.ndarray, high: np.ndarray, title: str) -> Figure:
+    """The start, the middle and the end of every way."""
+    from visualizers.pictures import INK, new_figure
+
+    frames = len(next(iter(paths.values())))
+    colors, times = start_colors(next(iter(paths.values()))[0]), frame_times(frames).numpy()
+    figure = new_figure(70 + 290 * len(paths), title, "", 900)
+    axes = np.atleast_2d(figure.subplots(len(paths), 3, sharex=True, sharey=True))
+    for row, (name, states) in zip(axes, paths.items(), strict=True):
+        for panel, index in zip(row, (0, (frames - 1) // 2, frames - 1), strict=True):
+            draw_panel(panel, states[index], colors, real, low, high)
+            panel.set_title(f"{name}, t = {times[index]:.2f}", color=INK, fontsize=10, pad=4)
+            panel.set_xlabel("x₁" if row is axes[-1] else "")
+        row[0].set_ylabel("x₂")
+    figure.subplots_adjust(left=0.07, right=0.985, bottom=0.06, top=0.93, wspace=0.06, hspace=0.16)
+    return figure
+
+
+def film_figure(
+    paths: dict[str, np.ndarray], real: np.ndarray, low: np.ndarray, high: np.ndarray, title: str
+) -> tuple[Figure, list[PathCollection]]:
+    """The first frame of the film, and what moves in it."""
+    from visualizers.pictures import INK, new_figure
+
+    colors, count, particles = start_colors(next(iter(paths.values()))[0]), len(paths), []
+    figure = new_figure(390, title, "", 300 * count + 40)
+    for panel, (name, states) in zip(np.atleast_1d(figure.subplots(1, count, sharey=True)), paths.items(), strict=True):
+        particles.append(draw_panel(panel, states[0], colors, real, low, high))
+        panel.set_title(name, color=INK, fontsize=11, pad=5)
+    figure.axes[0].set_ylabel("x₂")
+    figure.subplots_adjust(left=0.16 / count, right=0.985, bottom=0.12, top=0.8, wspace=0.06)
+    return figure, particles
+
+
+def filmed(figure: Figure, particles: list[PathCollection], paths: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Every frame as bytes (H, W, 3)."""
+    from visualizers.films import pixels
+
+    frames = []
+    for index, t in enumerate(frame_times(len(next(iter(paths.values())))).numpy()):
+        figure.texts[1].set_text(f"t = {t:.2f}")
+        for drawn, states in zip(particles, paths.values(), strict=True):
+            drawn.set_offsets(states[index])
+        frames.append(pixels(figure))
+    return frames
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], __doc__ or "", draw, n=1500, frames=31))

@@ -1,0 +1,32 @@
+#!/usr/bin/env python
+"""Samples beside real data: points, an image grid, or a grid by class of a conditional model.
+
+    python visualizers/samples.py
+    python visualizers/samples.py n=100 label=all guidance=cfg guidance.scale=2
+
+Writes samples.png; scripts/sample.py draws the same and also writes numbers.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from visualizers.scene import Scene, main
+
+
+def draw(scene: Scene) -> list[Path]:
+    from scripts.sample import draw as draw_states
+
+    scene.label = "all" if scene.label is None and scene.model.objective.network.num_classes else scene.label
+    count = 2000 if scene.shape == (2,) else scene.n
+    states = scene.model.sample(count, scene.seed, scene.label, scene.own_solver())
+    path = scene.folder / "samples.png"
+    draw_states(path, states, scene.model.labels(count, scene.label), scene.model, f"{scene.name}: samples", True)
+    return [path]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], __doc__ or "", draw, n=100))

@@ -1,0 +1,218 @@
+"""What every picture of a trained model starts from: the command line, the checkpoint, noise carried to data."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.errors import UserError
+from visualizers.films import FORMS
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+    from evaluation.closed_forms import ExactFlow
+    from evaluation.sample import TrainedModel
+    from losses.objective import FlowObjective
+    from solvers.base_solver import BaseSolver
+
+ROOT = Path(__file__).resolve().parents[1]
+KEYS = """Keys: ckpt (a checkpoint; the newest under outputs/ckpts unless given), n (how many samples), seed (0), frames (of
+a film), format (gif; or mp4, or png for the still alone), out (the folder; outputs/pictures/<run_name> unless given), device
+(cpu), label (a class of a conditional model, or all), and any solver or guidance setting."""
+
+
+@dataclass
+class Scene:
+    """A model to be drawn, and how. folder: where the files go. label: as TrainedModel.labels takes it."""
+
+    model: TrainedModel
+    n: int
+    seed: int
+    frames: int
+    form: str
+    folder: Path
+    label: Any = None
+    solver: BaseSolver | None = None  # the one typed, else None
+
+    @property
+    def name(self) -> str:
+        return str(self.model.config["run_name"])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.model.config["dataloaders"]["state_shape"])
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The classes (n,) of the samples, or None."""
+        labels = self.model.labels(self.n, self.label)
+        return None if labels is None else labels.to(self.model.device)
+
+    def own_solver(self) -> BaseSolver:
+        """The solver typed, or the run's own."""
+        from training.assemble import build_solver
+
+        return self.solver or build_solver(self.model.config)
+
+    def noise(self) -> Tensor:
+        """The source states (n, ...) at t = 0, on the model's device; those of sample i are its own, whatever n."""
+        import torch
+
+        from evaluation.sample import fixed_noise
+        from training.assemble import build_source
+
+        return fixed_noise(build_source(self.model.config, torch.device("cpu")), self.n, self.seed).to(self.model.device)
+
+    def real(self, n: int) -> np.ndarray:
+        """At most n held-out states (n, ...)."""
+        return self.model.real(n, self.seed)[0].numpy()
+
+    def exact(self) -> ExactFlow | str:
+        """The exact flow, or why it is not known."""
+        import torch
+
+        from evaluation.metrics.oracles import known_flow
+        from training.assemble import build_dataset, build_source
+
+        cpu = torch.device("cpu")
+        flow = self.model.flow()
+        dataset, source = build_dataset(self.model.config, cpu), build_source(self.model.config, cpu)
+        return known_flow(self.model.objective, dataset, source, flow is not self.model.objective)
+
+    def need_points(self, drawing: str, instead: str) -> None:
+        """UserError unless the states are points in the plane."""
+        if self.shape != (2,):
+            raise UserError(
+                f"{drawing} draws points in the plane, and {self.name} makes states of shape {list(self.shape)}; {instead}"
+            )
+
+    def need_images(self, drawing: str, instead: str) -> None:
+        """UserError unless the states are images or latents of images."""
+        from evaluation.report import drawable
+        from training.assemble import build_decoder
+
+        if not drawable(self.shape, build_decoder(self.model.config, self.model.device)):
+            raise UserError(f"{drawing} draws images, and {self.name} makes states of shape {list(self.shape)}; {instead}")
+
+
+def walk(solver: BaseSolver, flow: FlowObjective, noise: Tensor, label: Tensor | None, times: Tensor) -> Tensor:
+    """Where samples (N, ...) are at `times` (T,), ascending in [0, 1], on their way through a solver: (T, N, ...).
+
+    Between two points of the solver's grid a state is taken to move straight, as Euler's does. A flow map's step is one
+    straight jump. UserError for a solver that noises its states again: they have no path.
+    """
+    import torch
+
+    from solvers.flow_map import FlowMapSolver
+
+    grid, states = [torch.zeros(())], [noise]
+    if isinstance(solver, FlowMapSolver):
+        solver.check(flow)
+        if solver.renoises:
+            raise UserError("solver.renoise=true throws its states back into noise: they have no path; leave it out")
+        points = solver.times(noise)
+        for r, t in pairwise(points):
+            states.append(flow.flow_map(states[-1], r, t, label))
+        grid = list(points.cpu())
+    else:
+        seen: list[tuple[Tensor, Tensor]] = []
+        solver.solve(
+            lambda x, t: flow.velocity(x, t, label), noise, callback=lambda x, t: seen.append((x.clone(), t.cpu().clone()))
+        )
+        states, grid = [x for x, _ in seen], [t for _, t in seen]
+    return interpolated(torch.stack(states), torch.stack(grid).float(), times)
+
+
+def interpolated(states: Tensor, grid: Tensor, times: Tensor) -> Tensor:
+    """states (G, ...) known at grid (G,), linearly between: (T, ...) at times (T,)."""
+    import torch
+
+    after = torch.searchsorted(grid, times.float()).clamp(1, len(grid) - 1)
+    weight = ((times - grid[after - 1]) / (grid[after] - grid[after - 1])).to(states)
+    weight = weight.reshape(-1, *[1] * (states.dim() - 1))
+    return states[after - 1].lerp(states[after], weight)
+
+
+def frame_times(frames: int) -> torch.Tensor:
+    """0 to 1 in equal steps: (frames,)."""
+    import torch
+
+    return torch.linspace(0, 1, frames)
+
+
+def newest_checkpoint() -> Path:
+    """The newest save of any architecture. UserError when there is none."""
+    saves = sorted((ROOT / "outputs" / "ckpts").glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+    if not saves:
+        raise UserError(f"there is no checkpoint under {ROOT / 'outputs' / 'ckpts'}; train one, or give ckpt=<file>")
+    return saves[-1]
+
+
+def whole(key: str, text: str, least: int) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise UserError(f"{key} takes a whole number of at least {least}, not {text!r}")
+    return int(text)
+
+
+def scene(words: list[str], n: int, frames: int) -> Scene:
+    """The scene a command line asks for; n and frames: unless it says otherwise. UserError for what it cannot be."""
+    settings = {"ckpt": "", "n": str(n), "seed": "0", "frames": str(frames), "format": "gif", "out": "", "device": "cpu"}
+    settings |= {"label": ""}
+    overrides = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key in settings:
+            settings[key] = value
+        elif equals and key.split(".")[0].split("/")[0] in ("solver", "guidance"):
+            overrides.append(word)
+        else:
+            known = ", ".join(settings)
+            raise UserError(f"cannot use {word!r}; the keys are {known}, and solver and guidance settings, as key=value")
+    n, seed, frames = (
+        whole("n", settings["n"], 1),
+        whole("seed", settings["seed"], 0),
+        whole("frames", settings["frames"], 2),
+    )
+    if settings["format"] not in FORMS:
+        raise UserError(f"format takes {', '.join(FORMS)}, not {settings['format']!r}")
+    label = settings["label"] if settings["label"] in ("", "all") else whole("label", settings["label"], 0)
+    checkpoint = Path(settings["ckpt"]) if settings["ckpt"] else newest_checkpoint()
+
+    from evaluation.sample import load, settings_from_overrides
+
+    model = load(checkpoint, settings["device"])
+    model.config |= settings_from_overrides(overrides)
+    folder = Path(settings["out"] or ROOT / "outputs" / "pictures" / model.config["run_name"])
+    made = Scene(model, n, seed, frames, settings["format"], folder, None if label == "" else label)
+    if any(word.startswith("solver") for word in overrides):
+        made.solver = made.own_solver()
+        made.solver.check(model.objective)
+    folder.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def main(words: list[str], doc: str, draw: Callable[[Scene], list[Path]], n: int, frames: int = 2) -> int:
+    """Run one drawing script: prints the files it wrote and the seconds it took; a user's mistake is one sentence."""
+    if "--help" in words or "-h" in words:
+        print(doc.strip() + "\n\n" + KEYS)
+        return 0
+    program = Path(sys.argv[0]).name
+    begun = time.perf_counter()
+    print(f"{program} ...", end="" if sys.stdout.isatty() else "\n", flush=True)
+    try:
+        files = draw(scene(words, n, frames))
+    except UserError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    for path in files:
+        print(f"\r{path}  {path.stat().st_size / 1024:,.0f} kB")
+    print(f"{program}: {time.perf_counter() - begun:.1f} s")
+    return 0
