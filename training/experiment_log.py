@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
+from training.errors import UserError
 from training.run_folder import write_atomically
 
 TITLE = """# Experiment log
@@ -92,6 +93,14 @@ class ExperimentLog:
         with self.section(run_name) as section:
             section.append("changes", row if section.read("changes") else f"{CHANGES_HEADER}\n{row}")
 
+    def add_note(self, run_name: str, line: str) -> None:
+        """A person's line under Observations of a section there is; UserError without one."""
+        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        if not re.search(rf"^## {re.escape(run_name)}[ \t]*$", text, re.MULTILINE):
+            raise UserError(f"{self.path} has no section of a run {run_name}; a run with log.expect=... writes one")
+        with self.section(run_name) as section:
+            section.note(line)
+
     @contextmanager
     def section(self, run_name: str) -> Iterator["Section"]:
         """The run's section for one change, made where it is missing, under the lock of the file."""
@@ -134,6 +143,16 @@ class Section:
     def append(self, part: str, line: str) -> None:
         """Add a line to that part."""
         self.replace(part, f"{self.read(part)}\n{line}".strip("\n"))
+
+    def note(self, line: str) -> None:
+        """Add a person's line after what stands under Observations, or at the section's end where that word is gone."""
+        heading = self.heading().search(self.text)
+        assert heading is not None
+        words = re.compile(r"^Observations:.*(?:\n(?!\s*$|#|<!--|\w+( \w+)?:).*)*", re.MULTILINE)
+        found = words.search(self.text, heading.end(), self.end())
+        place = found.end() if found else self.end()
+        before = self.text[:place] if found else self.text[:place].rstrip() + "\n"
+        self.text = f"{before}\n- {' '.join(line.split())}{self.text[place:] if found else chr(10) * 2 + self.text[place:]}"
 
     def end(self) -> int:
         """Where the section stops: before the next heading of its level, or at the end of the text."""

@@ -17,6 +17,7 @@ from losses.objective import FlowBatch, FlowObjective
 from solvers.base_solver import BaseSolver
 from training.callbacks import Callback
 from training.checkpoint import FORMAT, CheckpointFolder
+from training.device import device_name
 from training.provenance import git_commit, package_versions
 from training.run_folder import RunFolder
 from training.state import TrainState
@@ -156,7 +157,9 @@ class Run:
 
     def write_status(self, state: str, why: str = "") -> None:
         scores = {name: v for name, v in self.last_values.items() if name.startswith(("eval/", "oracle/"))}
-        self.folder.write_status(state, self.state.step, self.epoch, self.elapsed(), scores, why)
+        self.folder.write_status(
+            state, self.state.step, self.epoch, self.elapsed(), scores, why, device=device_name(self.device)
+        )
 
     def export_weights(self, network_state: dict[str, Tensor]) -> Path:
         """model.safetensors: the EMA weights with the configuration, for use elsewhere."""

@@ -1,0 +1,298 @@
+#!/usr/bin/env python
+"""One self-contained HTML page about one run or several: what was run, how it went, what came of it, what to try next.
+
+    python scripts/report.py first_flow
+    python scripts/report.py seeds_seed=0 seeds_seed=1 out=seeds.html price=2.5
+
+Words: run names; out (outputs/reports/<names>.html), output_dir (outputs), price (of an hour of the
+device, in your currency; adds the cost). The page needs no network, reads on a phone, in dark mode and on paper.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import sys
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.runs import find_run, flat, number, overrides, read_config, rows_that_differ, state
+from training.errors import UserError
+from training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+PICTURES = 4  # samples over time: the first, the last and what lies between at even spacing
+UNINTERESTING = ("command", "overrides", "changed", "run_name", "output_dir", "resume", "overwrite")
+FAR = 3.0  # standard deviations of its floor that a score may lie above it before it is told from real
+STYLE = """
+:root { color-scheme: light dark;
+  --ink: #1b1b1b; --quiet: #55585c; --paper: #ffffff; --line: #c9ccd0; --card: #f4f5f7; --link: #0b57a4 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #ececec; --quiet: #b4b8bd; --paper: #16181b; --line: #44484d; --card: #212428; --link: #8ec2ff }
+}
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 70rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
+  color: var(--ink); background: var(--paper) }
+h1 { font-size: 1.6rem; margin: .5rem 0 }
+h2 { font-size: 1.25rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--line) }
+p.quiet, figcaption, caption { color: var(--quiet); text-align: left }
+a { color: var(--link) }
+pre { background: var(--card); padding: .75rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere }
+.wide { overflow-x: auto } .wide:focus { outline: 2px solid var(--link) }
+table { border-collapse: collapse }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem .3rem 0; text-align: left;
+  vertical-align: top; font-variant-numeric: tabular-nums } td { overflow-wrap: anywhere }
+.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) }
+figure { margin: 0 } figure img { width: 100%; height: auto; background: #ffffff; border: 1px solid var(--line) }
+@media print {
+  :root { color-scheme: light; --ink: #000000; --quiet: #333333; --paper: #ffffff; --card: #ffffff; --line: #999999 }
+  body { max-width: none; font-size: 10pt } figure, table, pre { break-inside: avoid } .wide { overflow: visible } }
+"""
+
+
+@dataclass
+class Told:
+    """What is known of one run."""
+
+    folder: RunFolder
+    status: dict[str, Any]
+    config: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def scores(self) -> dict[str, float | None]:
+        return self.status.get("scores", {})
+
+    @property
+    def command(self) -> str:
+        return str(self.config.get("command", "python launcher.py " + " ".join(overrides(self.folder).split("\n"))))
+
+
+def told(output_dir: Path, name: str) -> Told:
+    folder = find_run(output_dir, name)
+    return Told(folder, folder.read_status(), read_config(folder), folder.read_metrics())
+
+
+def table(header: list[str], rows: Iterable[list[str]], caption: str) -> str:
+    """A table that scrolls by itself where the page is narrower; first cells are headings of their rows."""
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
+        for row in rows
+    )
+    told = f"<caption>{escape(caption)}</caption>"
+    scroll = f'<div class="wide" role="region" tabindex="0" aria-label="{escape(caption)}">'
+    return f"{scroll}<table>{told}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def figure(kind: str, content: bytes, alt: str, caption: str) -> str:
+    data = base64.b64encode(content).decode()
+    image = f'<img src="data:image/{kind};base64,{data}" alt="{escape(alt)}">'
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def curve_figures(runs: list[Told]) -> list[str]:
+    """A figure for the training loss and for each score the runs logged."""
+    from matplotlib import rc_context
+
+    from visualizers.curves import draw_metric, metrics_of, series
+    from visualizers.pictures import new_figure
+
+    by_name = {run.name: run.rows for run in runs}
+    figures = []
+    for metric in dict.fromkeys(name for run in runs for name in metrics_of(run.rows)):
+        drawing = new_figure(300, "", "", 420)
+        axes = drawing.subplots()
+        draw_metric(axes, metric, by_name)
+        if len(runs) > 1:
+            axes.legend(fontsize=8, frameon=False)
+        drawing.subplots_adjust(left=0.15, right=0.97, bottom=0.16, top=0.9)
+        file = io.BytesIO()
+        with rc_context({"svg.hashsalt": "report", "svg.fonttype": "path"}):
+            drawing.savefig(file, format="svg", metadata={"Date": None})
+        ends = [f"{name} ends at {number(float(series(rows, metric)[-1, 1]))}" for name, rows in by_name.items()
+                if len(series(rows, metric))]  # fmt: skip
+        alt = f"{metric} over optimizer steps: {', '.join(ends)}"
+        figures.append(figure("svg+xml", file.getvalue(), alt, "; ".join(ends)))
+    return figures
+
+
+def sample_figures(run: Told) -> list[str]:
+    """Some of the run's own pictures, in order of time."""
+    pictures = sorted((run.folder.path / "samples").glob("step_*.png"))
+    last = len(pictures) - 1
+    chosen = sorted({round(last * i / (PICTURES - 1)) for i in range(PICTURES)}) if pictures else []
+    steps = [(pictures[i], int(pictures[i].stem.partition("_")[2])) for i in chosen]
+    return [
+        figure(
+            "png", path.read_bytes(), f"samples of {run.name} beside real data at step {step}", f"{run.name}, step {step:,}"
+        )
+        for path, step in steps
+    ]
+
+
+def score_rows(run: Told) -> list[list[str]]:
+    """Name, value, standard error, noise floor, distance from the floor, of every score."""
+    rows = []
+    for name, value in run.scores.items():
+        if value is None or name.endswith(("_floor", "_floor_sd", "_se")):
+            continue
+        error, floor, sd = (run.scores.get(f"{name}{suffix}") for suffix in ("_se", "_floor", "_floor_sd"))
+        shown = "" if floor is None else number(floor) + ("" if sd is None else f" ± {number(sd)}")
+        far = "" if floor is None or not sd else f"{(value - floor) / sd:+.1f} sd"
+        rows.append([name, number(value), "" if error is None else f"± {number(error)}", shown, far])
+    return rows
+
+
+def fact_rows(run: Told, price: float | None) -> list[list[str]]:
+    """What was run, where, and for how long."""
+    status, choices = run.status, run.config.get("choices", {})
+    hours = status.get("seconds", 0.0) / 3600
+    rows = [
+        ["state", state(status) + (f": {status['why']}" if status.get("why") else "")],
+        ["steps", f"{status.get('step', 0):,} (epoch {status.get('epoch', 0)})"],
+        ["time in the loop", f"{status.get('seconds', 0.0):,.0f} s"],
+        ["hardware", ", ".join(str(status[key]) for key in ("device", "host") if status.get(key))],
+        ["started, last written", f"{status.get('started', '-')}, {status.get('updated', '-')}"],
+        ["seed", str(run.config.get("seed", "-"))],
+        ["parts", ", ".join(f"{group}={choice}" for group, choice in choices.items() if choice)],
+    ]
+    return rows + ([] if price is None else [["cost", f"{hours * price:.2f} ({hours:.2f} hours at {price:g})"]])
+
+
+def difference_rows(run: Told) -> list[list[str]]:
+    """Settings that differ from those of the same run without its overrides."""
+    from training.config import compose_config, resolved
+
+    base = resolved(compose_config([f"run_name={run.name}"]))
+    columns = [flat(base), flat(run.config)]
+    rows = rows_that_differ(columns, str, ())
+    return [row for row in rows if row[0].split(".")[0] not in (*UNINTERESTING, "choices")]
+
+
+def advice(run: Told) -> list[str]:
+    """What the numbers suggest, most urgent first."""
+    scores, name = run.scores, run.name
+    found = []
+    if state(run.status) in ("interrupted", "failed", "lost"):
+        found.append(f"It did not finish: python launcher.py run_name={name} resume=true goes on.")
+    value, floor, sd = (scores.get(f"eval/energy_distance{suffix}") for suffix in ("", "_floor", "_floor_sd"))
+    if value is not None and floor is not None and sd:
+        if value - floor > FAR * sd:
+            found.append(
+                f"The energy distance is {(value - floor) / sd:.0f} standard deviations above its floor: train longer "
+                f"(resume=true with more epochs), then try another optimizer.lr or a larger model."
+            )
+        else:
+            found.append(
+                "The energy distance cannot tell these samples from real ones; ask more samples of it "
+                "(evaluation.final_samples) or look at the other scores."
+            )
+    error, exact = scores.get("oracle/flow_map_error"), scores.get("oracle/flow_map_error_exact_field")
+    if error is not None and exact is not None and exact > 0.5 * error:
+        found.append("Most of the flow-map error is the solver's own: more solver.steps, or solver=rk4 or dopri5.")
+    one, four = scores.get("eval/energy_distance_1nfe"), scores.get("eval/energy_distance_4nfe")
+    if one is not None and four is not None and sd and one - four > FAR * sd:
+        found.append("One evaluation is still worse than four: train longer, or with a larger loss.time_sampler.ratio.")
+    ratio = scores.get("eval/nearest_distance_ratio")
+    if ratio is not None and ratio < 0.8:
+        found.append(
+            "Samples are closer to the training data than held-out data is: model.dropout, fewer epochs, more data."
+        )
+    losses = [row["eval/loss"] for row in run.rows if row.get("eval/loss") is not None]
+    if len(losses) > 2 and losses[-1] > 1.05 * min(losses):
+        found.append("eval/loss has risen from its best, which is saved as <run_name>_best.pt; patience=5 stops there.")
+    return found or ["Nothing stands out; the next seed tells how much of this is luck."]
+
+
+def page(runs: list[Told], price: float | None) -> str:
+    """The whole document."""
+    title = ", ".join(run.name for run in runs)
+    parts = [f"<h1>{escape(title)}</h1>"]
+    if len(runs) > 1:
+        columns = [flat(run.config) for run in runs]
+        rows = [row for row in rows_that_differ(columns, str, ()) if row[0].split(".")[0] not in UNINTERESTING]
+        parts.append("<h2>What differs</h2>")
+        parts.append(table(["setting", *(run.name for run in runs)], rows, "Settings that are not the same in all runs"))
+        names = [
+            name for name in dict.fromkeys(n for run in runs for n in run.scores) if not name.endswith(("_floor_sd", "_se"))
+        ]
+        shown = [[name, *(number(run.scores[name]) if name in run.scores else "-" for run in runs)] for name in names]
+        parts += [
+            "<h2>Scores side by side</h2>",
+            table(["score", *(run.name for run in runs)], shown, "Last scores of each run"),
+        ]
+    parts += ["<h2>Curves</h2>", f'<div class="cards">{"".join(curve_figures(runs))}</div>']
+    for run in runs:
+        parts.append(f"<h2>{escape(run.name)}</h2><pre><code>{escape(run.command)}</code></pre>")
+        parts.append(table(["fact", "value"], fact_rows(run, price), "What was run, where, for how long"))
+        pictures = sample_figures(run)
+        parts.append(f'<h3>Samples over time</h3><div class="cards">{"".join(pictures)}</div>' if pictures else "")
+        scores = score_rows(run)
+        header = ["score", "value", "standard error", "noise floor", "above the floor by"]
+        parts.append(
+            table(header, scores, "Scores; floor: real data against real data") if scores else "<p>No scores yet.</p>"
+        )
+        parts.append("<h3>What to try next</h3><ul>" + "".join(f"<li>{escape(line)}</li>" for line in advice(run)) + "</ul>")
+        parts.append("<details><summary>Settings that differ from the defaults</summary>")
+        parts.append(table(["setting", "default", "here"], difference_rows(run), "Settings") + "</details>")
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f"<title>{escape(title)}</title><style>{STYLE}</style>"
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><main>{"".join(parts)}</main></body></html>\n'
+
+
+def report(words: list[str]) -> Path:
+    """Carry out the command; returns the file written."""
+    settings = {"out": "", "output_dir": "outputs", "price": ""}
+    names = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key in settings:
+            settings[key] = value
+        else:
+            names.append(word)
+    if not names:
+        raise UserError(
+            "name a run, such as `python scripts/report.py first_flow`; `python scripts/runs.py list` shows them"
+        )
+    try:
+        price = float(settings["price"]) if settings["price"] else None
+    except ValueError as error:
+        raise UserError(f"price takes a number, not {settings['price']!r}") from error
+    output_dir = Path(settings["output_dir"])
+    runs = [told(output_dir, name) for name in dict.fromkeys(names)]
+    default = (
+        output_dir / "reports" / (f"{runs[0].name}.html" if len(runs) == 1 else f"{runs[0].name}_and_{len(runs) - 1}.html")
+    )
+    path = Path(settings["out"]) if settings["out"] else default
+    if path.suffix != ".html":
+        raise UserError(f"out={path} must end in .html")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(runs, price), encoding="utf-8")
+    return path
+
+
+def main(words: list[str]) -> int:
+    if "--help" in words or "-h" in words:
+        print(__doc__)
+        return 0
+    try:
+        print(report(words))
+    except UserError as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,186 @@
+"""The HTML report: what it says, that it needs no network, and that a browser shows it on a phone, in both schemes."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from scripts import log, report
+from training.errors import UserError
+from training.experiment_log import ExperimentLog
+from training.run_folder import RunFolder
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+COMMAND = "python launcher.py run_name=first note='<b>&'"
+
+
+class Outline(HTMLParser):
+    """Tags with their attributes, and the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """Two finished runs with scores and pictures."""
+    for name, lr, distance in (("first", 0.001, 0.05), ("second", 0.002, 0.0001)):
+        folder = RunFolder(tmp_path / "runs" / name)
+        folder.write_config(f"run_name: {name}\nseed: 3\ncommand: {json.dumps(COMMAND)}\noptimizer: {{lr: {lr}}}\n", [])
+        for step in (10, 20, 30):
+            folder.append_metrics(step, 1, step / 2, {"train/loss": 5 / step})
+            folder.append_metrics(step, 1, step / 2, {"eval/energy_distance": distance, "eval/loss": 1.0 + step})
+        scores = {
+            "eval/energy_distance": distance,
+            "eval/energy_distance_floor": 0.0001,
+            "eval/energy_distance_floor_sd": 0.001,
+        }
+        scores |= {"oracle/flow_map_error": 0.3, "oracle/flow_map_error_se": 0.01, "oracle/flow_map_error_exact_field": 0.2}
+        folder.write_status("finished", 30, 1, 7200.0, scores, device="cpu (test, 1 threads)")
+        (folder.path / "samples").mkdir()
+        for step in range(6):
+            Image.new("RGB", (8, 8), "red").save(folder.path / "samples" / f"step_{step:08d}.png")
+    return tmp_path
+
+
+def outline(path: Path) -> Outline:
+    parsed = Outline()
+    parsed.feed(path.read_text(encoding="utf-8"))
+    return parsed
+
+
+def test_it_tells_what_was_run_and_what_came_of_it(output: Path) -> None:
+    path = report.report(["first", f"output_dir={output}", "price=2.5"])
+    assert path == output / "reports" / "first.html"
+    page = outline(path)
+    for words in (
+        COMMAND,
+        "7,200 s",
+        "cpu (test, 1 threads)",
+        "5.00 (2.00 hours at 2.5)",
+        "± 0.01",
+        "+49.9 sd",
+        "train/loss",
+    ):
+        assert words in page.text or escape(words) in path.read_text(), words
+    assert "train longer" in page.text and "solver=rk4" in page.text and "has risen from its best" in page.text
+    assert "<b>&" not in path.read_text()  # what a run is called cannot write HTML
+
+
+def test_it_is_one_file_that_asks_for_nothing(output: Path) -> None:
+    text = report.report(["first", "second", f"output_dir={output}"]).read_text()
+    addresses = re.findall(r"(?:src|href)=\"([^\"]*)\"|url\(([^)]*)\)", text)
+    assert addresses and all((src or url).startswith("data:") for src, url in addresses)
+    assert "<script" not in text and "@import" not in text
+
+
+def test_pictures_have_words_and_decode(output: Path) -> None:
+    page = outline(report.report(["first", f"output_dir={output}"]))
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert all(len(image["alt"] or "") > 10 for image in images)
+    pngs = [image for image in images if "image/png" in (image["src"] or "")]
+    assert [re.search(r"step (\d)", image["alt"] or "")[1] for image in pngs] == ["0", "2", "3", "5"]  # type: ignore[index]
+    Image.open(io.BytesIO(base64.b64decode((pngs[0]["src"] or "").partition(",")[2]))).verify()
+
+
+def test_several_runs_stand_side_by_side(output: Path) -> None:
+    page = outline(report.report(["first", "second", f"output_dir={output}"]))
+    assert page.text.index("What differs") < page.text.index("optimizer.lr") < page.text.index("Scores side by side")
+    assert "cannot tell these samples from real ones" in page.text  # of the second
+    headings = [tag for tag, _ in page.tags if tag in ("h1", "h2", "h3")]
+    assert headings[0] == "h1" and headings.count("h1") == 1
+    assert all(attributes.get("scope") in ("row", "col") for tag, attributes in page.tags if tag == "th")
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of #rrggbb (WCAG 2.1)."""
+    levels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [level / 12.92 if level <= 0.03928 else ((level + 0.055) / 1.055) ** 2.4 for level in levels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_text_stands_out_in_every_scheme() -> None:
+    schemes = re.findall(r"(--ink:[^}]*)", report.STYLE)
+    assert len(schemes) == 3  # light, dark, paper
+    colors: dict[str, str] = {}
+    for scheme in schemes:
+        colors |= dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", scheme))
+        for text in ("ink", "quiet", "link") if scheme is not schemes[2] else ("ink", "quiet"):
+            for ground in ("paper", "card"):
+                high, low = sorted((luminance(colors[text]), luminance(colors[ground])), reverse=True)
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground, colors)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_browser_shows_it_without_scrolling_sideways(width: int, output: Path, tmp_path: Path) -> None:
+    text = report.report(["first", "second", f"output_dir={output}"]).read_text()
+    script = (
+        "const f = document.querySelector('iframe'); f.onload = () => { const d = f.contentDocument;"
+        " const broken = [...d.images].filter(i => !i.naturalWidth).length;"
+        " document.title = [d.documentElement.scrollWidth, broken, d.images.length].join(' ') }"
+    )
+    frame = (
+        f"<iframe style='border:0;width:{width}px;height:900px' srcdoc=\"{escape(text)}\"></iframe><script>{script}</script>"
+    )
+    (tmp_path / "frame.html").write_text(f"<!doctype html><title>-</title><body>{frame}")
+    shown = browse(tmp_path, "--dump-dom", "--virtual-time-budget=5000", (tmp_path / "frame.html").as_uri())
+    wide, broken, images = map(int, re.search(r"<title>(\d+) (\d+) (\d+)</title>", shown).groups())  # type: ignore[union-attr]
+    assert wide <= width and broken == 0 and images >= 10
+
+
+def browse(folder: Path, *words: str) -> str:
+    profile = f"--user-data-dir={folder / 'profile'}"
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", profile, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [([], "name a run"), (["frist"], "did you mean first"), (["first", "price=cheap"], "price takes a number"),
+     (["first", "out=report.pdf"], "must end in .html")],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence(
+    words: list[str], sentence: str, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report.main([*words, f"output_dir={output}"]) == 1
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+
+
+def test_notes_go_under_observations_and_leave_all_else_alone(tmp_path: Path) -> None:
+    path = tmp_path / "LOG.md"
+    for name in ("one", "two"):
+        ExperimentLog(path).begin(name, f"python launcher.py run_name={name}", "Configuration: -")
+    before = path.read_text()
+    assert log.main(["note", "one", "strays  on the\nseparatrix", f"file={path}"]) == 0
+    assert log.main(["note", "one", "a second thought", f"file={path}"]) == 0
+    after = path.read_text()
+    added = [line for line in after.splitlines() if line not in before.splitlines()]
+    assert [line.partition(": ")[2] for line in added] == ["strays on the separatrix", "a second thought"]
+    assert [line for line in after.splitlines() if line in before.splitlines()] == before.splitlines()
+    observations = after.index("Observations:")
+    assert observations < after.index(added[0]) < after.index(added[1]) < after.index("Issues:") < after.index("## two")
+
+
+def test_a_note_on_nothing_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert log.main(["note", "nobody", "words", f"file={tmp_path / 'LOG.md'}"]) == 1
+    assert "has no section of a run nobody" in capsys.readouterr().err
+    with pytest.raises(UserError, match="say python"):
+        log.note(["note", "one"])
