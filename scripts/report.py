@@ -232,7 +232,6 @@ def page(runs: list[Told], price: float | None) -> str:
             "<h2>Scores side by side</h2>",
             table(["score", *(run.name for run in runs)], shown, "Last scores of each run"),
         ]
-    parts += ["<h2>Curves</h2>", f'<div class="cards">{"".join(curve_figures(runs))}</div>']
     for run in runs:
         parts.append(f"<h2>{escape(run.name)}</h2><pre><code>{escape(run.command)}</code></pre>")
         parts.append(table(["fact", "value"], fact_rows(run, price), "What was run, where, for how long"))
@@ -246,6 +245,7 @@ def page(runs: list[Told], price: float | None) -> str:
         parts.append("<h3>What to try next</h3><ul>" + "".join(f"<li>{escape(line)}</li>" for line in advice(run)) + "</ul>")
         parts.append("<details><summary>Settings that differ from the defaults</summary>")
         parts.append(table(["setting", "default", "here"], difference_rows(run), "Settings") + "</details>")
+    parts += ["<h2>Curves</h2>", f'<div class="cards">{"".join(curve_figures(runs))}</div>']
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     head += f"<title>{escape(title)}</title><style>{STYLE}</style>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><main>{"".join(parts)}</main></body></html>\n'

@@ -70,7 +70,7 @@ def metrics_of(rows: list[dict[str, Any]]) -> list[str]:
 def draw_metric(axes: Axes, metric: str, runs: dict[str, list[dict[str, Any]]]) -> None:
     from visualizers.pictures import INK
 
-    lowest = np.inf
+    lowest, highest = np.inf, -np.inf
     for index, (name, rows) in enumerate(runs.items()):
         points = series(rows, metric)
         if not len(points):
@@ -79,13 +79,13 @@ def draw_metric(axes: Axes, metric: str, runs: dict[str, list[dict[str, Any]]]) 
         axes.plot(
             *points.T, style, color=color, linewidth=1.3, marker="o" if len(points) < 40 else None, markersize=3, label=name
         )
-        lowest = min(lowest, points[:, 1].min())
+        lowest, highest = min(lowest, points[:, 1].min()), max(highest, points[:, 1].max())
         floor, sd = series(rows, f"{metric}_floor"), series(rows, f"{metric}_floor_sd")
         if len(floor) and len(floor) == len(sd):
             axes.fill_between(
                 floor[:, 0], floor[:, 1] - 2 * sd[:, 1], floor[:, 1] + 2 * sd[:, 1], color=color, alpha=0.15, linewidth=0
             )
-    if lowest > 0 and metric != "train/loss":
+    if lowest > 0 and highest > 10 * lowest:
         axes.set_yscale("log")
     axes.set_title(metric, color=INK, fontsize=10, pad=4)
     axes.set_xlabel("optimizer step", fontsize=9, color=INK)
