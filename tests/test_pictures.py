@@ -1,5 +1,7 @@
 """Sample pictures: sizes, what is shown where, and that nothing of pyplot's global state is touched."""
 
+import base64
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from visualizers.pictures import (
     scatter_picture,
     shared_limits,
 )
+from visualizers.thumbnail import thumbnail, understood
 
 ROOT = Path(__file__).resolve().parents[1]
 RANDOM = np.random.default_rng(0)
@@ -206,3 +209,30 @@ def test_classes_of_one_image_each_are_a_plain_grid(tmp_path: Path) -> None:
     image_grid_picture(tmp_path / "plain.png", images, columns=2)
     image_grid_picture(tmp_path / "labelled.png", images, columns=2, labels=np.arange(4))
     assert (read_png(tmp_path / "plain.png") == read_png(tmp_path / "labelled.png")).all()
+
+
+def test_a_thumbnail_shows_the_picture_in_every_form(tmp_path: Path) -> None:
+    picture = tmp_path / "half.png"
+    pixels = np.full((40, 80, 3), 255, dtype=np.uint8)
+    pixels[:, 40:] = (200, 10, 20)
+    Image.fromarray(pixels).save(picture)
+    lines = thumbnail(picture, "ascii", 8).split("\n")
+    assert lines == ["    @@@@"] * 2
+    rows = thumbnail(picture, "blocks", 4).split("\n")
+    assert (
+        len(rows) == 1 and re.findall(r"38;2;(\d+);(\d+);(\d+)m", rows[0]) == [("255",) * 3] * 2 + [("200", "10", "20")] * 2
+    )
+    assert rows[0].endswith("\x1b[0m") and rows[0].count("▀") == 4
+    iterm = re.fullmatch(r"\x1b\]1337;File=inline=1;width=8;size=\d+:(.*)\a", thumbnail(picture, "iterm", 8))
+    kitty = re.findall(r"\x1b_G[^;]*m=(\d);([^\x1b]*)\x1b\\\\", thumbnail(picture, "kitty", 8))
+    assert iterm and base64.b64decode(iterm[1]) == picture.read_bytes()
+    assert base64.b64decode("".join(part for _, part in kitty)) == picture.read_bytes() and kitty[-1][0] == "0"
+
+
+@pytest.mark.parametrize(
+    "tty, environment, form",
+    [(False, {"TERM": "xterm-kitty"}, "ascii"), (True, {"TERM": "xterm-kitty"}, "kitty"), (True, {"TERM": "dumb"}, "ascii"),
+     (True, {"TERM": "xterm-256color"}, "blocks"), (True, {"TERM_PROGRAM": "iTerm.app", "TERM": "xterm"}, "iterm")],
+)  # fmt: skip
+def test_a_terminal_gets_what_it_understands(tty: bool, environment: dict[str, str], form: str) -> None:
+    assert understood(tty, environment) == form

@@ -59,6 +59,7 @@ RULES: list[Rule] = [
     ("output_dir", lambda v: isinstance(v, str) and v != "", "the path of a folder"),
     ("init_from", optional(lambda v: isinstance(v, str)), "the path of a checkpoint, or null"),
     ("eval_checkpoint", optional(lambda v: isinstance(v, str)), "the path of a checkpoint, or null"),
+    ("show", one_of(True, False), "true or false"),
     ("monitor", lambda v: isinstance(v, str) and v != "", "the name of an evaluation metric such as eval/loss"),
     ("optimizer.lr", positive, "a number above 0"),
     ("optimizer.weight_decay", lambda v: v == 0 or positive(v), "a number of at least 0"),

@@ -62,6 +62,10 @@ def print_end(run: Run, picture: Path | None) -> None:
     if run.evaluation is not None and how == "finished":
         print_scores(run.evaluation, run.solver.evaluations)
     print_lines(end_lines(run, picture, how))
+    if picture and run.config.get("show"):
+        from visualizers.thumbnail import thumbnail
+
+        print(thumbnail(picture))
 
 
 def end_lines(run: Run, picture: Path | None, how: str) -> list[tuple[str, str]]:
