@@ -58,16 +58,15 @@ def draw_points(path: Path, one: np.ndarray, many: np.ndarray, real: np.ndarray,
     figure = new_figure(450, title, "")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     for panel, name in zip(
-        panels, ("each sample joined with its other self", "one evaluation over the data (grey)"), strict=True
+        panels, ("one evaluation (blue) joined with many (orange)", "one evaluation over the data (grey)"), strict=True
     ):
         panel.set_title(name, color=INK, fontsize=11, pad=5)
         panel.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xlabel="x₁")
         panel.set_aspect("equal", adjustable="box")
         panel.tick_params(colors=INK, labelsize=9)
     panels[0].add_collection(LineCollection(list(np.stack([one, many], 1)), colors="#bbbbbb", linewidths=0.5))
-    panels[0].scatter(*many.T, s=5, c=REAL_COLOR, linewidths=0, label="many evaluations")
-    panels[0].scatter(*one.T, s=5, c=GENERATED_COLOR, linewidths=0, label="one")
-    panels[0].legend(loc="lower left", fontsize=8, frameon=False, markerscale=2)
+    panels[0].scatter(*many.T, s=5, c=REAL_COLOR, linewidths=0)
+    panels[0].scatter(*one.T, s=5, c=GENERATED_COLOR, linewidths=0)
     panels[1].scatter(*real.T, s=5, c="#d5d5d5", linewidths=0)
     panels[1].scatter(*one.T, s=5, c=GENERATED_COLOR, alpha=0.6, linewidths=0)
     panels[0].set_ylabel("x₂")
