@@ -413,8 +413,8 @@ def caption(board: Board, entries: dict[str, Entry], results: Results, done: lis
         f"{provenance(done)}; {seeds}. {samples:,} samples a run (W2: exact, of {points:,}). The numbers after the scores "
         f"are network evaluations a sample: 1, 2 and 4 {steps}, {solver_evaluations(results)} by the solver {solver}. "
         "Floor: real data against real, mean ± standard deviation over replicates; of the flow-map error: the solver on "
-        "the exact field; - where the truth is not known. Bold: the best in one evaluation. Training seconds without "
-        f"imports and evaluation. `{command}`, settings in configs/{options.config.name}."
+        "the exact field; - where the truth is not known. Bold: the best in one evaluation. Training seconds: the fastest "
+        f"seed, without imports and evaluation. `{command}`, settings in configs/{options.config.name}."
     )
 
 
