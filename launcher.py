@@ -30,6 +30,7 @@ flags (anywhere on the line)
   --device auto|cpu|cuda|mps   short for device=
   --backend local              where it runs, short for backend=
   -m                           one run for every combination of a=1,2 b=x,y; run again, it skips what has finished
+  --dashboard                  open the tracker's pages for the project of these runs, until Ctrl-C
   --cfg job                    print the composed configuration and stop (every key there can be set)
   -sc install=bash             shell completion: eval "$(python launcher.py -sc install=bash)"
 
@@ -111,6 +112,28 @@ def through_hydra(arguments: list[str]) -> None:
     job()
 
 
+def dashboard(words: list[str]) -> None:
+    """Serve the tracker's dashboard on the configured project, and open a browser at it where there is one.
+
+    words: overrides, such as trackio.project=other. UserError for a tracker that has no dashboard of its own.
+    """
+    import webbrowser
+
+    from training.config import compose_config, resolved
+    from training.errors import UserError
+
+    settings = resolved(compose_config(["run_name=dashboard", *words]))["trackio"]
+    if not settings["_target_"].endswith("TrackioTracker"):
+        raise UserError("--dashboard shows trackio's pages; see `tensorboard --logdir outputs/runs` or wandb's own site")
+    try:
+        has_browser = bool(webbrowser.get())
+    except webbrowser.Error:
+        has_browser = False
+    import trackio
+
+    trackio.show(project=settings["project"], open_browser=has_browser, block_thread=True)
+
+
 def main(arguments: list[str]) -> int:
     """The exit status: 0, 1 for a mistake of the user's (one sentence on stderr), 130 and 143 for SIGINT and SIGTERM."""
     from training.errors import UserError
@@ -119,6 +142,9 @@ def main(arguments: list[str]) -> int:
         print(help_text())
         return 0
     try:
+        if "--dashboard" in arguments:
+            dashboard([word for word in arguments if word != "--dashboard"])
+            return 0
         words = with_flags_as_overrides(arguments)
         flag = unknown_flag(words)
         if flag is not None:
