@@ -32,8 +32,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Look]:
         port = free.getsockname()[1]
     environment = os.environ | {"TRACKIO_DIR": str(folder / "trackio"), "GRADIO_SERVER_PORT": str(port)}
     small = [
-        f"output_dir={folder}", f"log.file={folder / 'LOG.md'}", "device=cpu", "evaluation=generator", "evaluation.samples=32",
-        "evaluation.final_samples=32", "dataloaders.epoch_size=256", "batch_size=64", "log_every=1", "solver.steps=2",
+        f"output_dir={folder}", f"log.file={folder / 'LOG.md'}", "device=cpu", "evaluation=generator",
+        "evaluation.samples=32", "evaluation.final_samples=32",
+        "dataloaders.epoch_size=256", "batch_size=64", "log_every=1", "solver.steps=2",
         "model.width=16", "trackio.project=shown",
         "evaluation.metrics={energy_distance: {_target_: evaluation.metrics.energy_distance.EnergyDistance}}",
     ]  # fmt: skip
