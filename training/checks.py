@@ -53,6 +53,7 @@ RULES: list[Rule] = [
     ("eval_every", whole(1), "a whole number of epochs, at least 1"),
     ("save_every", whole(1), "a whole number of epochs, at least 1"),
     ("log_every", whole(1), "a whole number of steps, at least 1"),
+    ("on_save_error", one_of("stop", "continue"), "stop or continue"),
     ("keep_saves", whole(0), "a whole number, 0 for all"),
     ("patience", optional(whole(1)), "a whole number of at least 1, or null"),
     ("resume", one_of(True, False, "force"), "true, false or force"),
@@ -138,8 +139,18 @@ def check_run_is_new(config: dict[str, Any], run_folder: Path) -> None:
     """UserError when the name is taken and nothing says what to do about it."""
     if config["resume"] or config["overwrite"] or config["eval_checkpoint"]:
         return
+    name = config["run_name"]
     if (run_folder / "config.yaml").exists():
         raise UserError(
-            f"run_name={config['run_name']} exists already in {run_folder}; go on with it by resume=true, "
+            f"run_name={name} exists already in {run_folder}; go on with it by resume=true, "
             "replace it (the old run is moved aside) by overwrite=true, or choose another name"
+        )
+    saves = Path(config["output_dir"]) / "ckpts"
+    epoch_save = re.compile(re.escape(name) + r"_epoch_\d{4,}\.pt")
+    archived = (path for path in saves.glob("*/archive/*.pt") if epoch_save.fullmatch(path.name))
+    left = next((path for path in (*saves.glob(f"*/{name}_last.pt"), *archived)), None)
+    if left is not None:
+        raise UserError(
+            f"run_name={name} has saves already, such as {left}, of a run whose folder is gone; "
+            "move them aside by overwrite=true, or choose another name"
         )

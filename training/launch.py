@@ -19,8 +19,8 @@ from training.run_folder import RunFolder
 # What may differ when a run goes on: how long, where, how fast and what is shown, but nothing that is learned from.
 FREE = (
     "epochs", "max_steps", "device", "devices", "compile", "compile_mode", "output_dir", "num_workers", "log_every",
-    "save_every", "keep_saves", "monitor", "patience", "resume", "overwrite", "init_from", "eval_checkpoint", "log",
-    "trackio", "callbacks", "backend", "command", "changed", "overrides", "choices", "guidance",
+    "save_every", "on_save_error", "keep_saves", "monitor", "patience", "resume", "overwrite", "init_from",
+    "eval_checkpoint", "log", "trackio", "callbacks", "backend", "command", "changed", "overrides", "choices", "guidance",
 )  # fmt: skip
 
 
@@ -69,6 +69,8 @@ def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
     stored = OmegaConf.to_container(OmegaConf.load(folder.config_path))
     assert isinstance(stored, dict)
     before = {str(key): value for key, value in stored.items()}
+    now = {override.key_or_group.split(".")[0] for override in typed}
+    before |= {key: value for key, value in config.items() if key not in before and key not in now}  # a key of later date
     merged = laid_over(before, config, typed)
     changed = differences(before, merged)
     hard = {key: pair for key, pair in changed.items() if key.split(".")[0] not in FREE}

@@ -114,10 +114,8 @@ def check_finite(run: Run) -> None:
     """The NaN guard. UserError naming the term, the step and the last good save."""
     term = run.state.window.non_finite()
     if term is not None:
-        last = run.checkpoints.last
-        kept = f"the last good save is {last}" if last.exists() else "nothing was saved yet"
         raise UserError(
-            f"train/{term} became NaN or infinite within the steps up to {run.state.step}; {kept}; "
+            f"train/{term} became NaN or infinite within the steps up to {run.state.step}; {run.last_save()}; "
             "try a lower optimizer.lr, a smaller grad_clip or precision=fp32"
         )
 

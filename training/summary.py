@@ -22,7 +22,9 @@ def print_lines(rows: list[tuple[str, str]]) -> None:
 
 
 def megabytes(paths: list[Path]) -> str:
-    return f"{sum(path.stat().st_size for path in paths) / 1e6:.1f} MB"
+    """The space they take; one file under several names counts once."""
+    sizes = {(status.st_dev, status.st_ino): status.st_size for status in (path.stat() for path in paths)}
+    return f"{sum(sizes.values()) / 1e6:.1f} MB"
 
 
 def print_start(run: Run) -> None:
@@ -56,7 +58,7 @@ def print_start(run: Run) -> None:
 def print_end(run: Run, picture: Path | None) -> None:
     """The closing block: scores, picture, dashboard, how to go on."""
     name = run.config["run_name"]
-    how = "interrupted" if run.stop is not None and not run.stop.early else "finished"
+    how = "interrupted" if run.interrupted else "finished"
     why = f" ({run.stop.why})" if run.stop is not None else ""
     print(f"{name} {how}{why} at step {run.state.step:,} of {run.total_steps:,}, {run.elapsed():.1f} s")
     if run.evaluation is not None and how == "finished":
