@@ -17,6 +17,7 @@ from evaluation.sample import evaluate_checkpoint
 from training.assemble import assemble
 from training.checkpoint import CheckpointFolder
 from training.checks import check_run_is_new
+from training.device import wait_for_device
 from training.errors import UserError
 from training.files import DISK_ERRORS, disk_sentence
 from training.launch import run_folder_of
@@ -34,7 +35,8 @@ def carry_out(config: dict[str, Any]) -> float | None:
     """
     with explained_memory_errors():
         if config["eval_checkpoint"]:
-            evaluate_checkpoint(config)
+            with explained_disk_errors(None):
+                evaluate_checkpoint(config)
             return None
         folder = run_folder_of(config)
         if config["resume"]:
@@ -60,6 +62,7 @@ def begin(run: Run) -> float | None:
         run.folder.lock()
     elif not config["resume"]:
         check_run_is_new(config, run.folder.path)  # again: another process may have begun it meanwhile
+    wait_for_device(run.device, config["wait"])
     with explained_disk_errors(run):
         return conduct(run)
 
@@ -153,14 +156,15 @@ def stop_signals(run: Run) -> Iterator[None]:
 
 
 @contextmanager
-def explained_disk_errors(run: Run) -> Iterator[None]:
+def explained_disk_errors(run: Run | None) -> Iterator[None]:
     """A full, read-only or broken disk is the user's to mend: say where it is, and what is safe."""
     try:
         yield
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        raise UserError(f"{disk_sentence(error)}; {run.last_save()}; make room, then go on with resume=true") from error
+        what = f"{run.last_save()}; make room, then go on with resume=true" if run else "make room, and try again"
+        raise UserError(f"{disk_sentence(error)}; {what}") from error
 
 
 @contextmanager
