@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ from evaluation.sample import evaluate_checkpoint
 from training.assemble import assemble
 from training.checkpoint import CheckpointFolder
 from training.checks import check_run_is_new
+from training.device import wait_for_device
 from training.errors import UserError
+from training.files import DISK_ERRORS, disk_sentence
+from training.launch import run_folder_of
 from training.loop import fit
 from training.run import Run, Stop
 from training.summary import print_end, print_start
@@ -32,55 +35,98 @@ def carry_out(config: dict[str, Any]) -> float | None:
     """
     with explained_memory_errors():
         if config["eval_checkpoint"]:
-            evaluate_checkpoint(config)
+            with explained_disk_errors(None):
+                evaluate_checkpoint(config)
             return None
-        run = assemble(config)
-        if config["resume"] and run.state.step >= run.total_steps:
-            key = "max_steps" if config["max_steps"] else "epochs"
-            print(
-                f"{config['run_name']} has done its {run.state.step:,} steps already; give a larger {key}= "
-                f"(it has {config[key]}) to go on"
-            )
-            run.folder.write_status("finished", run.state.step, run.epoch, run.elapsed())  # if it was killed at the very end
-            return run.state.best
+        folder = run_folder_of(config)
+        if config["resume"]:
+            folder.lock()  # before its save is read: whoever still trains it would save a newer one
+        try:
+            run = assemble(config)
+            run.folder = folder
+            return begin(run)
+        finally:
+            folder.release()
+
+
+def begin(run: Run) -> float | None:
+    """Take the run's name, and train. Returns the best monitored value, if any was found."""
+    config = run.config
+    if config["resume"] and run.state.step >= run.total_steps:
+        tell_finished(run)
+        return run.state.best
+    if not config["resume"]:
         run.folder.lock()
-        if config["overwrite"]:
-            move_aside(run)
-            run.folder.lock()
-        elif not config["resume"]:
-            check_run_is_new(config, run.folder.path)  # again: another process may have begun it meanwhile
-        run.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(config)), config["overrides"])
+    if config["overwrite"]:
+        move_aside(run)
+        run.folder.lock()
+    elif not config["resume"]:
+        check_run_is_new(config, run.folder.path)  # again: another process may have begun it meanwhile
+    wait_for_device(run.device, config["wait"])
+    with explained_disk_errors(run):
         return conduct(run)
+
+
+def tell_finished(run: Run) -> None:
+    """Say that nothing is left to do, and complete what a kill at the very end may have left out."""
+    config = run.config
+    key = "max_steps" if config["max_steps"] else "epochs"
+    print(
+        f"{config['run_name']} has done its {run.state.step:,} steps already; give a larger {key}= "
+        f"(it has {config[key]}) to go on"
+    )
+    with explained_disk_errors(run):
+        remove_temporaries(run)
+        if run.folder.read_status().get("state") != "finished":
+            run.export_weights(run.state.ema_objective.network.state_dict())
+            run.folder.write_status("finished", run.state.step, run.epoch, run.elapsed())
+
+
+def remove_temporaries(run: Run) -> None:
+    """Half-written files of processes of this run that were killed; its lock is held."""
+    run.folder.remove_temporaries()
+    run.checkpoints.remove_temporaries()
 
 
 def conduct(run: Run) -> float:
     """One sitting: from the summary before to the closing block after, with the status file telling the truth throughout."""
     config = run.config
+    remove_temporaries(run)
+    run.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(config)), config["overrides"])
     resumed_at = run.state.step if config["resume"] else None
     if resumed_at is not None:
         run.folder.trim_metrics(resumed_at)
     run.write_status("running")
     print_start(run)
     run.tracker.start(config["run_name"], public(config), run.folder.path, resumed_at, overwrite=config["overwrite"])
-    try:
-        with stop_signals(run):
-            fit(run)
-    except BaseException as error:
-        run.write_status("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
-        raise
-    finally:
-        for callback in run.callbacks:
-            callback.close()
-        run.tracker.finish()
-        run.folder.release()
-    interrupted = run.stop is not None and not run.stop.early
-    run.write_status("interrupted" if interrupted else "finished", run.stop.why if run.stop else "")
-    run.export_weights(run.state.ema_objective.network.state_dict())
+    with stop_signals(run):
+        try:
+            with explained_disk_errors(run):
+                fit(run)
+                check_saved(run)
+        except BaseException as error:
+            with suppress(OSError):  # the disk may be what failed
+                run.write_status("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
+            raise
+        finally:
+            for callback in run.callbacks:
+                callback.close()
+            run.tracker.finish()
+        run.export_weights(run.state.ema_objective.network.state_dict())
+        run.write_status("interrupted" if run.interrupted else "finished", run.stop.why if run.stop else "")
     picture = run.folder.sample_picture(run.state.step)
     print_end(run, picture if picture.exists() else None)
-    if interrupted and run.stop is not None:
+    if run.stop is not None and run.stop.signal:
         raise SystemExit(128 + run.stop.signal)
     return run.state.best
+
+
+def check_saved(run: Run) -> None:
+    """UserError when on_save_error=continue has trained to an end that no save holds."""
+    if run.saved_step != run.state.step:
+        raise UserError(
+            f"{run.refusal}; step {run.state.step} is in no save, {run.last_save()}; make room, then go on with resume=true"
+        )
 
 
 def public(config: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +139,8 @@ def stop_signals(run: Run) -> Iterator[None]:
     """SIGINT and SIGTERM ask the loop to stop after its step; a second one ends the process at once."""
 
     def ask(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        for either in SIGNAL_STATUS:
+            signal.signal(either, signal.SIG_DFL)
         run.stop = run.stop or Stop(f"stopped by {signal.Signals(number).name}", signal=number)
         print(
             f"\nstopping after this step and saving ({signal.Signals(number).name} again leaves at once)",
@@ -106,6 +153,18 @@ def stop_signals(run: Run) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def explained_disk_errors(run: Run | None) -> Iterator[None]:
+    """A full, read-only or broken disk is the user's to mend: say where it is, and what is safe."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        what = f"{run.last_save()}; make room, then go on with resume=true" if run else "make room, and try again"
+        raise UserError(f"{disk_sentence(error)}; {what}") from error
 
 
 @contextmanager
@@ -124,13 +183,16 @@ def explained_memory_errors() -> Iterator[None]:
 
 
 def move_aside(run: Run) -> None:
-    """Rename the files of an earlier run of this name, so that overwrite=true loses nothing."""
+    """Rename the files of an earlier run of this name, so that overwrite=true loses nothing; lets go of its folder.
+
+    The saves go first: a kill in between leaves a folder that asks for overwrite=true again, never saves without one.
+    """
     stamp = time.strftime("%Y%m%d-%H%M%S")
     new_name = f"{run.config['run_name']}.old-{stamp}"
-    if run.folder.config_path.exists():
-        run.folder.path.rename(run.folder.path.with_name(new_name))
-        run.folder.release()
     for arch in (run.checkpoints.folder.parent).glob("*"):
         checkpoints = CheckpointFolder(Path(run.config["output_dir"]), arch.name, run.config["run_name"], keep=0)
         for path in checkpoints.all_files():
             path.rename(path.with_name(path.name.replace(run.config["run_name"], new_name, 1)))
+    if run.folder.config_path.exists():
+        run.folder.path.rename(run.folder.path.with_name(new_name))
+    run.folder.release()

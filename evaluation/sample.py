@@ -25,6 +25,7 @@ from training.assemble import (
     build_source,
     dataset_key,
     load_network,
+    stored_config,
 )
 from training.build import build
 from training.checkpoint import load_checkpoint
@@ -128,7 +129,7 @@ class TrainedModel:
 def load(path: str | Path, device: str = "auto") -> TrainedModel:
     """The model of a checkpoint, rebuilt from the configuration stored in it. UserError if that cannot be done."""
     payload = load_checkpoint(Path(path))
-    return trained_model(payload, payload["config"], Path(path), pick_device(device))
+    return trained_model(payload, stored_config(Path(path), payload), Path(path), pick_device(device))
 
 
 def settings_from_overrides(words: list[str]) -> dict[str, Any]:
@@ -155,7 +156,7 @@ def evaluate_checkpoint(config: dict[str, Any]) -> None:
     """
     path = Path(config["eval_checkpoint"])
     payload = load_checkpoint(path)
-    merged = laid_over(payload["config"], config, parse_overrides(config["overrides"]))
+    merged = laid_over(stored_config(path, payload), config, parse_overrides(config["overrides"]))
     device = pick_device(config["device"])
     model = trained_model(payload, merged, path, device)
     solver = build_solver(merged)

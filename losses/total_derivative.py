@@ -37,6 +37,7 @@ class DerivativeObjective(FlowObjective):
         if jvp not in get_args(Engine):
             raise UserError(f"loss.jvp={jvp} is no engine; choose one of {', '.join(get_args(Engine))}")
         self.jvp: Engine = jvp
+        self.tangent_seen = False
 
     def value_and_derivative(self, batch: FlowBatch, rows: int, direction: Tensor) -> tuple[Tensor, Tensor]:
         """u on every row, with its graph, and D_direction u on the first `rows`, without: (B, ...) and (rows, ...)."""
@@ -46,10 +47,28 @@ class DerivativeObjective(FlowObjective):
         if picked_engine(self.jvp, direction.device) == "func":
             with torch.autocast(direction.device.type, enabled=False):
                 u, derivative = self.forward_mode(interval, direction)
+            self.check_tangent(u, derivative)
             return torch.cat([u, self.mean_velocity_of(instant)]), derivative.detach()
         with self.frozen(), torch.autocast(direction.device.type, enabled=False):
             derivative = self.derivative(interval, direction)
-        return self.mean_velocities(batch, rows), derivative
+        u = self.mean_velocities(batch, rows)
+        self.check_tangent(u[:rows], derivative)
+        return u, derivative
+
+    def check_tangent(self, u: Tensor, derivative: Tensor) -> None:
+        """RuntimeError, a fault of ours, when the derivative is zero everywhere although u is not: it was lost on the way.
+
+        A network whose output is zero until its first step has no derivative yet, so one that is not zero is waited for
+        and seen once; what is compiled is not looked at.
+        """
+        if self.tangent_seen or torch.compiler.is_compiling():
+            return
+        self.tangent_seen = bool(derivative.any())
+        if not self.tangent_seen and bool(u.any()):
+            raise RuntimeError(
+                f"the derivative of {type(self.network).__name__} along the flow is zero everywhere: its tangent was lost "
+                f"(loss.jvp={self.jvp}; a compiled or detached network inside, or one that ignores its input)"
+            )
 
     def derivative(self, batch: FlowBatch, direction: Tensor) -> Tensor:
         """D_direction u (B, ...) alone."""

@@ -52,8 +52,9 @@ from scripts.leaderboard_table import (
 )
 from training.config import compose_config, groups, nearest, resolved
 from training.errors import UserError
+from training.files import write_atomically
 from training.launch import FREE, differences, flat
-from training.run_folder import RunFolder, write_atomically
+from training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 # Settings that neither change what a run learns nor how it is scored.

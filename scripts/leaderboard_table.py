@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import UserError
-from training.run_folder import write_atomically
+from training.files import write_atomically
 
 START, STOP = "<!-- leaderboard -->", "<!-- end of leaderboard -->"
 COUNTS = (1, 2, 4)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.checkpoint import FORMAT, CheckpointFolder, load_checkpoint
+from training.checkpoint import FORMAT, KEYS, CheckpointFolder, load_checkpoint
 from training.errors import UserError
 
 
@@ -35,7 +35,7 @@ def test_foreign_and_broken_files_are_refused_in_one_sentence(tmp_path, capsys):
 
 
 def payload(step: int) -> dict[str, object]:
-    return {"format": FORMAT, "step": step}
+    return {**dict.fromkeys(KEYS), "format": FORMAT, "step": step}
 
 
 def test_pruning_keeps_the_newest_of_this_run_only(tmp_path):
@@ -47,7 +47,7 @@ def test_pruning_keeps_the_newest_of_this_run_only(tmp_path):
     assert kept == sorted(f"{name}_epoch_{e}.pt" for name in ("x", "x_epoch_0001", "xy") for e in ("0003", "10000"))
     for name in ("x", "x_epoch_0001", "xy"):
         folder = CheckpointFolder(tmp_path, "mlp", name, keep=2)
-        assert load_checkpoint(folder.newest())["step"] == 10000 and load_checkpoint(folder.best)["step"] == 2
+        assert folder.newest()[1]["step"] == 10000 and load_checkpoint(folder.best)["step"] == 2
         assert len(folder.all_files()) == 4
 
 
@@ -57,7 +57,7 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError):
         folder.save(payload(2), 2, best=False)
-    assert load_checkpoint(folder.newest())["step"] == 1
+    assert folder.newest()[1]["step"] == 1
 
 
 def test_keep_zero_keeps_all(tmp_path):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from training.run_folder import RunFolder, write_atomically
+from training.files import write_atomically
+from training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 WRITER = """

@@ -98,10 +98,10 @@ def test_a_loss_that_is_not_finite_is_named_even_among_good_steps(bad: float) ->
     assert window.non_finite() == "end"
 
 
-def test_a_gradient_norm_may_overflow() -> None:
+def test_a_gradient_norm_may_overflow_under_fp16_alone() -> None:
     window = Window()
     window.add({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(math.inf)})
-    assert window.non_finite() is None
+    assert window.non_finite(overflows=True) is None and window.non_finite() == "grad_norm"
 
 
 def test_a_window_goes_on_from_its_saved_state() -> None:

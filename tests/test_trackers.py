@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from training.errors import UserError
+from training.run_folder import RunFolder
 from training.trackers import (
     GuardedTracker,
     NullTracker,
@@ -100,6 +101,29 @@ def test_pictures_are_stored_and_go_with_their_run(project: str, tmp_path: Path)
     assert len(list(media.rglob("*.png"))) == 1
     delete_run(project, "x")
     assert not media.exists()
+
+
+def test_rebuilding_twice_gives_the_history_of_metrics_jsonl(
+    project: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from scripts import trackio_rebuild
+
+    folder = RunFolder(tmp_path / "runs/x")
+    folder.write_config(f"trackio: {{project: {project}}}\n", [])
+    for step in (2, 4, 6):
+        folder.append_metrics(step, 0, 1.0, {SCORE: step / 10, "nan": float("nan")})
+    run_tracker(GuardedTracker(TrackioTracker(project)), tmp_path, range(1, 9))
+    for _ in range(2):
+        assert trackio_rebuild.main(["--output-dir", str(tmp_path), "x"]) == 0
+        assert stored_steps(project) == [2, 4, 6]
+    assert capsys.readouterr().out == f"x: 3 rows in the project {project}\n" * 2
+    assert trackio_rebuild.main(["--output-dir", str(tmp_path), "x", "nobody"]) == 1
+    assert trackio_rebuild.main(["--output-dir", str(tmp_path / "none"), "--all"]) == 1
+    assert capsys.readouterr().err.count("\n") == 2
+    with held_database(project), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.trackio_tracker.LOCK_SECONDS", 0.1)
+        assert trackio_rebuild.main(["--output-dir", str(tmp_path), "x"]) == 1
+    assert "database is locked" in capsys.readouterr().err and stored_steps(project) == [2, 4, 6]
 
 
 def test_unwritable_folder_costs_one_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from losses.objective import FlowObjective
 from solvers.base_solver import BaseSolver
 from training.build import build
 from training.checkpoint import CheckpointFolder, load_checkpoint
-from training.config import HANDED_ON, parse_overrides
+from training.config import HANDED_ON, known_targets, parse_overrides
 from training.device import gradient_scaler, pick_device, set_numerics
 from training.errors import UserError
 from training.launch import run_folder_of
@@ -24,7 +25,8 @@ from training.seeds import stream_seed
 from training.state import TrainState, averaged_objective
 from training.trackers import tracker_from_config
 
-MODEL_PARTS = ("model", "loss")
+NEEDED_PARTS = ("model", "loss", "dataloaders", "source", "solver", "evaluation", "choices")
+BUILT_PARTS = (*NEEDED_PARTS, "guidance", "vae")
 
 
 def build_dataset(config: dict[str, Any], device: torch.device) -> FlowDataset:
@@ -68,11 +70,38 @@ def build_flow(objective: FlowObjective, config: dict[str, Any], device: torch.d
     return guided(objective, build({key: value for key, value in node.items() if key != "checkpoint"}, **parts))
 
 
+def stored_config(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
+    """The configuration in a checkpoint, which may be anyone's: it builds what configs/ names, and calls nothing else.
+
+    UserError for a `_target_` that is in none of those files.
+    """
+    config: Any = payload["config"]
+    if not isinstance(config, dict) or not all(isinstance(config.get(part), dict) for part in NEEDED_PARTS):
+        raise UserError(f"{path} holds no whole configuration, so its model cannot be built; use another save")
+    for part in BUILT_PARTS:
+        for target in targets_in(config.get(part)):
+            if target not in known_targets():
+                raise UserError(
+                    f"{path} wants {target} called as its {part}, which no file in configs/ names; use a checkpoint you "
+                    "trust, or add a file for it"
+                )
+    return config
+
+
+def targets_in(node: Any) -> Iterator[Any]:
+    """Every `_target_` of a nested configuration."""
+    if isinstance(node, dict) and "_target_" in node:
+        yield node["_target_"]
+    for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from targets_in(inner)
+
+
 def load_guide(path: Path, objective: FlowObjective, config: dict[str, Any], device: torch.device) -> torch.nn.Module:
     """The EMA network of a checkpoint, frozen. UserError when its output does not mean what the objective's does."""
     payload = load_checkpoint(path)
-    guide = build_objective(payload["config"], device)
-    theirs, ours = meaning(guide, payload["config"]), meaning(objective, config)
+    stored = stored_config(path, payload)
+    guide = build_objective(stored, device)
+    theirs, ours = meaning(guide, stored), meaning(objective, config)
     for what, value in theirs.items():
         if value != ours[what]:
             raise UserError(
@@ -134,7 +163,7 @@ def adopt_model(config: dict[str, Any], path: Path) -> None:
 
     UserError when the checkpoint holds another kind of model.
     """
-    stored = load_checkpoint(path)["config"]
+    stored = stored_config(path, load_checkpoint(path))
     kind, wanted = stored["choices"]["model"], config["choices"]["model"]
     if kind != wanted:
         raise UserError(f"init_from={path} holds model={kind}, this run has model={wanted}; add model={kind}")
@@ -169,8 +198,9 @@ def assemble(config: dict[str, Any]) -> Run:
         gradient_scaler(device, config["precision"]),
     )  # fmt: skip
     if going_on:
-        resume_state(state, checkpoints.newest(), config)
+        resume_state(state, *checkpoints.newest(), config)
     elif config["resume"]:
+        check_same_arch(checkpoints)
         print(f"{config['run_name']} ended before its first save; beginning it again")
     return Run(
         config, device, build_dataset(config, device), build_source(config, device), state, solver,
@@ -180,13 +210,34 @@ def assemble(config: dict[str, Any]) -> Run:
     )  # fmt: skip
 
 
-def resume_state(state: TrainState, path: Path, config: dict[str, Any]) -> None:
-    """Take up a save; the learning rate is the configuration's, in case resume=force changed it."""
-    payload = load_checkpoint(path)
+def check_same_arch(checkpoints: CheckpointFolder) -> None:
+    """UserError when a run that is to begin again has saves, of another model."""
+    for folder in checkpoints.folder.parent.glob("*"):
+        other = CheckpointFolder(folder.parent.parent, folder.name, checkpoints.run_name, keep=0)
+        if other.saves():
+            raise UserError(
+                f"run {checkpoints.run_name} was trained with model={folder.name} and cannot go on with "
+                f"model={checkpoints.folder.name}; start another run_name"
+            )
+
+
+def resume_state(state: TrainState, path: Path, payload: dict[str, Any], config: dict[str, Any]) -> None:
+    """Take up a save; the optimizer's settings are the configuration's, in case resume=force changed one.
+
+    UserError when the save is of another network or optimizer.
+    """
     load_network(state.objective.network, payload["network"], path)
+    load_network(state.ema_objective.network, payload["ema"], path)
+    wanted = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
+    saved = payload["optimizer"]["param_groups"]
+    if [group.keys() for group in wanted] != [group.keys() - {"params"} for group in saved]:
+        raise UserError(
+            f"{path} holds the state of another optimizer than {config['choices']['optimizer']}; leave optimizer as it was, "
+            "or start another run_name from these weights by init_from"
+        )
     state.load_state_dict(payload)
-    for settings in state.optimizer.param_groups:
-        settings["initial_lr"] = config["optimizer"]["lr"]
+    for settings, ours in zip(state.optimizer.param_groups, wanted, strict=True):
+        settings.update(ours)
 
 
 def compiled(objective: FlowObjective, config: dict[str, Any]) -> Any:

@@ -132,7 +132,7 @@ class ExperimentNotes(Callback):
                 notes.add_result(run.config["run_name"], f"epoch {run.epoch}, step {run.state.step}: {scores}")
 
     def fit_end(self, run: Run) -> None:
-        if run.evaluation is None or (run.stop is not None and not run.stop.early):
+        if run.evaluation is None or run.interrupted:
             return
         from evaluation.report import score_rows
 

@@ -1,52 +1,89 @@
-"""Checkpoint files: written atomically, loaded safely, named so that people find them."""
+"""Checkpoint files: written atomically, verified when read, loaded safely, named so that people find them."""
 
-import os
 import re
-import shutil
+import warnings
 import zipfile
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
 from training.errors import UserError
+from training.files import remove_temporaries, replacing, share
 
 FORMAT = "denoising-zoo-checkpoint-1"
+KEYS = (
+    "network", "ema", "optimizer", "schedule", "scaler", "window", "step", "best", "waited", "elapsed", "run_name",
+    "second_time", "config",
+)  # fmt: skip
 
 
-def write_atomically(path: Path, payload: dict[str, Any]) -> None:
-    """torch.save to a temporary file beside `path`, then rename: a reader sees the old file or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        torch.save(payload, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
+    """torch.save, in one step. OSError when the disk refuses; torch's writer hides that in an error of its own."""
+    with replacing(path) as file:
+        try:
+            torch.save(payload, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def check_archive(path: Path) -> None:
+    """UserError unless every byte is as torch.save wrote it: each entry's CRC-32 holds, which torch.load does not check.
+
+    torch.save stores entries as they are. One that says it is compressed, or larger than the file, is a bomb, not a save.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+        if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise UserError(
+                f"{path} would unpack to more than it holds, which no save of this project does; use another file"
+            )
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(damaged)
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The payload of a checkpoint of this project, tensors only (weights_only). UserError for anything else."""
+    """The payload of a checkpoint of this project, verified, tensors only (weights_only). UserError for anything else."""
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}; `python scripts/runs.py list` shows the runs there are")
-    unreadable = UserError(f"{path} cannot be read as a checkpoint (it is damaged or not one); use another save")
-    if not zipfile.is_zipfile(path):
-        raise unreadable
     try:
-        payload = torch.load(path, map_location=device, weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, LookupError, ValueError, TypeError) as error:
-        raise unreadable from error
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        check_archive(path)
+        with warnings.catch_warnings(action="ignore"):  # what torch suspects of a foreign file is said below, in a sentence
+            payload = torch.load(path, map_location=device, weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # a file that is anyone's makes its readers fail in any way
+        raise UserError(f"{path} cannot be read as a checkpoint (it is damaged or not one); use another save") from error
+    check_payload(path, payload)
+    return dict(payload)
+
+
+def check_payload(path: Path, payload: Any) -> None:
+    """UserError for what is no checkpoint of this project, or one of another version, or one with parts missing."""
+    name, _, version = FORMAT.rpartition("-")
+    written = payload.get("format") if isinstance(payload, dict) else None
+    if not isinstance(written, str) or not re.fullmatch(rf"{name}-\d+", written):
         raise UserError(f"{path} was not written by this project; give a checkpoint from outputs/ckpts")
-    return payload
+    if written != FORMAT:
+        theirs = written.rpartition("-")[2]
+        raise UserError(
+            f"{path} has checkpoint format {theirs}, and this version of the project reads format {version}; "
+            "use the version that wrote it (its git_commit is in the file)"
+        )
+    lacking = [key for key in KEYS if key not in payload]
+    if lacking:
+        raise UserError(f"{path} lacks {', '.join(lacking)}, so it is no whole checkpoint; use another save")
 
 
 class CheckpointFolder:
     """outputs/ckpts/<arch>: archive/<run>_epoch_XXXX.pt, <run>_last.pt, <run>_best.pt, and last.pt for people.
 
-    keep: how many epoch saves of this run stay in archive/ (0 keeps all). last.pt is a copy of the newest save of the
-    architecture; nothing reads it.
+    keep: how many epoch saves of this run stay in archive/ (0 keeps all). One save is one file under several names (hard
+    links). last.pt is the newest save of the architecture; nothing reads it.
     """
 
     def __init__(self, output_dir: Path, arch: str, run_name: str, keep: int):
@@ -71,38 +108,68 @@ class CheckpointFolder:
         return [*self.epoch_saves(), *(path for path in (self.last, self.best) if path.exists())]
 
     def save(self, payload: dict[str, Any], epoch: int | None, best: bool) -> Path:
-        """Write the newest state as <run>_last.pt; at an epoch's end also into archive/, and as best if it is."""
-        write_atomically(self.last, payload)
-        saved = self.last
-        if epoch is not None:
-            saved = self.archive / f"{self.run_name}_epoch_{epoch:04d}.pt"
-            copy_atomically(self.last, saved)
+        """Write the newest state as <run>_last.pt; at an epoch's end also into archive/, and as best if it is.
+
+        <run>_last.pt comes last: whatever stops a save half-way, a resumed run goes on from the save before and does the
+        rest again.
+        """
+        saved = self.last if epoch is None else self.archive / f"{self.run_name}_epoch_{epoch:04d}.pt"
+        write_checkpoint(saved, payload)
         if best:
-            copy_atomically(self.last, self.best)
-        copy_atomically(self.last, self.folder / "last.pt")
-        self.prune()
+            share(saved, self.best)
+        share(saved, self.folder / "last.pt", owner=f"{self.run_name}.")
+        if epoch is not None:
+            self.prune()
+            share(saved, self.last)
         return saved
 
     def prune(self) -> None:
-        """Drop the oldest archived saves beyond `keep`."""
-        if self.keep:
-            for path in self.epoch_saves()[: -self.keep]:
+        """Drop the oldest archived saves beyond `keep`, but none while no newer one can be read back."""
+        kept, dropped = self.epoch_saves()[-self.keep :], self.epoch_saves()[: -self.keep]
+        if self.keep and dropped and any(readable(path) for path in reversed(kept)):
+            for path in dropped:
                 path.unlink()
 
     def saves(self) -> list[Path]:
-        """What this run can go on from, the newest first."""
-        return [path for path in (self.last, *reversed(self.epoch_saves())) if path.exists()]
+        """What this run can go on from, the best first: its last save, the archived ones from the newest, the best one."""
+        return [path for path in (self.last, *reversed(self.epoch_saves()), self.best) if path.exists()]
 
-    def newest(self) -> Path:
-        """This run's newest save. UserError when there is none."""
-        if not self.saves():
-            raise UserError(f"run_name={self.run_name} has no save in {self.folder}; start it anew with overwrite=true")
-        return self.saves()[0]
+    def newest(self) -> tuple[Path, dict[str, Any]]:
+        """This run's newest save that is whole, and its payload; one line says so when a newer one is damaged.
+
+        UserError when there is none.
+        """
+        damaged = []
+        for path in self.saves():
+            try:
+                payload = load_checkpoint(path)
+            except UserError as error:
+                damaged.append((path, error))
+                continue
+            if damaged:
+                names = ", ".join(path.name for path, _ in damaged)
+                print(f"note: {names} cannot be read; going on from {path.name} (step {payload['step']:,}) instead")
+            return path, payload
+        if len(damaged) == 1:
+            raise damaged[0][1]
+        if damaged:
+            raise UserError(
+                f"none of the {len(damaged)} saves of {self.run_name} in {self.folder} can be read; "
+                "start it anew with overwrite=true, which moves them aside"
+            )
+        raise UserError(f"run_name={self.run_name} has no save in {self.folder}; start it anew with overwrite=true")
+
+    def remove_temporaries(self) -> None:
+        """Remove what killed processes of this run left half-written. The run's lock is held."""
+        names = rf"{re.escape(self.run_name)}(_last|_best|_epoch_\d{{4,}}|\.last)\.pt"
+        for folder in (self.folder, self.archive):
+            remove_temporaries(folder, names)
 
 
-def copy_atomically(source: Path, target: Path) -> None:
-    """Copy a file so that `target` is never seen half-written."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.copyfile(source, temporary)
-    temporary.replace(target)
+def readable(path: Path) -> bool:
+    """Whether the file is a zip archive whose every entry has its checksum."""
+    try:
+        check_archive(path)
+    except Exception:  # in whatever way: see load_checkpoint
+        return False
+    return True

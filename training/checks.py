@@ -1,5 +1,6 @@
 """What is wrong with a configuration, said before anything is imported, made or overwritten. No torch here."""
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 
 from training.errors import UserError
 
+COPIES = 5  # of a row's state at once: noise, data, what is between, its velocity, and the network's input
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+\-]{0,199}")
 
 Rule = tuple[str, Callable[[Any], bool], str]
@@ -53,6 +55,8 @@ RULES: list[Rule] = [
     ("eval_every", whole(1), "a whole number of epochs, at least 1"),
     ("save_every", whole(1), "a whole number of epochs, at least 1"),
     ("log_every", whole(1), "a whole number of steps, at least 1"),
+    ("on_nan", one_of("stop", "skip"), "stop or skip"),
+    ("on_save_error", one_of("stop", "continue"), "stop or continue"),
     ("keep_saves", whole(0), "a whole number, 0 for all"),
     ("patience", optional(whole(1)), "a whole number of at least 1, or null"),
     ("resume", one_of(True, False, "force"), "true, false or force"),
@@ -72,6 +76,9 @@ RULES: list[Rule] = [
     ("model.width", whole(1), "a whole number of at least 1"),
     ("model.depth", whole(1), "a whole number of at least 1"),
     ("model.dropout", lambda v: isinstance(v, (int, float)) and 0 <= v < 1, "a number from 0 up to, not including, 1"),
+    ("dataloaders.epoch_size", optional(whole(1)), "a whole number of at least 1, or null for the data's own"),
+    ("dataloaders.std", positive, "a number above 0"),
+    ("dataloaders.noise", lambda v: v == 0 or positive(v), "a number of at least 0"),
     ("solver.steps", whole(1), "a whole number of at least 1"),
     ("guidance.scale", lambda v: v == 0 or positive(v), "a number of at least 0 (1 is no guidance)"),
     ("guidance.interval", times_in_order, "two times such as [0.2,0.9], rising from 0 (noise) to 1 (data)"),
@@ -110,6 +117,40 @@ def check_contradictions(config: dict[str, Any]) -> None:
     if config["resume"] and config["init_from"]:
         raise UserError("resume and init_from contradict each other: a resumed run has its own weights; give one of them")
 
+    if config["resume"] or config["eval_checkpoint"]:
+        return
+    if has(config, "guidance._target_") and "ClassifierFree" in config["guidance"]["_target_"] and not config["conditional"]:
+        raise UserError("guidance=cfg needs a model that is told the class; add conditional=true, or leave guidance out")
+    shape, source = config["dataloaders"].get("state_shape"), config["source"]
+    if has(source, "dataset.state_shape") and shape is not None and list(source["dataset"]["state_shape"]) != list(shape):
+        raise UserError(
+            f"source={config['choices']['source']} has states of shape {list(source['dataset']['state_shape'])}, "
+            f"but the data has {list(shape)}; use source=gaussian, which takes the data's shape"
+        )
+
+
+def check_memory(config: dict[str, Any]) -> None:
+    """UserError for a batch, or samples, that cannot fit: better a sentence now than the system killing the process.
+
+    The estimate is low on purpose: COPIES fp32 states for each row, and no network, against all the memory there is.
+    """
+    shape = config["dataloaders"].get("state_shape") or [1]
+    epoch = config["dataloaders"].get("epoch_size") or float("inf")
+    rows = {
+        "batch_size": min(config["batch_size"], epoch),
+        "evaluation.samples": lookup(config, "evaluation.samples"),
+        "evaluation.final_samples": lookup(config, "evaluation.final_samples"),
+    }
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for key, count in rows.items():
+        needed = 4 * COPIES * math.prod(shape) * count
+        if needed > there:
+            raise UserError(
+                f"{key}={count} rows of shape {list(shape)} need at least {needed / 2**30:,.0f} GiB, and this machine "
+                f"has {there / 2**30:,.0f}; use a smaller {key}"
+                + (", with gradient_accumulation_steps to make up for it" if key == "batch_size" else "")
+            )
+
 
 def check_run_name(name: Any) -> None:
     """UserError for a run_name that cannot name files safely."""
@@ -139,8 +180,18 @@ def check_run_is_new(config: dict[str, Any], run_folder: Path) -> None:
     """UserError when the name is taken and nothing says what to do about it."""
     if config["resume"] or config["overwrite"] or config["eval_checkpoint"]:
         return
+    name = config["run_name"]
     if (run_folder / "config.yaml").exists():
         raise UserError(
-            f"run_name={config['run_name']} exists already in {run_folder}; go on with it by resume=true, "
+            f"run_name={name} exists already in {run_folder}; go on with it by resume=true, "
             "replace it (the old run is moved aside) by overwrite=true, or choose another name"
+        )
+    saves = Path(config["output_dir"]) / "ckpts"
+    epoch_save = re.compile(re.escape(name) + r"_epoch_\d{4,}\.pt")
+    archived = (path for path in saves.glob("*/archive/*.pt") if epoch_save.fullmatch(path.name))
+    left = next((path for path in (*saves.glob(f"*/{name}_last.pt"), *archived)), None)
+    if left is not None:
+        raise UserError(
+            f"run_name={name} has saves already, such as {left}, of a run whose folder is gone; "
+            "move them aside by overwrite=true, or choose another name"
         )

@@ -6,6 +6,7 @@ unknown key, a wrong type or a value out of range becomes one sentence that name
 
 import difflib
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,13 @@ def groups() -> dict[str, list[str]]:
         if file.parent != CONFIG_DIR:
             found.setdefault(file.parent.relative_to(CONFIG_DIR).as_posix(), []).append(file.stem)
     return found
+
+
+@cache
+def known_targets() -> set[str]:
+    """Every class that a file of configs/ names as its `_target_`."""
+    files = CONFIG_DIR.rglob("*.yaml")
+    return {target for file in files for target in re.findall(r"_target_:\s*([\w.]+)", file.read_text(encoding="utf-8"))}
 
 
 def nearest(word: str, known: list[str]) -> str:

@@ -3,12 +3,15 @@
 import contextlib
 import os
 import platform
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from training.errors import UserError
 
+BUSY_GIB, WAIT_SECONDS = 2.0, 30.0  # a GPU of which others hold more is in use; how often to look again
 AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -41,6 +44,27 @@ def set_numerics(device: torch.device, deterministic: bool) -> None:
         torch.backends.cuda.matmul.allow_tf32 = not deterministic
         torch.backends.cudnn.allow_tf32 = not deterministic
         torch.backends.cudnn.benchmark = not deterministic
+
+
+def memory_of_others(device: torch.device) -> float:
+    """GiB of a CUDA device that other processes hold, this one's own context (half a GiB) included; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0.0
+    free, total = torch.cuda.mem_get_info(device)
+    return float(total - free - torch.cuda.memory_reserved(device)) / 2**30
+
+
+def wait_for_device(device: torch.device, wait: bool, pause: Callable[[float], None] = time.sleep) -> None:
+    """One line while others use the GPU; with `wait`, return only when they no longer do."""
+    held = memory_of_others(device)
+    if held < BUSY_GIB:
+        return
+    if not wait:
+        print(f"note: other processes hold {held:.0f} GiB of this GPU; it may be slow or not fit (wait=true waits for them)")
+        return
+    print(f"waiting: other processes hold {held:.0f} GiB of this GPU (wait=true)", flush=True)
+    while memory_of_others(device) >= BUSY_GIB:
+        pause(WAIT_SECONDS)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

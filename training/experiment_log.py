@@ -13,7 +13,7 @@ from datetime import date
 from pathlib import Path
 
 from training.errors import UserError
-from training.run_folder import write_atomically
+from training.files import remove_temporaries, write_atomically
 
 TITLE = """# Experiment log
 
@@ -107,6 +107,7 @@ class ExperimentLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.with_name(f".{self.path.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            remove_temporaries(self.path.parent, re.escape(self.path.name))
             text = self.path.read_text(encoding="utf-8") if self.path.is_file() else TITLE
             section = Section(text, run_name)
             yield section

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from backends.base_backend import Backend
-from training.checks import check_contradictions, check_files, check_run_is_new, check_values, has, lookup
+from training.checks import check_contradictions, check_files, check_memory, check_run_is_new, check_values, has, lookup
 from training.config import compose_config, delete, is_group, parse_overrides, resolved
 from training.errors import UserError
 from training.run_folder import RunFolder
@@ -19,8 +19,9 @@ from training.run_folder import RunFolder
 # What may differ when a run goes on: how long, where, how fast and what is shown, but nothing that is learned from.
 FREE = (
     "epochs", "max_steps", "device", "devices", "compile", "compile_mode", "output_dir", "num_workers", "log_every",
-    "save_every", "keep_saves", "monitor", "patience", "resume", "overwrite", "init_from", "eval_checkpoint", "show", "log",
-    "trackio", "callbacks", "backend", "command", "changed", "overrides", "choices", "guidance",
+    "save_every", "on_save_error", "on_nan", "wait", "keep_saves", "monitor", "patience", "resume", "overwrite",
+    "init_from", "eval_checkpoint", "show", "log", "trackio", "callbacks", "backend", "command", "changed", "overrides",
+    "choices", "guidance",
 )  # fmt: skip
 
 
@@ -50,6 +51,7 @@ def prepare(overrides: list[str]) -> dict[str, Any]:
     if config["resume"]:
         config = resumed(config, parse_overrides(overrides))
         check_values(config)
+    check_memory(config)
     check_files(config)
     check_run_is_new(config, run_folder_of(config).path)
     return config
@@ -69,6 +71,8 @@ def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
     stored = OmegaConf.to_container(OmegaConf.load(folder.config_path))
     assert isinstance(stored, dict)
     before = {str(key): value for key, value in stored.items()}
+    now = {override.key_or_group.split(".")[0] for override in typed}
+    before |= {key: value for key, value in config.items() if key not in before and key not in now}  # a key of later date
     merged = laid_over(before, config, typed)
     changed = differences(before, merged)
     hard = {key: pair for key, pair in changed.items() if key.split(".")[0] not in FREE}

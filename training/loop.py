@@ -15,6 +15,8 @@ from training.run import Run
 from training.seeds import generator_for, seed_network, stream_seed
 from training.terms import named_terms
 
+MOST_SKIPPED = 20  # steps in a row that on_nan=skip leaves out; more are no accident
+
 
 def fit(run: Run) -> None:
     """Train until the last step, an early stop or an interruption; evaluate and save on the way."""
@@ -57,7 +59,12 @@ def epoch_groups(run: Run) -> Iterator[list[FlowBatch]]:
 
 
 def train_step(run: Run, group: list[FlowBatch]) -> dict[str, Tensor]:
-    """One optimizer step over a group of batches. Returns its losses and gradient norm as scalars on the device."""
+    """One optimizer step over a group of batches. Returns its losses and gradient norm as scalars on the device; on a step
+    whose line is written, also update_ratio, |change of the weights| / |weights|.
+
+    With on_nan=skip, a loss or gradient that is not finite costs the step: weights, average and optimizer stay as they
+    are, and nothing is returned.
+    """
     state = run.state
     state.objective.train()
     for settings in state.optimizer.param_groups:
@@ -78,24 +85,43 @@ def train_step(run: Run, group: list[FlowBatch]) -> dict[str, Tensor]:
     state.scaler.unscale_(state.optimizer)
     parameters = [p for p in state.objective.network.parameters() if p.requires_grad]
     totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, run.config["grad_clip"] or math.inf)
+    state.step += 1
+    if run.config["on_nan"] == "skip" and not torch.stack([value.float() for value in totals.values()]).isfinite().all():
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        return {}
+    state.skipped_in_a_row = 0
+    measured = state.step % run.config["log_every"] == 0
+    before = [p.detach().clone() for p in parameters] if measured else []
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    state.step += 1
     state.ema.update(state.ema_objective.network, state.objective.network, state.step)
+    if measured:
+        changes = torch._foreach_sub([p.detach() for p in parameters], before)
+        totals["update_ratio"] = total_norm(changes) / total_norm(before)
     return totals
+
+
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """The Euclidean norm of all the numbers in `tensors`."""
+    return torch.stack(torch._foreach_norm(tensors)).norm()
 
 
 def after_step(run: Run, values: dict[str, Tensor]) -> None:
     """Count the step in the window; every log_every steps, write a line."""
-    run.state.window.add(values)
+    ratio = values.pop("update_ratio", None)
+    if values:
+        run.state.window.add(values)
     if run.state.step % run.config["log_every"] == 0:
-        log_window(run)
+        log_window(run, {} if ratio is None else {"train/update_ratio": ratio.item()})
     run.notify("step_end")
 
 
-def log_window(run: Run) -> None:
-    """Write the means since the last line. UserError when a loss was not finite: nothing broken is ever saved."""
+def log_window(run: Run, more: dict[str, float] | None = None) -> None:
+    """Write the means since the last line, and `more`. UserError when a loss or gradient was not finite."""
     window, state = run.state.window, run.state
     check_finite(run)
     if not window.count:
@@ -103,6 +129,9 @@ def log_window(run: Run) -> None:
     means, seconds = window.means(), max(run.split_time(), 1e-9)
     rate = run.steps_since_split / seconds
     metrics = {f"train/{name}": value for name, value in means.items()}
+    metrics |= more or {}
+    if state.skipped:
+        metrics["train/skipped_steps"] = float(state.skipped)
     metrics["train/lr"] = state.optimizer.param_groups[0]["lr"]
     metrics["train/steps_per_second"] = rate
     metrics["train/samples_per_second"] = rate * run.batch_size * run.config["gradient_accumulation_steps"]
@@ -110,14 +139,21 @@ def log_window(run: Run) -> None:
     run.log(metrics)
 
 
-def check_finite(run: Run) -> None:
-    """The NaN guard. UserError naming the term, the step and the last good save."""
-    term = run.state.window.non_finite()
+def check_finite(run: Run, weights: bool = False) -> None:
+    """The NaN guard, of the weights too before they are judged and saved: nothing broken ever is.
+
+    UserError naming the term, the step and the last good save; with on_nan=skip, when MOST_SKIPPED steps in a row were.
+    """
+    state = run.state
+    term = state.window.non_finite(overflows=state.scaler.is_enabled())
+    if state.skipped_in_a_row >= MOST_SKIPPED:
+        term = f"loss (in each of the last {state.skipped_in_a_row} steps, all skipped)"
+    if weights and term is None:
+        parts = (("weights", state.objective.network), ("EMA weights", state.ema_objective.network))
+        term = next((name for name, network in parts if not total_norm(list(network.parameters())).isfinite()), None)
     if term is not None:
-        last = run.checkpoints.last
-        kept = f"the last good save is {last}" if last.exists() else "nothing was saved yet"
         raise UserError(
-            f"train/{term} became NaN or infinite within the steps up to {run.state.step}; {kept}; "
+            f"train/{term} became NaN or infinite within the steps up to {state.step}; {run.last_save()}; "
             "try a lower optimizer.lr, a smaller grad_clip or precision=fp32"
         )
 
@@ -127,10 +163,11 @@ def end_epoch(run: Run) -> None:
     complete = run.state.step % run.steps_per_epoch == 0
     last = run.state.step >= run.total_steps
     if not complete and not last:
-        check_finite(run)
+        check_finite(run, weights=True)
         run.save(epoch=None, best=False)
         return
     log_window(run)
+    check_finite(run, weights=True)
     best = False
     if last or run.epoch % run.config["eval_every"] == 0:
         best = judge(run, run.evaluate(final=last))

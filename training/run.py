@@ -1,7 +1,10 @@
 """A run: the parts a configuration names, assembled, and the few things they do together."""
 
+import re
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from solvers.base_solver import BaseSolver
 from training.callbacks import Callback
 from training.checkpoint import FORMAT, CheckpointFolder
 from training.device import device_name
+from training.files import DISK_ERRORS, disk_sentence, replacing
 from training.provenance import git_commit, package_versions
 from training.run_folder import RunFolder
 from training.state import TrainState
@@ -58,6 +62,9 @@ class Run:
     stop: Stop | None = None
     evaluation: Evaluation | None = None
     last_values: dict[str, float] = field(default_factory=dict)  # the newest value of every metric
+    refused: set[str] = field(default_factory=set)  # kinds of files that the disk refused, each said once
+    refusal: str = ""  # the newest, in words
+    saved_step: int | None = None  # of this sitting's newest save
     clock: float = 0.0
     split_clock: float = 0.0
     split_step: int = 0
@@ -82,6 +89,11 @@ class Run:
         return -(-self.state.step // self.steps_per_epoch)
 
     @property
+    def interrupted(self) -> bool:
+        """Whether a signal ends the run before its last step."""
+        return self.stop is not None and not self.stop.early and self.state.step < self.total_steps
+
+    @property
     def teacher(self) -> FlowObjective | None:
         """The EMA objective, for losses that want a target from it."""
         return self.state.ema_objective if self.state.objective.needs_teacher else None
@@ -89,7 +101,22 @@ class Run:
     def notify(self, hook: str) -> None:
         """Tell every callback."""
         for callback in self.callbacks:
-            getattr(callback, hook)(self)
+            with self.writing():
+                getattr(callback, hook)(self)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Where files are written: what the disk refuses ends the run, or with on_save_error=continue costs a line."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in DISK_ERRORS or self.config["on_save_error"] == "stop":
+                raise
+            self.refusal = disk_sentence(error)
+            kind = re.sub(r"\d+", "", self.refusal)  # of whatever epoch
+            if kind not in self.refused:
+                print(f"note: {self.refusal}; training goes on (on_save_error=continue)", file=sys.stderr)
+            self.refused.add(kind)
 
     def stop_early(self, why: str) -> None:
         """Vote to end the run at the next step, as finished."""
@@ -113,7 +140,8 @@ class Run:
             metrics = metrics | callback.extra_metrics(self)
         metrics = {**metrics, "epoch": float(self.epoch), "train/elapsed_seconds": self.elapsed()}
         self.last_values |= metrics
-        self.folder.append_metrics(self.state.step, self.epoch, self.elapsed(), metrics)
+        with self.writing():
+            self.folder.append_metrics(self.state.step, self.epoch, self.elapsed(), metrics)
         self.tracker.log(metrics, self.state.step)
 
     def evaluate(self, final: bool) -> dict[str, float]:
@@ -152,22 +180,32 @@ class Run:
 
     def save(self, epoch: int | None, best: bool) -> None:
         """Save the state, and what people and scripts want to know of it."""
-        self.checkpoints.save(self.payload(), epoch, best)
+        with self.writing():
+            self.folder.sync_metrics()
+            self.checkpoints.save(self.payload(), epoch, best)
+            self.saved_step = self.state.step
         self.write_status("running")
+
+    def last_save(self) -> str:
+        """The save a run that ends badly can go on from, in words."""
+        saves = self.checkpoints.saves()
+        return f"the last good save is {saves[0]}" if saves else "nothing was saved yet"
 
     def write_status(self, state: str, why: str = "") -> None:
         scores = {name: v for name, v in self.last_values.items() if name.startswith(("eval/", "oracle/"))}
-        self.folder.write_status(
-            state, self.state.step, self.epoch, self.elapsed(), scores, why, device=device_name(self.device)
-        )
+        with self.writing():
+            self.folder.write_status(
+                state, self.state.step, self.epoch, self.elapsed(), scores, why, device=device_name(self.device)
+            )
 
     def export_weights(self, network_state: dict[str, Tensor]) -> Path:
         """model.safetensors: the EMA weights with the configuration, for use elsewhere."""
         import json
 
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         path = self.folder.path / "model.safetensors"
         tensors = {name: tensor.contiguous().cpu() for name, tensor in network_state.items()}
-        save_file(tensors, path, {"config": json.dumps(self.config)})
+        with replacing(path) as file:
+            file.write(save(tensors, {"config": json.dumps(self.config)}))
         return path

@@ -1,15 +1,18 @@
 """outputs/runs/<run_name>/: what a run leaves on disk, written so that a crash at any moment leaves it readable."""
 
+import errno
 import fcntl
 import json
 import math
 import os
 import platform
 from datetime import datetime
+from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
 from training.errors import UserError
+from training.files import remove_temporaries, write_atomically
 
 STATES = ("running", "finished", "failed", "interrupted")
 
@@ -27,7 +30,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.metrics_file: TextIO | None = None
+        self.metrics_file: FileIO | None = None
+        self.unwritten = b""  # rows that the disk refused, written with the next that it takes
         self.lock_file: TextIO | None = None
 
     @property
@@ -73,6 +77,11 @@ class RunFolder:
             ) from error
         except OSError as error:
             raise UserError(f"cannot make {self.path}: {error.strerror}; choose another output_dir") from error
+
+    def remove_temporaries(self) -> None:
+        """Remove what killed processes of this run left half-written. The folder is locked."""
+        for folder in (self.path, self.path / "samples"):
+            remove_temporaries(folder)
 
     def write_config(self, config: str, overrides: list[str]) -> None:
         """Store the resolved configuration (YAML text) and the overrides as typed."""
@@ -128,20 +137,40 @@ class RunFolder:
 
     def append_metrics(self, step: int, epoch: int, elapsed_seconds: float, metrics: dict[str, float]) -> None:
         """Add one row to metrics.jsonl; it is in the file (not only in this process) when the call returns."""
-        if self.metrics_file is None:
-            self.metrics_file = self.open_metrics()
         row = {"step": step, "epoch": epoch, "elapsed_seconds": round(elapsed_seconds, 3)}
         numbers = {name: json_number(value) for name, value in metrics.items()}
-        self.metrics_file.write(json.dumps(row | numbers, allow_nan=False) + "\n")
-        self.metrics_file.flush()
+        self.unwritten += json.dumps(row | numbers, allow_nan=False).encode() + b"\n"
+        self.write_rows()
 
-    def open_metrics(self) -> TextIO:
-        """metrics.jsonl at its end, without the torn line a killed process may have left there."""
+    def write_rows(self) -> None:
+        """Write the rows that wait, all or none. OSError when the disk refuses them; they go on waiting."""
+        if self.metrics_file is None:
+            self.metrics_file = self.open_metrics()
+        before = self.metrics_file.tell()
+        try:
+            if self.metrics_file.write(self.unwritten) < len(self.unwritten):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self.metrics_file.truncate(before)
+            self.metrics_file.seek(before)
+            error.filename = str(self.metrics_path)
+            raise
+        self.unwritten = b""
+
+    def sync_metrics(self) -> None:
+        """Put the rows on the disk, before a save that relies on them. OSError when it refuses."""
+        if self.unwritten:
+            self.write_rows()
+        if self.metrics_file is not None:
+            os.fsync(self.metrics_file.fileno())
+
+    def open_metrics(self) -> FileIO:
+        """metrics.jsonl at its end, unbuffered, without the torn line a killed process may have left there."""
         self.path.mkdir(parents=True, exist_ok=True)
         if self.metrics_path.is_file():
             whole = self.metrics_path.read_bytes().rpartition(b"\n")
             os.truncate(self.metrics_path, len(whole[0]) + len(whole[1]))
-        return self.metrics_path.open("a", encoding="utf-8")
+        return FileIO(self.metrics_path, "a")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl in order, a torn last line left out; none before the first."""
@@ -182,13 +211,3 @@ def json_number(value: float) -> float | None:
 def timestamp() -> str:
     """Local time with its offset from UTC, to the second."""
     return datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file in one step: a reader, or a crash, sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -18,6 +18,7 @@ class TrainState:
 
     step: optimizer steps done. Epoch and data position follow from it, and every random number from the seed and it, so
     neither is saved. best: lowest monitored value; waited: evaluations since. elapsed: training seconds of earlier sittings.
+    skipped: steps left out by on_nan=skip; skipped_in_a_row: the newest of them.
     """
 
     objective: FlowObjective
@@ -31,6 +32,8 @@ class TrainState:
     best: float = float("inf")
     waited: int = 0
     elapsed: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors only. Networks are saved bare."""
@@ -45,6 +48,7 @@ class TrainState:
             "best": self.best,
             "waited": self.waited,
             "elapsed": self.elapsed,
+            "skipped": self.skipped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -56,6 +60,7 @@ class TrainState:
         self.scaler.load_state_dict(state["scaler"])
         self.window.load_state_dict(state["window"], next(self.objective.network.parameters()).device)
         self.step, self.best, self.waited, self.elapsed = (state[k] for k in ("step", "best", "waited", "elapsed"))
+        self.skipped = state.get("skipped", 0)  # saves of before it was counted
 
 
 def averaged_objective(objective: FlowObjective, ema: ConstantEMA) -> FlowObjective:

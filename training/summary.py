@@ -4,7 +4,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from evaluation.report import print_scores
+from training.config import CONFIG_DIR
 from training.device import device_name
 from training.run import Run
 
@@ -22,7 +25,19 @@ def print_lines(rows: list[tuple[str, str]]) -> None:
 
 
 def megabytes(paths: list[Path]) -> str:
-    return f"{sum(path.stat().st_size for path in paths) / 1e6:.1f} MB"
+    """The space they take; one file under several names counts once."""
+    sizes = {(status.st_dev, status.st_ino): status.st_size for status in (path.stat() for path in paths)}
+    return f"{sum(sizes.values()) / 1e6:.1f} MB"
+
+
+def recipe_batch(config: dict[str, Any]) -> int | None:
+    """Rows of an optimizer step in the chosen experiment's recipe, or the data's own; None for debugging."""
+    if config["choices"].get("debug"):
+        return None
+    experiment = config["choices"].get("experiment")
+    recipe: Any = OmegaConf.load(CONFIG_DIR / "experiment" / f"{experiment}.yaml") if experiment else {}
+    rows = recipe.get("batch_size") or config["dataloaders"].get("training", {}).get("batch_size")
+    return rows and int(rows) * int(recipe.get("gradient_accumulation_steps") or 1)
 
 
 def print_start(run: Run) -> None:
@@ -33,6 +48,9 @@ def print_start(run: Run) -> None:
     frequencies = config["model"].get("time_frequencies")
     kept = f"newest {config['keep_saves']} epoch saves" if config["keep_saves"] else "every epoch save"
     shape = "x".join(map(str, run.dataset.state_shape))
+    recipe = recipe_batch(config)
+    if recipe not in (None, run.batch_size * accumulate):
+        print(f"note: a step sees {run.batch_size * accumulate:,} rows ({rows}), the recipe of this data {recipe:,}")
     print(f"{config['run_name']}: {choices['model']} learns {choices['dataloaders']} by {choices['loss']}")
     print_lines(
         [
@@ -56,7 +74,7 @@ def print_start(run: Run) -> None:
 def print_end(run: Run, picture: Path | None) -> None:
     """The closing block: scores, picture, dashboard, how to go on."""
     name = run.config["run_name"]
-    how = "interrupted" if run.stop is not None and not run.stop.early else "finished"
+    how = "interrupted" if run.interrupted else "finished"
     why = f" ({run.stop.why})" if run.stop is not None else ""
     print(f"{name} {how}{why} at step {run.state.step:,} of {run.total_steps:,}, {run.elapsed():.1f} s")
     if run.evaluation is not None and how == "finished":

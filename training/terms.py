@@ -52,9 +52,14 @@ class Window:
         """Means over the window (one device synchronisation)."""
         return {name: total.item() / self.count for name, total in self.sums.items()} if self.count else {}
 
-    def non_finite(self) -> str | None:
-        """The name of a loss that was NaN or infinite in this window, if any. A gradient norm may overflow under fp16."""
-        return next((n for n, m in self.means().items() if not math.isfinite(m) and n != "grad_norm"), None)
+    def non_finite(self, overflows: bool = False) -> str | None:
+        """The name of a value that was NaN or infinite in this window, if any.
+
+        overflows: gradients may, as under fp16, whose scaler then leaves out the step.
+        """
+        return next(
+            (n for n, m in self.means().items() if not math.isfinite(m) and not (overflows and n == "grad_norm")), None
+        )
 
     def clear(self) -> None:
         self.sums, self.count = {}, 0

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from training.files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -56,7 +58,8 @@ def scatter_picture(path: Path, samples: np.ndarray, reference: np.ndarray, titl
         draw_points(panel, points, color)
         panel.set_title(f"{name} ({describe_count(points, low, high)})", color=INK, fontsize=11, pad=5)
     figure.subplots_adjust(left=0.075, right=0.985, bottom=0.12, top=0.80, wspace=0.06)
-    figure.savefig(path)
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
 
 
 def image_grid_picture(
@@ -160,7 +163,8 @@ def draw_grids(path: Path, grids: dict[str, np.ndarray], title: str, row_labels:
         middle = (left + grid.shape[1] / 2) / total_width
         figure.text(middle, 1 - (header - 8) / total_height, name, ha="center", va="bottom", color=INK, fontsize=11)
         left += grid.shape[1] + GAP
-    figure.savefig(path)
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
 
 
 def new_figure(height: int, title: str, score_line: str, width: int = WIDTH) -> Figure:

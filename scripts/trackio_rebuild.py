@@ -1,0 +1,83 @@
+#!/usr/bin/env python
+"""Rebuild runs in the local trackio dashboard from their metrics.jsonl, the record that is always whole.
+
+python scripts/trackio_rebuild.py my_run other_run
+python scripts/trackio_rebuild.py --all --output-dir outputs
+TRACKIO_DIR=/elsewhere python scripts/trackio_rebuild.py my_run
+
+What the dashboard has under a run's name is replaced, so doing it twice changes nothing; pictures come from samples/.
+"""
+
+import argparse
+import sqlite3
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from omegaconf import OmegaConf
+
+from training.errors import UserError
+from training.run_folder import RunFolder
+from training.trackio_tracker import TrackioTracker
+
+OWN = ("step", "elapsed_seconds")  # columns that metrics.jsonl has for itself
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        run(parse(arguments))
+    except UserError as error:
+        print(f"trackio_rebuild.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="names of runs")
+    parser.add_argument("--all", action="store_true", help="every run there is")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="where the runs are (default: outputs)")
+    parser.add_argument("--project", help="trackio project (default: the run's own)")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """UserError for a run that has no metrics, before any is rebuilt."""
+    place = options.output_dir / "runs"
+    names = sorted(path.parent.name for path in place.glob("*/metrics.jsonl")) if options.all else options.runs
+    if not names:
+        raise UserError(f"say which runs of {place}: their names, or --all for those that have a metrics.jsonl")
+    folders = [RunFolder(place / name) for name in names]
+    for folder in folders:
+        if not folder.metrics_path.is_file():
+            raise UserError(f"there is no {folder.metrics_path}; --output-dir names another place")
+    for folder in folders:
+        project, rows = rebuild(folder, options.project)
+        print(f"{folder.name}: {rows} rows in the project {project}")
+
+
+def rebuild(folder: RunFolder, project: str | None) -> tuple[str, int]:
+    """Write the run's rows and pictures anew; the project and the number of rows. UserError when trackio cannot."""
+    config = OmegaConf.to_container(OmegaConf.load(folder.config_path)) if folder.config_path.is_file() else {}
+    assert isinstance(config, dict)
+    project = project or str(config.get("trackio", {}).get("project", "denoising-zoo"))
+    tracker, rows = TrackioTracker(project), folder.read_metrics()
+    try:
+        tracker.start(folder.name, {str(key): value for key, value in config.items()}, folder.path, None, overwrite=True)
+        for row in rows:
+            tracker.log({name: value for name, value in row.items() if name not in OWN and value is not None}, row["step"])
+        for picture in sorted((folder.path / "samples").glob("step_*.png")):
+            if step := int(picture.stem.removeprefix("step_")):
+                tracker.log_image("samples", picture, step)
+        tracker.finish()
+    except (RuntimeError, OSError, sqlite3.Error) as error:
+        tracker.abandon()
+        raise UserError(
+            f"trackio did not take {folder.name}: {str(error).splitlines()[0]}; nothing is lost, try again"
+        ) from error
+    return project, len(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
