@@ -1,11 +1,17 @@
 """Before any test imports trackio: its files go to a temporary folder, never to the user's dashboard."""
 
+import io
 import os
+import pickle
 import random
+import struct
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -49,3 +55,69 @@ def restore_global_state() -> Iterator[None]:
     random.setstate(python)
     torch.set_rng_state(torch_state)
     torch.use_deterministic_algorithms(False)
+
+
+class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined]
+    """Pickles as Python 2 did in 2009: protocol 2, bytes as its strings, NumPy under its old name (see old_pickle)."""
+
+    dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+
+    def save_string(self, text: bytes) -> None:
+        short = len(text) < 256
+        self.write((b"U" + bytes([len(text)]) if short else b"T" + struct.pack("<i", len(text))) + text)
+        self.memoize(text)
+
+    dispatch[bytes] = save_string
+
+
+def old_pickle(value: Any) -> bytes:
+    stream = io.BytesIO()
+    Python2Pickler(stream, protocol=2).dump(value)
+    return stream.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+
+
+def cifar_batches(classes: int) -> dict[str, bytes]:
+    """The members of an official archive, each of a few pictures: 250 to train on and 60 to test."""
+    fine = classes == 100
+    folder = "cifar-100-python" if fine else "cifar-10-batches-py"
+    names = {"train": 250, "test": 60} if fine else {f"data_batch_{k}": 50 for k in range(1, 6)} | {"test_batch": 60}
+    members, random_state = {}, np.random.RandomState(0)
+    for name, rows in names.items():
+        labels = [(k * 7 + k // classes) % classes for k in range(rows)]
+        batch = {b"data": random_state.randint(0, 256, (rows, 3072), dtype=np.uint8), b"batch_label": name.encode()}
+        batch |= {b"fine_labels": labels, b"coarse_labels": [k // 5 for k in labels]} if fine else {b"labels": labels}
+        members[f"{folder}/{name}"] = old_pickle(batch)
+    return members
+
+
+def write_archive(file: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(file, "w:gz") as archive:
+        for name, content in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            archive.addfile(header, io.BytesIO(content))
+
+
+def write_cifar(place: Path, classes: int) -> dict[str, Any]:
+    write_archive(place / f"cifar-{classes}-python.tar.gz", cifar_batches(classes))
+    return {"root": str(place), "md5": None}
+
+
+WRITERS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "photos": lambda place: {"crops": 250, "held_out_crops": 60},
+    "cifar10": lambda place: write_cifar(place, 10),
+    "cifar100": lambda place: write_cifar(place, 100),
+}
+
+
+@pytest.fixture(scope="session")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """official(name): settings that make configs/dataloaders/<name>.yaml small, its files being in the official format."""
+    made: dict[str, dict[str, Any]] = {}
+
+    def settings(name: str) -> dict[str, Any]:
+        if name not in made:
+            made[name] = WRITERS[name](tmp_path_factory.mktemp(name)) if name in WRITERS else {}
+        return made[name]
+
+    return settings

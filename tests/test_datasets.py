@@ -1,7 +1,9 @@
 """The dataset contract, checked on every file in configs/dataloaders."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,8 +33,8 @@ def array_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def load(file: Path, array_file: Path) -> DictConfig:
-    """The group's config as a run sees it, without the node that only the run reads."""
+def load(file: Path, array_file: Path, settings: dict[str, Any] | None = None) -> DictConfig:
+    """The group's config as a run sees it, without the node that only the run reads and without augmentation."""
     OmegaConf.register_new_resolver("array_shape", lambda path: OmegaConf.create(array_shape(path)), replace=True)
     OmegaConf.register_new_resolver("array_classes", array_classes, replace=True)
     config = OmegaConf.load(file)
@@ -41,12 +43,13 @@ def load(file: Path, array_file: Path) -> DictConfig:
     assert needed <= set(config.pop("training")) <= needed | {"eval_every", "lr"}
     if OmegaConf.is_missing(config, "path"):
         config.path = str(array_file)
+    config.update((settings or {}) | ({"flip": False} if "flip" in config else {}))
     return config
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda file: file.stem, scope="module")
-def config(request: pytest.FixtureRequest, array_file: Path) -> DictConfig:
-    return load(request.param, array_file)
+def config(request: pytest.FixtureRequest, array_file: Path, official: Callable[[str], dict[str, Any]]) -> DictConfig:
+    return load(request.param, array_file, official(request.param.stem))
 
 
 @pytest.fixture(scope="module")

@@ -140,7 +140,7 @@ def adopt_model(config: dict[str, Any], path: Path) -> None:
         raise UserError(f"init_from={path} holds model={kind}, this run has model={wanted}; add model={kind}")
     typed = {override.key_or_group for override in parse_overrides(config["overrides"])}
     for key, value in stored["model"].items():
-        free = key in config["model"] and key not in (HANDED_ON, "state_shape", "num_classes")
+        free = key in config["model"] and key not in (HANDED_ON, "state_shape", "num_classes", "augment_dim")
         if free and f"model.{key}" not in typed and config["model"][key] != value:
             print(f"note: model.{key}={value}, as in {path} (the default here is {config['model'][key]})")
             config["model"][key] = value

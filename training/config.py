@@ -22,6 +22,7 @@ from dataloaders.array_header import array_classes, array_shape
 from training.errors import UserError
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+AUGMENT_PARAMETERS = 9  # of dataloaders.augmentation.parameters
 HANDED_ON = "training"  # a group's node of settings that other parts take from it; no constructor sees it
 
 
@@ -52,9 +53,14 @@ def conditional_classes(conditional: bool, num_classes: int) -> int:
     return num_classes if conditional else 0
 
 
+def augment_dim(probability: float) -> int:
+    """How many numbers the network is told of what the augmentation did to a picture."""
+    return AUGMENT_PARAMETERS if probability else 0
+
+
 def register_resolvers() -> None:
     """The functions that configs/ calls as ${name:argument}."""
-    for function in (vector_shape, image_shape, conditional_classes, array_classes):
+    for function in (vector_shape, image_shape, conditional_classes, array_classes, augment_dim):
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)
     OmegaConf.register_new_resolver("array_shape", lambda path: OmegaConf.create(array_shape(path)), replace=True)
 
