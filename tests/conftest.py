@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 TRACKIO_FOLDER = tempfile.TemporaryDirectory(prefix="trackio-tests-", ignore_cleanup_errors=True)
 os.environ["TRACKIO_DIR"] = TRACKIO_FOLDER.name
@@ -25,7 +26,7 @@ for remote in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "TRACKIO_STORAGE_MODE",
 SMALL = [
     "trackio.enabled=false", "device=cpu", "evaluation=loss_only", "evaluation.samples=64", "evaluation.final_samples=64",
     "model.width=16", "model.depth=2", "dataloaders.epoch_size=1000", "batch_size=128", "epochs=3", "log_every=2",
-    "solver.steps=4", "~callbacks.pictures",
+    "solver.steps=4", "num_workers=0", "~callbacks.pictures",
 ]  # fmt: skip
 
 
@@ -103,10 +104,86 @@ def write_cifar(place: Path, classes: int) -> dict[str, Any]:
     return {"root": str(place), "md5": None}
 
 
+def write_pictures(root: Path, names: list[str], sides: tuple[int, int] = (12, 10)) -> None:
+    """Small pictures, no two alike, in the format that their suffix says."""
+    random_state = np.random.RandomState(len(names))
+    for name in names:
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(random_state.randint(0, 256, (3, 4, 3), dtype=np.uint8))
+        coarse.resize(sides, Image.Resampling.BICUBIC).save(file)
+
+
+def write_tree(place: Path) -> dict[str, Any]:
+    """Two class folders, the pictures of one in a folder further down, in several formats."""
+    folders = [("b/deeper", ".png", 140), ("a", ".jpg", 140), ("a", ".bmp", 70)]
+    write_pictures(place, [f"{folder}/{k}{suffix}" for folder, suffix, count in folders for k in range(count)])
+    (place / "a" / "notes.txt").write_text("no picture")
+    (place / ".thumbnails").mkdir()
+    return {"root": str(place), "size": 8, "held_out_fraction": 0.3}
+
+
+def write_imagenet(place: Path) -> dict[str, Any]:
+    """Three class folders of 84 training pictures each, 81 of them held out in all."""
+    for part, count in (("train", 84), ("val", 27)):
+        write_pictures(
+            place / part, [f"n0{k}/n0{k}_{i}.JPEG" for k in (1443537, 1484850, 2) for i in range(count)], (20, 17)
+        )
+    return {"root": str(place), "size": 16}
+
+
+def write_celeba(place: Path, parts: tuple[int, ...] = (210, 5, 85)) -> dict[str, Any]:
+    """The three files of CelebA, pictures of 178 x 218 in JPEG."""
+    names = [f"{k:06d}.jpg" for k in range(1, sum(parts) + 1)]
+    write_pictures(place / "img_align_celeba", names, (178, 218))
+    of = [part for part, count in enumerate(parts) for _ in range(count)]
+    (place / "list_eval_partition.txt").write_text("".join(f"{n} {p}\n" for n, p in zip(names, of, strict=True)))
+    attributes = ["Bald", "Male", "Smiling"]
+    rows = [f"{n}  {' '.join('-1' if (k >> j) % 2 else ' 1' for j in range(3))}\n" for k, n in enumerate(names)]
+    (place / "list_attr_celeba.txt").write_text("".join([f"{len(names)}\n", " ".join(attributes) + " \n", *rows]))
+    return {"root": str(place), "size": 8}
+
+
+def write_vae(place: Path) -> Path:
+    """A random autoencoder of factor 8 and 4 latent channels, as diffusers saves it."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }  # fmt: skip
+    AutoencoderKL(**settings).save_pretrained(place)
+    return place
+
+
+def write_latents(place: Path) -> dict[str, Any]:
+    """A cache of the latents of such an ImageNet, in several shards, by the script that makes them."""
+    from scripts import cache_latents
+
+    (place / "pictures").mkdir()
+    settings = write_imagenet(place / "pictures")
+    words = [f"out={place / 'latents'}", "shard_rows=100", "batch_size=50", "num_workers=0", "device=cpu"]
+    words += ["dataloaders=imagenet_pixels", *(f"dataloaders.{key}={value}" for key, value in settings.items())]
+    assert cache_latents.main([*words, f"vae.path={write_vae(place / 'vae')}"]) == 0
+    return {"path": str(place / "latents")}
+
+
+def write_encoded(place: Path) -> dict[str, Any]:
+    (place / "pictures").mkdir()
+    settings = {f"images.{key}": value for key, value in write_imagenet(place / "pictures").items()}
+    return settings | {"state_shape": [4, 2, 2], "vae": {"path": str(write_vae(place / "vae"))}}
+
+
 WRITERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "photos": lambda place: {"crops": 250, "held_out_crops": 60},
     "cifar10": lambda place: write_cifar(place, 10),
     "cifar100": lambda place: write_cifar(place, 100),
+    "image_folder": write_tree,
+    "imagenet_pixels": write_imagenet,
+    "imagenet_encoded": write_encoded,
+    "imagenet": write_latents,
+    "celeba": write_celeba,
 }
 
 

@@ -21,7 +21,11 @@ from training.terms import named_terms
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("backends", "dataloaders", "evaluation", "losses", "models", "scripts", "solvers", "training", "visualizers")
-IMAGE_SETS, META_ABOVE = ("digits", "random_images", "photos", "cifar10", "cifar100"), 20_000_000
+IMAGE_SETS = (
+    "digits", "random_images", "photos", "cifar10", "cifar100", "image_folder", "celeba", "imagenet", "imagenet_pixels",
+    "imagenet_encoded",
+)  # fmt: skip
+META_ABOVE = 20_000_000
 
 
 @pytest.mark.parametrize("name", [*FOLDERS, "launcher", "train", "helpers_cfg"])
@@ -55,7 +59,10 @@ def companions(group: str, choice: str, tmp_path: Path, settings: dict[str, Any]
     if (group, choice) == ("guidance", "autoguidance"):
         return ["guidance.checkpoint=weak_last.pt"]
     if (group, choice) in [("dataloaders", name) for name in IMAGE_SETS]:
-        return ["model=cnn", *(f"dataloaders.{key}={'null' if v is None else v}" for key, v in (settings or {}).items())]
+        words, vae = dict(settings or {}), (settings or {}).get("vae")
+        words.pop("vae", None)
+        typed = [f"dataloaders.{key}={'null' if value is None else value}".replace(" ", "") for key, value in words.items()]
+        return ["model=cnn", *typed, *(["vae=stable_diffusion", f"vae.path={vae['path']}"] if vae else [])]
     if (group, choice) in [("loss", "reflow"), ("loss/coupling", "reflow")]:
         return ["loss.coupling.teacher=none.pt"]
     if (group, choice) == ("loss/time_sampler", "dyadic"):

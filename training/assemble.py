@@ -32,6 +32,7 @@ def build_dataset(config: dict[str, Any], device: torch.device) -> FlowDataset:
     dataset: FlowDataset = build(config["dataloaders"])
     if config["limit_data"]:
         dataset.epoch_size = min(dataset.epoch_size, config["limit_data"])
+    dataset.num_workers = config.get("num_workers", 0)
     return dataset.to(device)
 
 
