@@ -31,7 +31,28 @@ def split_unified_flow_matching_input(unified: Tensor) -> tuple[Tensor, Tensor]:
     return state, times[:, :, 0, 0] if unified.ndim == 4 else times
 
 
-Batch = tuple[Tensor, Tensor | None]  # states (B, *state_shape) and labels (B,) int64, or None without labels
+def join_label(classes: Tensor | None, parameters: Tensor) -> Tensor:
+    """One label (B, 1 + A) fp32 of classes (B,), 0 where there are none, and what an augmentation did, (B, A)."""
+    column = parameters.new_zeros(len(parameters), 1) if classes is None else classes[:, None].to(parameters)
+    return torch.cat([column, parameters], dim=1)
+
+
+def split_label(label: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Undo join_label: classes (B,) int64, and parameters (B, A) or None for a label that is classes alone."""
+    if label is None or label.ndim == 1:
+        return label, None
+    return label[:, 0].long(), label[:, 1:]
+
+
+def with_class(label: Tensor, number: int) -> Tensor:
+    """The label, (B,) or (B, 1 + A), with every class replaced by one."""
+    parameters = split_label(label)[1]
+    same = torch.full((len(label),), number, dtype=torch.int64, device=label.device)
+    return same if parameters is None else join_label(same, parameters)
+
+
+# States (B, *state_shape) and labels: classes (B,) int64, None without; (B, 1 + A) if an augmentation says what it did.
+Batch = tuple[Tensor, Tensor | None]
 
 
 class FlowDataset(ABC):
@@ -43,9 +64,11 @@ class FlowDataset(ABC):
     value_range: (low, high) of image values, None for vectors.
     epoch_size: training draws in an epoch, over all ranks.
     mixture: the closed-form density of the data where it is known (oracles need it), else None.
+    num_workers: processes that read ahead, for data that streams from disk; set before the first epoch.
     """
 
     mixture: GaussianMixture | None = None
+    num_workers: int = 0
 
     def __init__(
         self,

@@ -14,7 +14,8 @@ from training.errors import UserError
 class TensorDataset(FlowDataset):
     """Rows of one tensor, the training part first and the held-out part behind it.
 
-    Attributes (views of that tensor)
+    Attributes
+    states: (N, *state_shape) as stored: fp32, or uint8 for pictures, a quarter of the memory.
     train_states, held_out_states: (N, *state_shape) fp32.
     train_labels, held_out_labels: (N,) int64, or None when unlabelled.
     """
@@ -29,7 +30,7 @@ class TensorDataset(FlowDataset):
         num_classes: int = 0,
         value_range: Sequence[float] | None = None,
     ):
-        """states: (N, *state_shape). labels: (N,). held_out_rows: indices never trained on.
+        """states: (N, *state_shape), uint8 being pixels. labels: (N,). held_out_rows: indices never trained on.
 
         UserError when epoch_size is neither None nor N less these: an epoch visits each training row once.
         """
@@ -43,16 +44,16 @@ class TensorDataset(FlowDataset):
             )
         shape, limits = list(states.shape[1:]), None if value_range is None else list(value_range)
         super().__init__(shape, self.train_size, num_classes, limits)
-        self.states = states[rows].float().contiguous()
+        self.states = (states if states.dtype == torch.uint8 else states.float())[rows].contiguous()
         self.labels = None if labels is None else labels[rows].long()
 
     @property
     def train_states(self) -> Tensor:
-        return self.states[: self.train_size]
+        return as_states(self.states[: self.train_size])
 
     @property
     def held_out_states(self) -> Tensor:
-        return self.states[self.train_size :]
+        return as_states(self.states[self.train_size :])
 
     @property
     def train_labels(self) -> Tensor | None:
@@ -69,7 +70,7 @@ class TensorDataset(FlowDataset):
 
     def rows(self, index: Tensor) -> Batch:
         """The states and labels at `index` (B,), counted from the first training row."""
-        return self.states[index], None if self.labels is None else self.labels[index]
+        return as_states(self.states[index]), None if self.labels is None else self.labels[index]
 
     def epoch(
         self,
@@ -95,11 +96,16 @@ class TensorDataset(FlowDataset):
         shrink = min(1.0, len(self.states) / (first + second))
         first, second = max(1, int(first * shrink)), max(1, int(second * shrink))
         index = self.shuffle(len(self.states), generator)
-        return self.states[index[:first]], self.states[index[first:][:second]]
+        return as_states(self.states[index[:first]]), as_states(self.states[index[first:][:second]])
 
     @staticmethod
     def shuffle(count: int, generator: torch.Generator) -> Tensor:
         return torch.randperm(count, generator=generator, device=generator.device)
+
+
+def as_states(stored: Tensor) -> Tensor:
+    """Pixels 0 to 255 as states -1 to 1 in fp32; states as they are."""
+    return stored.float().div_(127.5).sub_(1) if stored.dtype == torch.uint8 else stored
 
 
 def stratified_rows(labels: Tensor | None, count: int, fraction: float, seed: int) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dataloaders.base_dataloaders import with_class
 from helpers_cfg import MeanFlowGuidance
 from losses.objective import FlowBatch, FlowObjective, SecondTime, expand_time
 from losses.total_derivative import DerivativeObjective
@@ -48,11 +49,12 @@ class MeanFlowLoss(DerivativeObjective):
         """v_c (B, ...), or with guidance its guided form on the rows that have a label."""
         if self.guidance is None or batch.label is None:
             return batch.conditional_velocity
-        null = torch.full_like(batch.label, self.network.num_classes)
+        null = with_class(batch.label, self.network.num_classes)
         with self.frozen():
             v_label, v_null = (self.velocity(batch.input, batch.r, label) for label in (batch.label, null))
         guided = self.guidance.target(batch.conditional_velocity, v_label, v_null, batch.r)
-        return torch.where(expand_time(batch.label == null, guided).bool(), batch.conditional_velocity, guided)
+        hidden = (batch.label == null).reshape(len(null), -1).all(1)
+        return torch.where(expand_time(hidden, guided).bool(), batch.conditional_velocity, guided)
 
 
 class ImprovedMeanFlowLoss(MeanFlowLoss):

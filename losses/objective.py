@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from dataloaders.base_dataloaders import make_unified_flow_matching_input
+from dataloaders.base_dataloaders import make_unified_flow_matching_input, with_class
 from losses.couplings import Coupling
 from losses.paths import ProbabilityPath
 from losses.predictions import Prediction
@@ -126,13 +126,15 @@ class FlowObjective(nn.Module, ABC):
         )  # fmt: skip
 
     def drop_labels(self, label: Tensor | None, generator: torch.Generator) -> Tensor | None:
-        """Labels the network may see: None for an unconditional network, a share of them nulled for a conditional one."""
-        if label is None or self.network.num_classes == 0:
+        """Labels the network may see: a share of the classes nulled for a conditional network, none for an unconditional
+        one, which yet hears of an augmentation."""
+        classes = self.network.num_classes
+        if label is None or (classes == 0 and label.ndim == 1):
             return None
-        if self.label_dropout == 0:
+        if self.label_dropout == 0 or classes == 0:
             return label
         dropped = torch.rand(len(label), generator=generator, device=label.device) < self.label_dropout
-        return torch.where(dropped, self.network.num_classes, label)
+        return torch.where(dropped.reshape(-1, *(1,) * (label.ndim - 1)), with_class(label, classes), label)
 
     def unified(self, z: Tensor, r: Tensor, t: Tensor) -> Tensor:
         """The network's input for states z (B, ...) at times r headed to t, scalars or (B,)."""

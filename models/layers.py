@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dataloaders.base_dataloaders import split_label
+
 
 class TimeFeatures(nn.Module):
     """Fourier features of the two times: t, sin(w t), cos(w t) for each angular frequency w.
@@ -71,20 +73,25 @@ class Conditioning(nn.Module):
     """What modulates a network's blocks: SiLU of an embedding of both times plus, if conditional, one of the class.
 
     times (B, 2), label (B,) or None -> (B, width). In fp32 whatever the autocast: bf16 would not tell close times apart.
+    augment_dim: parameters of an augmentation that a label (B, 1 + augment_dim) carries; a label without is as all zero.
     """
 
-    def __init__(self, num_classes: int, width: int, frequencies: list[float]):
+    def __init__(self, num_classes: int, width: int, frequencies: list[float], augment_dim: int = 0):
         super().__init__()
         self.features = TimeFeatures(frequencies)
         self.time = nn.Sequential(nn.Linear(self.features.width, width), nn.SiLU(), nn.Linear(width, width))
         self.label = ClassEmbedding(num_classes, width) if num_classes else None
+        self.augmentation = nn.Linear(augment_dim, width, bias=False) if augment_dim else None
 
     def forward(self, times: Tensor, label: Tensor | None = None) -> Tensor:
         device = "cpu" if times.is_meta else times.device.type  # meta has no autocast to switch off
         with torch.autocast(device, enabled=False):
             embedding = self.time(self.features(times))
+            classes, parameters = split_label(label)
             if self.label is not None:
-                embedding = embedding + self.label.rows(label, len(times))
+                embedding = embedding + self.label.rows(classes, len(times))
+            if self.augmentation is not None and parameters is not None:
+                embedding = embedding + self.augmentation(parameters)
             return F.silu(embedding)
 
 

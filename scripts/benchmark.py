@@ -7,6 +7,7 @@
 
     python scripts/benchmark.py --preset jvp               # what MeanFlow's derivative costs, by engine and share
     python scripts/benchmark.py --preset jvp --and compile=true   # words for every row
+    python scripts/benchmark.py --preset data --steps 5    # what feeding a step costs: device, files, cached latents
 
 Each argument is one row: launcher overrides in quotes. Rounds are interleaved (row 1, row 2, row 1, ...), so a machine that
 slows down slows all rows; figures are medians over rounds. gflop: floating-point operations of a step (matrix products and
@@ -18,6 +19,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.loader_benchmark import data_preset, loader_rates
 from training.errors import UserError
 
 COLUMNS = ("step_ms", "data_ms", "data_share", "train_samples_per_second", "generated_per_second", "peak_memory_mb", "gflop")
@@ -40,6 +43,13 @@ def jvp_preset() -> dict[str, list[str]]:
     flow = ["loss=mse loss.second_time=state loss.training.time_frequencies=[1,2,4]"]
     engines = [f"loss=meanflow loss.time_sampler.ratio={share} loss.jvp={e}" for e in ENGINES for share in ("0.25", "1.0")]
     return {name: [f"{model} {loss}" for loss in flow + engines] for name, model in JVP_MODELS.items()}
+
+
+def tables_of(preset: str | None, rows: list[str], place: Path) -> dict[str, list[str]]:
+    """The rows of each table, by its title; files that a preset needs are written below `place`."""
+    if preset == "data":
+        return data_preset(place)
+    return jvp_preset() if preset else {"": rows}
 
 
 class Contestant:
@@ -160,7 +170,7 @@ def main(words: list[str]) -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", default=[""], help="launcher overrides, one quoted argument a row")
-    parser.add_argument("--preset", choices=["jvp"], help="rows made ready, instead of your own")
+    parser.add_argument("--preset", choices=["jvp", "data"], help="rows made ready, instead of your own")
     parser.add_argument("--and", dest="common", default="", help="launcher overrides that every row gets")
     parser.add_argument("--rounds", type=int, default=10, help="counted rounds of each row")
     parser.add_argument("--steps", type=int, default=20, help="training steps in a round")
@@ -169,12 +179,17 @@ def main(words: list[str]) -> int:
     try:
         if options.rounds < 1 or options.steps < 1:
             raise UserError("--rounds and --steps take whole numbers of at least 1")
-        tables = jvp_preset() if options.preset else {"": options.rows}
         results = []
-        for title, rows in tables.items():
-            found = benchmark([f"{row} {options.common}".strip() for row in rows], options.rounds, options.steps)
-            print((f"\n{title}\n" if title else "") + markdown(found), flush=True)
-            results += found
+        with tempfile.TemporaryDirectory(prefix="benchmark-") as place:
+            for title, rows in tables_of(options.preset, options.rows, Path(place)).items():
+                found = benchmark([f"{row} {options.common}".strip() for row in rows], options.rounds, options.steps)
+                print((f"\n{title}\n" if title else "") + markdown(found), flush=True)
+                results += found
+            if options.preset == "data":
+                rates = loader_rates(Path(place))
+                results.append({"row": "loaders alone, rows a second on one core", **rates})
+                print("\nloaders alone, one core\n| rows a second | |\n|---|---|")
+                print("\n".join(f"| {name} | {value:,.0f} |" for name, value in rates.items()), flush=True)
     except UserError as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 1

@@ -1,13 +1,20 @@
 """Before any test imports trackio: its files go to a temporary folder, never to the user's dashboard."""
 
+import io
 import os
+import pickle
 import random
+import struct
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 TRACKIO_FOLDER = tempfile.TemporaryDirectory(prefix="trackio-tests-", ignore_cleanup_errors=True)
 os.environ["TRACKIO_DIR"] = TRACKIO_FOLDER.name
@@ -19,7 +26,7 @@ for remote in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "TRACKIO_STORAGE_MODE",
 SMALL = [
     "trackio.enabled=false", "device=cpu", "evaluation=loss_only", "evaluation.samples=64", "evaluation.final_samples=64",
     "model.width=16", "model.depth=2", "dataloaders.epoch_size=1000", "batch_size=128", "epochs=3", "log_every=2",
-    "solver.steps=4", "~callbacks.pictures",
+    "solver.steps=4", "num_workers=0", "~callbacks.pictures",
 ]  # fmt: skip
 
 
@@ -49,3 +56,145 @@ def restore_global_state() -> Iterator[None]:
     random.setstate(python)
     torch.set_rng_state(torch_state)
     torch.use_deterministic_algorithms(False)
+
+
+class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined]
+    """Pickles as Python 2 did in 2009: protocol 2, bytes as its strings, NumPy under its old name (see old_pickle)."""
+
+    dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+
+    def save_string(self, text: bytes) -> None:
+        short = len(text) < 256
+        self.write((b"U" + bytes([len(text)]) if short else b"T" + struct.pack("<i", len(text))) + text)
+        self.memoize(text)
+
+    dispatch[bytes] = save_string
+
+
+def old_pickle(value: Any) -> bytes:
+    stream = io.BytesIO()
+    Python2Pickler(stream, protocol=2).dump(value)
+    return stream.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+
+
+def cifar_batches(classes: int) -> dict[str, bytes]:
+    """The members of an official archive, each of a few pictures: 250 to train on and 60 to test."""
+    fine = classes == 100
+    folder = "cifar-100-python" if fine else "cifar-10-batches-py"
+    names = {"train": 250, "test": 60} if fine else {f"data_batch_{k}": 50 for k in range(1, 6)} | {"test_batch": 60}
+    members, random_state = {}, np.random.RandomState(0)
+    for name, rows in names.items():
+        labels = [(k * 7 + k // classes) % classes for k in range(rows)]
+        batch = {b"data": random_state.randint(0, 256, (rows, 3072), dtype=np.uint8), b"batch_label": name.encode()}
+        batch |= {b"fine_labels": labels, b"coarse_labels": [k // 5 for k in labels]} if fine else {b"labels": labels}
+        members[f"{folder}/{name}"] = old_pickle(batch)
+    return members
+
+
+def write_archive(file: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(file, "w:gz") as archive:
+        for name, content in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            archive.addfile(header, io.BytesIO(content))
+
+
+def write_cifar(place: Path, classes: int) -> dict[str, Any]:
+    write_archive(place / f"cifar-{classes}-python.tar.gz", cifar_batches(classes))
+    return {"root": str(place), "md5": None}
+
+
+def write_pictures(root: Path, names: list[str], sides: tuple[int, int] = (12, 10)) -> None:
+    """Small pictures, no two alike, in the format that their suffix says."""
+    random_state = np.random.RandomState(len(names))
+    for name in names:
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(random_state.randint(0, 256, (3, 4, 3), dtype=np.uint8))
+        coarse.resize(sides, Image.Resampling.BICUBIC).save(file)
+
+
+def write_tree(place: Path) -> dict[str, Any]:
+    """Two class folders, the pictures of one in a folder further down, in several formats."""
+    folders = [("b/deeper", ".png", 140), ("a", ".jpg", 140), ("a", ".bmp", 70)]
+    write_pictures(place, [f"{folder}/{k}{suffix}" for folder, suffix, count in folders for k in range(count)])
+    (place / "a" / "notes.txt").write_text("no picture")
+    (place / ".thumbnails").mkdir()
+    return {"root": str(place), "size": 8, "held_out_fraction": 0.3}
+
+
+def write_imagenet(place: Path) -> dict[str, Any]:
+    """Three class folders of 84 training pictures each, 81 of them held out in all."""
+    for part, count in (("train", 84), ("val", 27)):
+        write_pictures(
+            place / part, [f"n0{k}/n0{k}_{i}.JPEG" for k in (1443537, 1484850, 2) for i in range(count)], (20, 17)
+        )
+    return {"root": str(place), "size": 16}
+
+
+def write_celeba(place: Path, parts: tuple[int, ...] = (210, 5, 85)) -> dict[str, Any]:
+    """The three files of CelebA, pictures of 178 x 218 in JPEG."""
+    names = [f"{k:06d}.jpg" for k in range(1, sum(parts) + 1)]
+    write_pictures(place / "img_align_celeba", names, (178, 218))
+    of = [part for part, count in enumerate(parts) for _ in range(count)]
+    (place / "list_eval_partition.txt").write_text("".join(f"{n} {p}\n" for n, p in zip(names, of, strict=True)))
+    attributes = ["Bald", "Male", "Smiling"]
+    rows = [f"{n}  {' '.join('-1' if (k >> j) % 2 else ' 1' for j in range(3))}\n" for k, n in enumerate(names)]
+    (place / "list_attr_celeba.txt").write_text("".join([f"{len(names)}\n", " ".join(attributes) + " \n", *rows]))
+    return {"root": str(place), "size": 8}
+
+
+def write_vae(place: Path) -> Path:
+    """A random autoencoder of factor 8 and 4 latent channels, as diffusers saves it."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }  # fmt: skip
+    AutoencoderKL(**settings).save_pretrained(place)
+    return place
+
+
+def write_latents(place: Path) -> dict[str, Any]:
+    """A cache of the latents of such an ImageNet, in several shards, by the script that makes them."""
+    from scripts import cache_latents
+
+    (place / "pictures").mkdir()
+    settings = write_imagenet(place / "pictures")
+    words = [f"out={place / 'latents'}", "shard_rows=100", "batch_size=50", "num_workers=0", "device=cpu"]
+    words += ["dataloaders=imagenet_pixels", *(f"dataloaders.{key}={value}" for key, value in settings.items())]
+    assert cache_latents.main([*words, f"vae.path={write_vae(place / 'vae')}"]) == 0
+    return {"path": str(place / "latents")}
+
+
+def write_encoded(place: Path) -> dict[str, Any]:
+    (place / "pictures").mkdir()
+    settings = {f"images.{key}": value for key, value in write_imagenet(place / "pictures").items()}
+    return settings | {"state_shape": [4, 2, 2], "vae": {"path": str(write_vae(place / "vae"))}}
+
+
+WRITERS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "photos": lambda place: {"crops": 250, "held_out_crops": 60},
+    "cifar10": lambda place: write_cifar(place, 10),
+    "cifar100": lambda place: write_cifar(place, 100),
+    "image_folder": write_tree,
+    "imagenet_pixels": write_imagenet,
+    "imagenet_encoded": write_encoded,
+    "imagenet": write_latents,
+    "celeba": write_celeba,
+}
+
+
+@pytest.fixture(scope="session")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """official(name): settings that make configs/dataloaders/<name>.yaml small, its files being in the official format."""
+    made: dict[str, dict[str, Any]] = {}
+
+    def settings(name: str) -> dict[str, Any]:
+        if name not in made:
+            made[name] = WRITERS[name](tmp_path_factory.mktemp(name)) if name in WRITERS else {}
+        return made[name]
+
+    return settings

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,11 @@ from training.terms import named_terms
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("backends", "dataloaders", "evaluation", "losses", "models", "scripts", "solvers", "training", "visualizers")
-IMAGE_SETS, META_ABOVE = ("digits", "random_images"), 20_000_000
+IMAGE_SETS = (
+    "digits", "random_images", "photos", "cifar10", "cifar100", "image_folder", "celeba", "imagenet", "imagenet_pixels",
+    "imagenet_encoded",
+)  # fmt: skip
+META_ABOVE = 20_000_000
 
 
 @pytest.mark.parametrize("name", [*FOLDERS, "launcher", "train", "helpers_cfg"])
@@ -44,8 +49,8 @@ def test_house_rules():
         assert path.name == "trackers.py" or not re.search(r"except( Exception)?:", text), path
 
 
-def companions(group: str, choice: str, tmp_path: Path) -> list[str]:
-    """Overrides that a choice cannot do without."""
+def companions(group: str, choice: str, tmp_path: Path, settings: dict[str, Any] | None = None) -> list[str]:
+    """Overrides that a choice cannot do without; settings: those of its data."""
     if group == "dataloaders" and choice == "array":
         import numpy as np
 
@@ -54,7 +59,10 @@ def companions(group: str, choice: str, tmp_path: Path) -> list[str]:
     if (group, choice) == ("guidance", "autoguidance"):
         return ["guidance.checkpoint=weak_last.pt"]
     if (group, choice) in [("dataloaders", name) for name in IMAGE_SETS]:
-        return ["model=cnn"]
+        words, vae = dict(settings or {}), (settings or {}).get("vae")
+        words.pop("vae", None)
+        typed = [f"dataloaders.{key}={'null' if value is None else value}".replace(" ", "") for key, value in words.items()]
+        return ["model=cnn", *typed, *(["vae=stable_diffusion", f"vae.path={vae['path']}"] if vae else [])]
     if (group, choice) in [("loss", "reflow"), ("loss/coupling", "reflow")]:
         return ["loss.coupling.teacher=none.pt"]
     if (group, choice) == ("loss/time_sampler", "dyadic"):
@@ -75,8 +83,9 @@ EVERY_CHOICE = [(group, choice) for group, choices in groups().items() for choic
 
 
 @pytest.mark.parametrize(("group", "choice"), EVERY_CHOICE, ids=[f"{g}={c}" for g, c in EVERY_CHOICE])
-def test_every_choice_composes_and_builds(group, choice, tmp_path):
-    overrides = ["run_name=x", f"{group}={choice}", *companions(group, choice, tmp_path)]
+def test_every_choice_composes_and_builds(group, choice, tmp_path, official):
+    settings = official(choice) if group == "dataloaders" else {}
+    overrides = ["run_name=x", f"{group}={choice}", *companions(group, choice, tmp_path, settings)]
     config = resolved(compose_config(overrides))
     with torch.device("meta"):
         large = build(config["model"]).parameter_count() > META_ABOVE
@@ -94,13 +103,14 @@ DATA = groups()["dataloaders"]
 
 
 @pytest.mark.parametrize("dataset", DATA)
-def test_every_dataset_trains_two_steps_and_is_sampled(dataset, small_run, tmp_path):
-    extra = companions("dataloaders", dataset, tmp_path)
+def test_every_dataset_trains_two_steps_and_is_sampled(dataset, small_run, tmp_path, official):
+    extra = companions("dataloaders", dataset, tmp_path, official(dataset))
     words = [f"dataloaders={dataset}", *extra, "max_steps=2"]
     if dataset == "array":
         words.append("dataloaders.epoch_size=null")
     if dataset in IMAGE_SETS:  # finite: an epoch is all of it
-        words.append(f"dataloaders.epoch_size={OmegaConf.load(CONFIG_DIR / f'dataloaders/{dataset}.yaml').epoch_size}")
+        size = OmegaConf.load(CONFIG_DIR / f"dataloaders/{dataset}.yaml").epoch_size
+        words.append(f"dataloaders.epoch_size={'null' if size is None else size}")
     folder = small_run("x", *words)
     assert (folder / "runs/x/status.json").exists()
 

@@ -34,6 +34,7 @@ def build_dataset(config: dict[str, Any], device: torch.device) -> FlowDataset:
     dataset: FlowDataset = build(config["dataloaders"])
     if config["limit_data"]:
         dataset.epoch_size = min(dataset.epoch_size, config["limit_data"])
+    dataset.num_workers = config.get("num_workers", 0)
     return dataset.to(device)
 
 
@@ -169,7 +170,7 @@ def adopt_model(config: dict[str, Any], path: Path) -> None:
         raise UserError(f"init_from={path} holds model={kind}, this run has model={wanted}; add model={kind}")
     typed = {override.key_or_group for override in parse_overrides(config["overrides"])}
     for key, value in stored["model"].items():
-        free = key in config["model"] and key not in (HANDED_ON, "state_shape", "num_classes")
+        free = key in config["model"] and key not in (HANDED_ON, "state_shape", "num_classes", "augment_dim")
         if free and f"model.{key}" not in typed and config["model"][key] != value:
             print(f"note: model.{key}={value}, as in {path} (the default here is {config['model'][key]})")
             config["model"][key] = value

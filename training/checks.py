@@ -116,6 +116,11 @@ def check_contradictions(config: dict[str, Any]) -> None:
         raise UserError("resume and overwrite contradict each other; give one of them")
     if config["resume"] and config["init_from"]:
         raise UserError("resume and init_from contradict each other: a resumed run has its own weights; give one of them")
+    if has(config, "dataloaders.augment") and lookup(config, "dataloaders.augment") and not has(config, "model.augment_dim"):
+        raise UserError(
+            "dataloaders.augment turns and stretches pictures, and this model cannot be told of it and would draw them so; "
+            "use model=unet or model=unet_small, or dataloaders.augment=0"
+        )
 
     if config["resume"] or config["eval_checkpoint"]:
         return

@@ -6,6 +6,7 @@ unknown key, a wrong type or a value out of range becomes one sentence that name
 
 import difflib
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dataloaders.array_header import array_classes, array_shape
+from dataloaders.picture_files import attribute_classes, folder_classes, imagenet_classes, latent_classes, latent_shape
 from training.errors import UserError
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+AUGMENT_PARAMETERS = 9  # of dataloaders.augmentation.parameters
 HANDED_ON = "training"  # a group's node of settings that other parts take from it; no constructor sees it
 
 
@@ -53,11 +56,25 @@ def conditional_classes(conditional: bool, num_classes: int) -> int:
     return num_classes if conditional else 0
 
 
+def augment_dim(probability: float) -> int:
+    """How many numbers the network is told of what the augmentation did to a picture."""
+    return AUGMENT_PARAMETERS if probability else 0
+
+
 def register_resolvers() -> None:
     """The functions that configs/ calls as ${name:argument}."""
-    for function in (vector_shape, image_shape, conditional_classes, array_classes):
+    for function in (
+        vector_shape, image_shape, conditional_classes, array_classes, augment_dim, folder_classes, imagenet_classes,
+        attribute_classes, latent_classes,
+    ):  # fmt: skip
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)
-    OmegaConf.register_new_resolver("array_shape", lambda path: OmegaConf.create(array_shape(path)), replace=True)
+    for shape in (array_shape, latent_shape):
+        OmegaConf.register_new_resolver(shape.__name__, as_list(shape), replace=True)
+
+
+def as_list(shape: Callable[[str], list[int]]) -> Callable[[str], Any]:
+    """The function with its result as configurations hold lists."""
+    return lambda path: OmegaConf.create(shape(path))
 
 
 def groups() -> dict[str, list[str]]:

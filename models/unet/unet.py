@@ -115,7 +115,8 @@ class UNet(VelocityModel):
     arXiv 2105.05233, eq. 6). (B, C + 2, H, W) -> (B, C, H, W).
     width: channels at full resolution, times each level's multiplier. blocks: on each level's way down, one more up.
     attention_up_to: the longest side, in pixels, of levels with self-attention. embedding: width of the time and class
-    embedding. UserError for sides that do not halve evenly, or channels that are no multiples of 8.
+    embedding. augment_dim: see Conditioning. UserError for sides that do not halve evenly, or channels that are no
+    multiples of 8.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class UNet(VelocityModel):
         embedding: int = 384,
         time_frequencies: list[float] | None = None,
         dropout: float = 0.1,
+        augment_dim: int = 0,
     ):
         super().__init__()
         channels, *sides = state_shape
@@ -136,7 +138,7 @@ class UNet(VelocityModel):
         check_pyramid(sides, widths)
         attention = [max(sides) // 2**level <= attention_up_to for level in range(len(widths))]
         self.num_classes = num_classes
-        self.conditioning = Conditioning(num_classes, embedding, list(time_frequencies or []))
+        self.conditioning = Conditioning(num_classes, embedding, list(time_frequencies or []), augment_dim)
         self.stem = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.pyramid = Level(widths, attention, blocks, embedding, dropout)
         self.norm = GroupNorm(widths[0] // GROUP_CHANNELS, widths[0])

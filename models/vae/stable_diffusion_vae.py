@@ -43,6 +43,17 @@ class StableDiffusionVAE(nn.Module):
 
         UserError for sides that are no multiples of 8.
         """
+        mean, std = self.moments(images)
+        if generator is None:
+            return mean
+        return mean + std * torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, (B, 4, H/8, W/8) each, of the latents of images (B, 3, H, W) in [-1, 1].
+
+        UserError for sides that are no multiples of 8.
+        """
         height, width = images.shape[2:]
         if height % self.factor or width % self.factor:
             raise UserError(
@@ -50,12 +61,9 @@ class StableDiffusionVAE(nn.Module):
                 f"{height}x{width}; crop or resize them to multiples of {self.factor}"
             )
         parts = images.split(self.rows(height * width))
-        moments = [self.autoencoder.encode(part).latent_dist for part in parts]
-        z = torch.cat([moment.mean for moment in moments])
-        if generator is not None:
-            noise = torch.randn(z.shape, generator=generator, device=generator.device).to(z)
-            z = z + torch.cat([moment.std for moment in moments]) * noise
-        return self.scale * (z - self.shift)
+        posteriors = [self.autoencoder.encode(part).latent_dist for part in parts]
+        mean = torch.cat([posterior.mean for posterior in posteriors])
+        return self.scale * (mean - self.shift), self.scale * torch.cat([posterior.std for posterior in posteriors])
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -1,0 +1,81 @@
+"""Any tree of pictures, and ImageNet's among them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Unpack
+
+import numpy as np
+
+from dataloaders.augmentation import AugmentationOptions
+from dataloaders.image_stream import Crop, ImageStream, PictureReader, require_crop
+from dataloaders.picture_files import class_folders, imagenet_classes, list_pictures
+from dataloaders.tensor_dataset import stratified_rows
+from training.errors import UserError
+
+
+class ImageFolder(ImageStream):
+    """Pictures below a folder; the folders in it are the classes, or there are none where pictures lie in it directly.
+
+    A share of each class is held out, the same files in every run, or another tree of the same classes.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        size: int,
+        num_classes: int,
+        state_shape: Sequence[int],
+        crop: Crop = "resized",
+        channels: int = 3,
+        held_out_fraction: float = 0.1,
+        held_out_root: str | None = None,
+        held_out_most: int = 10_000,
+        epoch_size: int | None = None,
+        value_range: Sequence[float] = (-1.0, 1.0),
+        **augmentation: Unpack[AugmentationOptions],
+    ):
+        """size, crop, channels: see PictureReader. held_out_most: pictures that are kept in memory to evaluate on.
+
+        UserError for folders that are missing or differ, and for unfit values.
+        """
+        require_crop(size, crop, channels)
+        place = Path(root).expanduser()
+        classes = class_folders(place)
+        everything = labelled(place, classes, size, crop, channels)
+        if held_out_root is not None:
+            other = Path(held_out_root).expanduser()
+            if class_folders(other) != classes:
+                raise UserError(f"{other} has other class folders than {place}; it needs the same ones to be held out")
+            train, unseen = everything, labelled(other, classes, size, crop, channels)
+            rows = np.arange(len(unseen))
+        else:
+            if not 0 < held_out_fraction < 1 or len(everything) < 2:
+                raise UserError(
+                    f"dataloaders.held_out_fraction={held_out_fraction} of the {len(everything)} pictures in {place} cannot "
+                    "be held out; give a number between 0 and 1, and 2 pictures or more"
+                )
+            rows = stratified_rows(everything.labels, len(everything), held_out_fraction, seed=0).numpy()
+            train, unseen = everything.subset(np.setdiff1d(np.arange(len(everything)), rows), crop), everything
+        chosen = np.sort(rows[np.random.RandomState(0).permutation(len(rows))[:held_out_most]])
+        super().__init__(
+            train, unseen.subset(chosen, "resized" if crop == "random" else crop), state_shape=state_shape,
+            num_classes=num_classes, classes=len(classes), value_range=value_range, epoch_size=epoch_size, **augmentation,
+        )  # fmt: skip
+
+
+class ImageNet(ImageFolder):
+    """ILSVRC 2012 with a folder for each class: root/train/<class>/*.JPEG, and root/val/<class>/*.JPEG held out."""
+
+    def __init__(self, root: str, **settings: object):
+        """root: the folder of both. settings: as for ImageFolder. UserError when one is missing."""
+        imagenet_classes(root)
+        place = Path(root).expanduser()
+        super().__init__(str(place / "train"), held_out_root=str(place / "val"), **settings)  # type: ignore[arg-type]
+
+
+def labelled(root: Path, classes: list[str], size: int, crop: Crop, channels: int) -> PictureReader:
+    """A reader of all pictures below `root`, the class of each being the folder it lies in."""
+    names = list_pictures(root)
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = [numbers[name.partition("/")[0]] for name in names] if classes else None
+    return PictureReader(root, names, labels, size, crop, channels)

@@ -1,0 +1,99 @@
+"""Latents of pictures, encoded once by scripts/cache_latents.py and read from memory-mapped shards."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataloaders.picture_files import latent_manifest
+from dataloaders.stream import Read, Reader, Rows, StreamDataset
+from training.errors import UserError
+
+
+class LatentReader(Reader):
+    """Moments of one part of a cache: number 2 k is picture k, 2 k + 1 the same mirrored, (2, C, h, w) fp16 each."""
+
+    def __init__(self, folder: Path, shards: list[dict[str, Any]], shape: Sequence[int], rows: np.ndarray | None = None):
+        """shards: as in the manifest. rows: the pictures that are read, None for all. UserError for missing files."""
+        self.files = [folder / shard["file"] for shard in shards]
+        for file, shard in zip(self.files, shards, strict=True):
+            if not file.is_file() or file.stat().st_size != shard["bytes"]:
+                raise UserError(
+                    f"{file} is missing or cut short; give the command that made it again, and it mends the cache"
+                )
+        self.shape, self.rows = tuple(shape), rows
+        self.begins = np.cumsum([0, *(shard["rows"] for shard in shards)])
+        self.labels: Tensor | None = torch.from_numpy(
+            np.concatenate([np.load(folder / s["labels"], allow_pickle=False) for s in shards])
+        )
+        self.maps: list[np.ndarray] | None = None  # opened by the process that reads
+
+    def __len__(self) -> int:
+        return int(self.begins[-1]) if self.rows is None else len(self.rows)
+
+    def __getitem__(self, rows: Rows) -> Read:
+        if self.maps is None:
+            self.maps = [np.load(file, mmap_mode="r", allow_pickle=False) for file in self.files]
+            self.maps = [shard.reshape(2 * len(shard), -1) for shard in self.maps]
+        row, mirrored = np.divmod(np.asarray(rows.numbers, dtype=np.int64), 2)
+        row = row if self.rows is None else self.rows[row]
+        shard = np.searchsorted(self.begins, row, side="right") - 1
+        place = 2 * (row - self.begins[shard]) + mirrored
+        moments = np.empty((len(row), 2, *self.shape), dtype=np.float16)
+        flat = moments.reshape(len(row), -1)
+        for k, (s, p) in enumerate(zip(shard.tolist(), place.tolist(), strict=True)):
+            flat[k] = self.maps[s][p]
+        labels = None if self.labels is None else self.labels[torch.from_numpy(row)]
+        return Read(torch.from_numpy(moments), labels, [])
+
+
+class LatentCache(StreamDataset):
+    """Latents (C, h, w), drawn afresh from their moments each time, half of them of mirrored pictures."""
+
+    def __init__(
+        self,
+        path: str,
+        state_shape: Sequence[int],
+        num_classes: int,
+        flip: bool = True,
+        sample: bool = True,
+        held_out_most: int = 10_000,
+        epoch_size: int | None = None,
+        value_range: Sequence[float] | None = None,
+    ):
+        """path: a folder that scripts/cache_latents.py has filled. flip: mirror half. sample: false serves the means.
+
+        held_out_most: latents kept in memory to evaluate on. UserError for a folder that is not whole or not as described.
+        """
+        manifest, folder = latent_manifest(path), Path(path).expanduser()
+        if list(state_shape) != manifest["shape"] or num_classes != manifest["num_classes"] or value_range is not None:
+            raise UserError(
+                f"{folder} holds latents of shape {manifest['shape']} in {manifest['num_classes']} classes and no range; "
+                "leave dataloaders.state_shape, num_classes and value_range to be found out"
+            )
+        if epoch_size is not None:
+            raise UserError("an epoch is all training latents; leave dataloaders.epoch_size out, limit_data shortens it")
+        parts = {part: [s for s in manifest["shards"] if s["part"] == part] for part in ("train", "held_out")}
+        unseen = sum(shard["rows"] for shard in parts["held_out"])
+        chosen = np.sort(np.random.RandomState(0).permutation(unseen)[:held_out_most])
+        train = LatentReader(folder, parts["train"], state_shape)
+        held_out = LatentReader(folder, parts["held_out"], state_shape, chosen)
+        super().__init__(train, held_out, list(state_shape), num_classes, None)
+        self.flip, self.sample = flip, sample
+        if not num_classes:
+            train.labels = held_out.labels = None
+
+    def chosen(self, rows: Tensor, order: torch.Generator) -> Tensor:
+        return 2 * rows + (torch.randint(2, rows.shape, generator=order) if self.flip else 0)
+
+    def held_out_numbers(self) -> list[int]:
+        return list(range(0, 2 * len(self.unseen), 2))
+
+    def states(self, stored: Tensor, generator: torch.Generator) -> Tensor:
+        mean, std = stored.unbind(1)
+        if not self.sample:
+            return mean.float()
+        return torch.randn(mean.shape, generator=generator, device=generator.device).mul_(std).add_(mean)

@@ -1,0 +1,78 @@
+"""Pieces of the two photographs that scikit-learn ships: real pictures without any download."""
+
+from collections.abc import Sequence
+from typing import Unpack
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataloaders.augmentation import AugmentationOptions
+from dataloaders.image_tensor import ImageTensor
+from training.errors import UserError
+
+SIDE = 32
+CELL = 48  # pixels a side of the cells that are held out
+
+
+class Photos(ImageTensor):
+    """32 x 32 pieces of a temple (label 0) and of a dahlia (label 1), 427 x 640 pixels each, at random places.
+
+    Each photograph is a board of cells of 48 x 48 pixels. Every fifth, scattered, is held out: held-out pieces lie inside
+    one, and no training piece touches any. The pieces are the same in every run.
+    """
+
+    def __init__(
+        self,
+        crops: int = 10_000,
+        held_out_crops: int = 2_000,
+        state_shape: Sequence[int] = (3, SIDE, SIDE),
+        epoch_size: int | None = None,
+        num_classes: int = 2,
+        value_range: Sequence[float] = (-1.0, 1.0),
+        **augmentation: Unpack[AugmentationOptions],
+    ):
+        """crops, held_out_crops: pieces to train on and to hold out, half of them of each photograph.
+
+        UserError for more pieces than there are places, or fewer than 2.
+        """
+        from sklearn.datasets import load_sample_images  # takes a second to import
+
+        if num_classes != 2:
+            raise UserError(f"there are two photographs; dataloaders.num_classes={num_classes} must be 2")
+        photographs = load_sample_images().images
+        places = [legal_places(photograph.shape[:2]) for photograph in photographs]
+        train, held_out = (
+            cut_out(photographs, [both[part] for both in places], count, key)
+            for part, (key, count) in enumerate([("crops", crops), ("held_out_crops", held_out_crops)])
+        )
+        super().__init__(
+            train, held_out, state_shape=state_shape, num_classes=num_classes, value_range=value_range,
+            epoch_size=epoch_size, **augmentation,
+        )  # fmt: skip
+
+
+def legal_places(size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Upper left corners (N, 2) of all training pieces and of all held-out pieces of a photograph of that size."""
+    height, width = size
+    row, column = np.indices((height, width)) // CELL
+    held_out = (2 * row + column) % 5 == 0  # a knight's move apart
+    sums = np.pad(held_out.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+    inside = sums[SIDE:, SIDE:] - sums[:-SIDE, SIDE:] - sums[SIDE:, :-SIDE] + sums[:-SIDE, :-SIDE]  # of each piece's pixels
+    return np.argwhere(inside == 0), np.argwhere(inside == SIDE**2)
+
+
+def cut_out(photographs: list[np.ndarray], places: list[np.ndarray], count: int, key: str) -> tuple[Tensor, Tensor]:
+    """`count` pieces (count, 3, 32, 32) uint8 at places chosen once for all, and which photograph they are of (count,)."""
+    most = 2 * min(len(corners) for corners in places)
+    if not isinstance(count, int) or not 2 <= count <= most:
+        raise UserError(f"dataloaders.{key} takes a whole number from 2 to {most:,}, not {count}")
+    pieces, labels = [], torch.arange(count) % 2
+    for number, (photograph, corners) in enumerate(zip(photographs, places, strict=True)):
+        windows = np.lib.stride_tricks.sliding_window_view(photograph, (SIDE, SIDE), axis=(0, 1))
+        chosen = corners[np.random.RandomState(number).permutation(len(corners))[: int((labels == number).sum())]]
+        pieces.append(torch.from_numpy(windows[chosen[:, 0], chosen[:, 1]]))
+    mixed = torch.empty(count, *pieces[0].shape[1:], dtype=torch.uint8)
+    for number, piece in enumerate(pieces):
+        mixed[labels == number] = piece
+    return mixed, labels

@@ -1,0 +1,96 @@
+"""What a folder of pictures holds, from its names alone: the classes a config needs before anything is loaded.
+
+Imports neither torch nor NumPy: the launcher composes configs with it.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from training.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+MOST_ATTRIBUTES = 10  # 1,024 classes
+MANIFEST = "manifest.json"  # of a folder of cached latents
+
+
+def is_picture(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def class_folders(root: Path) -> list[str]:
+    """Names of the folders in `root`, in order, a class each; none where pictures lie in `root` itself.
+
+    UserError when there is no such folder.
+    """
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root.absolute()}; put the pictures there, or correct dataloaders.root")
+    entries = list(root.iterdir())
+    if any(is_picture(entry.name) for entry in entries):
+        return []
+    return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def folder_classes(root: str) -> int:
+    """How many classes the folders of a tree of pictures make: 0 where pictures lie in the root itself."""
+    return len(class_folders(Path(root).expanduser()))
+
+
+def imagenet_classes(root: str) -> int:
+    """How many classes ImageNet's folder has. UserError unless train and val in it have class folders."""
+    place = Path(root).expanduser()
+    for part in ("train", "val"):
+        if not (place / part).is_dir() or not class_folders(place / part):
+            raise UserError(
+                f"{(place / part).absolute()} has no class folders; unpack ILSVRC 2012 (image-net.org) so that pictures lie "
+                f"in {place}/train/<class>/ and {place}/val/<class>/, and give that folder as root"
+            )
+    return len(class_folders(place / "train"))
+
+
+def attribute_classes(attributes: Sequence[str]) -> int:
+    """How many combinations so many attributes have, 0 without any. UserError for more than 10 of them."""
+    if len(attributes) > MOST_ATTRIBUTES:
+        raise UserError(f"dataloaders.attributes takes at most {MOST_ATTRIBUTES} names, a class being a combination of them")
+    return 2 ** len(attributes) if attributes else 0
+
+
+def list_pictures(root: Path) -> list[str]:
+    """Paths of all pictures below `root`, relative to it, in order. UserError when there are none."""
+    found = []
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        place = Path(folder).relative_to(root).as_posix()
+        found += [name if place == "." else f"{place}/{name}" for name in files if is_picture(name)]
+    if not found:
+        raise UserError(f"there are no pictures ({', '.join(SUFFIXES)}) in {root.absolute()}")
+    return sorted(found)
+
+
+def latent_manifest(folder: str) -> dict[str, Any]:
+    """What scripts/cache_latents.py says it has put into a folder. UserError when it is missing, damaged or not whole."""
+    file = Path(folder).expanduser() / MANIFEST
+    how = f"`python scripts/cache_latents.py out={folder} ...`"
+    if not file.is_file():
+        raise UserError(f"there are no cached latents in {file.parent.absolute()}; make them by {how}, or correct the path")
+    try:
+        manifest = json.loads(file.read_text())
+        finished = manifest["finished"]
+        described = [manifest[key] for key in ("shape", "num_classes", "shards")] if finished else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no manifest of cached latents; delete its folder and make it anew by {how}") from error
+    if not finished or None in described:
+        raise UserError(f"{file.parent} is not finished; give the command that began it again, and it goes on: {how}")
+    return dict(manifest)
+
+
+def latent_shape(folder: str) -> list[int]:
+    """Shape [C, H, W] of the latents cached in a folder."""
+    return list(latent_manifest(folder)["shape"])
+
+
+def latent_classes(folder: str) -> int:
+    """Classes of the latents cached in a folder."""
+    return int(latent_manifest(folder)["num_classes"])

@@ -1,0 +1,183 @@
+"""Data too large for the device: read from disk batch by batch, ahead of time by worker processes if there are any."""
+
+import signal
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dataloaders.base_dataloaders import Batch, FlowDataset
+from training.errors import UserError
+
+AHEAD = 4  # batches that each worker reads in advance
+
+
+class Rows(NamedTuple):
+    """What one batch is made of: numbers of rows, as the reader counts them, and the epoch's seed, for random crops."""
+
+    numbers: list[int]
+    seed: int
+
+
+class Read(NamedTuple):
+    """What a worker hands back: stored (B, ...), labels (B,) or None, and unreadable rows, which others stand in for."""
+
+    stored: Tensor
+    labels: Tensor | None
+    unreadable: list[int]
+
+
+class Reader(Dataset[Read], ABC):
+    """Reads whole batches. It is copied to workers, holds no state that changes, and draws nothing from global generators:
+    what it returns for a batch is the same in any process."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many rows there are."""
+
+    @abstractmethod
+    def __getitem__(self, rows: Rows) -> Read: ...
+
+
+class ReadAhead:
+    """Batches of a reader in the order asked for, by `workers` processes that stay for later epochs; 0: by this one."""
+
+    def __init__(self, reader: Reader, workers: int, pin_memory: bool = False):
+        self.reader, self.plan = reader, list[Rows]()
+        self.turn = 0
+        self.loader = None if workers == 0 else DataLoader(
+            reader, batch_size=None, sampler=self.plan, num_workers=workers, prefetch_factor=AHEAD, persistent_workers=True,
+            pin_memory=pin_memory, worker_init_fn=leave_interrupts_to_the_parent,
+            collate_fn=unchanged,  # type: ignore[arg-type]
+            generator=torch.Generator(),  # else it would draw from the global one, and a resumed run from another place
+        )  # fmt: skip
+
+    def batches(self, plan: Iterable[Rows]) -> Iterator[Read]:
+        """The planned batches. Only the newest iterator may be used: the workers serve one plan at a time."""
+        self.turn += 1
+        turn, self.plan[:] = self.turn, plan
+        source = map(self.reader.__getitem__, list(self.plan)) if self.loader is None else iter(self.loader)
+        for _ in range(len(self.plan)):
+            assert turn == self.turn, "a newer plan has taken the workers"
+            yield next(source)
+
+
+def leave_interrupts_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the run saves, then ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def unchanged(read: Read) -> Read:
+    return read
+
+
+class StreamDataset(FlowDataset):
+    """Rows of a reader, each once an epoch in an order that is a function of (seed, epoch), every rank its own share.
+
+    The held-out part is read once, when first asked for, and kept in memory as it is stored.
+    """
+
+    def __init__(
+        self,
+        train: Reader,
+        unseen: Reader,
+        state_shape: list[int],
+        num_classes: int,
+        value_range: list[float] | None,
+    ):
+        """train, unseen: readers of the training part and of the part held out."""
+        super().__init__(state_shape, len(train), num_classes, value_range)
+        self.train, self.unseen = train, unseen
+        self.device = torch.device("cpu")
+        self.ahead: ReadAhead | None = None
+        self.kept: Read | None = None
+        self.unreadable: set[int] = set()
+
+    @abstractmethod
+    def states(self, stored: Tensor, generator: torch.Generator) -> Tensor:
+        """States (B, *state_shape) fp32 of what was stored (B, ...), on the device, `generator` giving what is random."""
+
+    def chosen(self, rows: Tensor, order: torch.Generator) -> Tensor:
+        """The numbers by which the reader knows training rows (N,)."""
+        return rows
+
+    def held_out_numbers(self) -> list[int]:
+        """The numbers by which the reader knows all held-out rows."""
+        return list(range(len(self.unseen)))
+
+    def augmented(self, x: Tensor, label: Tensor | None, generator: torch.Generator) -> Batch:
+        """Training states and labels with random changes; none unless a subclass has some."""
+        return x, label
+
+    def to(self, device: torch.device | str) -> Self:
+        self.device = torch.device(device)
+        return self
+
+    def epoch(
+        self,
+        batch_size: int,
+        order: torch.Generator,
+        generator: torch.Generator,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[Batch]:
+        """As FlowDataset.epoch: each training row once, or epoch_size of them where that is less."""
+        if self.ahead is None:
+            self.ahead = ReadAhead(self.train, self.num_workers, self.device.type == "cuda")
+        seed = int(torch.randint(2**62, (), generator=order))
+        shuffled = self.chosen(torch.randperm(len(self.train), generator=order)[: self.epoch_size], order)
+        plan = [Rows(batch[rank::world].tolist(), seed) for batch in shuffled.split(batch_size)[start:]]
+        known = len(self.unreadable)
+        try:
+            for read in self.ahead.batches(plan):
+                self.unreadable.update(read.unreadable)
+                self.require_readable(len(self.unreadable), len(self.train))
+                x = self.states(read.stored.to(self.device, non_blocking=True), generator)
+                label = None if read.labels is None else read.labels.to(self.device, non_blocking=True)
+                yield self.augmented(x, label, generator)
+        finally:
+            if len(self.unreadable) > known:
+                print(self.describe_unreadable(), flush=True)
+
+    def require_readable(self, unreadable: int, rows: int) -> None:
+        """UserError when nothing can be read."""
+        if unreadable == rows:
+            raise UserError(f"none of the {rows:,} files of {type(self).__name__} can be read; are they damaged?")
+
+    def describe_unreadable(self) -> str:
+        """One line about the training rows that could not be read."""
+        return f"note: {len(self.unreadable):,} of {len(self.train):,} rows cannot be read, others stand in for them"
+
+    def held_out_part(self) -> Read:
+        """All that is held out, as stored, in memory."""
+        if self.kept is None:
+            numbers = self.held_out_numbers()
+            plan = [Rows(numbers[first : first + 64], 0) for first in range(0, len(numbers), 64)]
+            parts = list(ReadAhead(self.unseen, self.num_workers).batches(plan))
+            self.require_readable(len({row for part in parts for row in part.unreadable}), len(numbers))
+            labels = [part.labels for part in parts if part.labels is not None]
+            stored = torch.cat([part.stored for part in parts])
+            self.kept = Read(stored, torch.cat(labels) if labels else None, [])
+        return self.kept
+
+    def unseen_states(self, index: Tensor, generator: torch.Generator) -> Batch:
+        kept, index = self.held_out_part(), index.cpu()
+        label = None if kept.labels is None else kept.labels[index].to(self.device)
+        return self.states(kept.stored[index].to(self.device), generator), label
+
+    def held_out(self, count: int, generator: torch.Generator) -> Batch:
+        """A random subset of the held-out part; all of it when `count` is larger."""
+        index = torch.randperm(len(self.unseen), generator=generator, device=generator.device)[:count]
+        return self.unseen_states(index, generator)
+
+    def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A random disjoint split of the held-out part; both sizes shrink alike when it is too small."""
+        shrink = min(1.0, len(self.unseen) / (first + second))
+        first, second = max(1, int(first * shrink)), max(1, int(second * shrink))
+        index = torch.randperm(len(self.unseen), generator=generator, device=generator.device)
+        parts = index[:first], index[first:][:second]
+        return self.unseen_states(parts[0], generator)[0], self.unseen_states(parts[1], generator)[0]

@@ -1,0 +1,478 @@
+"""Data that streams from disk: what is read, in which order, by whom, and what becomes of files that cannot be read."""
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from dataloaders.base_dataloaders import FlowDataset
+from dataloaders.image_stream import ImageStream, PictureReader
+from dataloaders.latent_cache import LatentCache
+from dataloaders.stream import Read, ReadAhead, Reader, Rows, StreamDataset
+from models.vae.stable_diffusion_vae import StableDiffusionVAE
+from scripts import cache_latents
+from training.assemble import build_dataset
+from training.config import compose_config, resolved
+from training.errors import UserError
+from training.seeds import generator_for
+
+ROOT = Path(__file__).resolve().parents[1]
+Official = Callable[[str], dict[str, Any]]
+
+
+class Counting(Reader):
+    """Row k is the number k, and the epoch's seed."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, rows: Rows) -> Read:
+        stored = torch.tensor([[number, rows.seed % 1000] for number in rows.numbers]).reshape(-1, 2)
+        return Read(stored, stored[:, 0] % 3, [])
+
+
+class Numbers(StreamDataset):
+    """The smallest data set that streams."""
+
+    def __init__(self, count: int):
+        super().__init__(Counting(count), Counting(10), [2], 3, None)
+
+    def states(self, stored: Tensor, generator: torch.Generator) -> Tensor:
+        return stored.float()
+
+
+def served(
+    dataset: FlowDataset, batch_size: int, start: int = 0, rank: int = 0, world: int = 1, epoch: int = 0
+) -> list[list[int]]:
+    """The rows of each batch of an epoch."""
+    batches = dataset.epoch(batch_size, generator_for(0, "order", epoch), torch.Generator(), start, rank, world)
+    return [x[:, 0].int().tolist() for x, _ in batches]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 70), st.integers(1, 20), st.integers(1, 4), st.integers(0, 20), st.integers(1, 4), st.integers(0, 3),
+    st.none() | st.integers(1, 70),
+)  # fmt: skip
+def test_no_row_is_repeated_or_skipped_over_ranks_and_a_resume(
+    count: int, batch: int, world: int, stop: int, world_after: int, epoch: int, limit: int | None
+) -> None:
+    """Batches up to `stop` on so many ranks, the rest on other ones: together each row once, as in one sitting."""
+    dataset = Numbers(count)
+    dataset.epoch_size = min(count, limit or count)
+    whole = served(dataset, batch, epoch=epoch)
+    visited = list(chain(*whole))
+    assert len(visited) == len(set(visited)) == dataset.epoch_size
+    assert len(whole) == dataset.batches_per_epoch(batch)
+    before = [served(dataset, batch, 0, rank, world, epoch)[:stop] for rank in range(world)]
+    after = [served(dataset, batch, min(stop, len(whole)), rank, world_after, epoch) for rank in range(world_after)]
+    for parts, batches in ((before, whole[:stop]), (after, whole[stop:])):
+        for number, rows in enumerate(batches):
+            assert sorted(chain(*(rank[number] for rank in parts))) == sorted(rows)
+
+
+def test_epochs_have_different_orders_that_depend_on_the_seed_alone() -> None:
+    dataset = Numbers(50)
+    first, again, other = (list(chain(*served(dataset, 7, epoch=epoch))) for epoch in (0, 0, 1))
+    assert first == again and first != other and sorted(first) == sorted(other)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_serve_what_no_workers_serve_and_a_begun_epoch_can_be_left(workers: int) -> None:
+    alone, helped = Numbers(64), Numbers(64)
+    helped.num_workers = workers
+    global_state = torch.get_rng_state()
+    left = helped.epoch(4, generator_for(0, "order", 5), torch.Generator())
+    next(left), next(left)  # and no more of it
+    for epoch in (0, 1):
+        assert served(helped, 4, epoch=epoch) == served(alone, 4, epoch=epoch)
+        assert served(helped, 4, start=3, rank=1, world=2) == served(alone, 4, start=3, rank=1, world=2)
+    assert torch.equal(torch.get_rng_state(), global_state)  # dropout of a resumed run draws from it
+    with pytest.raises(AssertionError, match="newer plan"):
+        next(left)
+
+
+def test_readers_hold_nothing_that_grows_with_use() -> None:
+    ahead = ReadAhead(Counting(10), 0)
+    assert [read.stored[:, 0].tolist() for read in ahead.batches([Rows([1, 2], 0), Rows([3], 0)])] == [[1, 2], [3]]
+
+
+# Pictures
+
+
+def build(name: str, settings: dict[str, Any], *more: str, model: str = "cnn") -> Any:
+    words = [f"dataloaders.{key}={value}".replace(" ", "") for key, value in settings.items()]
+    config = resolved(
+        compose_config(["run_name=x", f"model={model}", f"dataloaders={name}", "num_workers=0", *words, *more])
+    )
+    return build_dataset(config, torch.device("cpu"))
+
+
+def refusal(name: str, settings: dict[str, Any], *more: str) -> str:
+    with pytest.raises(UserError) as caught:
+        build(name, settings, *more)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Twelve pictures of 30 x 20 pixels in two classes; the red of each is its number, the green the column."""
+    for k in range(12):
+        pixels = np.zeros((20, 30, 3), dtype=np.uint8)
+        pixels[:, :, 0], pixels[:, :, 1], pixels[:, :, 2] = 20 * k, np.arange(30) * 8, np.arange(20)[:, None] * 8
+        (tmp_path / f"class{k % 2}").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / f"class{k % 2}" / f"{k:02d}.png")
+    return tmp_path
+
+
+def folder(root: Path, **more: Any) -> dict[str, Any]:
+    return {"root": root, "size": 10, "held_out_fraction": 0.25, "flip": "false"} | more
+
+
+def pixels_of(dataset: ImageStream, epoch: int = 0, start: int = 0, batch: int = 4) -> tuple[Tensor, Tensor]:
+    """All pictures of an epoch as bytes, and their labels."""
+    order = generator_for(0, "order", epoch)
+    parts = list(dataset.epoch(batch, order, torch.Generator().manual_seed(0), start))
+    return torch.cat([(x + 1) * 127.5 for x, _ in parts]).round().long(), torch.cat([label for _, label in parts])  # type: ignore[misc]
+
+
+def test_each_picture_has_the_class_of_its_folder_and_the_split_is_by_class(pictures: Path) -> None:
+    dataset = build("image_folder", folder(pictures))
+    states, labels = pixels_of(dataset)
+    numbers = states[:, 0, 0, 0] // 20
+    assert torch.equal(numbers % 2, labels) and len(numbers.unique()) == len(numbers) == 9
+    unseen, unseen_labels = dataset.held_out(100, torch.Generator())
+    others = ((unseen[:, 0, 0, 0] + 1) * 127.5).round().long() // 20
+    assert sorted([*numbers.tolist(), *others.tolist()]) == list(range(12))
+    assert torch.equal(others % 2, unseen_labels) and unseen_labels.bincount().min() >= 1
+
+
+def test_ways_of_cutting(pictures: Path) -> None:
+    """Of a picture whose green is its column: which columns are seen, how far apart."""
+    green = {}
+    for crop in ("resized", "whole", "random"):
+        states, _ = pixels_of(build("image_folder", folder(pictures, crop=crop)))
+        green[crop] = states[:, 1].float() / 8
+    across = {crop: image[0].diff(dim=1).mean().item() for crop, image in green.items()}
+    assert abs(across["resized"] - 2) < 0.1 and abs(across["whole"] - 3) < 0.15 and across["random"] == 1
+    assert abs(green["resized"].mean() - 14.5) < 0.1 and abs(green["whole"].mean() - 14.5) < 0.1
+    assert len(green["random"][:, 0, 0].unique()) > 4
+
+
+def test_a_random_cut_depends_on_seed_epoch_and_picture_alone(pictures: Path) -> None:
+    settings = folder(pictures, crop="random")
+    alone, helped = build("image_folder", settings, "num_workers=0"), build("image_folder", settings, "num_workers=2")
+    (first, _), (again, _), (other, _) = (pixels_of(alone, epoch) for epoch in (0, 0, 1))
+    assert torch.equal(first, again) and torch.equal(pixels_of(helped)[0], first)
+    assert torch.equal(pixels_of(alone, start=1)[0], first[4:]) and torch.equal(pixels_of(alone, batch=2)[0], first)
+    by_number = [{int(picture[0, 0, 0]): picture for picture in pictures} for pictures in (first, other)]
+    assert by_number[0].keys() == by_number[1].keys()
+    assert any(not torch.equal(by_number[0][number], by_number[1][number]) for number in by_number[0])
+    unseen, _ = alone.held_out(3, torch.Generator().manual_seed(0))
+    assert (unseen[:, 1].diff(dim=2).mean() * 127.5 / 8 - 2).abs() < 0.1  # resized: the same each time
+
+
+def test_pictures_without_folders_have_no_labels(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    for file in pictures.glob("class*/*.png"):
+        shutil.copy(file, tmp_path / "flat")
+    dataset = build("image_folder", folder(tmp_path / "flat", channels=1))
+    x, label = next(dataset.epoch(4, torch.Generator(), torch.Generator()))
+    assert label is None and x.shape == (4, 1, 10, 10) and dataset.num_classes == 0
+    assert "needs labels" in refusal("image_folder", folder(tmp_path / "flat"), "conditional=true")
+
+
+def test_turned_photographs_stand_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it turned by a quarter, clockwise
+    pixels = np.zeros((16, 16, 3), dtype=np.uint8)
+    pixels[:8] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    reader = PictureReader(tmp_path, ["a.png"], None, 8, "resized")
+    assert reader[Rows([0], 0)].stored[0, 0].float().mean(0).tolist() == pytest.approx([0] * 4 + [255] * 4, abs=40)
+
+
+def broken(place: Path) -> list[str]:
+    """Spoils three pictures: a text, half a file, nothing."""
+    files = sorted(place.glob("class*/*.png"))[:9:4]
+    files[0].write_text("this is no picture")
+    files[1].write_bytes(files[1].read_bytes()[:60])
+    files[2].write_bytes(b"")
+    return [file.relative_to(place).as_posix() for file in files]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_pictures_are_counted_and_named_in_one_line(pictures: Path, workers: int, capsys: Any) -> None:
+    names = broken(pictures)
+    dataset = build("image_folder", folder(pictures), f"num_workers={workers}")
+    trained_on = [name for name in names if name in [dataset.train.name(row) for row in range(len(dataset.train))]]
+    states, labels = pixels_of(dataset)
+    assert len(states) == 9 and torch.equal(states[:, 0, 0, 0] // 20 % 2, labels)  # stand-ins bring their own labels
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and f"{len(trained_on)} of 9 pictures" in said and all(name in said for name in trained_on)
+    pixels_of(dataset, epoch=1)
+    assert capsys.readouterr().out == ""  # known by now
+    assert len(dataset.held_out(100, torch.Generator())[0]) == 3
+
+
+def test_a_folder_of_which_nothing_can_be_read_is_one_sentence(pictures: Path) -> None:
+    for file in pictures.glob("class*/*.png"):
+        file.write_text("this is no picture")
+    dataset = build("image_folder", folder(pictures))
+    with pytest.raises(UserError, match="none of the 9 files"):
+        pixels_of(dataset)
+    with pytest.raises(UserError, match="none of the 3 files"):
+        dataset.held_out(3, torch.Generator())
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"root": "/nowhere"}, "no folder /nowhere"),
+    ({"size": 0}, "dataloaders.size takes"),
+    ({"crop": "square"}, "none of resized, whole, random"),
+    ({"channels": 4}, "takes 3 (colours) or 1 (grey)"),
+    ({"held_out_fraction": 1.5}, "held_out_fraction=1.5"),
+    ({"held_out_root": "/nowhere"}, "no folder /nowhere"),
+    ({"num_classes": 3}, "has 2 classes, not 3"),
+    ({"epoch_size": 5}, "leave dataloaders.epoch_size out"),
+])  # fmt: skip
+def test_image_folder_refuses_in_one_sentence(pictures: Path, change: dict[str, Any], words: str) -> None:
+    assert words in refusal("image_folder", folder(pictures) | change)
+
+
+def test_empty_folders_are_one_sentence(tmp_path: Path) -> None:
+    assert "there are no pictures" in refusal("image_folder", folder(tmp_path))
+    assert "has no class folders; unpack ILSVRC 2012" in refusal("imagenet_pixels", {"root": tmp_path})
+
+
+def test_imagenet_holds_out_val_whatever_the_order_of_its_folders(official: Official) -> None:
+    dataset = build("imagenet_pixels", official("imagenet_pixels"))
+    assert (len(dataset.train), len(dataset.unseen), dataset.num_classes) == (252, 81, 3)
+    for reader in (dataset.train, dataset.unseen):
+        of = {reader.name(k).partition("/")[0]: int(reader.labels[k]) for k in range(len(reader))}
+        assert of == {"n01443537": 0, "n01484850": 1, "n02": 2}
+
+
+# CelebA
+
+
+def test_celeba_is_split_by_its_list_and_labelled_by_combinations(official: Official) -> None:
+    settings = official("celeba")
+    dataset = build("celeba", settings | {"attributes": "[Smiling,Bald]"})
+    assert (len(dataset.train), len(dataset.unseen), dataset.num_classes) == (210, 85, 4)
+    for reader, first in ((dataset.train, 0), (dataset.unseen, 215)):
+        assert reader.name(0) == f"{first + 1:06d}.jpg"
+        for row in range(20):  # row k of the file: attribute j is there where bit j of k is 0
+            smiling, bald = (first + row) >> 2 & 1 == 0, (first + row) & 1 == 0
+            assert int(reader.labels[row]) == smiling + 2 * bald
+    assert build("celeba", settings | {"attributes": "[]"}).num_classes == 0
+    middle = build("celeba", settings | {"size": 140}).train
+    with Image.open(Path(settings["root"]) / "img_align_celeba" / "000001.jpg") as image:
+        expected = torch.from_numpy(np.array(image)[39:179, 19:159]).permute(2, 0, 1)
+    assert torch.equal(middle[Rows([0], 0)].stored[0], expected)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda place: (place / "list_eval_partition.txt").unlink(), "list_eval_partition.txt does not exist; put"),
+    (lambda place: (place / "list_attr_celeba.txt").unlink(), "list_attr_celeba.txt does not exist; put"),
+    (lambda place: shutil.rmtree(place / "img_align_celeba"), "img_align_celeba does not exist; put"),
+    (lambda place: (place / "list_eval_partition.txt").write_text("000001.jpg 0\n000002.jpg"), "line 2 of"),
+    (lambda place: (place / "list_eval_partition.txt").write_text("../../etc/passwd 0\n"), "line 1 of"),
+    (lambda place: (place / "list_eval_partition.txt").write_text("000001.jpg 0\n"), "none to hold out"),
+    (lambda place: (place / "list_attr_celeba.txt").write_text("<html>"), "not in the official format"),
+    (lambda place: (place / "list_attr_celeba.txt").write_text("2\nSmiling\n000001.jpg maybe\n"), "line 3 of"),
+    (lambda place: (place / "list_attr_celeba.txt").write_text("1\nSmiling\n000001.jpg 1\n"), "says nothing of 000002.jpg"),
+])  # fmt: skip
+def test_broken_celeba_is_one_sentence(
+    official: Official, tmp_path: Path, damage: Callable[[Path], Any], words: str
+) -> None:
+    place = shutil.copytree(official("celeba")["root"], tmp_path / "celeba")
+    damage(place)
+    assert words in refusal("celeba", {"root": place})
+
+
+def test_an_attribute_that_does_not_exist_is_one_sentence(official: Official) -> None:
+    message = refusal("celeba", official("celeba") | {"attributes": "[Smiles]"})
+    assert "dataloaders.attributes=Smiles is not in" in message and "Bald, Male, Smiling" in message
+
+
+# Cached latents
+
+
+@pytest.fixture
+def cache(official: Official, tmp_path: Path) -> Path:
+    """A copy of the small cache, to be changed."""
+    return Path(shutil.copytree(official("imagenet")["path"], tmp_path / "latents"))
+
+
+def words_of(official: Official, out: Path) -> list[str]:
+    """The command that made the cache."""
+    made = Path(official("imagenet")["path"]).parent
+    words = [f"out={out}", "shard_rows=100", "batch_size=50", "num_workers=0", "device=cpu", "dataloaders=imagenet_pixels"]
+    return [*words, f"dataloaders.root={made / 'pictures'}", "dataloaders.size=16", f"vae.path={made / 'vae'}"]
+
+
+def contents(place: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in place.iterdir()}
+
+
+def test_cached_latents_are_the_autoencoders_own(official: Official, cache: Path) -> None:
+    made = cache_of(official)
+    vae = StableDiffusionVAE(str(made.parent / "vae"))
+    pictures = build("imagenet_pixels", {"root": made.parent / "pictures", "size": 16})
+    read = pictures.train[Rows(list(range(252)), 0)]
+    means = build("imagenet", {"path": cache, "sample": "false", "flip": "false"})
+    x = read.stored.float() / 127.5 - 1
+    expected, std = vae.moments(x)
+    stored = means.train[Rows(list(range(0, 504, 2)), 0)]
+    assert torch.equal(stored.labels, read.labels)
+    torch.testing.assert_close(stored.stored[:, 0].float(), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(stored.stored[:, 1].float(), std, rtol=2e-3, atol=2e-3)
+    mirrored = means.train[Rows(list(range(1, 504, 2)), 0)]
+    torch.testing.assert_close(mirrored.stored[:, 0].float(), vae.moments(x.flip(3))[0], rtol=2e-3, atol=2e-3)
+    assert means.num_classes == 3 and means.state_shape == (4, 2, 2) and len(means.unseen) == 81
+
+
+def cache_of(official: Official) -> Path:
+    return Path(official("imagenet")["path"])
+
+
+def test_latents_are_drawn_from_their_moments_half_of_them_mirrored(official: Official) -> None:
+    dataset = build("imagenet", official("imagenet"))
+    assert isinstance(dataset, LatentCache)
+    mean, std = torch.full((2000, 4, 2, 2), 1.5), torch.full((2000, 4, 2, 2), 0.25)
+    drawn = dataset.states(torch.stack([mean, std], dim=1).half(), torch.Generator().manual_seed(0))
+    assert drawn.dtype == torch.float32 and abs(drawn.mean() - 1.5) < 0.01 and abs(drawn.std() - 0.25) < 0.01
+    numbers = dataset.chosen(torch.arange(2000), torch.Generator().manual_seed(0))
+    assert torch.equal(numbers // 2, torch.arange(2000)) and abs((numbers % 2).float().mean() - 0.5) < 0.05
+    (first, _), (again, _) = (
+        next(dataset.epoch(9, generator_for(0, "o"), torch.Generator().manual_seed(k))) for k in (0, 1)
+    )
+    assert not torch.equal(first, again) and torch.allclose(first, again, atol=20 * float(std.max()))
+
+
+def test_a_killed_encoding_goes_on_and_ends_the_same(official: Official, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "latents"
+    words = words_of(official, out)
+    code = f"""
+import os, sys
+sys.path.insert(0, '.')
+from scripts import cache_latents
+add = cache_latents.Cache.add
+def once(self, *shard):
+    add(self, *shard)
+    (self.folder / 'train-00001.npy.partial').write_bytes(b'half')
+    os.kill(os.getpid(), 9)
+cache_latents.Cache.add = once
+cache_latents.main({words!r})
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == -9
+    assert {path.suffix for path in out.iterdir()} == {".npy", ".json", ".partial"}
+    assert "is not finished; give the command that began it again" in refusal("imagenet", {"path": out})
+    before = (out / "train-00000.npy").stat().st_mtime_ns
+    assert cache_latents.main(words) == 0
+    assert (out / "train-00000.npy").stat().st_mtime_ns == before  # not made again
+    assert contents(out) == contents(cache_of(official))
+    assert cache_latents.main([f"out={out}", "verify=true"]) == 0 and "every checksum right" in capsys.readouterr().out
+
+
+def test_damage_is_found_and_mended(official: Official, cache: Path, capsys: Any) -> None:
+    whole, shard = contents(cache), cache / "train-00001.npy"
+    content = bytearray(shard.read_bytes())
+    content[-7] ^= 1
+    shard.write_bytes(content)
+    (cache / "held_out-00000-labels.npy").unlink()
+    assert cache_latents.main([f"out={cache}", "verify=true"]) == 1
+    said = capsys.readouterr().err
+    assert "2 of 8 files" in said and "train-00001.npy" in said and "held_out-00000-labels.npy" in said
+    shard.unlink()
+    assert "is missing or cut short" in refusal("imagenet", {"path": cache})
+    assert cache_latents.main(words_of(official, cache)) == 0
+    assert contents(cache) == whole
+
+
+def test_pictures_that_cannot_be_read_are_left_out_of_a_cache(official: Official, tmp_path: Path, capsys: Any) -> None:
+    made = cache_of(official).parent
+    place = shutil.copytree(made / "pictures", tmp_path / "pictures")
+    (place / "train" / "n02" / "n02_3.JPEG").write_text("no picture")
+    words = [w for w in words_of(official, tmp_path / "latents") if not w.startswith("dataloaders.root")]
+    assert cache_latents.main([*words, f"dataloaders.root={place}"]) == 0
+    assert "1 pictures cannot be read and were left out: n02/n02_3.JPEG" in capsys.readouterr().out
+    dataset = build("imagenet", {"path": tmp_path / "latents"})
+    assert len(dataset.train) == 251 and dataset.train.labels.bincount().tolist() == [84, 84, 83]
+
+
+@pytest.mark.parametrize("words, sentence", [
+    ([], "out is missing"),
+    (["out={out}", "rows=3"], "cannot use 'rows=3'"),
+    (["out={out}", "shard_rows=0"], "shard_rows takes a whole number of at least 1"),
+    (["out={out}", "verify=true"], "to verify"),
+    (["out={out}", "verify=yes"], "verify takes true or false"),
+    (["out={out}", "dataloaders=kmeans"], "dataloaders=kmeans has no coloured pictures"),
+])  # fmt: skip
+def test_the_script_refuses_in_one_sentence(words: list[str], sentence: str, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    assert cache_latents.main([word.format(out=out) for word in words] or ["verify=false"]) == 1
+    said = capsys.readouterr().err
+    assert sentence in said and said.count("\n") == 1 and not out.exists()
+
+
+def test_a_folder_of_other_things_is_never_written_to(official: Official, cache: Path, tmp_path: Path, capsys: Any) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("x")
+    assert cache_latents.main(words_of(official, other)) == 1 and "holds other things" in capsys.readouterr().err
+    before = contents(cache)
+    assert cache_latents.main([w.replace("shard_rows=100", "shard_rows=50") for w in words_of(official, cache)]) == 1
+    assert "made with another shard_rows" in capsys.readouterr().err and contents(cache) == before
+
+
+@pytest.mark.parametrize("text, words", [
+    (None, "there are no cached latents in"),
+    ("{", "is no manifest"),
+    (json.dumps({"finished": True}), "is no manifest"),
+    (json.dumps({"finished": False, "shards": []}), "is not finished"),
+])  # fmt: skip
+def test_a_folder_that_is_no_cache_is_one_sentence(text: str | None, words: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "manifest.json").write_text(text)
+    assert words in refusal("imagenet", {"path": tmp_path})
+
+
+def test_encoding_on_the_fly_needs_an_autoencoder(official: Official) -> None:
+    settings = {key: value for key, value in official("imagenet_encoded").items() if key != "vae"}
+    assert "add vae=stable_diffusion vae.path=<folder>" in refusal("imagenet_encoded", settings)
+
+
+def test_a_run_on_streamed_pictures_resumes_in_the_middle_of_an_epoch(
+    official: Official, small_run: Any, tmp_path: Path
+) -> None:
+    """With workers, random cuts and mirroring: the weights of a run stopped and resumed are those of one sitting."""
+    settings = official("image_folder")
+    words = ["dataloaders=image_folder", "model=cnn", "model.dropout=0.1", "dataloaders.crop=random", "batch_size=32"]
+    words += [f"dataloaders.{key}={value}" for key, value in settings.items()]
+    words += ["dataloaders.epoch_size=null", "num_workers=2", "epochs=3", "schedule=constant"]
+    small_run("x", *words, "max_steps=11", output="whole")
+    with contextlib.suppress(SystemExit):
+        small_run("x", *words, "max_steps=4", output="parts")
+    small_run("x", "resume=true", "max_steps=11", "num_workers=1", output="parts")
+    saved = [
+        torch.load(tmp_path / place / "ckpts/cnn/x_last.pt", weights_only=True)["network"] for place in ("whole", "parts")
+    ]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
