@@ -1,14 +1,15 @@
 """What an evaluation shows: a table of scores with their noise floors, and a picture of the samples beside real data."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.evaluator import Evaluation
-from evaluation.metrics.base_metric import Absent, Decode, as_images
-from helpers_cfg import Guidance
+from evaluation.classifier_evaluator import ClassifierEvaluation
+from evaluation.evaluator import Evaluation, GeneratorEvaluation
+from evaluation.metrics.base_metric import Absent, Decode, Score, as_images
 
 SHOWN_EXTRA = ("oracle/flow_map_error_median", "oracle/flow_map_error_exact_field", "oracle/log_prob_error_exact_field")
 
@@ -37,28 +38,60 @@ def absent_lines(absent: list[Absent]) -> list[str]:
     return [f"{', '.join(names)}: {reason}" for reason, names in by_reason.items()]
 
 
+def provenance_lines(scores: list[Score]) -> list[str]:
+    """One line for each provenance, naming the scores that have it."""
+    by_provenance: dict[str, list[str]] = {}
+    for score in scores:
+        if score.provenance:
+            by_provenance.setdefault(score.provenance, []).append(score.name)
+    return [f"{', '.join(names)}: by {provenance}" for provenance, names in by_provenance.items()]
+
+
 def print_scores(evaluation: Evaluation, nfe: int) -> None:
     """The table of scores with their noise floors, and why some are absent."""
-    if evaluation.scores:
-        count = f"{len(evaluation.generation.samples):,} samples, {nfe} evaluations each"
-        network = evaluation.generation.objective.network
-        count += f", {network.describe()}" if isinstance(network, Guidance) else ""
-        print(f"scores of {count} (noise floor: real against real)")
-    else:
-        print("held-out loss alone: this evaluation has no scores")
+    print(evaluation.heading(nfe))
     rows = score_rows(evaluation)
     width = max(len(name) for name, _, _ in rows)
     for name, value, floor in rows:
         print(f"  {name:<{width}}  {value:<22}" + (f"floor {floor}" if floor else ""))
+    for line in provenance_lines(evaluation.scores):
+        print(f"  {line}")
     for line in absent_lines(evaluation.absent):
         print(f"  not given: {line}")
+    if isinstance(evaluation, ClassifierEvaluation):
+        print_wrapped(
+            "accuracy by class", [f"{k} {share:.1%}" for k, share in enumerate(evaluation.class_accuracy.tolist())]
+        )
+
+
+def print_wrapped(name: str, words: list[str]) -> None:
+    """The words after their name, in lines that fit a terminal."""
+    text = textwrap.fill(", ".join(words), 100, initial_indent=f"  {name}: ", subsequent_indent=" " * (len(name) + 4))
+    print(text)
+
+
+def class_table(evaluation: ClassifierEvaluation) -> str:
+    """A Markdown table: of each class its held-out images, its accuracy, and what it is most often taken for."""
+    lines = ["| class | images | accuracy | most often taken for |", "|---|---|---|---|"]
+    wrong = evaluation.confusion - evaluation.confusion.diag().diag()
+    for k, (row, share) in enumerate(zip(wrong, evaluation.class_accuracy.tolist(), strict=True)):
+        mistaken = f"{int(row.argmax())} ({int(row.max())} times)" if row.any() else ""
+        lines.append(f"| {k} | {int(evaluation.confusion[k].sum())} | {share:.1%} | {mistaken} |")
+    return "\n".join(lines)
 
 
 def draw_picture(path: Path, evaluation: Evaluation, title: str, images: int = 100) -> bool:
     """Samples beside real data as a PNG: a scatter plot, or an image grid of about so many `images`, by class where there
-    are classes. False for data of any other form."""
-    from visualizers.pictures import pick_by_class, scatter_picture
+    are classes. A classifier's confusion matrix, beside it as a table in a .csv. False for data of any other form."""
+    from visualizers.pictures import confusion_picture, pick_by_class, scatter_picture
 
+    if isinstance(evaluation, ClassifierEvaluation):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        confusion = evaluation.confusion.numpy()
+        confusion_picture(path, confusion, title)
+        np.savetxt(path.with_suffix(".csv"), confusion, fmt="%d", delimiter=",", header="rows: class, columns: taken for")
+        return True
+    assert isinstance(evaluation, GeneratorEvaluation)
     generation = evaluation.generation
     shape, samples, label = generation.dataset.state_shape, generation.samples, generation.label
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from dataloaders.base_dataloaders import Batch
-from evaluation.evaluator import few_steps, fixed_labels, fixed_noise, fresh_noise, generate
+from evaluation.evaluator import Evaluator, few_steps, fixed_labels, fixed_noise, fresh_noise, generate
 from evaluation.metrics.base_metric import as_images
 from evaluation.report import draw_picture, print_scores
 from helpers_cfg import ClassifierFreeGuidance, Guidance, guided
-from losses.objective import FlowObjective
+from losses.objective import FlowObjective, Objective
 from solvers.base_solver import BaseSolver
 from solvers.dopri5 import Dopri5
 from solvers.likelihood import log_likelihood
@@ -25,6 +25,7 @@ from training.assemble import (
     build_source,
     dataset_key,
     load_network,
+    sampled_flow,
 )
 from training.build import build
 from training.checkpoint import load_checkpoint
@@ -126,7 +127,7 @@ class TrainedModel:
 
 
 def load(path: str | Path, device: str = "auto") -> TrainedModel:
-    """The model of a checkpoint, rebuilt from the configuration stored in it. UserError if that cannot be done."""
+    """The generator of a checkpoint, rebuilt from the configuration stored in it. UserError if that cannot be done."""
     payload = load_checkpoint(Path(path))
     return trained_model(payload, payload["config"], Path(path), pick_device(device))
 
@@ -142,10 +143,22 @@ def settings_from_overrides(words: list[str]) -> dict[str, Any]:
     return {name: config.get(name) for name in named}
 
 
-def trained_model(payload: dict[str, Any], config: dict[str, Any], path: Path, device: torch.device) -> TrainedModel:
+def trained_objective(payload: dict[str, Any], config: dict[str, Any], path: Path, device: torch.device) -> Objective:
+    """The objective around a checkpoint's EMA network, frozen."""
     objective = build_objective(config, device)
     load_network(objective.network, payload["ema"], path)
-    return TrainedModel(objective.eval().requires_grad_(False), config, device, payload["step"])
+    return objective.eval().requires_grad_(False)
+
+
+def trained_model(payload: dict[str, Any], config: dict[str, Any], path: Path, device: torch.device) -> TrainedModel:
+    """UserError for a checkpoint that holds a classifier."""
+    objective = trained_objective(payload, config, path, device)
+    if not isinstance(objective, FlowObjective):
+        raise UserError(
+            f"{path} holds a classifier, which makes no samples; judge it by eval_checkpoint={path}, or let it judge a "
+            f"generator's by evaluation.metrics.features.network={path}"
+        )
+    return TrainedModel(objective, config, device, payload["step"])
 
 
 def evaluate_checkpoint(config: dict[str, Any]) -> None:
@@ -157,13 +170,14 @@ def evaluate_checkpoint(config: dict[str, Any]) -> None:
     payload = load_checkpoint(path)
     merged = laid_over(payload["config"], config, parse_overrides(config["overrides"]))
     device = pick_device(config["device"])
-    model = trained_model(payload, merged, path, device)
-    solver = build_solver(merged)
+    objective, solver = trained_objective(payload, merged, path, device), build_solver(merged)
+    evaluator: Evaluator = build(merged["evaluation"])
+    evaluator.check(objective)
     print(f"{path}: {payload['run_name']} at step {payload['step']:,}, EMA weights, {device.type}")
-    evaluation = build(merged["evaluation"]).evaluate(
-        model.objective, build_dataset(merged, device), build_source(merged, device), solver, merged["seed"],
+    evaluation = evaluator.evaluate(
+        objective, build_dataset(merged, device), build_source(merged, device), solver, merged["seed"],
         dataset_key(merged), Path(config["output_dir"]) / "cache", final=True,
-        flow=model.flow(), decode=build_decoder(merged, device),
+        flow=sampled_flow(objective, merged, device), decode=build_decoder(merged, device),
     )  # fmt: skip
     print_scores(evaluation, solver.evaluations)
     picture = Path(config["output_dir"]) / "evaluations" / f"{config['run_name']}.png"

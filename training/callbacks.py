@@ -63,7 +63,11 @@ class ProgressBar(Callback):
     def evaluation_end(self, run: Run) -> None:
         if self.bar is not None and self.bar.disable and run.evaluation is not None:
             values = run.evaluation.values
-            shown = [f"{k.partition('/')[2]} {values[k]:.4g}" for k in ("eval/loss", "eval/energy_distance") if k in values]
+            shown = [
+                f"{k.partition('/')[2]} {values[k]:.4g}"
+                for k in ("eval/loss", "eval/energy_distance", "eval/accuracy")
+                if k in values
+            ]
             print(f"epoch {run.epoch}, step {run.state.step}/{run.total_steps}: {', '.join(shown)}", flush=True)
 
     def close(self) -> None:
@@ -134,11 +138,15 @@ class ExperimentNotes(Callback):
     def fit_end(self, run: Run) -> None:
         if run.evaluation is None or (run.stop is not None and not run.stop.early):
             return
-        from evaluation.report import score_rows
+        from evaluation.classifier_evaluator import ClassifierEvaluation
+        from evaluation.report import class_table, provenance_lines, score_rows
 
         rows = [f"| {name} | {value} | {floor} |" for name, value, floor in score_rows(run.evaluation)]
         facts = f"{run.state.step} steps, {run.elapsed():.0f} s in the loop, seed {run.config['seed']}."
+        facts = "\n\n".join([facts, *provenance_lines(run.evaluation.scores)])
         table = "\n".join(["| score | value | noise floor |", "|---|---|---|", *rows, "", facts])
+        if isinstance(run.evaluation, ClassifierEvaluation):
+            table += "\n\n" + class_table(run.evaluation)
         for notes in self.logs:
             notes.finish(run.config["run_name"], table)
 

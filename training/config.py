@@ -52,9 +52,19 @@ def conditional_classes(conditional: bool, num_classes: int) -> int:
     return num_classes if conditional else 0
 
 
+def label_classes(num_classes: int) -> int:
+    """How many classes a classifier tells apart. UserError for data without labels."""
+    if not num_classes:
+        raise UserError(
+            "a classifier needs labels, and this data has none; choose labelled images (dataloaders=digits), "
+            "or loss=mse with a velocity model"
+        )
+    return num_classes
+
+
 def register_resolvers() -> None:
     """The functions that configs/ calls as ${name:argument}."""
-    for function in (vector_shape, image_shape, conditional_classes, array_classes):
+    for function in (vector_shape, image_shape, conditional_classes, label_classes, array_classes):
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)
     OmegaConf.register_new_resolver("array_shape", lambda path: OmegaConf.create(array_shape(path)), replace=True)
 

@@ -4,11 +4,11 @@ import math
 import time
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from losses.objective import FlowBatch
 from training.device import autocast
 from training.errors import UserError
 from training.run import Run
@@ -32,7 +32,7 @@ def fit(run: Run) -> None:
     run.notify("fit_end")
 
 
-def epoch_groups(run: Run) -> Iterator[list[FlowBatch]]:
+def epoch_groups(run: Run) -> Iterator[list[Any]]:
     """The rest of the current epoch, one list of drawn batches per optimizer step.
 
     Each step's randomness comes from generators seeded by (seed, rank, step): nothing has to be saved to resume exactly.
@@ -51,12 +51,12 @@ def epoch_groups(run: Run) -> Iterator[list[FlowBatch]]:
         seed_network(seed, index, run.device)
         progress = step / run.total_steps
         yield [
-            run.state.objective.draw(run.source.sample(len(x1), generator), x1, label, generator, progress)
+            run.state.objective.batch(run.source, x1, label, generator, progress)
             for x1, label in islice(batches, accumulate)
         ]
 
 
-def train_step(run: Run, group: list[FlowBatch]) -> dict[str, Tensor]:
+def train_step(run: Run, group: list[Any]) -> dict[str, Tensor]:
     """One optimizer step over a group of batches. Returns its losses and gradient norm as scalars on the device."""
     state = run.state
     state.objective.train()

@@ -2,14 +2,16 @@
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from losses.objective import FlowObjective
+from losses.objective import Objective
 from training.ema import ConstantEMA
 from training.schedules import Schedule
 from training.terms import Window
+
+AnyObjective = TypeVar("AnyObjective", bound=Objective)
 
 
 @dataclass
@@ -20,8 +22,8 @@ class TrainState:
     neither is saved. best: lowest monitored value; waited: evaluations since. elapsed: training seconds of earlier sittings.
     """
 
-    objective: FlowObjective
-    ema_objective: FlowObjective
+    objective: Objective
+    ema_objective: Objective
     ema: ConstantEMA
     optimizer: torch.optim.Optimizer
     schedule: Schedule
@@ -58,7 +60,7 @@ class TrainState:
         self.step, self.best, self.waited, self.elapsed = (state[k] for k in ("step", "best", "waited", "elapsed"))
 
 
-def averaged_objective(objective: FlowObjective, ema: ConstantEMA) -> FlowObjective:
+def averaged_objective(objective: AnyObjective, ema: ConstantEMA) -> AnyObjective:
     """The same objective around the average of its network."""
     shallow = copy.copy(objective)
     shallow._modules = {**objective._modules, "network": ema.average_of(objective.network)}

@@ -1,0 +1,195 @@
+"""Scores of generated images by the features of a network, each beside the same score of real against real."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dataloaders.tensor_dataset import TensorDataset
+from evaluation.feature_networks import ClassifierFeatures, FeatureNetwork, classifier_features
+from evaluation.fid import fit_gaussian, frechet_distance, kernel_distance, neighbour_shares
+from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
+from evaluation.metrics.cache import cached_numbers, cached_tensor
+from evaluation.metrics.two_sample import not_finite
+from training.errors import UserError
+from training.seeds import generator_for
+
+SHARES = ("precision", "recall", "density", "coverage")
+ACCURACY = "eval/classifier_accuracy"
+
+
+@dataclass(frozen=True)
+class FeatureScores:
+    """What is measured between the features of two sets of images: distances, and shares by k nearest neighbours.
+
+    k 0: no shares. points: images of each side that the shares look at, at most (they take all pairs).
+    """
+
+    k: int = 5
+    points: int = 5000
+
+    def names(self) -> tuple[str, ...]:
+        return ("frechet_distance", "kernel_distance", *(SHARES if self.k else ()))
+
+    def measure(self, x: Tensor, y: Tensor) -> list[float]:
+        """Of generated features x (N, F) and real ones y (M, F), in the order of names()."""
+        shares = neighbour_shares(x[: self.points], y[: self.points], self.k) if self.k else {}
+        frechet = frechet_distance(fit_gaussian(x), fit_gaussian(y))
+        return [frechet, kernel_distance(x, y), *(shares[name] for name in SHARES if self.k)]
+
+
+class FeatureMetric(Metric):
+    """Frechet and kernel distance, precision, recall, density and coverage in a network's features, and of samples that were
+    asked for by class the share that the network, if it is a classifier, takes for that class: eval/classifier_accuracy.
+
+    network: a classifier (the name of a shipped one, or a checkpoint), or a FeatureNetwork; None: no scores at all.
+    reference: held_out states, as many as there are samples at most, or train: all training states of a finite set. Either
+    way the same ones in every run, and their features are cached. replicates: real pairs of the floor, random splits of
+    one pool of real states. Beside held-out states the training set's own scores are given, under <name>_train.
+    Images are clipped and rounded to bytes first.
+    """
+
+    def __init__(
+        self,
+        network: str | FeatureNetwork | None,
+        reference: str = "held_out",
+        replicates: int = 20,
+        k: int = 5,
+        points: int = 5000,
+    ):
+        if reference not in ("held_out", "train"):
+            raise UserError(f"a feature score's reference is held_out or train, not {reference!r}; mend evaluation.metrics")
+        if replicates < 2:
+            raise UserError(f"a noise floor needs at least 2 replicates, not {replicates}; mend evaluation.metrics")
+        self.given, self.reference, self.replicates = network, reference, replicates
+        self.scores = FeatureScores(k, points)
+
+    @property
+    def network(self) -> FeatureNetwork:
+        assert self.given is not None
+        return classifier_features(self.given) if isinstance(self.given, str) else self.given
+
+    def names(self) -> list[str]:
+        if self.given is None:
+            return []
+        network = self.network
+        names = [network.metric(name) for name in self.scores.names()]
+        return [*names, ACCURACY] if isinstance(network, ClassifierFeatures) else names
+
+    def refusal(self, generation: Generation) -> str | None:
+        """Why no scores are given."""
+        dataset = generation.dataset
+        if generation.decode is None and len(dataset.state_shape) != 3:
+            return "features are of images, not of vectors"
+        if self.reference == "train" and not isinstance(dataset, TensorDataset):
+            return "reference=train needs a finite set in memory; use reference=held_out"
+        shape = generation.images.shape[1:]
+        return self.network.refusal(tuple(shape)) or not_finite(generation.samples)
+
+    def compute(self, generation: Generation) -> list[Score | Absent]:
+        if self.given is None:
+            return []
+        reason = self.refusal(generation)
+        if reason is not None:
+            return [Absent(name, reason) for name in self.names()]
+        network, count = self.network, len(generation.samples)
+        x = self.features(generation, generation.samples)
+        y = self.real_features(generation, self.reference, count)
+        values = self.scores.measure(x, y)
+        floor = torch.tensor(self.floor(generation, count, len(y))).view(self.replicates, -1)
+        own = self.training_scores(generation, count, y)
+        provenance = self.provenance(generation, count, len(y))
+        results: list[Score | Absent] = []
+        for i, name in enumerate(map(network.metric, self.scores.names())):
+            extra = {f"{name}_train": own[i]} if own else None
+            mean, sd = floor[:, i].mean().item(), floor[:, i].std().item()
+            results.append(Score(name, values[i], None, mean, sd, extra, f"{count:,} samples", provenance))
+        if isinstance(network, ClassifierFeatures):
+            results.append(self.accuracy(generation, network, x, provenance))
+        return results
+
+    def accuracy(self, generation: Generation, network: ClassifierFeatures, x: Tensor, provenance: str) -> Score | Absent:
+        """The share of samples that the classifier takes for the class they were asked for; floor: of held-out data."""
+        label = generation.label
+        if label is None:
+            return Absent(ACCURACY, "this model is not told the class (conditional=true)")
+        if network.num_classes != generation.dataset.num_classes:
+            return Absent(ACCURACY, f"{network.name} knows {network.num_classes} classes, the data others")
+        states, real_label = generation.dataset.held_out(10_000, self.generator(generation, "reference"))
+        assert real_label is not None
+        real = network.answers(self.features(generation, states)) == real_label
+        right = (network.answers(x) == label).float()
+        by_class = {f"{ACCURACY}_{k}": right[label == k].mean().item() for k in label.unique().tolist()}
+        value = right.mean().item()
+        spread = (value * (1 - value) / len(right)) ** 0.5
+        extra = by_class if len(by_class) <= 20 else None
+        return Score(ACCURACY, value, spread, real.float().mean().item(), None, extra, provenance=provenance)
+
+    def features(self, generation: Generation, states: Tensor) -> Tensor:
+        """Of generated or real states (N, ...): (N, F) on their device."""
+        return self.network.features(generation.bytes_of(states), generation.samples.device)
+
+    @staticmethod
+    def generator(generation: Generation, name: str) -> torch.Generator:
+        """The same in every run."""
+        return generator_for(0, f"features/{name}", 0, generation.samples.device)
+
+    def key(self, generation: Generation, **more: object) -> dict[str, object]:
+        """What cached numbers depend on."""
+        return {
+            "dataset": generation.dataset_key, "network": self.network.describe(), "rounding": "uint8",
+            "decoded": generation.decode is not None, **more,
+        }  # fmt: skip
+
+    def real_features(self, generation: Generation, part: str, count: int) -> Tensor:
+        """Features of real states, cached: of the held_out part at most `count`; of the train part all."""
+
+        def compute() -> Tensor:
+            dataset = generation.dataset
+            if part == "train":
+                assert isinstance(dataset, TensorDataset)
+                states = dataset.train_states
+            else:
+                states = dataset.held_out(count, self.generator(generation, "reference"))[0]
+            return self.features(generation, states).cpu()
+
+        key = self.key(generation, part=part, count=count if part == "held_out" else "all")
+        return cached_tensor(generation.cache, f"features_{self.network.name}", key, compute).to(generation.samples.device)
+
+    def floor(self, generation: Generation, first: int, second: int) -> list[float]:
+        """The scores between two disjoint sets of real states of these sizes, replicate after replicate, cached."""
+
+        def compute() -> list[float]:
+            larger = max(first, second)
+            pair = generation.dataset.real_pair(larger, larger, self.generator(generation, "pool"))
+            pool = self.features(generation, torch.cat(pair))
+            shrink = min(1.0, len(pool) / (first + second))
+            n, m = max(2, int(first * shrink)), max(2, int(second * shrink))
+            numbers = []
+            for i in range(self.replicates):
+                order = torch.randperm(len(pool), generator=generator_for(0, "features/floor", i)).to(pool.device)
+                numbers += self.scores.measure(pool[order[:n]], pool[order[n : n + m]])
+            return numbers
+
+        key = self.key(generation, first=first, second=second, replicates=self.replicates, scores=vars(self.scores))
+        return cached_numbers(generation.cache, f"features_{self.network.name}_floor", key, compute)
+
+    def training_scores(self, generation: Generation, count: int, y: Tensor) -> list[float]:
+        """What `count` training states, or all if fewer, score against the held-out ones; empty where nobody asks that."""
+        if self.reference == "train" or not isinstance(generation.dataset, TensorDataset):
+            return []
+
+        def compute() -> list[float]:
+            train = self.real_features(generation, "train", count)
+            order = torch.randperm(len(train), generator=generator_for(0, "features/train")).to(train.device)
+            return self.scores.measure(train[order[:count]], y)
+
+        key = self.key(generation, count=count, against=len(y), scores=vars(self.scores))
+        return cached_numbers(generation.cache, f"features_{self.network.name}_train", key, compute)
+
+    def provenance(self, generation: Generation, count: int, reference: int) -> str:
+        what = "held-out" if self.reference == "held_out" else "training"
+        return (
+            f"{self.network.describe()}, {count:,} samples from seed {generation.seed} by the EMA weights, "
+            f"{reference:,} {what} images, all rounded to 8 bits"
+        )
