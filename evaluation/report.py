@@ -20,11 +20,18 @@ def number(value: float) -> str:
 
 def score_rows(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     """(name, value +- standard error, noise floor) of each score."""
-    rows = [("eval/loss", number(evaluation.values["eval/loss"]), "")]
-    for score in evaluation.scores:
+    return [("eval/loss", number(evaluation.values["eval/loss"]), ""), *rows_of(evaluation.scores)]
+
+
+def rows_of(scores: list[Score]) -> list[tuple[str, str, str]]:
+    """(name, value +- standard error, noise floor and what the training set scores) of each score."""
+    rows = []
+    for score in scores:
         value = number(score.value) + (f" +- {number(score.spread)}" if score.spread is not None else "")
         floor = "" if score.floor is None else number(score.floor)
         floor += "" if score.floor_sd is None else f" +- {number(score.floor_sd)}"
+        own = (score.extra or {}).get(f"{score.name}_train")
+        floor += "" if own is None else f", training set {number(own)}"
         rows.append((score.name, value, floor))
         rows += [(name, number(v), "") for name, v in (score.extra or {}).items() if name in SHOWN_EXTRA]
     return rows
@@ -50,18 +57,23 @@ def provenance_lines(scores: list[Score]) -> list[str]:
 def print_scores(evaluation: Evaluation, nfe: int) -> None:
     """The table of scores with their noise floors, and why some are absent."""
     print(evaluation.heading(nfe))
-    rows = score_rows(evaluation)
-    width = max(len(name) for name, _, _ in rows)
-    for name, value, floor in rows:
-        print(f"  {name:<{width}}  {value:<22}" + (f"floor {floor}" if floor else ""))
-    for line in provenance_lines(evaluation.scores):
-        print(f"  {line}")
-    for line in absent_lines(evaluation.absent):
-        print(f"  not given: {line}")
+    print_table(evaluation.scores, evaluation.absent, score_rows(evaluation))
     if isinstance(evaluation, ClassifierEvaluation):
         print_wrapped(
             "accuracy by class", [f"{k} {share:.1%}" for k, share in enumerate(evaluation.class_accuracy.tolist())]
         )
+
+
+def print_table(scores: list[Score], absent: list[Absent], rows: list[tuple[str, str, str]] | None = None) -> None:
+    """The rows (those of the scores unless given), what the scores depend on, and why some are absent."""
+    rows = rows_of(scores) if rows is None else rows
+    width = max((len(name) for name, _, _ in rows), default=0)
+    for name, value, floor in rows:
+        print(f"  {name:<{width}}  {value:<22}" + (f"floor {floor}" if floor else ""))
+    for line in provenance_lines(scores):
+        print(f"  {line}")
+    for line in absent_lines(absent):
+        print(f"  not given: {line}")
 
 
 def print_wrapped(name: str, words: list[str]) -> None:

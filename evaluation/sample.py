@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dataloaders.base_dataloaders import Batch
 from evaluation.evaluator import Evaluator, few_steps, fixed_labels, fixed_noise, fresh_noise, generate
-from evaluation.metrics.base_metric import as_images
+from evaluation.metrics.base_metric import Generation, as_images
 from evaluation.report import draw_picture, print_scores
 from helpers_cfg import ClassifierFreeGuidance, Guidance, guided
 from losses.objective import FlowObjective, Objective
@@ -130,6 +130,20 @@ def load(path: str | Path, device: str = "auto") -> TrainedModel:
     """The generator of a checkpoint, rebuilt from the configuration stored in it. UserError if that cannot be done."""
     payload = load_checkpoint(Path(path))
     return trained_model(payload, payload["config"], Path(path), pick_device(device))
+
+
+@torch.no_grad()
+def generation_of(model: TrainedModel, n: int, seed: int, label: Label, evaluations: int | None, cache: Path) -> Generation:
+    """n samples as metrics see them, beside the data the model learned; as TrainedModel.sample makes them."""
+    config, device, labels = model.config, model.device, model.labels(n, label)
+    samples, flow = model.sample(n, seed, label, evaluations=evaluations).to(device), model.flow()
+    source = build_source(config, device)
+    return Generation(
+        fixed_noise(build_source(config, torch.device("cpu")), n, seed).to(device), samples,
+        None if labels is None else labels.to(device), flow, flow.velocity, build_solver(config),
+        build_dataset(config, device), source, dataset_key(config), cache, True,
+        lambda name: generator_for(seed, f"evaluation/{name}", 0, device), build_decoder(config, device), seed,
+    )  # fmt: skip
 
 
 def settings_from_overrides(words: list[str]) -> dict[str, Any]:

@@ -1,13 +1,17 @@
 """Scores of generated images by the features of a network, each beside the same score of real against real."""
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dataloaders.tensor_dataset import TensorDataset
 from evaluation.feature_networks import ClassifierFeatures, FeatureNetwork, classifier_features
-from evaluation.fid import fit_gaussian, frechet_distance, kernel_distance, neighbour_shares
+from evaluation.fid import fit_gaussian, frechet_distance, from_moments, kernel_distance, neighbour_shares
+from evaluation.image_sets import images_hash
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
 from evaluation.metrics.cache import cached_numbers, cached_tensor
 from evaluation.metrics.two_sample import not_finite
@@ -33,9 +37,33 @@ class FeatureScores:
 
     def measure(self, x: Tensor, y: Tensor) -> list[float]:
         """Of generated features x (N, F) and real ones y (M, F), in the order of names()."""
+        if x.device.type == "mps":  # which has no float64
+            x, y = x.cpu(), y.cpu()
         shares = neighbour_shares(x[: self.points], y[: self.points], self.k) if self.k else {}
         frechet = frechet_distance(fit_gaussian(x), fit_gaussian(y))
         return [frechet, kernel_distance(x, y), *(shares[name] for name in SHARES if self.k)]
+
+    def replicated(self, pool: Tensor, first: int, second: int, replicates: int) -> Tensor:
+        """(replicates, scores) between random disjoint parts, of these sizes, of one pool of real features (P, F); both
+        sizes shrink alike when it is too small."""
+        shrink = min(1.0, len(pool) / (first + second))
+        n, m = max(2, int(first * shrink)), max(2, int(second * shrink))
+        rows = []
+        for i in range(replicates):
+            order = torch.randperm(len(pool), generator=generator_for(0, "features/floor", i)).to(pool.device)
+            rows.append(self.measure(pool[order[:n]], pool[order[n : n + m]]))
+        return torch.tensor(rows)
+
+    def named(
+        self, network: FeatureNetwork, values: list[float], floor: Tensor, own: list[float], count: int, provenance: str
+    ) -> list[Score]:
+        """One Score for each value. own: what the training set scores, or empty."""
+        scores = []
+        for i, name in enumerate(map(network.metric, self.names())):
+            extra = {f"{name}_train": own[i]} if own else None
+            mean, sd = floor[:, i].mean().item(), floor[:, i].std().item()
+            scores.append(Score(name, values[i], None, mean, sd, extra, f"{count:,} samples", provenance))
+        return scores
 
 
 class FeatureMetric(Metric):
@@ -99,11 +127,7 @@ class FeatureMetric(Metric):
         floor = torch.tensor(self.floor(generation, count, len(y))).view(self.replicates, -1)
         own = self.training_scores(generation, count, y)
         provenance = self.provenance(generation, count, len(y))
-        results: list[Score | Absent] = []
-        for i, name in enumerate(map(network.metric, self.scores.names())):
-            extra = {f"{name}_train": own[i]} if own else None
-            mean, sd = floor[:, i].mean().item(), floor[:, i].std().item()
-            results.append(Score(name, values[i], None, mean, sd, extra, f"{count:,} samples", provenance))
+        results: list[Score | Absent] = [*self.scores.named(network, values, floor, own, count, provenance)]
         if isinstance(network, ClassifierFeatures):
             results.append(self.accuracy(generation, network, x, provenance))
         return results
@@ -163,13 +187,7 @@ class FeatureMetric(Metric):
             larger = max(first, second)
             pair = generation.dataset.real_pair(larger, larger, self.generator(generation, "pool"))
             pool = self.features(generation, torch.cat(pair))
-            shrink = min(1.0, len(pool) / (first + second))
-            n, m = max(2, int(first * shrink)), max(2, int(second * shrink))
-            numbers = []
-            for i in range(self.replicates):
-                order = torch.randperm(len(pool), generator=generator_for(0, "features/floor", i)).to(pool.device)
-                numbers += self.scores.measure(pool[order[:n]], pool[order[n : n + m]])
-            return numbers
+            return self.scores.replicated(pool, first, second, self.replicates).flatten().tolist()
 
         key = self.key(generation, first=first, second=second, replicates=self.replicates, scores=vars(self.scores))
         return cached_numbers(generation.cache, f"features_{self.network.name}_floor", key, compute)
@@ -193,3 +211,49 @@ class FeatureMetric(Metric):
             f"{self.network.describe()}, {count:,} samples from seed {generation.seed} by the EMA weights, "
             f"{reference:,} {what} images, all rounded to 8 bits"
         )
+
+
+def scores_between(
+    network: FeatureNetwork, images: Tensor, reference: Tensor, cache: Path, device: torch.device, seed: int | None = None
+) -> list[Score | Absent]:
+    """The scores of two sets of image bytes (N, C, H, W); the floor is of random parts of the reference, whose features are
+    cached. seed: of generated images, where they are."""
+    scores = FeatureScores()
+    for part in (images, reference):
+        reason = network.refusal(tuple(part.shape[1:]))
+        if reason is not None:
+            return [Absent(network.metric(name), reason) for name in scores.names()]
+    name = images_hash(reference)
+    key: dict[str, object] = {"images": name, "network": network.describe()}
+    y = cached_tensor(cache, f"features_{network.name}", key, lambda: network.features(reference, device).cpu()).to(device)
+    x = network.features(images, device)
+    provenance = f"{network.describe()}, {described(images, seed)}, {len(y):,} reference images ({name})"
+    return [*scores.named(network, scores.measure(x, y), scores.replicated(y, len(x), len(y), 20), [], len(x), provenance)]
+
+
+def scores_against_statistics(
+    network: FeatureNetwork,
+    images: Tensor,
+    mu: np.ndarray,
+    sigma: np.ndarray,
+    name: str,
+    device: torch.device,
+    seed: int | None = None,
+) -> list[Score | Absent]:
+    """The Frechet distance of image bytes (N, C, H, W) to published statistics mu (F,), sigma (F, F) of the same network."""
+    metric = network.metric("frechet_distance")
+    reason = network.refusal(tuple(images.shape[1:]))
+    if reason is not None:
+        return [Absent(metric, reason)]
+    fit = fit_gaussian(network.features(images, device))
+    if fit.mean.shape != mu.shape or sigma.shape != (*mu.shape, *mu.shape):
+        raise UserError(f"{name} has statistics of {mu.shape[0]} features, {network.name} {fit.mean.shape[0]}; use its own")
+    moments = from_moments(torch.from_numpy(mu).to(device), torch.from_numpy(sigma).to(device))
+    digest = hashlib.sha256(mu.tobytes() + sigma.tobytes()).hexdigest()[:16]
+    provenance = f"{network.describe()}, {described(images, seed)}, statistics {name} ({digest})"
+    return [Score(metric, frechet_distance(fit, moments), note=f"{len(images):,} samples", provenance=provenance)]
+
+
+def described(images: Tensor, seed: int | None) -> str:
+    """What a set of images is, for provenance."""
+    return f"{len(images):,} images ({images_hash(images)})" + ("" if seed is None else f" from seed {seed}")
