@@ -4,6 +4,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,9 @@ class InceptionFeatures(FeatureNetwork):
                 f"FID needs the weights of its Inception network in {self.file}; download {INCEPTION_FILE} (91 MB, "
                 f"{INCEPTION_SOURCE}) there, or give their folder by evaluation.metrics.fid.network.path"
             )
+        if find_spec("cleanfid") is None:
+            raise UserError("FID needs clean-fid; install it with `uv sync --extra fid` or `pip install clean-fid`")
         self.weights = hashlib.sha256(self.file.read_bytes()).hexdigest()[:16]
-        self.network = load_inception(str(folder))
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         return None if shape[0] in (1, 3) else f"Inception sees gray or RGB images, not {shape[0]} channels"
@@ -106,7 +108,7 @@ class InceptionFeatures(FeatureNetwork):
     def features(self, images: Tensor, device: torch.device) -> Tensor:
         from cleanfid.resize import build_resizer
 
-        resizer, network = build_resizer("clean"), self.network.to(device)
+        resizer, network = build_resizer("clean"), load_inception(str(self.file.parent)).to(device)
         parts = []
         for part in images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().split(INCEPTION_CHUNK):
             resized = np.stack([resizer(image).transpose(2, 0, 1) for image in part.numpy()])
@@ -119,11 +121,9 @@ class InceptionFeatures(FeatureNetwork):
 
 @cache
 def load_inception(folder: str) -> Any:
-    """clean-fid's wrapper around the TorchScript file. UserError when clean-fid is not installed or the file is damaged."""
-    try:
-        from cleanfid.inception_torchscript import InceptionV3W
-    except ImportError as error:
-        raise UserError("FID needs clean-fid; install it with `uv sync --extra fid` or `pip install clean-fid`") from error
+    """clean-fid's wrapper around the TorchScript file. UserError when that is damaged."""
+    from cleanfid.inception_torchscript import InceptionV3W
+
     try:
         return InceptionV3W(folder, download=False).eval()
     except RuntimeError as error:

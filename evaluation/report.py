@@ -7,9 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dataloaders.tensor_dataset import TensorDataset
 from evaluation.classifier_evaluator import ClassifierEvaluation
 from evaluation.evaluator import Evaluation, GeneratorEvaluation
 from evaluation.metrics.base_metric import Absent, Decode, Score, as_images
+from evaluation.metrics.distances import nearest, squared_distances
 
 SHOWN_EXTRA = ("oracle/flow_map_error_median", "oracle/flow_map_error_exact_field", "oracle/log_prob_error_exact_field")
 
@@ -117,6 +119,35 @@ def draw_picture(path: Path, evaluation: Evaluation, title: str, images: int = 1
     draw_images(
         path, samples[shown], None if label is None else label[shown], evaluation.reference, evaluation.reference_label,
         generation.decode, generation.dataset.value_range, title,
+    )  # fmt: skip
+    return True
+
+
+def draw_neighbours(path: Path, evaluation: Evaluation, name: str, rows: int = 10, k: int = 5) -> bool:
+    """Is it copying? The `rows` samples that lie nearest to a training image, nearest first, each with the k training images
+    nearest to it, by Euclidean distance of states. False unless it is the last evaluation, of finite data that are images.
+    """
+    if not isinstance(evaluation, GeneratorEvaluation):
+        return False
+    generation = evaluation.generation
+    dataset, decode = generation.dataset, generation.decode
+    samples = generation.samples[:2000]
+    samples = samples[samples.flatten(1).isfinite().all(1)]
+    if not generation.final or not isinstance(dataset, TensorDataset) or not len(samples):
+        return False
+    if not drawable(dataset.state_shape, decode) or dataset.train_size < k:
+        return False
+    from visualizers.pictures import image_grid_picture
+
+    train = dataset.train_states
+    order = nearest(samples.flatten(1), train.flatten(1))[0].argsort()[:rows]
+    index = squared_distances(samples[order].flatten(1), train.flatten(1)).topk(k, largest=False).indices
+    states = torch.cat([samples[order][:, None], train[index]], dim=1).flatten(0, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image_grid_picture(
+        path, as_images(states, decode).cpu().numpy(),
+        (-1.0, 1.0) if decode is not None or dataset.value_range is None else dataset.value_range, k + 1,
+        title=f"{name}: samples (left), their nearest training images",
     )  # fmt: skip
     return True
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from dataloaders.base_dataloaders import Batch
 from evaluation.evaluator import Evaluator, few_steps, fixed_labels, fixed_noise, fresh_noise, generate
 from evaluation.metrics.base_metric import Generation, as_images
-from evaluation.report import draw_picture, print_scores
+from evaluation.report import draw_neighbours, draw_picture, print_scores
 from helpers_cfg import ClassifierFreeGuidance, Guidance, guided
 from losses.objective import FlowObjective, Objective
 from solvers.base_solver import BaseSolver
@@ -197,3 +197,6 @@ def evaluate_checkpoint(config: dict[str, Any]) -> None:
     picture = Path(config["output_dir"]) / "evaluations" / f"{config['run_name']}.png"
     if draw_picture(picture, evaluation, f"{payload['run_name']}, step {payload['step']}"):
         print(f"  picture  {picture}")
+    beside = picture.with_name(f"{picture.stem}_neighbours.png")
+    if draw_neighbours(beside, evaluation, payload["run_name"]):
+        print(f"  picture  {beside}")

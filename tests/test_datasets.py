@@ -38,7 +38,7 @@ def load(file: Path, array_file: Path) -> DictConfig:
     config = OmegaConf.load(file)
     assert isinstance(config, DictConfig)
     needed = {"epochs", "batch_size", "evaluation_samples", "final_evaluation_samples"}
-    assert needed <= set(config.pop("training")) <= needed | {"eval_every", "lr"}
+    assert needed <= set(config.pop("training")) <= needed | {"eval_every", "lr", "feature_network"}
     if OmegaConf.is_missing(config, "path"):
         config.path = str(array_file)
     return config

@@ -276,6 +276,9 @@ def test_scores_that_cannot_be_given_say_why(digits: Digits, generation: Callabl
     assert isinstance(unlabelled, Absent) and "conditional=true" in unlabelled.reason
     large = generation(digits, torch.zeros(20, 3, 16, 16))
     assert "sees images of shape [1, 8, 8], not [3, 16, 16]" in metric.compute(large)[0].reason  # type: ignore[union-attr]
+    few = metric.compute(generation(digits, digits.held_out_states[:6]))
+    assert len(few) == 7 and "6 samples and 6 real images are fewer than the 7" in few[0].reason  # type: ignore[union-attr]
+    assert FeatureMetric("digits_classifier", final_only=True).compute(large) == []
     assert FeatureMetric(None).compute(large) == [] and FeatureMetric(None).names() == []
     for settings_ in ({"reference": "test"}, {"replicates": 1}):
         with pytest.raises(UserError, match=r"mend evaluation\.metrics"):
@@ -325,3 +328,44 @@ def test_fid_says_which_file_goes_where(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"inception-2015-12-05\.pt") as caught:
         InceptionFeatures(str(tmp_path))
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+class Layers(torch.nn.Module):
+    """2,048 features that are the mean of each colour, over and over."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=(2, 3)).repeat(1, 683)[:, :2048]
+
+
+class FakeInception(torch.nn.Module):
+    """What clean-fid asks of the TorchScript file: .layers, called on resized images between -1 and 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = Layers()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def test_fid_goes_through_clean_fids_resize_and_wrapper(tmp_path: Path, generation: Callable[..., Generation]) -> None:
+    """On a stand-in for the weights: the mean of an image's colours is known, and survives the resize."""
+    pytest.importorskip("cleanfid")
+    torch.jit.script(FakeInception()).save(str(tmp_path / "inception-2015-12-05.pt"))
+    network = InceptionFeatures(str(tmp_path))
+    flat = torch.tensor([[0, 128, 255], [64, 64, 64]], dtype=torch.uint8)[:, :, None, None].expand(2, 3, 8, 8)
+    features = network.features(flat, torch.device("cpu"))
+    assert features.shape == (2, 2048)
+    assert torch.allclose(features[:, :3], (flat[:, :, 0, 0].float() - 128) / 128, atol=1e-5)
+    assert network.metric("frechet_distance") == "eval/fid" and network.metric("kernel_distance") == "eval/kid"
+    assert network.metric("recall") == "eval/recall" and network.refusal((4, 32, 32)) is not None
+    assert "clean-fid" in network.describe() and len(network.weights) == 16
+    gray = network.features(flat[1:, :1], torch.device("cpu"))
+    assert torch.equal(gray, features[1:])
+
+
+def test_weights_that_are_no_inception_are_one_sentence(tmp_path: Path) -> None:
+    pytest.importorskip("cleanfid")
+    (tmp_path / "inception-2015-12-05.pt").write_bytes(b"not TorchScript")
+    with pytest.raises(UserError, match="cannot be read as TorchScript"):
+        InceptionFeatures(str(tmp_path)).features(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.device("cpu"))

@@ -10,10 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from dataloaders.digits import Digits
+from dataloaders.sources import GaussianSource
+from evaluation.evaluator import GeneratorEvaluation
 from evaluation.feature_networks import classifier_features
 from evaluation.fid import fit_gaussian, frechet_distance
 from evaluation.image_sets import images_hash, read_images, write_arrays, write_pictures
-from evaluation.metrics.base_metric import Absent, Score, to_bytes
+from evaluation.metrics.base_metric import Absent, Generation, Score, to_bytes
+from evaluation.report import draw_neighbours
 from evaluation.sample import load
 from scripts import eval_fid, sample
 from training.errors import UserError
@@ -159,3 +162,23 @@ def test_images_of_another_size_are_refused_by_a_classifier(tmp_path: Path) -> N
     results = eval_fid.evaluate([f"samples={tmp_path / 'large.npz'}", f"reference={tmp_path / 'large.npz'}", NETWORK])
     assert results and all(isinstance(result, Absent) for result in results)
     assert "sees images of shape [1, 8, 8]" in results[0].reason  # type: ignore[union-attr]
+
+
+def test_neighbours_are_the_nearest_training_images_of_the_samples_nearest_to_any(tmp_path: Path, monkeypatch) -> None:
+    drawn: list = []
+    monkeypatch.setattr("visualizers.pictures.image_grid_picture", lambda *words, **more: drawn.append((words, more)))
+    data = Digits()
+    samples = torch.cat([0.5 * torch.randn(30, 1, 8, 8), data.train_states[700:701], data.train_states[3:4] + 0.01])
+    samples[4] = float("nan")
+    made = Generation(
+        samples, samples, None, None, None, None, data, GaussianSource([1, 8, 8]), "digits", tmp_path, True,  # type: ignore[arg-type]
+        lambda name: torch.Generator(),
+    )  # fmt: skip
+    evaluation = GeneratorEvaluation([], [], {}, 0.0, made, samples)
+    assert draw_neighbours(tmp_path / "x.png", evaluation, "x", rows=3, k=2)
+    ((_, images, value_range, columns), _) = drawn[0]
+    assert columns == 3 and images.shape == (9, 1, 8, 8) and value_range == (-1.0, 1.0)
+    assert (images[0] == images[1]).all() and (images[1] == data.train_states[700].numpy()).all()
+    assert (images[3] == samples[31].numpy()).all() and (images[4] == data.train_states[3].numpy()).all()
+    made.final = False
+    assert not draw_neighbours(tmp_path / "x.png", evaluation, "x")

@@ -54,6 +54,13 @@ def companions(group: str, choice: str, tmp_path: Path) -> list[str]:
 
         np.save(tmp_path / "x.npy", np.zeros((20, 2), dtype="float32"))
         return [f"dataloaders.path={tmp_path / 'x.npy'}"]
+    if group == "experiment" and choice.startswith("cifar"):  # its files are not needed to see that the rest fits
+        words = ["dataloaders=random_images", "dataloaders.state_shape=[3,32,32]"]
+        return [*words, *(f"~dataloaders.{key}" for key in ("flip", "crop_padding"))]
+    if (group, choice) == ("evaluation", "fid"):
+        pytest.importorskip("cleanfid")
+        (tmp_path / "inception-2015-12-05.pt").touch()
+        return [f"evaluation.metrics.fid.network.path={tmp_path}"]
     if (group, choice) == ("guidance", "autoguidance"):
         return ["guidance.checkpoint=weak_last.pt"]
     if (group, choice) in [("dataloaders", name) for name in IMAGE_SETS]:

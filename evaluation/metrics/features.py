@@ -32,6 +32,11 @@ class FeatureScores:
     k: int = 5
     points: int = 5000
 
+    @property
+    def least(self) -> int:
+        """How many images a side must have."""
+        return self.k + 2
+
     def names(self) -> tuple[str, ...]:
         return ("frechet_distance", "kernel_distance", *(SHARES if self.k else ()))
 
@@ -47,7 +52,7 @@ class FeatureScores:
         """(replicates, scores) between random disjoint parts, of these sizes, of one pool of real features (P, F); both
         sizes shrink alike when it is too small."""
         shrink = min(1.0, len(pool) / (first + second))
-        n, m = max(2, int(first * shrink)), max(2, int(second * shrink))
+        n, m = (max(self.least, int(size * shrink)) for size in (first, second))
         rows = []
         for i in range(replicates):
             order = torch.randperm(len(pool), generator=generator_for(0, "features/floor", i)).to(pool.device)
@@ -74,7 +79,7 @@ class FeatureMetric(Metric):
     reference: held_out states, as many as there are samples at most, or train: all training states of a finite set. Either
     way the same ones in every run, and their features are cached. replicates: real pairs of the floor, random splits of
     one pool of real states. Beside held-out states the training set's own scores are given, under <name>_train.
-    Images are clipped and rounded to bytes first.
+    final_only: leave them out of evaluations during the run. Images are clipped and rounded to bytes first.
     """
 
     def __init__(
@@ -84,25 +89,26 @@ class FeatureMetric(Metric):
         replicates: int = 20,
         k: int = 5,
         points: int = 5000,
+        final_only: bool = False,
     ):
         if reference not in ("held_out", "train"):
             raise UserError(f"a feature score's reference is held_out or train, not {reference!r}; mend evaluation.metrics")
         if replicates < 2:
             raise UserError(f"a noise floor needs at least 2 replicates, not {replicates}; mend evaluation.metrics")
-        self.given, self.reference, self.replicates = network, reference, replicates
-        self.scores = FeatureScores(k, points)
+        self.final_only = final_only
+        self.given = classifier_features(network) if isinstance(network, str) else network
+        self.reference, self.replicates, self.scores = reference, replicates, FeatureScores(k, points)
 
     @property
     def network(self) -> FeatureNetwork:
         assert self.given is not None
-        return classifier_features(self.given) if isinstance(self.given, str) else self.given
+        return self.given
 
     def names(self) -> list[str]:
         if self.given is None:
             return []
-        network = self.network
-        names = [network.metric(name) for name in self.scores.names()]
-        return [*names, ACCURACY] if isinstance(network, ClassifierFeatures) else names
+        names = [self.given.metric(name) for name in self.scores.names()]
+        return [*names, ACCURACY] if isinstance(self.given, ClassifierFeatures) else names
 
     def refusal(self, generation: Generation) -> str | None:
         """Why no scores are given."""
@@ -115,7 +121,7 @@ class FeatureMetric(Metric):
         return self.network.refusal(tuple(shape)) or not_finite(generation.samples)
 
     def compute(self, generation: Generation) -> list[Score | Absent]:
-        if self.given is None:
+        if self.given is None or (self.final_only and not generation.final):
             return []
         reason = self.refusal(generation)
         if reason is not None:
@@ -123,6 +129,9 @@ class FeatureMetric(Metric):
         network, count = self.network, len(generation.samples)
         x = self.features(generation, generation.samples)
         y = self.real_features(generation, self.reference, count)
+        if min(len(x), len(y)) < self.scores.least:
+            few = f"{len(x)} samples and {len(y)} real images are fewer than the {self.scores.least} on a side it takes"
+            return [Absent(name, few) for name in self.names()]
         values = self.scores.measure(x, y)
         floor = torch.tensor(self.floor(generation, count, len(y))).view(self.replicates, -1)
         own = self.training_scores(generation, count, y)
@@ -139,9 +148,9 @@ class FeatureMetric(Metric):
             return Absent(ACCURACY, "this model is not told the class (conditional=true)")
         if network.num_classes != generation.dataset.num_classes:
             return Absent(ACCURACY, f"{network.name} knows {network.num_classes} classes, the data others")
-        states, real_label = generation.dataset.held_out(10_000, self.generator(generation, "reference"))
+        real_label = generation.dataset.held_out(10_000, self.generator(generation, "reference"))[1]
         assert real_label is not None
-        real = network.answers(self.features(generation, states)) == real_label
+        real = network.answers(self.real_features(generation, "held_out", 10_000)) == real_label
         right = (network.answers(x) == label).float()
         by_class = {f"{ACCURACY}_{k}": right[label == k].mean().item() for k in label.unique().tolist()}
         value = right.mean().item()
@@ -220,7 +229,10 @@ def scores_between(
     cached. seed: of generated images, where they are."""
     scores = FeatureScores()
     for part in (images, reference):
-        reason = network.refusal(tuple(part.shape[1:]))
+        few = (
+            f"{len(part)} images are fewer than the {scores.least} on a side it takes" if len(part) < scores.least else None
+        )
+        reason = few or network.refusal(tuple(part.shape[1:]))
         if reason is not None:
             return [Absent(network.metric(name), reason) for name in scores.names()]
     name = images_hash(reference)
