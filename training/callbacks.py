@@ -185,7 +185,7 @@ def compared_table(run: Run) -> str:
         if path.parent != run.folder.path and status.get("state") == "finished" and folder.config_path.is_file():
             found.append((status["updated"], folder, status["scores"]))
     for _, folder, scores in sorted(found, key=lambda item: str(item[0]), reverse=True):
-        choices = OmegaConf.load(folder.config_path).get("choices", {})
+        choices = OmegaConf.select(OmegaConf.load(folder.config_path), "choices", default={})
         if all(choices.get(group) == run.config["choices"][group] for group in same):
             lines = [f"| score | {folder.name} | here | difference |", "|---|---|---|---|"]
             for score in run.evaluation.scores:
