@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dataloaders.gaussian_mixture import GaussianMixture
+from training.errors import UserError
 
 
 def make_unified_flow_matching_input(x: Tensor, times: Tensor) -> Tensor:
@@ -88,6 +89,10 @@ class FlowDataset(ABC):
     @abstractmethod
     def to(self, device: torch.device | str) -> Self:
         """Move to `device`, where every later batch is made. Returns self."""
+
+    def balance(self) -> None:
+        """Let every class be drawn equally often in training. UserError for data that cannot."""
+        raise UserError(f"balanced=true needs a finite set with labels, and {type(self).__name__} is none; leave it out")
 
     @abstractmethod
     def epoch(

@@ -46,6 +46,7 @@ class TensorDataset(FlowDataset):
         super().__init__(shape, self.train_size, num_classes, limits)
         self.states = (states if states.dtype == torch.uint8 else states.float())[rows].contiguous()
         self.labels = None if labels is None else labels[rows].long()
+        self.balanced = False
 
     @property
     def train_states(self) -> Tensor:
@@ -68,6 +69,11 @@ class TensorDataset(FlowDataset):
         self.labels = None if self.labels is None else self.labels.to(device)
         return self
 
+    def balance(self) -> None:
+        if self.labels is None:
+            super().balance()
+        self.balanced = True
+
     def rows(self, index: Tensor) -> Batch:
         """The states and labels at `index` (B,), counted from the first training row."""
         return as_states(self.states[index]), None if self.labels is None else self.labels[index]
@@ -81,8 +87,12 @@ class TensorDataset(FlowDataset):
         rank: int = 0,
         world: int = 1,
     ) -> Iterator[Batch]:
-        """As FlowDataset.epoch: each training row once, shuffled by `order`. `generator` is not used."""
-        shuffled = torch.randperm(self.train_size, generator=order).to(self.states.device)
+        """As FlowDataset.epoch: each training row once, shuffled by `order`, unless balanced. `generator` is not used."""
+        labels = self.train_labels if self.balanced else None
+        shuffled = (
+            torch.randperm(self.train_size, generator=order) if labels is None else balanced_order(labels.cpu(), order)
+        )
+        shuffled = shuffled.to(self.states.device)
         for batch in shuffled.split(batch_size)[start:]:
             yield self.rows(batch[rank::world])
 
@@ -106,6 +116,21 @@ class TensorDataset(FlowDataset):
 def as_states(stored: Tensor) -> Tensor:
     """Pixels 0 to 255 as states -1 to 1 in fp32; states as they are."""
     return stored.float().div_(127.5).sub_(1) if stored.dtype == torch.uint8 else stored
+
+
+def balanced_order(labels: Tensor, order: torch.Generator) -> Tensor:
+    """As many indices of `labels` (N,) as there are, (N,), shuffled: each class there is equally often, give or take one.
+
+    Of a small class every row comes round before any comes again; of a large one only some rows come, others next epoch.
+    """
+    classes, parts = labels.unique(), []
+    for i, label in enumerate(classes):
+        rows = (labels == label).nonzero()[:, 0]
+        wanted = len(labels) * (i + 1) // len(classes) - len(labels) * i // len(classes)
+        rounds = [rows[torch.randperm(len(rows), generator=order)] for _ in range(-(-wanted // len(rows)))]
+        parts.append(torch.cat(rounds)[:wanted])
+    drawn = torch.cat(parts)
+    return drawn[torch.randperm(len(drawn), generator=order)]
 
 
 def stratified_rows(labels: Tensor | None, count: int, fraction: float, seed: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Judges a trained generator: samples once, from fixed seeds, and hands the samples to every metric."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,12 @@ from torch import Tensor
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
 from evaluation.metrics.base_metric import Absent, Decode, Generation, Metric, Score
-from losses.objective import FlowObjective
+from helpers_cfg import Guidance
+from losses.objective import FlowObjective, Objective
 from solvers.base_solver import BaseSolver
 from solvers.flow_map import FlowMapSolver
 from solvers.runge_kutta import Euler
+from training.errors import UserError
 from training.seeds import generator_for
 from training.terms import named_terms
 
@@ -24,19 +27,58 @@ Fresh = Callable[[int, int, int], Tensor]  # fresh(k, first, count) -> noise (co
 
 
 @dataclass
-class Evaluation:
-    """What an evaluation found. values: flat metric name -> number, as logged.
-
-    reference (M, ...): real states beside the samples, with reference_label (M,) or None.
-    """
+class Evaluation(ABC):
+    """What an evaluation found. values: flat metric name -> number, as logged."""
 
     scores: list[Score]
     absent: list[Absent]
     values: dict[str, float]
+    seconds: float
+
+    @abstractmethod
+    def heading(self, nfe: int) -> str:
+        """What the scores are of, in a line; nfe: evaluations a sample."""
+
+
+@dataclass
+class GeneratorEvaluation(Evaluation):
+    """reference (M, ...): real states beside the samples, with reference_label (M,) or None."""
+
     generation: Generation
     reference: Tensor
-    seconds: float
     reference_label: Tensor | None = None
+
+    def heading(self, nfe: int) -> str:
+        if not self.scores:
+            return "held-out loss alone: this evaluation has no scores"
+        network = self.generation.objective.network
+        guidance = f", {network.describe()}" if isinstance(network, Guidance) else ""
+        count = f"{len(self.generation.samples):,} samples, {nfe} evaluations each"
+        return f"scores of {count}{guidance} (noise floor: real against real)"
+
+
+class Evaluator(ABC):
+    """Judges the network of an objective by held-out data; a generator by its samples, a classifier by its answers."""
+
+    @abstractmethod
+    def check(self, objective: Objective) -> None:
+        """UserError when this objective trains another kind of network; asked before a run trains."""
+
+    @abstractmethod
+    def evaluate(
+        self,
+        objective: Objective,
+        dataset: FlowDataset,
+        source: Source,
+        solver: BaseSolver,
+        seed: int,
+        dataset_key: str,
+        cache: Path,
+        final: bool,
+        flow: FlowObjective | None = None,
+        decode: Decode | None = None,
+    ) -> Evaluation:
+        """flow, source, solver, decode: what samples are made by; a classifier makes none."""
 
 
 def fixed_noise(source: Source, count: int, seed: int, stream: str = "sample", first: int = 0) -> Tensor:
@@ -88,7 +130,7 @@ def few_steps(objective: FlowObjective, noise: Tensor, label: Tensor | None, eva
     return generate(objective, solver, noise, label)
 
 
-class GeneratorEvaluator:
+class GeneratorEvaluator(Evaluator):
     """Scores samples of a velocity network. samples / final_samples: how many during the run / at its end.
     batch_size: rows of one forward pass of eval/loss. loss_weights: as in training.
     """
@@ -104,10 +146,14 @@ class GeneratorEvaluator:
         self.samples, self.final_samples, self.metrics = samples, final_samples, metrics
         self.batch_size, self.loss_weights = batch_size, loss_weights or {}
 
+    def check(self, objective: Objective) -> None:
+        if not isinstance(objective, FlowObjective):
+            raise UserError("this evaluation scores samples, and a classifier makes none; use evaluation=classifier")
+
     @torch.no_grad()
     def evaluate(
         self,
-        objective: FlowObjective,
+        objective: Objective,
         dataset: FlowDataset,
         source: Source,
         solver: BaseSolver,
@@ -117,13 +163,15 @@ class GeneratorEvaluator:
         final: bool,
         flow: FlowObjective | None = None,
         decode: Decode | None = None,
-    ) -> Evaluation:
+    ) -> GeneratorEvaluation:
         """Sample with the objective's network (in eval mode) on the dataset's device and compute every metric.
 
         flow: what is sampled, the objective under guidance; None: the objective itself. eval/loss is always the objective's.
         decode: from states to images, where the states are latents.
         """
         begun = time.perf_counter()
+        self.check(objective)
+        assert isinstance(objective, FlowObjective)
         objective.eval()
         flow = objective if flow is None else flow.eval()
         device = next(objective.network.parameters()).device
@@ -134,7 +182,7 @@ class GeneratorEvaluator:
         samples = generate(flow, solver, noise, label, fresh_noise(source, seed))
         generation = Generation(
             noise, samples, label, flow, flow.velocity, solver, dataset, source.to(device), dataset_key, cache, final,
-            lambda name: generator_for(seed, f"evaluation/{name}", 0, device), decode,
+            lambda name: generator_for(seed, f"evaluation/{name}", 0, device), decode, seed,
         )  # fmt: skip
         values = {"eval/loss": self.held_out_loss(objective, generation, device), "eval/nfe": float(solver.evaluations)}
         results = [result for metric in self.metrics.values() for result in metric.compute(generation)]
@@ -144,7 +192,7 @@ class GeneratorEvaluator:
         reference, reference_label = dataset.held_out(min(count, 2000), generation.generator("reference"))
         absent = [result for result in results if isinstance(result, Absent)]
         seconds = time.perf_counter() - begun
-        return Evaluation(scores, absent, values, generation, reference, seconds, reference_label)
+        return GeneratorEvaluation(scores, absent, values, seconds, generation, reference, reference_label)
 
     def held_out_loss(self, objective: FlowObjective, generation: Generation, device: torch.device) -> float:
         """The training loss on held-out data with fixed draws, in fp32 and in batches as large as the training ones:

@@ -1,14 +1,17 @@
 """What an evaluation shows: a table of scores with their noise floors, and a picture of the samples beside real data."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.evaluator import Evaluation
-from evaluation.metrics.base_metric import Absent, Decode, as_images
-from helpers_cfg import Guidance
+from dataloaders.tensor_dataset import TensorDataset
+from evaluation.classifier_evaluator import ClassifierEvaluation
+from evaluation.evaluator import Evaluation, GeneratorEvaluation
+from evaluation.metrics.base_metric import Absent, Decode, Score, as_images
+from evaluation.metrics.distances import nearest, squared_distances
 
 SHOWN_EXTRA = ("oracle/flow_map_error_median", "oracle/flow_map_error_exact_field", "oracle/log_prob_error_exact_field")
 
@@ -19,11 +22,18 @@ def number(value: float) -> str:
 
 def score_rows(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     """(name, value +- standard error, noise floor) of each score."""
-    rows = [("eval/loss", number(evaluation.values["eval/loss"]), "")]
-    for score in evaluation.scores:
+    return [("eval/loss", number(evaluation.values["eval/loss"]), ""), *rows_of(evaluation.scores)]
+
+
+def rows_of(scores: list[Score]) -> list[tuple[str, str, str]]:
+    """(name, value +- standard error, noise floor and what the training set scores) of each score."""
+    rows = []
+    for score in scores:
         value = number(score.value) + (f" +- {number(score.spread)}" if score.spread is not None else "")
         floor = "" if score.floor is None else number(score.floor)
         floor += "" if score.floor_sd is None else f" +- {number(score.floor_sd)}"
+        own = (score.extra or {}).get(f"{score.name}_train")
+        floor += "" if own is None else f", training set {number(own)}"
         rows.append((score.name, value, floor))
         rows += [(name, number(v), "") for name, v in (score.extra or {}).items() if name in SHOWN_EXTRA]
     return rows
@@ -37,28 +47,65 @@ def absent_lines(absent: list[Absent]) -> list[str]:
     return [f"{', '.join(names)}: {reason}" for reason, names in by_reason.items()]
 
 
+def provenance_lines(scores: list[Score]) -> list[str]:
+    """One line for each provenance, naming the scores that have it."""
+    by_provenance: dict[str, list[str]] = {}
+    for score in scores:
+        if score.provenance:
+            by_provenance.setdefault(score.provenance, []).append(score.name)
+    return [f"{', '.join(names)}: by {provenance}" for provenance, names in by_provenance.items()]
+
+
 def print_scores(evaluation: Evaluation, nfe: int) -> None:
     """The table of scores with their noise floors, and why some are absent."""
-    if evaluation.scores:
-        count = f"{len(evaluation.generation.samples):,} samples, {nfe} evaluations each"
-        network = evaluation.generation.objective.network
-        count += f", {network.describe()}" if isinstance(network, Guidance) else ""
-        print(f"scores of {count} (noise floor: real against real)")
-    else:
-        print("held-out loss alone: this evaluation has no scores")
-    rows = score_rows(evaluation)
-    width = max(len(name) for name, _, _ in rows)
+    print(evaluation.heading(nfe))
+    print_table(evaluation.scores, evaluation.absent, score_rows(evaluation))
+    if isinstance(evaluation, ClassifierEvaluation):
+        print_wrapped(
+            "accuracy by class", [f"{k} {share:.1%}" for k, share in enumerate(evaluation.class_accuracy.tolist())]
+        )
+
+
+def print_table(scores: list[Score], absent: list[Absent], rows: list[tuple[str, str, str]] | None = None) -> None:
+    """The rows (those of the scores unless given), what the scores depend on, and why some are absent."""
+    rows = rows_of(scores) if rows is None else rows
+    width = max((len(name) for name, _, _ in rows), default=0)
     for name, value, floor in rows:
         print(f"  {name:<{width}}  {value:<22}" + (f"floor {floor}" if floor else ""))
-    for line in absent_lines(evaluation.absent):
+    for line in provenance_lines(scores):
+        print(f"  {line}")
+    for line in absent_lines(absent):
         print(f"  not given: {line}")
+
+
+def print_wrapped(name: str, words: list[str]) -> None:
+    """The words after their name, in lines that fit a terminal."""
+    text = textwrap.fill(", ".join(words), 100, initial_indent=f"  {name}: ", subsequent_indent=" " * (len(name) + 4))
+    print(text)
+
+
+def class_table(evaluation: ClassifierEvaluation) -> str:
+    """A Markdown table: of each class its held-out images, its accuracy, and what it is most often taken for."""
+    lines = ["| class | images | accuracy | most often taken for |", "|---|---|---|---|"]
+    wrong = evaluation.confusion - evaluation.confusion.diag().diag()
+    for k, (row, share) in enumerate(zip(wrong, evaluation.class_accuracy.tolist(), strict=True)):
+        mistaken = f"{int(row.argmax())} ({int(row.max())} times)" if row.any() else ""
+        lines.append(f"| {k} | {int(evaluation.confusion[k].sum())} | {share:.1%} | {mistaken} |")
+    return "\n".join(lines)
 
 
 def draw_picture(path: Path, evaluation: Evaluation, title: str, images: int = 100) -> bool:
     """Samples beside real data as a PNG: a scatter plot, or an image grid of about so many `images`, by class where there
-    are classes. False for data of any other form."""
-    from visualizers.pictures import pick_by_class, scatter_picture
+    are classes. A classifier's confusion matrix, beside it as a table in a .csv. False for data of any other form."""
+    from visualizers.pictures import confusion_picture, pick_by_class, scatter_picture
 
+    if isinstance(evaluation, ClassifierEvaluation):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        confusion = evaluation.confusion.numpy()
+        confusion_picture(path, confusion, title)
+        np.savetxt(path.with_suffix(".csv"), confusion, fmt="%d", delimiter=",", header="rows: class, columns: taken for")
+        return True
+    assert isinstance(evaluation, GeneratorEvaluation)
     generation = evaluation.generation
     shape, samples, label = generation.dataset.state_shape, generation.samples, generation.label
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +119,35 @@ def draw_picture(path: Path, evaluation: Evaluation, title: str, images: int = 1
     draw_images(
         path, samples[shown], None if label is None else label[shown], evaluation.reference, evaluation.reference_label,
         generation.decode, generation.dataset.value_range, title,
+    )  # fmt: skip
+    return True
+
+
+def draw_neighbours(path: Path, evaluation: Evaluation, name: str, rows: int = 10, k: int = 5) -> bool:
+    """Is it copying? The `rows` samples that lie nearest to a training image, nearest first, each with the k training images
+    nearest to it, by Euclidean distance of states. False unless it is the last evaluation, of finite data that are images.
+    """
+    if not isinstance(evaluation, GeneratorEvaluation):
+        return False
+    generation = evaluation.generation
+    dataset, decode = generation.dataset, generation.decode
+    samples = generation.samples[:2000]
+    samples = samples[samples.flatten(1).isfinite().all(1)]
+    if not generation.final or not isinstance(dataset, TensorDataset) or not len(samples):
+        return False
+    if not drawable(dataset.state_shape, decode) or dataset.train_size < k:
+        return False
+    from visualizers.pictures import image_grid_picture
+
+    train = dataset.train_states
+    order = nearest(samples.flatten(1), train.flatten(1))[0].argsort()[:rows]
+    index = squared_distances(samples[order].flatten(1), train.flatten(1)).topk(k, largest=False).indices
+    states = torch.cat([samples[order][:, None], train[index]], dim=1).flatten(0, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image_grid_picture(
+        path, as_images(states, decode).cpu().numpy(),
+        (-1.0, 1.0) if decode is not None or dataset.value_range is None else dataset.value_range, k + 1,
+        title=f"{name}: samples (left), their nearest training images",
     )  # fmt: skip
     return True
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from dataloaders.base_dataloaders import Batch
-from evaluation.evaluator import few_steps, fixed_labels, fixed_noise, fresh_noise, generate
-from evaluation.metrics.base_metric import as_images
-from evaluation.report import draw_picture, print_scores
+from evaluation.evaluator import Evaluator, few_steps, fixed_labels, fixed_noise, fresh_noise, generate
+from evaluation.metrics.base_metric import Generation, as_images
+from evaluation.report import draw_neighbours, draw_picture, print_scores
 from helpers_cfg import ClassifierFreeGuidance, Guidance, guided
-from losses.objective import FlowObjective
+from losses.objective import FlowObjective, Objective
 from solvers.base_solver import BaseSolver
 from solvers.dopri5 import Dopri5
 from solvers.likelihood import log_likelihood
@@ -25,6 +25,7 @@ from training.assemble import (
     build_source,
     dataset_key,
     load_network,
+    sampled_flow,
     stored_config,
 )
 from training.build import build
@@ -127,9 +128,23 @@ class TrainedModel:
 
 
 def load(path: str | Path, device: str = "auto") -> TrainedModel:
-    """The model of a checkpoint, rebuilt from the configuration stored in it. UserError if that cannot be done."""
+    """The generator of a checkpoint, rebuilt from the configuration stored in it. UserError if that cannot be done."""
     payload = load_checkpoint(Path(path))
     return trained_model(payload, stored_config(Path(path), payload), Path(path), pick_device(device))
+
+
+@torch.no_grad()
+def generation_of(model: TrainedModel, n: int, seed: int, label: Label, evaluations: int | None, cache: Path) -> Generation:
+    """n samples as metrics see them, beside the data the model learned; as TrainedModel.sample makes them."""
+    config, device, labels = model.config, model.device, model.labels(n, label)
+    samples, flow = model.sample(n, seed, label, evaluations=evaluations).to(device), model.flow()
+    source = build_source(config, device)
+    return Generation(
+        fixed_noise(build_source(config, torch.device("cpu")), n, seed).to(device), samples,
+        None if labels is None else labels.to(device), flow, flow.velocity, build_solver(config),
+        build_dataset(config, device), source, dataset_key(config), cache, True,
+        lambda name: generator_for(seed, f"evaluation/{name}", 0, device), build_decoder(config, device), seed,
+    )  # fmt: skip
 
 
 def settings_from_overrides(words: list[str]) -> dict[str, Any]:
@@ -143,10 +158,22 @@ def settings_from_overrides(words: list[str]) -> dict[str, Any]:
     return {name: config.get(name) for name in named}
 
 
-def trained_model(payload: dict[str, Any], config: dict[str, Any], path: Path, device: torch.device) -> TrainedModel:
+def trained_objective(payload: dict[str, Any], config: dict[str, Any], path: Path, device: torch.device) -> Objective:
+    """The objective around a checkpoint's EMA network, frozen."""
     objective = build_objective(config, device)
     load_network(objective.network, payload["ema"], path)
-    return TrainedModel(objective.eval().requires_grad_(False), config, device, payload["step"])
+    return objective.eval().requires_grad_(False)
+
+
+def trained_model(payload: dict[str, Any], config: dict[str, Any], path: Path, device: torch.device) -> TrainedModel:
+    """UserError for a checkpoint that holds a classifier."""
+    objective = trained_objective(payload, config, path, device)
+    if not isinstance(objective, FlowObjective):
+        raise UserError(
+            f"{path} holds a classifier, which makes no samples; judge it by eval_checkpoint={path}, or let it judge a "
+            f"generator's by evaluation.metrics.features.network={path}"
+        )
+    return TrainedModel(objective, config, device, payload["step"])
 
 
 def evaluate_checkpoint(config: dict[str, Any]) -> None:
@@ -158,15 +185,19 @@ def evaluate_checkpoint(config: dict[str, Any]) -> None:
     payload = load_checkpoint(path)
     merged = laid_over(stored_config(path, payload), config, parse_overrides(config["overrides"]))
     device = pick_device(config["device"])
-    model = trained_model(payload, merged, path, device)
-    solver = build_solver(merged)
+    objective, solver = trained_objective(payload, merged, path, device), build_solver(merged)
+    evaluator: Evaluator = build(merged["evaluation"])
+    evaluator.check(objective)
     print(f"{path}: {payload['run_name']} at step {payload['step']:,}, EMA weights, {device.type}")
-    evaluation = build(merged["evaluation"]).evaluate(
-        model.objective, build_dataset(merged, device), build_source(merged, device), solver, merged["seed"],
+    evaluation = evaluator.evaluate(
+        objective, build_dataset(merged, device), build_source(merged, device), solver, merged["seed"],
         dataset_key(merged), Path(config["output_dir"]) / "cache", final=True,
-        flow=model.flow(), decode=build_decoder(merged, device),
+        flow=sampled_flow(objective, merged, device), decode=build_decoder(merged, device),
     )  # fmt: skip
     print_scores(evaluation, solver.evaluations)
     picture = Path(config["output_dir"]) / "evaluations" / f"{config['run_name']}.png"
     if draw_picture(picture, evaluation, f"{payload['run_name']}, step {payload['step']}"):
         print(f"  picture  {picture}")
+    beside = picture.with_name(f"{picture.stem}_neighbours.png")
+    if draw_neighbours(beside, evaluation, payload["run_name"]):
+        print(f"  picture  {beside}")

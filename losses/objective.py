@@ -8,18 +8,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from dataloaders.base_dataloaders import make_unified_flow_matching_input, with_class
+from dataloaders.sources import Source
 from losses.couplings import Coupling
 from losses.paths import ProbabilityPath
 from losses.predictions import Prediction
 from losses.time_samplers import TimeSampler
 from losses.weightings import Weighting
+from models.network import Network
 from models.velocity_model import VelocityModel
 from training.errors import UserError
 
@@ -58,17 +60,41 @@ class FlowBatch:
         return replace(self, **first), replace(self, **rest)
 
 
-class FlowObjective(nn.Module, ABC):
+class Objective(nn.Module, ABC):
     """A loss around a bare network. Instantiated with the network; compiled and DDP-wrapped as a whole, never the network.
+
+    All that the training loop knows of a loss: flows are one kind, classifiers another.
+    """
+
+    network: Network
+    second_time: SecondTime | None = None  # of flows, see FlowObjective
+    needs_teacher: bool = False  # whether forward wants the EMA objective beside the batch
+
+    @abstractmethod
+    def batch(self, source: Source, x1: Tensor, label: Tensor | None, generator: torch.Generator, progress: float) -> Any:
+        """One forward pass's rows from data x1 (B, ...) and label (B,) or None, with all of the loss's randomness, from
+        `generator`; progress in [0, 1] is the share of the run that is done. len() of it is B."""
+
+    @abstractmethod
+    def forward(self, batch: Any, teacher: Any = None) -> dict[str, Tensor]:
+        """Named scalar losses, "loss" being the one to minimise. Pure: it compiles, and is what DDP wraps.
+
+        teacher: the same objective around the EMA network, for the losses that ask for a target from it.
+        """
+
+
+class FlowObjective(Objective, ABC):
+    """A loss that teaches a velocity model.
 
     second_time "end": the network's second time is always 1 (plain flow matching). "state": it is t >= r, and t = r asks
     for the instantaneous velocity (MeanFlow family).
     label_dropout: share of rows whose label becomes the null label num_classes, for classifier-free guidance.
+    Raises UserError around a network that is no velocity model.
     """
 
+    network: VelocityModel
     second_time: SecondTime = "end"
     learns_flow_map: bool = False  # whether u(z, r, t) is trained for r < t, so that flow_map may be asked for
-    needs_teacher: bool = False  # whether forward wants the EMA objective beside the batch
 
     def __init__(
         self,
@@ -81,6 +107,11 @@ class FlowObjective(nn.Module, ABC):
         label_dropout: float = 0.0,
     ):
         super().__init__()
+        if not isinstance(network, VelocityModel):
+            raise UserError(
+                "this loss teaches velocities, and this model is a classifier; use loss=cross_entropy, or another model "
+                "such as model=unet_small"
+            )
         self.network = network
         self.path, self.coupling, self.time_sampler, self.prediction = path, coupling, time_sampler, prediction
         self.weighting, self.label_dropout = weighting, label_dropout
@@ -106,6 +137,11 @@ class FlowObjective(nn.Module, ABC):
         """`repeated`, and without a graph: for evaluations that make a target."""
         with torch.no_grad(), self.repeated():
             yield
+
+    def batch(
+        self, source: Source, x1: Tensor, label: Tensor | None, generator: torch.Generator, progress: float
+    ) -> FlowBatch:
+        return self.draw(source.sample(len(x1), generator), x1, label, generator, progress)
 
     def draw(
         self, x0: Tensor, x1: Tensor, label: Tensor | None, generator: torch.Generator, progress: float = 0.0
@@ -178,8 +214,4 @@ class FlowObjective(nn.Module, ABC):
         return x + expand_time(t - r, x) * self.mean_velocity(x, r, t, label)
 
     @abstractmethod
-    def forward(self, batch: FlowBatch, teacher: "FlowObjective | None" = None) -> dict[str, Tensor]:
-        """Named scalar losses, "loss" being the one to minimise. Pure: it compiles, and is what DDP wraps.
-
-        teacher: the same objective around the EMA network, for the losses that ask for a target from it.
-        """
+    def forward(self, batch: FlowBatch, teacher: "FlowObjective | None" = None) -> dict[str, Tensor]: ...

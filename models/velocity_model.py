@@ -2,10 +2,12 @@
 
 from abc import ABC, abstractmethod
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from models.network import Network
 
 
-class VelocityModel(nn.Module, ABC):
+class VelocityModel(Network, ABC):
     """A network over the unified input: forward(unified_input, label=None) -> velocity of the state's shape.
 
     unified_input (B, D + 2) or (B, C + 2, H, W): the state and its two times, see make_unified_flow_matching_input.
@@ -15,14 +17,5 @@ class VelocityModel(nn.Module, ABC):
     A model may define init_weights(); it is called once at set-up.
     """
 
-    num_classes: int = 0
-
     @abstractmethod
     def forward(self, unified_input: Tensor, label: Tensor | None = None) -> Tensor: ...
-
-    def init_weights(self) -> None:
-        """Start values of the parameters; torch's own unless a model says otherwise."""
-
-    def parameter_count(self) -> int:
-        """Number of trainable parameters."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad)

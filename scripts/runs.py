@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training.errors import UserError
 from training.run_folder import RunFolder
 
-HIGHER_IS_BETTER = ("accuracy", "inception_score")
+HIGHER_IS_BETTER = ("accuracy", "inception_score", "precision", "recall", "density", "coverage")
 HEADLINES = ("eval/energy_distance", "eval/fid", "eval/accuracy", "eval/kid", "eval/loss")  # in order of preference
 HEADLINES_SHOWN = 2
+NO_METRICS = ("step", "epoch", "elapsed_seconds", "provenance")  # keys of a row of metrics.jsonl
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -157,7 +158,7 @@ def best_scores(folder: RunFolder) -> dict[str, float]:
     for scores in (folder.read_status().get("scores", {}), *evaluations(folder)):
         for name, value in scores.items():
             if name.startswith("eval/") and value is not None:
-                pick = max if name.endswith(HIGHER_IS_BETTER) else min
+                pick = max if any(word in name for word in HIGHER_IS_BETTER) else min
                 best[name] = pick(best.get(name, value), value)
     return best
 
@@ -173,7 +174,7 @@ def last_metrics(folder: RunFolder) -> dict[str, float | None]:
     for row in folder.read_metrics():
         last |= row
     last |= folder.read_status().get("scores", {})
-    return {name: value for name, value in last.items() if name not in ("step", "epoch", "elapsed_seconds")}
+    return {name: value for name, value in last.items() if name not in NO_METRICS}
 
 
 def overrides(folder: RunFolder) -> str:

@@ -4,6 +4,8 @@
     python scripts/sample.py ckpt=outputs/ckpts/mlp/first_flow_last.pt n=2000
     python scripts/sample.py ckpt=... n=64 solver=rk4 solver.steps=8 seed=1 out=samples.png
     python scripts/sample.py ckpt=... n=10000 out=samples.npz            # array `x`, with classes `y`
+    python scripts/sample.py ckpt=... n=50000 out=samples.npz images=true     # arr_0: uint8, N x H x W x 3, for evaluators
+    python scripts/sample.py ckpt=... n=50000 out=pictures/              # a folder of PNGs, one for each sample
     python scripts/sample.py ckpt=... label=3                            # of a model trained with conditional=true
     python scripts/sample.py ckpt=... label=all n=100                    # a row, or several, for each class
     python scripts/sample.py ckpt=... label=all n=100 guidance=cfg guidance.scale=3
@@ -11,7 +13,8 @@
     python scripts/sample.py ckpt=... solver=flow_map solver.steps=4 solver.renoise=true
 
 Keys: ckpt (required), n (64), seed (0), label (a class, or all), nfe (so many steps of one evaluation each), device (auto),
-out (<checkpoint>_samples.png; .npz and .npy write numbers), real (true; false draws no real images beside those of a
+out (<checkpoint>_samples.png; .npz and .npy write numbers, a path ending in / a folder of PNGs), images (false; true: a .npz
+of images as bytes, arr_0, and classes, arr_1), real (true; false draws no real images beside those of a
 class), and any solver or guidance setting (guidance=none: not the run's own). Pictures of a latent model are decoded,
 numbers are its latents.
 """
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 DEFAULTS: dict[str, Any] = {
     "ckpt": None, "n": 64, "seed": 0, "label": None, "nfe": None, "device": "auto", "out": None, "real": "true",
+    "images": "false",
 }  # fmt: skip
 GROUPS = ("solver", "guidance")
 MOST_REAL = 10_000  # real states looked through for some of each class
@@ -57,8 +61,11 @@ def read_words(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     for key in ("n", "nfe"):
         if settings[key] == 0:
             raise UserError(f"{key} takes a whole number of at least 1, not 0")
-    if settings["real"] not in ("true", "false"):
-        raise UserError(f"real takes true or false, not {settings['real']!r}")
+    for key in ("real", "images"):
+        if settings[key] not in ("true", "false"):
+            raise UserError(f"{key} takes true or false, not {settings[key]!r}")
+    if settings["images"] == "true" and not str(settings["out"]).endswith(".npz"):
+        raise UserError("images=true writes a .npz; give out=samples.npz, or a path ending in / for a folder of pictures")
     if settings["nfe"] and any(word.startswith("solver") for word in overrides):
         raise UserError("nfe= takes so many steps without a solver; give nfe or solver settings, not both")
     alone = [word for word in overrides if word.startswith("guidance.")]
@@ -73,11 +80,18 @@ def whole_number(key: str, text: str, otherwise: str = "") -> int:
     return int(text)
 
 
+def is_folder(settings: dict[str, Any]) -> bool:
+    return str(settings["out"]).endswith("/")
+
+
 def output_path(settings: dict[str, Any]) -> Path:
     """Where the samples go. UserError for a form we do not write, or a folder that is not there."""
     path = Path(settings["out"] or f"{Path(settings['ckpt']).stem}_samples.png")
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"out={path} must end in {', '.join(SUFFIXES)}")
+    if is_folder(settings):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"out={path}/ is not empty; give a new folder, so that no other pictures mix with these")
+    elif path.suffix not in SUFFIXES:
+        raise UserError(f"out={path} must end in {', '.join(SUFFIXES)}, or in / for a folder of pictures")
     if not path.absolute().parent.is_dir():
         raise UserError(f"out={path} lies in a folder that does not exist; make it or choose another")
     return path
@@ -93,9 +107,28 @@ def sample(words: list[str]) -> Path:
     model.config |= settings_from_overrides(overrides)
     states = model.sample(settings["n"], settings["seed"], settings["label"], evaluations=settings["nfe"])
     labels = model.labels(settings["n"], settings["label"])
+    if is_folder(settings) or settings["images"] == "true":
+        export(path, states, labels, model)
+        return path
     title = ", ".join([model.config["run_name"], f"seed {settings['seed']}", *overrides])
     write(path, states, labels, model, title, settings["real"] == "true")
     return path
+
+
+def export(path: Path, states: "Tensor", labels: "Tensor | None", model: "TrainedModel") -> None:
+    """The samples as images, rounded to bytes: a folder of PNGs, or a .npz. UserError for states that are no images."""
+    from evaluation.image_sets import write_arrays, write_pictures
+    from evaluation.metrics.base_metric import to_bytes
+
+    images = model.images(states)
+    if images.ndim != 4:
+        raise UserError(f"states of shape {list(states.shape[1:])} are no images; use out=samples.npz without images=true")
+    low_high = None if model.config.get("vae") else model.config["dataloaders"]["value_range"]
+    as_bytes = to_bytes(images, None if low_high is None else (low_high[0], low_high[1]))
+    if path.suffix == ".npz":
+        write_arrays(path, as_bytes, labels)
+    else:
+        write_pictures(path, as_bytes)
 
 
 def write(

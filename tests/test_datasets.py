@@ -41,7 +41,7 @@ def load(file: Path, array_file: Path, settings: dict[str, Any] | None = None) -
     config = OmegaConf.load(file)
     assert isinstance(config, DictConfig)
     needed = {"epochs", "batch_size", "evaluation_samples", "final_evaluation_samples"}
-    assert needed <= set(config.pop("training")) <= needed | {"eval_every", "lr", "num_workers"}
+    assert needed <= set(config.pop("training")) <= needed | {"eval_every", "lr", "num_workers", "feature_network"}
     if OmegaConf.is_missing(config, "path"):
         config.path = str(array_file)
     for key, value in ((settings or {}) | {"flip": False, "images.flip": False, "sample": False}).items():

@@ -49,6 +49,9 @@ def test_house_rules():
         assert path.name == "trackers.py" or not re.search(r"except( Exception)?:", text), path
 
 
+CLASSIFIER_LOSSES = ("cross_entropy",)  # their contract is in test_classifiers.py
+
+
 def companions(group: str, choice: str, tmp_path: Path, settings: dict[str, Any] | None = None) -> list[str]:
     """Overrides that a choice cannot do without; settings: those of its data."""
     if group == "dataloaders" and choice == "array":
@@ -56,6 +59,13 @@ def companions(group: str, choice: str, tmp_path: Path, settings: dict[str, Any]
 
         np.save(tmp_path / "x.npy", np.zeros((20, 2), dtype="float32"))
         return [f"dataloaders.path={tmp_path / 'x.npy'}"]
+    if group == "experiment" and choice.startswith("cifar"):  # its files are not needed to see that the rest fits
+        words = ["dataloaders=random_images", "dataloaders.state_shape=[3,32,32]"]
+        return [*words, *(f"~dataloaders.{key}" for key in ("flip", "crop_padding"))]
+    if (group, choice) == ("evaluation", "fid"):
+        pytest.importorskip("cleanfid")
+        (tmp_path / "inception-2015-12-05.pt").touch()
+        return [f"evaluation.metrics.fid.network.path={tmp_path}"]
     if (group, choice) == ("guidance", "autoguidance"):
         return ["guidance.checkpoint=weak_last.pt"]
     if (group, choice) in [("dataloaders", name) for name in IMAGE_SETS]:
@@ -71,12 +81,20 @@ def companions(group: str, choice: str, tmp_path: Path, settings: dict[str, Any]
         return ["loss=meanflow", "conditional=true"]
     if group == "loss/alpha":
         return ["loss=alpha_flow"]
+    if (group, choice) in [("loss", name) for name in CLASSIFIER_LOSSES] or (group, choice) == ("evaluation", "classifier"):
+        return ["dataloaders=digits", "loss=cross_entropy"]
+    if group == "model" and is_classifier(choice):
+        return ["dataloaders=random_images", "dataloaders.state_shape=[3,32,32]", "loss=cross_entropy"]
     if group == "model":
         try:
             resolved(compose_config(["run_name=x", f"model={choice}"]))
         except Exception:
             return [f"dataloaders={IMAGE_SETS[0]}"]
     return []
+
+
+def is_classifier(model: str) -> bool:
+    return OmegaConf.load(CONFIG_DIR / "model" / f"{model}.yaml")["_target_"].startswith("models.classifier.")
 
 
 EVERY_CHOICE = [(group, choice) for group, choices in groups().items() for choice in choices]
@@ -90,7 +108,7 @@ def test_every_choice_composes_and_builds(group, choice, tmp_path, official):
     with torch.device("meta"):
         large = build(config["model"]).parameter_count() > META_ABOVE
     if not large:
-        build_objective(config, torch.device("cpu"))
+        build(config["evaluation"]).check(build_objective(config, torch.device("cpu")))
     for part in ("dataloaders", "source", "solver", "schedule", "ema", "evaluation", "backend"):
         build(config[part])
     for callback in config["callbacks"].values():
@@ -133,11 +151,13 @@ def test_every_debug_recipe_runs(debug, small_run, capsys):
 
 def objective_of(loss: str, *overrides: str) -> FlowObjective:
     config = resolved(compose_config(["run_name=x", f"loss={loss}", "model.width=16", "model.depth=2", *overrides]))
-    return build_objective(config, torch.device("cpu"))
+    objective = build_objective(config, torch.device("cpu"))
+    assert isinstance(objective, FlowObjective)
+    return objective
 
 
 @pytest.mark.parametrize("conditional", ["false", "true"])
-@pytest.mark.parametrize("loss", groups()["loss"])
+@pytest.mark.parametrize("loss", [name for name in groups()["loss"] if name not in CLASSIFIER_LOSSES])
 def test_every_objective_keeps_its_contract(loss, conditional, tmp_path):
     """Drawn from its generator alone, named finite scalars with a gradient for every parameter, a velocity to follow."""
     words = companions("loss", loss, tmp_path)

@@ -12,7 +12,7 @@ from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
 from evaluation.metrics.base_metric import Decode
 from helpers_cfg import guided
-from losses.objective import FlowObjective
+from losses.objective import FlowObjective, Objective
 from solvers.base_solver import BaseSolver
 from training.build import build
 from training.checkpoint import CheckpointFolder, load_checkpoint
@@ -32,6 +32,8 @@ BUILT_PARTS = (*NEEDED_PARTS, "guidance", "vae")
 def build_dataset(config: dict[str, Any], device: torch.device) -> FlowDataset:
     """The data on `device`, its epoch cut to limit_data draws if asked."""
     dataset: FlowDataset = build(config["dataloaders"])
+    if config.get("balanced"):
+        dataset.balance()
     if config["limit_data"]:
         dataset.epoch_size = min(dataset.epoch_size, config["limit_data"])
     dataset.num_workers = config.get("num_workers", 0)
@@ -48,13 +50,22 @@ def build_solver(config: dict[str, Any]) -> BaseSolver:
     return solver
 
 
-def build_objective(config: dict[str, Any], device: torch.device) -> FlowObjective:
+def build_objective(config: dict[str, Any], device: torch.device) -> Objective:
     """The objective around a freshly initialised network, the same for the same seed on every rank."""
     torch.manual_seed(stream_seed(config["seed"], "weights"))
     network = build(config["model"])
     network.init_weights()
-    objective: FlowObjective = build(config["loss"], network=network)
+    objective: Objective = build(config["loss"], network=network)
     return objective.to(device)
+
+
+def sampled_flow(objective: Objective, config: dict[str, Any], device: torch.device) -> FlowObjective | None:
+    """What evaluations sample: build_flow of a flow; None of a classifier. UserError for a classifier under guidance."""
+    if isinstance(objective, FlowObjective):
+        return build_flow(objective, config, device)
+    if config.get("guidance"):
+        raise UserError("guidance steers samples, and a classifier makes none; leave guidance out")
+    return None
 
 
 def build_flow(objective: FlowObjective, config: dict[str, Any], device: torch.device) -> FlowObjective:
@@ -102,6 +113,8 @@ def load_guide(path: Path, objective: FlowObjective, config: dict[str, Any], dev
     payload = load_checkpoint(path)
     stored = stored_config(path, payload)
     guide = build_objective(stored, device)
+    if not isinstance(guide, FlowObjective):
+        raise UserError(f"guidance.checkpoint={path} holds a classifier; give a weaker model trained on the same data")
     theirs, ours = meaning(guide, stored), meaning(objective, config)
     for what, value in theirs.items():
         if value != ours[what]:
@@ -148,7 +161,7 @@ def load_network(network: torch.nn.Module, weights: dict[str, Any], path: Path) 
     network.load_state_dict(weights)
 
 
-def start_weights(objective: FlowObjective, path: Path) -> None:
+def start_weights(objective: Objective, path: Path) -> None:
     """init_from: begin at the EMA weights of another run."""
     payload = load_checkpoint(path)
     load_network(objective.network, payload["ema"], path)
@@ -182,8 +195,10 @@ def assemble(config: dict[str, Any]) -> Run:
     set_numerics(device, config["deterministic"])
     if config["init_from"] and not config["resume"]:
         adopt_model(config, Path(config["init_from"]))
-    objective, solver = build_objective(config, device), build_solver(config)
-    solver.check(objective)
+    objective, solver, evaluator = build_objective(config, device), build_solver(config), build(config["evaluation"])
+    evaluator.check(objective)
+    if isinstance(objective, FlowObjective):
+        solver.check(objective)
     checkpoints = CheckpointFolder(
         Path(config["output_dir"]), config["choices"]["model"], config["run_name"], config["keep_saves"]
     )
@@ -205,9 +220,9 @@ def assemble(config: dict[str, Any]) -> Run:
         print(f"{config['run_name']} ended before its first save; beginning it again")
     return Run(
         config, device, build_dataset(config, device), build_source(config, device), state, solver,
-        build(config["evaluation"]), compiled(objective, config), run_folder_of(config), checkpoints,
+        evaluator, compiled(objective, config), run_folder_of(config), checkpoints,
         tracker_from_config(config["trackio"]), [build(node) for node in config["callbacks"].values() if node],
-        dataset_key(config), build_flow(state.ema_objective, config, device), build_decoder(config, device),
+        dataset_key(config), sampled_flow(state.ema_objective, config, device), build_decoder(config, device),
     )  # fmt: skip
 
 
@@ -241,6 +256,6 @@ def resume_state(state: TrainState, path: Path, payload: dict[str, Any], config:
         settings.update(ours)
 
 
-def compiled(objective: FlowObjective, config: dict[str, Any]) -> Any:
+def compiled(objective: Objective, config: dict[str, Any]) -> Any:
     """The objective, or its compiled form: the whole loss is compiled, never the network alone."""
     return torch.compile(objective, mode=config["compile_mode"]) if config["compile"] else objective

@@ -7,6 +7,8 @@ from abc import ABC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
+
 from training.experiment_log import ExperimentLog
 from training.telemetry import NoTelemetry, Telemetry, telemetry_for
 
@@ -63,7 +65,11 @@ class ProgressBar(Callback):
     def evaluation_end(self, run: Run) -> None:
         if self.bar is not None and self.bar.disable and run.evaluation is not None:
             values = run.evaluation.values
-            shown = [f"{k.partition('/')[2]} {values[k]:.4g}" for k in ("eval/loss", "eval/energy_distance") if k in values]
+            shown = [
+                f"{k.partition('/')[2]} {values[k]:.4g}"
+                for k in ("eval/loss", "eval/energy_distance", "eval/accuracy")
+                if k in values
+            ]
             print(f"epoch {run.epoch}, step {run.state.step}/{run.total_steps}: {', '.join(shown)}", flush=True)
 
     def close(self) -> None:
@@ -72,19 +78,23 @@ class ProgressBar(Callback):
 
 
 class SamplePictures(Callback):
-    """At each evaluation, a picture of the samples beside real data, to samples/ and to the tracker."""
+    """At each evaluation, a picture of the samples beside real data, to samples/ and to the tracker; at the last one also of
+    the samples nearest to training images, beside those."""
 
     def __init__(self, images: int = 100) -> None:
         self.images = images
 
     def evaluation_end(self, run: Run) -> None:
-        from evaluation.report import draw_picture
+        from evaluation.report import draw_neighbours, draw_picture
 
         assert run.evaluation is not None
         path = run.folder.sample_picture(run.state.step)
         title = f"{run.config['run_name']}, step {run.state.step}"
         if draw_picture(path, run.evaluation, title, self.images) and run.state.step:
             run.tracker.log_image("samples", path, run.state.step)
+        beside = path.with_name(f"{path.stem}_neighbours.png")
+        if draw_neighbours(beside, run.evaluation, run.config["run_name"]) and run.state.step:
+            run.tracker.log_image("neighbours", beside, run.state.step)
 
 
 class DeviceTelemetry(Callback):
@@ -134,13 +144,56 @@ class ExperimentNotes(Callback):
     def fit_end(self, run: Run) -> None:
         if run.evaluation is None or run.interrupted:
             return
-        from evaluation.report import score_rows
+        from evaluation.classifier_evaluator import ClassifierEvaluation
+        from evaluation.report import class_table, provenance_lines, score_rows
 
         rows = [f"| {name} | {value} | {floor} |" for name, value, floor in score_rows(run.evaluation)]
         facts = f"{run.state.step} steps, {run.elapsed():.0f} s in the loop, seed {run.config['seed']}."
+        facts = "\n\n".join([facts, *provenance_lines(run.evaluation.scores)])
         table = "\n".join(["| score | value | noise floor |", "|---|---|---|", *rows, "", facts])
+        if isinstance(run.evaluation, ClassifierEvaluation):
+            table += "\n\n" + class_table(run.evaluation) + compared_table(run)
+        targets = run.config["log"].get("targets")
+        if targets:
+            table += "\n\n" + target_table(run.evaluation.values, targets)
         for notes in self.logs:
             notes.finish(run.config["run_name"], table)
+
+
+def target_table(values: dict[str, float], targets: dict[str, float]) -> str:
+    """Metrics beside their acceptable values: those of accuracy are to be reached, the others not to be passed."""
+    lines = ["| target | acceptable | reached | met |", "|---|---|---|---|"]
+    for name, wanted in targets.items():
+        if name not in values:
+            lines.append(f"| {name} | {wanted:g} | not measured | no |")
+            continue
+        higher = "accuracy" in name
+        met = values[name] >= wanted if higher else values[name] <= wanted
+        lines.append(f"| {name} | {'>=' if higher else '<='} {wanted:g} | {values[name]:.4g} | {'yes' if met else 'no'} |")
+    return "\n".join(lines)
+
+
+def compared_table(run: Run) -> str:
+    """The difference to the last finished run of the same data, model and loss, as a Markdown table; empty without one."""
+    from training.run_folder import RunFolder
+
+    assert run.evaluation is not None
+    same, found = ("dataloaders", "model", "loss"), []
+    for path in run.folder.path.parent.glob("*/status.json"):
+        folder = RunFolder(path.parent)
+        status = folder.read_status()
+        if path.parent != run.folder.path and status.get("state") == "finished" and folder.config_path.is_file():
+            found.append((status["updated"], folder, status["scores"]))
+    for _, folder, scores in sorted(found, key=lambda item: str(item[0]), reverse=True):
+        choices = OmegaConf.select(OmegaConf.load(folder.config_path), "choices", default={})
+        if all(choices.get(group) == run.config["choices"][group] for group in same):
+            lines = [f"| score | {folder.name} | here | difference |", "|---|---|---|---|"]
+            for score in run.evaluation.scores:
+                before = scores.get(score.name)
+                if before is not None:
+                    lines.append(f"| {score.name} | {before:.4g} | {score.value:.4g} | {score.value - before:+.2g} |")
+            return "\n\n" + "\n".join(lines)
+    return ""
 
 
 class Profiler(Callback):

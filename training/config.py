@@ -61,11 +61,21 @@ def augment_dim(probability: float) -> int:
     return AUGMENT_PARAMETERS if probability else 0
 
 
+def label_classes(num_classes: int) -> int:
+    """How many classes a classifier tells apart. UserError for data without labels."""
+    if not num_classes:
+        raise UserError(
+            "a classifier needs labels, and this data has none; choose labelled images (dataloaders=digits), "
+            "or loss=mse with a velocity model"
+        )
+    return num_classes
+
+
 def register_resolvers() -> None:
     """The functions that configs/ calls as ${name:argument}."""
     for function in (
-        vector_shape, image_shape, conditional_classes, array_classes, augment_dim, folder_classes, imagenet_classes,
-        attribute_classes, latent_classes,
+        vector_shape, image_shape, conditional_classes, label_classes, array_classes, augment_dim, folder_classes,
+        imagenet_classes, attribute_classes, latent_classes,
     ):  # fmt: skip
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)
     for shape in (array_shape, latent_shape):

@@ -2,13 +2,13 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from losses.objective import FlowBatch
 from training.device import autocast
 from training.errors import UserError
 from training.run import Run
@@ -34,7 +34,7 @@ def fit(run: Run) -> None:
     run.notify("fit_end")
 
 
-def epoch_groups(run: Run) -> Iterator[list[FlowBatch]]:
+def epoch_groups(run: Run) -> Iterator[list[Any]]:
     """The rest of the current epoch, one list of drawn batches per optimizer step.
 
     Each step's randomness comes from generators seeded by (seed, rank, step): nothing has to be saved to resume exactly.
@@ -53,12 +53,12 @@ def epoch_groups(run: Run) -> Iterator[list[FlowBatch]]:
         seed_network(seed, index, run.device)
         progress = step / run.total_steps
         yield [
-            run.state.objective.draw(run.source.sample(len(x1), generator), x1, label, generator, progress)
+            run.state.objective.batch(run.source, x1, label, generator, progress)
             for x1, label in islice(batches, accumulate)
         ]
 
 
-def train_step(run: Run, group: list[FlowBatch]) -> dict[str, Tensor]:
+def train_step(run: Run, group: list[Any]) -> dict[str, Tensor]:
     """One optimizer step over a group of batches. Returns its losses and gradient norm as scalars on the device; on a step
     whose line is written, also update_ratio, |change of the weights| / |weights|.
 
@@ -105,9 +105,9 @@ def train_step(run: Run, group: list[FlowBatch]) -> dict[str, Tensor]:
     return totals
 
 
-def total_norm(tensors: list[Tensor]) -> Tensor:
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of all the numbers in `tensors`."""
-    return torch.stack(torch._foreach_norm(tensors)).norm()
+    return torch.stack(torch._foreach_norm(list(tensors))).norm()
 
 
 def after_step(run: Run, values: dict[str, Tensor]) -> None:

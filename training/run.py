@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
-from evaluation.evaluator import Evaluation, GeneratorEvaluator
+from evaluation.evaluator import Evaluation, Evaluator
 from evaluation.metrics.base_metric import Decode
-from losses.objective import FlowBatch, FlowObjective
+from losses.objective import FlowObjective, Objective
 from solvers.base_solver import BaseSolver
 from training.callbacks import Callback
 from training.checkpoint import FORMAT, CheckpointFolder
@@ -48,14 +48,14 @@ class Run:
     source: Source
     state: TrainState
     solver: BaseSolver
-    evaluator: GeneratorEvaluator
-    forward: Callable[[FlowBatch, FlowObjective | None], LossOutput]  # the objective, possibly compiled
+    evaluator: Evaluator
+    forward: Callable[[Any, Objective | None], LossOutput]  # the objective, possibly compiled
     folder: RunFolder
     checkpoints: CheckpointFolder
     tracker: Tracker
     callbacks: list[Callback]
     dataset_key: str
-    flow: FlowObjective  # what evaluations sample: the EMA objective, under guidance if there is any
+    flow: FlowObjective | None  # what evaluations sample: the EMA objective, under guidance if there is any
     decode: Decode | None = None  # from latent states to images
     rank: int = 0
     world: int = 1
@@ -94,7 +94,7 @@ class Run:
         return self.stop is not None and not self.stop.early and self.state.step < self.total_steps
 
     @property
-    def teacher(self) -> FlowObjective | None:
+    def teacher(self) -> Objective | None:
         """The EMA objective, for losses that want a target from it."""
         return self.state.ema_objective if self.state.objective.needs_teacher else None
 
@@ -134,14 +134,14 @@ class Run:
         self.split_clock, self.split_step = now, step
         return seconds
 
-    def log(self, metrics: dict[str, float]) -> None:
-        """Write metrics at the current step, to metrics.jsonl and to the tracker."""
+    def log(self, metrics: dict[str, float], provenance: dict[str, str] | None = None) -> None:
+        """Write metrics at the current step, to metrics.jsonl and to the tracker; provenance to metrics.jsonl alone."""
         for callback in self.callbacks:
             metrics = metrics | callback.extra_metrics(self)
         metrics = {**metrics, "epoch": float(self.epoch), "train/elapsed_seconds": self.elapsed()}
         self.last_values |= metrics
         with self.writing():
-            self.folder.append_metrics(self.state.step, self.epoch, self.elapsed(), metrics)
+            self.folder.append_metrics(self.state.step, self.epoch, self.elapsed(), metrics, provenance)
         self.tracker.log(metrics, self.state.step)
 
     def evaluate(self, final: bool) -> dict[str, float]:
@@ -159,7 +159,8 @@ class Run:
             self.decode,
         )
         if self.state.step:
-            self.log({**self.evaluation.values, "eval/seconds": self.evaluation.seconds})
+            provenance = {score.name: score.provenance for score in self.evaluation.scores if score.provenance}
+            self.log({**self.evaluation.values, "eval/seconds": self.evaluation.seconds}, provenance)
             self.write_status("running")
         self.notify("evaluation_end")
         return self.evaluation.values

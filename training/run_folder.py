@@ -23,7 +23,8 @@ class RunFolder:
     config.yaml      resolved configuration
     overrides.txt    what was typed, one override per line
     status.json      state, step, epoch, why, started, updated, seconds, scores, pid, host
-    metrics.jsonl    one flat object per log call: step, epoch, elapsed_seconds and the metrics (NaN as null)
+    metrics.jsonl    one flat object per log call: step, epoch, elapsed_seconds and the metrics (NaN as null); provenance of
+                     scores that have one under that key
     samples/*.png    pictures
     log.md           the run's own section of the experiment log
     """
@@ -135,9 +136,20 @@ class RunFolder:
         status: dict[str, Any] = json.loads(self.status_path.read_text(encoding="utf-8"))
         return status
 
-    def append_metrics(self, step: int, epoch: int, elapsed_seconds: float, metrics: dict[str, float]) -> None:
-        """Add one row to metrics.jsonl; it is in the file (not only in this process) when the call returns."""
-        row = {"step": step, "epoch": epoch, "elapsed_seconds": round(elapsed_seconds, 3)}
+    def append_metrics(
+        self,
+        step: int,
+        epoch: int,
+        elapsed_seconds: float,
+        metrics: dict[str, float],
+        provenance: dict[str, str] | None = None,
+    ) -> None:
+        """Add one row to metrics.jsonl; it is in the file (not only in this process) when the call returns.
+
+        provenance: what scores depend on, by metric name; under that key of the row.
+        """
+        row: dict[str, Any] = {"step": step, "epoch": epoch, "elapsed_seconds": round(elapsed_seconds, 3)}
+        row |= {"provenance": provenance} if provenance else {}
         numbers = {name: json_number(value) for name, value in metrics.items()}
         self.unwritten += json.dumps(row | numbers, allow_nan=False).encode() + b"\n"
         self.write_rows()

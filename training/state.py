@@ -2,14 +2,16 @@
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from losses.objective import FlowObjective
+from losses.objective import Objective
 from training.ema import ConstantEMA
 from training.schedules import Schedule
 from training.terms import Window
+
+AnyObjective = TypeVar("AnyObjective", bound=Objective)
 
 
 @dataclass
@@ -21,8 +23,8 @@ class TrainState:
     skipped: steps left out by on_nan=skip; skipped_in_a_row: the newest of them.
     """
 
-    objective: FlowObjective
-    ema_objective: FlowObjective
+    objective: Objective
+    ema_objective: Objective
     ema: ConstantEMA
     optimizer: torch.optim.Optimizer
     schedule: Schedule
@@ -63,7 +65,7 @@ class TrainState:
         self.skipped = state.get("skipped", 0)  # saves of before it was counted
 
 
-def averaged_objective(objective: FlowObjective, ema: ConstantEMA) -> FlowObjective:
+def averaged_objective(objective: AnyObjective, ema: ConstantEMA) -> AnyObjective:
     """The same objective around the average of its network."""
     shallow = copy.copy(objective)
     shallow._modules = {**objective._modules, "network": ema.average_of(objective.network)}

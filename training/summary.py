@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from evaluation.report import print_scores
+from losses.objective import FlowObjective
 from training.config import CONFIG_DIR
 from training.device import device_name
 from training.run import Run
@@ -51,6 +52,7 @@ def print_start(run: Run) -> None:
     recipe = recipe_batch(config)
     if recipe not in (None, run.batch_size * accumulate):
         print(f"note: a step sees {run.batch_size * accumulate:,} rows ({rows}), the recipe of this data {recipe:,}")
+    flow = isinstance(run.state.objective, FlowObjective)
     print(f"{config['run_name']}: {choices['model']} learns {choices['dataloaders']} by {choices['loss']}")
     print_lines(
         [
@@ -59,12 +61,14 @@ def print_start(run: Run) -> None:
             ("model", f"{choices['model']}, {network.parameter_count():,} parameters"
              + (f", {network.num_classes} classes" if network.num_classes else "")
              + (f", time frequencies {frequencies}" if frequencies else "")),
-            ("objective", f"{choices['loss']}, path {choices.get('loss/path')}, coupling {choices.get('loss/coupling')}"),
+            ("objective", choices["loss"]
+             + (f", path {choices.get('loss/path')}, coupling {choices.get('loss/coupling')}" if flow else "")),
             ("optimizer", f"{choices['optimizer']}, lr {config['optimizer']['lr']:g}, schedule {choices['schedule']}"),
             ("steps", f"{run.total_steps:,} of {rows}, {run.steps_per_epoch:,} an epoch"
              + (f", from step {run.state.step:,}" if run.state.step else "")),
-            ("evaluation", f"every {config['eval_every']} epoch(s): {config['evaluation']['samples']:,} samples, "
-             f"{config['evaluation']['final_samples']:,} at the end; {choices['solver']}, {run.solver.steps} steps"),
+            ("evaluation", f"every {config['eval_every']} epoch(s): "
+             + (f"{config['evaluation']['samples']:,} samples, {config['evaluation']['final_samples']:,} at the end; "
+                f"{choices['solver']}, {run.solver.steps} steps" if flow else "accuracy on held-out images")),
             ("run folder", str(run.folder.path)),
             ("checkpoints", f"{run.checkpoints.folder} ({kept}, last and best)"),
         ]
@@ -99,5 +103,6 @@ def end_lines(run: Run, picture: Path | None, how: str) -> list[tuple[str, str]]
     else:
         longer = f"max_steps={2 * config['max_steps']}" if config["max_steps"] else f"epochs={2 * config['epochs']}"
         lines.append(("go on", f"{LAUNCH} run_name={name} resume=true {longer}"))
+    if how != "interrupted" and isinstance(run.state.objective, FlowObjective):
         lines.append(("sample", f"{SAMPLE} ckpt={run.checkpoints.last} n=1000"))
     return [(key, str(value)) for key, value in lines]

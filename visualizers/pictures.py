@@ -109,6 +109,29 @@ def image_grid_picture(
     draw_grids(path, {name: rescale(grid, scale) for name, grid in tiled.items()}, title, row_labels)
 
 
+def confusion_picture(path: Path, counts: np.ndarray, title: str = "") -> None:
+    """A classifier's confusion matrix: each row a class, its columns what its images were taken for, darker for more.
+
+    Args:
+        path: the PNG file to write.
+        counts: (K, K) images; with at most MAX_CLASSES classes each cell states its number.
+        title: what run and step this is.
+    """
+    figure = new_figure(900, title, f"{counts.trace() / max(counts.sum(), 1):.2%} of {counts.sum():,} right")
+    axes = figure.add_axes((0.09, 0.05, 0.87, 0.83))
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xlabel("taken for", color=INK)
+    axes.set_ylabel("class", color=INK)
+    if len(counts) <= MAX_CLASSES:
+        axes.set_xticks(range(len(counts)))
+        axes.set_yticks(range(len(counts)))
+        for row, column in np.argwhere(counts > 0):
+            ink = "white" if shares[row, column] > 0.5 else INK
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=ink, fontsize=9)
+    figure.savefig(path)
+
+
 def class_layout(labels: np.ndarray) -> tuple[int, np.ndarray]:
     """Columns of a grid by class that is about as wide as it is high, and the class of each of its rows, ascending."""
     classes, counts = np.unique(labels, return_counts=True)

@@ -32,6 +32,7 @@ class Score:
     name: metric name as logged ("eval/energy_distance"). spread: standard error of value, None if unknown.
     floor, floor_sd: the same metric on real against real (mean and standard deviation over replicates), None if senseless.
     extra: further numbers logged under their own full names. note: what the number was measured with, in a few words.
+    provenance: all that the number depends on, for scores whose name does not say it; written beside them.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Score:
     floor_sd: float | None = None
     extra: dict[str, float] | None = None
     note: str = ""
+    provenance: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Generation:
     final: bool
     generator: Callable[[str], torch.Generator]
     decode: Decode | None = None
+    seed: int = 0  # of the samples' noise
 
     @property
     def guided(self) -> bool:
@@ -87,9 +90,24 @@ class Generation:
         """The samples as images, decoded once where they are latents and then kept on the CPU."""
         return as_images(self.samples, self.decode)
 
+    def bytes_of(self, states: Tensor) -> Tensor:
+        """States (N, ...), generated or real, as image bytes (N, C, H, W): decoded if latents, clipped and rounded."""
+        decoded = self.images if states is self.samples else as_images(states, self.decode)
+        return to_bytes(decoded, self.dataset.value_range if self.decode is None else None)
+
+
+def to_bytes(images: Tensor, value_range: tuple[float, float] | None) -> Tensor:
+    """Images with values in value_range ([-1, 1] for None) as uint8, rounded to the nearest; what lies outside is cut."""
+    low, high = value_range or (-1.0, 1.0)
+    return (255 * (images.float() - low) / (high - low)).round().clamp(0, 255).to(torch.uint8)
+
 
 class Metric(ABC):
     """One or several scores of a generation. A new metric is one subclass and one entry in configs/evaluation."""
+
+    def names(self) -> list[str]:
+        """Of its scores, for those that say why there are none."""
+        return []
 
     @abstractmethod
     def compute(self, generation: Generation) -> list[Score | Absent]:

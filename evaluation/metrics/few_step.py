@@ -4,8 +4,6 @@ from dataclasses import replace
 
 from evaluation.evaluator import few_steps
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
-from evaluation.metrics.oracles import OracleFlowMapError
-from evaluation.metrics.two_sample import TwoSampleMetric
 from training.errors import UserError
 
 
@@ -19,7 +17,7 @@ class FewStep(Metric):
 
     def __init__(
         self,
-        scores: dict[str, TwoSampleMetric | OracleFlowMapError],
+        scores: dict[str, Metric],
         evaluations: list[int] | None = None,
         euler: bool = False,
     ):
@@ -30,7 +28,7 @@ class FewStep(Metric):
 
     def compute(self, generation: Generation) -> list[Score | Absent]:
         if not (generation.objective.learns_flow_map or self.euler):
-            names = [metric.name for metric in self.scores]
+            names = [name for metric in self.scores for name in metric.names()]
             reason = "this objective learns velocities, not maps across time"
             return [Absent(few_step_name(name, n), reason) for n in self.evaluations for name in names]
         results: list[Score | Absent] = []

@@ -106,6 +106,9 @@ class OracleFlowMapError(Metric):
     def __init__(self, exact_field: bool = True):
         self.exact_field = exact_field
 
+    def names(self) -> list[str]:
+        return [self.name]
+
     def compute(self, generation: Generation) -> list[Score | Absent]:
         flow = exact_flow(generation)
         reason = flow if isinstance(flow, str) else not_finite(generation.samples)

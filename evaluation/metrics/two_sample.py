@@ -31,6 +31,9 @@ class TwoSampleMetric(Metric):
             raise UserError(f"a noise floor needs at least 2 replicates, not {replicates}; mend evaluation.metrics")
         self.replicates = replicates
 
+    def names(self) -> list[str]:
+        return [self.name]
+
     @abstractmethod
     def distance(self, x: Tensor, y: Tensor) -> float:
         """Between x (N, D) and y (M, D), finite fp32 states in random order on one device."""

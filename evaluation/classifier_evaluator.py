@@ -1,0 +1,104 @@
+"""Judges a trained classifier on held-out images."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dataloaders.base_dataloaders import FlowDataset
+from dataloaders.sources import Source
+from evaluation.evaluator import Evaluation, Evaluator, flat_values
+from evaluation.metrics.base_metric import Decode, Score
+from losses.cross_entropy_loss import CrossEntropyLoss
+from losses.objective import FlowObjective, Objective
+from solvers.base_solver import BaseSolver
+from training.errors import UserError
+from training.seeds import generator_for
+
+CLASSES_LOGGED = 20  # with more classes, only the worst one's accuracy is logged
+
+
+@dataclass
+class ClassifierEvaluation(Evaluation):
+    """confusion (K, K): how many images of each class (row) were taken for each class (column)."""
+
+    confusion: Tensor
+
+    @property
+    def class_accuracy(self) -> Tensor:
+        """(K,): share of each class's images taken for what they are; NaN for a class without images."""
+        return self.confusion.diag() / self.confusion.sum(1)
+
+    def heading(self, nfe: int) -> str:
+        return f"scores of {int(self.confusion.sum()):,} held-out images in {len(self.confusion)} classes"
+
+
+def confusion_matrix(label: Tensor, predicted: Tensor, classes: int) -> Tensor:
+    """(K, K) int64 on the CPU: pairs of label (row) and predicted (column), both (N,), counted."""
+    return torch.bincount((label * classes + predicted).cpu(), minlength=classes**2).view(classes, classes)
+
+
+class ClassifierEvaluator(Evaluator):
+    """eval/accuracy, eval/accuracy_top5 (of more than 5 classes), eval/accuracy_class_<k>, eval/accuracy_class_min and the
+    loss as trained. samples / final_samples: held-out images judged during the run / at its end, at most, always the same.
+    """
+
+    def __init__(self, samples: int, final_samples: int, batch_size: int = 1024):
+        self.samples, self.final_samples, self.batch_size = samples, final_samples, batch_size
+
+    def check(self, objective: Objective) -> None:
+        if not isinstance(objective, CrossEntropyLoss):
+            raise UserError("evaluation=classifier judges classifiers, and this loss trains none; use evaluation=generator")
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        objective: Objective,
+        dataset: FlowDataset,
+        source: Source,
+        solver: BaseSolver,
+        seed: int,
+        dataset_key: str,
+        cache: Path,
+        final: bool,
+        flow: FlowObjective | None = None,
+        decode: Decode | None = None,
+    ) -> ClassifierEvaluation:
+        """Classify with the objective's network (in eval mode) on the dataset's device."""
+        begun = time.perf_counter()
+        self.check(objective)
+        assert isinstance(objective, CrossEntropyLoss)
+        network = objective.eval().network
+        device = next(network.parameters()).device
+        count = self.final_samples if final else self.samples
+        images, label = dataset.held_out(count, generator_for(0, "evaluation/classifier", 0, device))
+        assert label is not None
+        logits = torch.cat([network(part) for part in images.split(self.batch_size)]).float()
+        loss = F.cross_entropy(logits, label, label_smoothing=objective.label_smoothing).item()
+        confusion = confusion_matrix(label, logits.argmax(1), network.num_classes)
+        scores = self.scores(logits, label, confusion)
+        values = {"eval/loss": loss}
+        for score in scores:
+            values |= flat_values(score)
+        return ClassifierEvaluation(list(scores), [], values, time.perf_counter() - begun, confusion)
+
+    def scores(self, logits: Tensor, label: Tensor, confusion: Tensor) -> list[Score]:
+        """Accuracy and what belongs to it, with binomial standard errors."""
+        classes, note = len(confusion), f"{len(label):,} held-out images"
+        right = logits.topk(min(5, classes)).indices == label[:, None]
+        shares = confusion.diag() / confusion.sum(1)
+        named = {f"eval/accuracy_class_{k}": share for k, share in enumerate(shares.tolist()) if share == share}
+        scores = [share_score("eval/accuracy", right[:, 0], note)]
+        if classes > 5:
+            scores.append(share_score("eval/accuracy_top5", right.any(1), note))
+        worst, extra = min(named.values()), named if classes <= CLASSES_LOGGED else None
+        return [*scores, Score("eval/accuracy_class_min", worst, extra=extra, note=note)]
+
+
+def share_score(name: str, right: Tensor, note: str = "") -> Score:
+    """The share of true values in right (N,), with its binomial standard error."""
+    share = right.float().mean().item()
+    return Score(name, share, (share * (1 - share) / len(right)) ** 0.5, note=note)

@@ -1,0 +1,172 @@
+"""Networks whose features sets of images are compared by: our own classifiers, and the Inception of the FID."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.classifier.classifier import Classifier
+from training.build import build
+from training.checkpoint import load_checkpoint
+from training.errors import UserError
+
+SHIPPED = Path(__file__).resolve().parents[1] / "models" / "classifier"  # <name>.safetensors, beside the code
+CHUNK, INCEPTION_CHUNK = 500, 50  # images seen at once
+INCEPTION_FILE = "inception-2015-12-05.pt"
+INCEPTION_SOURCE = "stylegan2-ada-pytorch/pretrained/metrics of NVIDIA's research downloads"
+
+
+class FeatureNetwork(ABC):
+    """Maps images to features. Sees bytes, as a file holds them, so that samples and their files score alike.
+
+    name: in metric names. weights: hash of its weights. resize: what is done to an image before it is seen.
+    num_classes: of its answers, 0 where it gives none.
+    """
+
+    name: str
+    weights: str
+    resize: str
+    num_classes: int = 0
+
+    @abstractmethod
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        """Why it cannot see images of this shape (C, H, W); None if it can."""
+
+    @abstractmethod
+    def features(self, images: Tensor, device: torch.device) -> Tensor:
+        """Bytes (N, C, H, W) -> features (N, F) fp32 on `device`."""
+
+    def metric(self, score: str) -> str:
+        """The metric's full name for a score: "frechet_distance", "kernel_distance", "precision", ..."""
+        return f"eval/{score}_{self.name}"
+
+    def describe(self) -> str:
+        return f"{self.name} (weights {self.weights}), {self.resize}"
+
+
+class ClassifierFeatures(FeatureNetwork):
+    """What the last layer of one of our classifiers reads. Frechet distances between them are no FID."""
+
+    resize = "no resize"
+
+    def __init__(self, classifier: Classifier, name: str, shape: list[int], value_range: tuple[float, float]):
+        self.classifier, self.name, self.shape, self.value_range = classifier, name, tuple(shape), value_range
+        self.num_classes = classifier.num_classes
+        self.weights = weights_hash(classifier)
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        if shape == self.shape:
+            return None
+        return f"{self.name} sees images of shape {list(self.shape)}, not {list(shape)}"
+
+    @torch.no_grad()
+    def features(self, images: Tensor, device: torch.device) -> Tensor:
+        self.classifier.to(device)
+        low, high = self.value_range
+        scaled = (low + (high - low) * part.to(device).float() / 255 for part in images.split(CHUNK))
+        return torch.cat([self.classifier.features(part) for part in scaled])
+
+    def answers(self, features: Tensor) -> Tensor:
+        """The classes (N,) that features (N, F) are taken for."""
+        return self.classifier.head(features).argmax(1)
+
+
+class InceptionFeatures(FeatureNetwork):
+    """Inception v3 as FID has it, by clean-fid's resize and wrapper (Parmar et al. 2022, arXiv 2104.11222).
+
+    path: the folder that holds inception-2015-12-05.pt, or that file. Gray images are shown as RGB.
+    Raises UserError when the file is not there, or clean-fid is not installed.
+    """
+
+    name = "inception"
+    resize = "clean-fid's resize to 299x299"
+    names = {"frechet_distance": "eval/fid", "kernel_distance": "eval/kid"}
+
+    def __init__(self, path: str):
+        folder = Path(path).parent if Path(path).suffix == ".pt" else Path(path)
+        self.file = folder / INCEPTION_FILE
+        if not self.file.is_file():
+            raise UserError(
+                f"FID needs the weights of its Inception network in {self.file}; download {INCEPTION_FILE} (91 MB, "
+                f"{INCEPTION_SOURCE}) there, or give their folder by evaluation.metrics.fid.network.path"
+            )
+        if find_spec("cleanfid") is None:
+            raise UserError("FID needs clean-fid; install it with `uv sync --extra fid` or `pip install clean-fid`")
+        self.weights = hashlib.sha256(self.file.read_bytes()).hexdigest()[:16]
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        return None if shape[0] in (1, 3) else f"Inception sees gray or RGB images, not {shape[0]} channels"
+
+    @torch.no_grad()
+    def features(self, images: Tensor, device: torch.device) -> Tensor:
+        from cleanfid.resize import build_resizer
+
+        resizer, network = build_resizer("clean"), load_inception(str(self.file.parent)).to(device)
+        parts = []
+        for part in images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().split(INCEPTION_CHUNK):
+            resized = np.stack([resizer(image).transpose(2, 0, 1) for image in part.numpy()])
+            parts.append(network(torch.from_numpy(resized).to(device)))
+        return torch.cat(parts)
+
+    def metric(self, score: str) -> str:
+        return self.names.get(score, f"eval/{score}")
+
+
+@cache
+def load_inception(folder: str) -> Any:
+    """clean-fid's wrapper around the TorchScript file. UserError when that is damaged."""
+    from cleanfid.inception_torchscript import InceptionV3W
+
+    try:
+        return InceptionV3W(folder, download=False).eval()
+    except RuntimeError as error:
+        raise UserError(f"{folder}/{INCEPTION_FILE} cannot be read as TorchScript; download it again") from error
+
+
+def weights_hash(network: torch.nn.Module) -> str:
+    """Of the names and values of all weights: the same for a checkpoint and its export."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and weights that a run exported. UserError for a file that is damaged or not one of ours."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            names = opened.keys()
+            return json.loads(opened.metadata()["config"]), {name: opened.get_tensor(name) for name in names}
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be read as the export of a run (it is damaged or not one)") from error
+
+
+@cache
+def classifier_features(path: str) -> ClassifierFeatures:
+    """The features of a classifier: the name of a shipped one, or a checkpoint, or a run's model.safetensors.
+
+    UserError when there is none, or it holds something else.
+    """
+    file = SHIPPED / f"{path}.safetensors" if "/" not in path and (SHIPPED / f"{path}.safetensors").is_file() else Path(path)
+    if file.suffix == ".safetensors" and file.is_file():
+        config, tensors = read_safetensors(file)
+    else:
+        payload = load_checkpoint(file)
+        config, tensors = payload["config"], payload["ema"]
+    network = build(config["model"]) if "model" in config else None
+    if not isinstance(network, Classifier):
+        raise UserError(f"{file} holds no classifier; train one with loss=cross_entropy")
+    network.load_state_dict(tensors)
+    data = config["dataloaders"]
+    low, high = data["value_range"] or (-1.0, 1.0)
+    return ClassifierFeatures(network.eval().requires_grad_(False), config["run_name"], data["state_shape"], (low, high))

@@ -1,0 +1,93 @@
+"""Sets of images as files: a folder of pictures, or the .npz that image evaluators read (arr_0, uint8, N x H x W x C)."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from training.errors import UserError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+def write_pictures(folder: Path, images: Tensor) -> None:
+    """Bytes (N, 1 or 3, H, W) as 000000.png, 000001.png, ... UserError for a folder that holds anything already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty; give a new folder, so that no other pictures mix with these")
+    if images.shape[1] not in (1, 3):
+        raise UserError(f"images of {images.shape[1]} channels have no picture; decode them, or write numbers (out=x.npz)")
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+        Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0]).save(folder / f"{i:06d}.png")
+
+
+def write_arrays(path: Path, images: Tensor, labels: Tensor | None) -> None:
+    """Bytes (N, C, H, W) as arr_0 (N, H, W, 3 or C), gray shown as RGB, and labels (N,) as arr_1 where there are any."""
+    shown = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+    arrays = [shown.permute(0, 2, 3, 1).cpu().numpy(), *([] if labels is None else [labels.cpu().numpy()])]
+    np.savez(path, *arrays)
+
+
+def read_images(path: Path) -> Tensor:
+    """Bytes (N, C, H, W) of a folder of pictures, its subfolders included, or of a .npz with arr_0 (N, H, W, C).
+
+    Pictures of equal channels throughout are gray, C = 1. UserError for what is missing, unreadable or of unequal sizes.
+    """
+    if path.is_dir():
+        images = read_folder(path)
+    elif path.suffix == ".npz" and path.is_file():
+        images = read_arrays(path)
+    else:
+        raise UserError(f"{path} is neither a folder of pictures nor a .npz file; give one of them")
+    gray = images.shape[1] == 3 and bool((images[:, :1] == images).all())
+    return images[:, :1].contiguous() if gray else images
+
+
+def read_folder(folder: Path) -> Tensor:
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
+    if not files:
+        raise UserError(f"there are no pictures ({', '.join(PICTURES)}) in {folder}")
+    images = []
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                images.append(np.asarray(picture.convert("RGB")))
+        except (UnidentifiedImageError, OSError) as error:
+            raise UserError(f"{file} cannot be read as a picture; remove it or write it again") from error
+        if images[-1].shape != images[0].shape:
+            one, other = (f"{image.shape[1]}x{image.shape[0]}" for image in (images[-1], images[0]))
+            raise UserError(f"{file} is of {one} pixels, {files[0].name} of {other}; the pictures must be of one size")
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def read_arrays(path: Path) -> Tensor:
+    arrays = open_npz(path)
+    if "arr_0" not in arrays:
+        raise UserError(f"{path} holds {', '.join(arrays) or 'nothing'}, not arr_0; write it by sample.py with images=true")
+    images = arrays["arr_0"]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise UserError(
+            f"arr_0 of {path} is {images.dtype} of shape {list(images.shape)}, not uint8 (N, height, width, 1 or 3)"
+        )
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def open_npz(path: Path) -> dict[str, np.ndarray]:
+    """Its arrays. UserError when it is damaged, or holds Python objects."""
+    import zipfile
+
+    try:
+        with np.load(path, allow_pickle=False) as opened:
+            return {name: opened[name] for name in opened.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as a .npz of numbers; write it again") from error
+
+
+def images_hash(images: Tensor) -> str:
+    """Of all bytes and the shape: names a set of images in cache keys and provenance."""
+    digest = hashlib.sha256(str(tuple(images.shape)).encode())
+    digest.update(images.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

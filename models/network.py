@@ -1,0 +1,16 @@
+"""What every network of the project has, whatever it maps."""
+
+from torch import nn
+
+
+class Network(nn.Module):
+    """num_classes: the classes it is told of, or tells apart; 0 for none. init_weights() is called once at set-up."""
+
+    num_classes: int = 0
+
+    def init_weights(self) -> None:
+        """Start values of the parameters; torch's own unless a model says otherwise."""
+
+    def parameter_count(self) -> int:
+        """Number of trainable parameters."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)

@@ -1,0 +1,163 @@
+#!/usr/bin/env python
+"""FID and its family, of a checkpoint's samples or of images in files.
+
+    python scripts/eval_fid.py ckpt=outputs/ckpts/unet/x_last.pt n=50000 network=weights/inception reference=train
+    python scripts/eval_fid.py ckpt=outputs/ckpts/unet_small/x_last.pt nfe=1 label=all      # by its data's own network
+    python scripts/eval_fid.py samples=my_pictures reference=other_pictures network=weights/inception
+    python scripts/eval_fid.py samples=samples.npz reference=cifar10_statistics.npz network=weights/inception
+
+Keys: ckpt or samples (a folder of pictures, or a .npz with arr_0); network (the folder of inception-2015-12-05.pt for FID;
+the name of a shipped classifier such as digits_classifier, or the checkpoint of one, for Frechet distances in its features);
+reference (of a checkpoint: held_out or train, its own data; else, or for files: a folder, a .npz with arr_0, or a .npz of
+statistics mu and sigma); n (10000), seed (0), label, nfe, device (auto), cache (outputs/cache), out (a .json to write), and
+any solver or guidance setting. Each score stands beside its noise floor, real against real, and with all it depends on.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from training.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from evaluation.feature_networks import FeatureNetwork
+    from evaluation.metrics.base_metric import Absent, Score
+    from evaluation.sample import Label
+
+DEFAULTS: dict[str, str | None] = {
+    "ckpt": None, "samples": None, "network": None, "reference": None, "n": "10000", "seed": "0", "label": None, "nfe": None,
+    "device": "auto", "cache": "outputs/cache", "out": None,
+}  # fmt: skip
+GROUPS = ("solver", "guidance")
+
+
+def read_words(words: list[str]) -> tuple[dict[str, str | None], list[str]]:
+    """Own settings, and solver and guidance overrides, of a command line. UserError for anything else."""
+    settings, overrides = dict(DEFAULTS), []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key in DEFAULTS:
+            settings[key] = value
+        elif equals and key.split(".")[0].split("/")[0] in GROUPS:
+            overrides.append(word)
+        else:
+            raise UserError(f"cannot use {word!r}; the keys are {', '.join(DEFAULTS)}, and solver and guidance settings")
+    if (settings["ckpt"] is None) == (settings["samples"] is None):
+        raise UserError("give either ckpt=<a checkpoint> or samples=<a folder of pictures, or a .npz>")
+    if settings["samples"] and settings["reference"] is None:
+        raise UserError("samples= need something to be compared with; give reference=<a folder, or a .npz>")
+    for key, least in (("n", 2), ("seed", 0), ("nfe", 1)):
+        text = settings[key]
+        if text is not None and (not text.isascii() or not text.isdigit() or int(text) < least):
+            raise UserError(f"{key} takes a whole number of at least {least}, not {text!r}")
+    return settings, overrides
+
+
+def evaluate(words: list[str]) -> "list[Score | Absent]":
+    """Carry out the command; prints the scores and returns them."""
+    settings, overrides = read_words(words)
+    from training.device import pick_device
+
+    device = pick_device(str(settings["device"]))
+    results = of_checkpoint(settings, overrides) if settings["ckpt"] else of_files(settings, device)
+    report(results)
+    if settings["out"]:
+        Path(settings["out"]).write_text(json.dumps([vars(result) for result in results], indent=1) + "\n")
+    return results
+
+
+def label_of(text: str | None) -> "Label":
+    """UserError for what is neither a class nor all."""
+    if text is None or text == "all":
+        return "all" if text else None
+    if not text.isascii() or not text.isdigit():
+        raise UserError(f"label takes a whole number of at least 0, or all, not {text!r}")
+    return int(text)
+
+
+def network_of(spec: str) -> "FeatureNetwork":
+    """Inception where its weights lie in that folder, else a classifier."""
+    from evaluation.feature_networks import InceptionFeatures, classifier_features
+
+    path = Path(spec)
+    return InceptionFeatures(spec) if path.is_dir() or path.name.startswith("inception") else classifier_features(spec)
+
+
+def of_checkpoint(settings: dict[str, str | None], overrides: list[str]) -> "list[Score | Absent]":
+    """Samples of a checkpoint against its own data, or against files."""
+    from evaluation.metrics.features import FeatureMetric
+    from evaluation.sample import generation_of, load, settings_from_overrides
+
+    model = load(str(settings["ckpt"]), str(settings["device"]))
+    model.config |= settings_from_overrides(overrides)
+    spec = settings["network"] or model.config["dataloaders"].get("training", {}).get("feature_network")
+    if spec is None:
+        raise UserError(
+            "this data names no feature network; give network=<the folder of Inception's weights, or a classifier>"
+        )
+    made = generation_of(
+        model, int(str(settings["n"])), int(str(settings["seed"])), label_of(settings["label"]),
+        int(settings["nfe"]) if settings["nfe"] else None, Path(str(settings["cache"])),
+    )  # fmt: skip
+    network, reference = network_of(spec), settings["reference"] or "held_out"
+    if reference in ("held_out", "train"):
+        return FeatureMetric(network, reference).compute(made)
+    return between(network, made.bytes_of(made.samples).cpu(), Path(reference), settings, model.device, made.seed)
+
+
+def of_files(settings: dict[str, str | None], device: Any) -> "list[Score | Absent]":
+    """Images in files against images or statistics in files."""
+    from evaluation.image_sets import read_images
+
+    if settings["network"] is None:
+        raise UserError("network is missing; give network=<the folder of Inception's weights, or a classifier>")
+    images = read_images(Path(str(settings["samples"])))
+    return between(network_of(settings["network"]), images, Path(str(settings["reference"])), settings, device, None)
+
+
+def between(
+    network: "FeatureNetwork",
+    images: "Tensor",
+    reference: Path,
+    settings: dict[str, str | None],
+    device: Any,
+    seed: int | None,
+) -> "list[Score | Absent]":
+    """Image bytes (N, C, H, W) against a folder, a .npz of images, or one of statistics."""
+    from evaluation.image_sets import open_npz, read_images
+    from evaluation.metrics.features import scores_against_statistics, scores_between
+
+    if reference.suffix == ".npz" and reference.is_file():
+        arrays = open_npz(reference)
+        if {"mu", "sigma"} <= set(arrays):
+            return scores_against_statistics(network, images, arrays["mu"], arrays["sigma"], reference.name, device, seed)
+    return scores_between(network, images, read_images(reference), Path(str(settings["cache"])), device, seed)
+
+
+def report(results: "list[Score | Absent]") -> None:
+    """The table, as a run prints it."""
+    from evaluation.metrics.base_metric import Absent, Score
+    from evaluation.report import print_table
+
+    print_table([r for r in results if isinstance(r, Score)], [r for r in results if isinstance(r, Absent)])
+
+
+def main(words: list[str]) -> int:
+    if not words or "--help" in words or "-h" in words:
+        print(__doc__)
+        return 0
+    try:
+        evaluate(words)
+    except UserError as error:
+        print(f"eval_fid.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
