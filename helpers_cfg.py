@@ -1,6 +1,7 @@
 """Guidance: predictions pushed along the difference of two of them, in sampling and folded into training."""
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -126,11 +127,11 @@ class MeanFlowGuidance:
     + (1 - omega - kappa) u(z, r, r | null) the network's own guided prediction stands for a part of v; solved for v_cfg,
     the effective scale is w = omega / (1 - kappa). omega = 1, kappa = 0 is no guidance. The paper's time runs the other
     way: rows are guided where its t = 1 - r lies in [1 - end, 1 - start].
-    Raises UserError when omega is not above 0, kappa not in [0, 1), or start > end or either outside [0, 1].
+    Raises UserError when omega is not above 0 and finite, kappa not in [0, 1), or start > end or either outside [0, 1].
     """
 
     def __init__(self, omega: float = 1.0, kappa: float = 0.0, start: float = 0.0, end: float = 1.0):
-        if not omega > 0 or not 0 <= kappa < 1:
+        if not 0 < omega < math.inf or not 0 <= kappa < 1:
             raise UserError(
                 f"loss.guidance takes omega above 0 and kappa from 0 up to, not including, 1, not omega={omega} and "
                 f"kappa={kappa}; the effective scale is omega / (1 - kappa)"

@@ -108,7 +108,8 @@ def through_hydra(arguments: list[str]) -> None:
         assert sweep is not None
         return sweep.run(HydraConfig.get().overrides.task)
 
-    sys.argv[1:] = arguments
+    many = [word for word in arguments if word in ("-m", "--multirun")]  # argparse wants the flag before or after all words
+    sys.argv[1:] = [*many[:1], *(word for word in arguments if word not in many)]
     job()
 
 

@@ -102,6 +102,15 @@ def fixed_labels(num_classes: int, count: int) -> Tensor | None:
     return torch.arange(count) % num_classes if num_classes else None
 
 
+def data_labels(dataset: FlowDataset, num_classes: int, count: int, generator: torch.Generator) -> Tensor | None:
+    """Labels (count,) of held-out states, so classes come as often as in the data; None for an unconditional network."""
+    if not num_classes:
+        return None
+    labels = dataset.held_out(count, generator)[1]
+    assert labels is not None, "a conditional network has learned from labels"
+    return labels[torch.arange(count, device=labels.device) % len(labels)]
+
+
 def generate(
     flow: FlowObjective, solver: BaseSolver, noise: Tensor, label: Tensor | None, fresh: Fresh | None = None
 ) -> Tensor:
@@ -177,7 +186,9 @@ class GeneratorEvaluator(Evaluator):
         device = next(objective.network.parameters()).device
         count = self.final_samples if final else self.samples
         noise = fixed_noise(source.to("cpu"), count, seed).to(device)
-        label = fixed_labels(objective.network.num_classes, count)
+        label = data_labels(
+            dataset, objective.network.num_classes, count, generator_for(seed, "evaluation/labels", 0, device)
+        )
         label = None if label is None else label.to(device)
         samples = generate(flow, solver, noise, label, fresh_noise(source, seed))
         generation = Generation(

@@ -69,6 +69,7 @@ class TrainedModel:
         labels, flow = self.labels(n, label), self.flow(guidance)
         labels = None if labels is None else labels.to(self.device)
         if evaluations is not None:
+            check_guides_a_step(flow, evaluations)
             return few_steps(flow, noise, labels, evaluations).cpu()
         return generate(flow, solver or build_solver(self.config), noise, labels, fresh_noise(source, seed)).cpu()
 
@@ -81,6 +82,8 @@ class TrainedModel:
         classes = self.objective.network.num_classes
         if label is None:
             return fixed_labels(classes, n)
+        if classes and label == "all" and n < classes:
+            raise UserError(f"label=all wants a sample of each of the {classes} classes; give n={classes} or more")
         if classes and label == "all":
             return torch.arange(n) * classes // n
         labels = torch.as_tensor(label).cpu().expand(n) if classes and not isinstance(label, str) else torch.tensor([-1])
@@ -125,6 +128,19 @@ class TrainedModel:
     def velocity(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> Tensor:
         """The learned velocity, unguided, at states x (B, ...) and times t, a number or (B,)."""
         return self.objective.velocity(x, torch.as_tensor(t, device=x.device), label)
+
+
+def check_guides_a_step(flow: FlowObjective, evaluations: int) -> None:
+    """UserError when guidance lies in an interval that none of so many equal steps starts in."""
+    network = flow.network
+    if isinstance(network, Guidance) and not any(
+        network.interval[0] <= k / evaluations <= network.interval[1] for k in range(evaluations)
+    ):
+        low, high = network.interval
+        raise UserError(
+            f"guidance.interval=[{low:g},{high:g}] guides none of {evaluations} step(s), starting at 0, 1/{evaluations}, ...; "
+            "widen it, take more steps, or leave guidance out"
+        )
 
 
 def load(path: str | Path, device: str = "auto") -> TrainedModel:
@@ -186,6 +202,11 @@ def evaluate_checkpoint(config: dict[str, Any]) -> None:
     merged = laid_over(stored_config(path, payload), config, parse_overrides(config["overrides"]))
     device = pick_device(config["device"])
     objective, solver = trained_objective(payload, merged, path, device), build_solver(merged)
+    if payload["second_time"] != objective.second_time:
+        raise UserError(
+            f"{path} was trained with second_time={payload['second_time']} and cannot be read as a loss whose second "
+            f"time is {objective.second_time}; leave loss out"
+        )
     evaluator: Evaluator = build(merged["evaluation"])
     evaluator.check(objective)
     print(f"{path}: {payload['run_name']} at step {payload['step']:,}, EMA weights, {device.type}")

@@ -21,7 +21,8 @@ class AlphaBatch(FlowBatch):
 
 
 class AlphaFlowLoss(MeanFlowLoss):
-    """|u - sg(a v_c + (1 - a) u(z_s, s, t))|^2 / a, s = r + a (t - r), z_s = z_r + (s - r) v_c: MeanFlow without a JVP.
+    """|u - sg(a v_c + (1 - a) u(z_s, s, t))|^2 / a, s = r + a (t - r), z_s = z_r + (s - r) v_c: MeanFlow without a JVP
+    until a is so small that the derivative, its limit, takes over (the schedule's switch).
 
     (Zhang et al. 2025, alpha-Flow, arXiv 2510.20771; SoFlow, arXiv 2512.15657, is the exponential schedule with switch=0.)
     a = 1 regresses u to v_c over the whole interval, a -> 0 is MeanFlow; `alpha` lowers it over the run, and once it is

@@ -43,8 +43,8 @@ class ReflowCoupling(Coupling):
     arXiv 2209.03003): training on them straightens the flow, so that few solver steps suffice.
 
     teacher: a checkpoint; its EMA weights and its own source and solver make `count` pairs once, when first asked, and
-    batches are drawn from them. A conditional teacher's labels, 0, 1, ... in turn, come with them. UserError when the
-    teacher's states have another shape than the data.
+    batches are drawn from them. A conditional teacher's labels, as often each as in its data, come with them. UserError when
+    the teacher's states have another shape than the data.
     """
 
     def __init__(self, teacher: str, count: int = 50_000):
@@ -60,19 +60,26 @@ class ReflowCoupling(Coupling):
 
     def make_pairs(self, like: Tensor) -> Pairs:
         """All pairs on the device of the data `like` (B, ...): noise, where it goes, and labels or None."""
-        from evaluation.evaluator import fixed_labels, fixed_noise
+        with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):  # building reseeds torch's own
+            return self.pairs_of_teacher(like)
+
+    def pairs_of_teacher(self, like: Tensor) -> Pairs:
+        from evaluation.evaluator import data_labels, fixed_noise
         from evaluation.sample import load
-        from training.assemble import build_source
+        from training.assemble import build_dataset, build_source
+        from training.seeds import generator_for
 
         model = load(self.teacher, like.device.type)
-        target = model.sample(self.count, seed=REFLOW_SEED).to(like.device)
+        data = build_dataset(model.config, torch.device("cpu"))
+        generator = generator_for(REFLOW_SEED, "reflow/labels")
+        label = data_labels(data, model.objective.network.num_classes, self.count, generator)
+        target = model.sample(self.count, seed=REFLOW_SEED, label=label).to(like.device)
         if target.shape[1:] != like.shape[1:]:
             raise UserError(
                 f"loss.coupling.teacher={self.teacher} makes states of shape {tuple(target.shape[1:])}, the data has "
                 f"{tuple(like.shape[1:])}; use a teacher of this data"
             )
         source = fixed_noise(build_source(model.config, torch.device("cpu")), self.count, REFLOW_SEED).to(like.device)
-        label = fixed_labels(model.objective.network.num_classes, self.count)
         return source, target, None if label is None else label.to(like.device)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ReflowCoupling":

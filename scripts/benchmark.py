@@ -12,7 +12,7 @@
 Each argument is one row: launcher overrides in quotes. Rounds are interleaved (row 1, row 2, row 1, ...), so a machine that
 slows down slows all rows; figures are medians over rounds. gflop: floating-point operations of a step (matrix products and
 convolutions, forward and backward). The last columns are the ratios of step time and of gflop to the first row; a preset
-compares each model with its own first row.
+compares each model with its own first row. peak_memory_mb is the whole process's: all rows stay loaded side by side.
 """
 
 import argparse
@@ -180,6 +180,8 @@ def main(words: list[str]) -> int:
     try:
         if options.rounds < 1 or options.steps < 1:
             raise UserError("--rounds and --steps take whole numbers of at least 1")
+        if options.json and not options.json.absolute().parent.is_dir():
+            raise UserError(f"--json {options.json} lies in a folder that does not exist; make it first")
         results = []
         with tempfile.TemporaryDirectory(prefix="benchmark-") as place:
             for title, rows in tables_of(options.preset, options.rows, Path(place)).items():

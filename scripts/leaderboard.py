@@ -368,7 +368,7 @@ class Crew:
         if self.live:
             print(f"waiting for {len(self.live)} run(s) to save", file=sys.stderr, flush=True)
         for process in self.live.values():
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)  # SIGINT is ignored by children of a background shell until they train
         for process in self.live.values():
             process.wait()
 

@@ -110,7 +110,8 @@ def sample(words: list[str]) -> Path:
     if is_folder(settings) or settings["images"] == "true":
         export(path, states, labels, model)
         return path
-    title = ", ".join([model.config["run_name"], f"seed {settings['seed']}", *overrides])
+    told = [f"{key} {settings[key]}" for key in ("label", "nfe") if settings[key] is not None]
+    title = ", ".join([model.config["run_name"], f"seed {settings['seed']}", *told, *overrides])
     write(path, states, labels, model, title, settings["real"] == "true")
     return path
 

@@ -59,20 +59,18 @@ def companions(group: str, choice: str, tmp_path: Path, settings: dict[str, Any]
 
         np.save(tmp_path / "x.npy", np.zeros((20, 2), dtype="float32"))
         return [f"dataloaders.path={tmp_path / 'x.npy'}"]
-    if group == "experiment" and choice.startswith("cifar"):  # its files are not needed to see that the rest fits
-        words = ["dataloaders=random_images", "dataloaders.state_shape=[3,32,32]"]
-        return [*words, *(f"~dataloaders.{key}" for key in ("flip", "crop_padding"))]
     if (group, choice) == ("evaluation", "fid"):
         pytest.importorskip("cleanfid")
         (tmp_path / "inception-2015-12-05.pt").touch()
         return [f"evaluation.metrics.fid.network.path={tmp_path}"]
     if (group, choice) == ("guidance", "autoguidance"):
         return ["guidance.checkpoint=weak_last.pt"]
-    if (group, choice) in [("dataloaders", name) for name in IMAGE_SETS]:
+    if data_of(group, choice) in IMAGE_SETS:
         words, vae = dict(settings or {}), (settings or {}).get("vae")
         words.pop("vae", None)
         typed = [f"dataloaders.{key}={'null' if value is None else value}".replace(" ", "") for key, value in words.items()]
-        return ["model=cnn", *typed, *(["vae=stable_diffusion", f"vae.path={vae['path']}"] if vae else [])]
+        model = ["model=cnn"] if group == "dataloaders" else []
+        return [*model, *typed, *(["vae=stable_diffusion", f"vae.path={vae['path']}"] if vae else [])]
     if (group, choice) in [("loss", "reflow"), ("loss/coupling", "reflow")]:
         return ["loss.coupling.teacher=none.pt"]
     if (group, choice) == ("loss/time_sampler", "dyadic"):
@@ -93,6 +91,15 @@ def companions(group: str, choice: str, tmp_path: Path, settings: dict[str, Any]
     return []
 
 
+def data_of(group: str, choice: str) -> str:
+    """The data set a data choice is, or an experiment has; else nothing."""
+    if group == "dataloaders":
+        return choice
+    text = (CONFIG_DIR / group / f"{choice}.yaml").read_text() if group == "experiment" else ""
+    found = re.search(r"override /dataloaders: (\w+)", text)
+    return found[1] if found else ""
+
+
 def is_classifier(model: str) -> bool:
     return OmegaConf.load(CONFIG_DIR / "model" / f"{model}.yaml")["_target_"].startswith("models.classifier.")
 
@@ -102,7 +109,7 @@ EVERY_CHOICE = [(group, choice) for group, choices in groups().items() for choic
 
 @pytest.mark.parametrize(("group", "choice"), EVERY_CHOICE, ids=[f"{g}={c}" for g, c in EVERY_CHOICE])
 def test_every_choice_composes_and_builds(group, choice, tmp_path, official):
-    settings = official(choice) if group == "dataloaders" else {}
+    settings = official(data_of(group, choice))
     overrides = ["run_name=x", f"{group}={choice}", *companions(group, choice, tmp_path, settings)]
     config = resolved(compose_config(overrides))
     with torch.device("meta"):

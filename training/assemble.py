@@ -181,6 +181,12 @@ def adopt_model(config: dict[str, Any], path: Path) -> None:
     kind, wanted = stored["choices"]["model"], config["choices"]["model"]
     if kind != wanted:
         raise UserError(f"init_from={path} holds model={kind}, this run has model={wanted}; add model={kind}")
+    theirs, ours = ((c["loss"].get("prediction") or {}).get("_target_") for c in (stored, config))
+    if theirs != ours and theirs and ours:
+        raise UserError(
+            f"init_from={path} predicts by {theirs.rpartition('.')[2]}, this run by "
+            f"{ours.rpartition('.')[2]}: the same numbers would mean another thing; choose the same loss/prediction"
+        )
     typed = {override.key_or_group for override in parse_overrides(config["overrides"])}
     for key, value in stored["model"].items():
         free = key in config["model"] and key not in (HANDED_ON, "state_shape", "num_classes", "augment_dim")

@@ -1,9 +1,12 @@
 """Checkpoint files: written atomically, verified when read, loaded safely, named so that people find them."""
 
 import re
+import struct
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -15,6 +18,13 @@ FORMAT = "denoising-zoo-checkpoint-1"
 KEYS = (
     "network", "ema", "optimizer", "schedule", "scaler", "window", "step", "best", "waited", "elapsed", "run_name",
     "second_time", "config",
+)  # fmt: skip
+
+
+# What zipfile, torch and its unpickler raise at files that anyone may have written.
+BROKEN = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError, RuntimeError,
+    TypeError, UnpicklingError, ValueError, struct.error, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 
 
@@ -56,7 +66,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
             payload = torch.load(path, map_location=device, weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # a file that is anyone's makes its readers fail in any way
+    except BROKEN as error:
         raise UserError(f"{path} cannot be read as a checkpoint (it is damaged or not one); use another save") from error
     check_payload(path, payload)
     return dict(payload)
@@ -170,6 +180,6 @@ def readable(path: Path) -> bool:
     """Whether the file is a zip archive whose every entry has its checksum."""
     try:
         check_archive(path)
-    except Exception:  # in whatever way: see load_checkpoint
+    except (UserError, *BROKEN):
         return False
     return True

@@ -72,6 +72,8 @@ RULES: list[Rule] = [
     ("evaluation.final_samples", whole(2), "a whole number of at least 2"),
     ("loss.label_dropout", lambda v: isinstance(v, (int, float)) and 0 <= v <= 1, "a number from 0 to 1"),
     ("loss.time_sampler.ratio", lambda v: isinstance(v, (int, float)) and 0 <= v <= 1, "a number from 0 to 1"),
+    ("loss.weighting.p", lambda v: isinstance(v, (int, float)) and 0 <= v <= 2, "a number from 0 to 2"),
+    ("loss.weighting.c", positive, "a number above 0"),
     ("loss.time_sampler.std", positive, "a number above 0"),
     ("model.width", whole(1), "a whole number of at least 1"),
     ("model.depth", whole(1), "a whole number of at least 1"),
@@ -124,6 +126,8 @@ def check_contradictions(config: dict[str, Any]) -> None:
 
     if config["resume"] or config["eval_checkpoint"]:
         return
+    if has(config, "guidance._target_") and config["model"]["_target_"].startswith("models.classifier."):
+        raise UserError("guidance steers samples, and a classifier makes none; leave guidance out")
     if has(config, "guidance._target_") and "ClassifierFree" in config["guidance"]["_target_"] and not config["conditional"]:
         raise UserError("guidance=cfg needs a model that is told the class; add conditional=true, or leave guidance out")
     shape, source = config["dataloaders"].get("state_shape"), config["source"]
@@ -172,6 +176,9 @@ def check_files(config: dict[str, Any]) -> None:
         path = None if key == "init_from" and config["resume"] else config[key]
         if path is not None and not Path(path).is_file():
             raise UserError(f"{key}={path} is not a file; give the path of a checkpoint such as outputs/ckpts/mlp/last.pt")
+    teacher = lookup(config, "loss.coupling.teacher") if has(config, "loss.coupling.teacher") else None
+    if teacher is not None and not Path(teacher).is_file():
+        raise UserError(f"loss.coupling.teacher={teacher} is not a file; give the checkpoint of a trained flow")
     guide = lookup(config, "guidance.checkpoint") if has(config, "guidance.checkpoint") else None
     if guide is not None and not Path(guide).is_file():
         raise UserError(f"guidance.checkpoint={guide} is not a file; give the path of a weaker model's checkpoint")

@@ -1,6 +1,7 @@
 """What a run says before it starts and after it ends."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +99,12 @@ def end_lines(run: Run, picture: Path | None, how: str) -> list[tuple[str, str]]
         lines.append(("checkpoint", f"{run.checkpoints.last} ({len(files)} saves, {megabytes(files)})"))
     if config["trackio"]["enabled"]:
         lines.append(("dashboard", f"{RUNNER}trackio show --project {config['trackio']['project']}"))
+    place = "" if config["output_dir"] == "outputs" else f" output_dir={shlex.quote(config['output_dir'])}"
     if how == "interrupted":
-        lines.append(("go on", f"{LAUNCH} run_name={name} resume=true"))
+        lines.append(("go on", f"{LAUNCH} run_name={name} resume=true{place}"))
     else:
         longer = f"max_steps={2 * config['max_steps']}" if config["max_steps"] else f"epochs={2 * config['epochs']}"
-        lines.append(("go on", f"{LAUNCH} run_name={name} resume=true {longer}"))
+        lines.append(("go on", f"{LAUNCH} run_name={name} resume=true {longer}{place}"))
     if how != "interrupted" and isinstance(run.state.objective, FlowObjective):
         lines.append(("sample", f"{SAMPLE} ckpt={run.checkpoints.last} n=1000"))
     return [(key, str(value)) for key, value in lines]
