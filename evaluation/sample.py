@@ -138,7 +138,7 @@ def check_guides_a_step(flow: FlowObjective, evaluations: int) -> None:
     ):
         low, high = network.interval
         raise UserError(
-            f"guidance.interval=[{low:g},{high:g}] guides none of {evaluations} step(s), starting at 0, 1/{evaluations}, ...; "
+            f"guidance.interval=[{low:g},{high:g}] guides none of {evaluations} step(s), at 0, 1/{evaluations}, ...; "
             "widen it, take more steps, or leave guidance out"
         )
 

@@ -401,7 +401,9 @@ def collect(board: Board, entries: dict[str, Entry]) -> tuple[Results, list[Entr
 
 def caption(board: Board, entries: dict[str, Entry], results: Results, done: list[Entry], options: Options) -> str:
     """What the figures are, where they were made, and the command that makes them again."""
-    command = shlex.join(["python", "scripts/leaderboard.py", *(["--", *options.extra] if options.extra else [])])
+    chosen = [f"{key}={','.join(vars(options)[key])}" for key in ("only", "data", "seeds") if vars(options)[key]]
+    chosen += [] if options.output_dir == Path("outputs") else [f"output_dir={options.output_dir}"]
+    command = shlex.join(["python", "scripts/leaderboard.py", *chosen, *(["--", *options.extra] if options.extra else [])])
     if not done:
         return f"No run has finished yet: `{command}` trains them."
     settings = settings_of(done[0])
@@ -411,11 +413,12 @@ def caption(board: Board, entries: dict[str, Entry], results: Results, done: lis
     steps = "by the flow map in equal steps" + (f" (Euler steps for {euler})" if euler else "")
     samples, solver = settings["evaluation"]["final_samples"], settings["choices"]["solver"]
     return (
-        f"{provenance(done)}; {seeds}. {samples:,} samples a run (W2: exact, of {points:,}). The numbers after the scores "
-        f"are network evaluations a sample: 1, 2 and 4 {steps}, {solver_evaluations(results)} by the solver {solver}. "
-        "Floor: real data against real, mean ± standard deviation over replicates; of the flow-map error: the solver on "
-        "the exact field; - where the truth is not known. Bold: the best in one evaluation. Training seconds: the fastest "
-        f"seed, without imports and evaluation. `{command}`, settings in configs/{options.config.name}."
+        f"{provenance(done)}; {seeds}. {samples:,} samples a run (W2: exact, of {min(points, samples):,}). The numbers after "
+        f"the scores are network evaluations a sample: 1, 2 and 4 {steps}, {solver_evaluations(results)} by the solver "
+        f"{solver}. Floor: real data against real, mean ± standard deviation over replicates; of the flow-map error: the "
+        "solver on the exact field; - where the truth is not known. Bold: the best in one evaluation. Training seconds: the "
+        "fastest seed, without imports and evaluation; reflow's with the making of its pairs, without its teacher. "
+        f"`{command}`, settings in configs/{options.config.name}."
     )
 
 

@@ -69,7 +69,8 @@ def companions(group: str, choice: str, tmp_path: Path, settings: dict[str, Any]
         words, vae = dict(settings or {}), (settings or {}).get("vae")
         words.pop("vae", None)
         typed = [f"dataloaders.{key}={'null' if value is None else value}".replace(" ", "") for key, value in words.items()]
-        model = ["model=cnn"] if group == "dataloaders" else []
+        model = {"dataloaders": ["model=cnn"]}.get(group, [])
+        model += ["model.patch_size=2"] if choice == "imagenet_meanflow" else []  # the tiny latents are 2 x 2
         return [*model, *typed, *(["vae=stable_diffusion", f"vae.path={vae['path']}"] if vae else [])]
     if (group, choice) in [("loss", "reflow"), ("loss/coupling", "reflow")]:
         return ["loss.coupling.teacher=none.pt"]
