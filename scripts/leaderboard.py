@@ -413,8 +413,8 @@ def caption(board: Board, entries: dict[str, Entry], results: Results, done: lis
     steps = "by the flow map in equal steps" + (f" (Euler steps for {euler})" if euler else "")
     samples, solver = settings["evaluation"]["final_samples"], settings["choices"]["solver"]
     return (
-        f"{provenance(done)}; {seeds}. {samples:,} samples a run (W2: exact, of {min(points, samples):,}). The numbers after "
-        f"the scores are network evaluations a sample: 1, 2 and 4 {steps}, {solver_evaluations(results)} by the solver "
+        f"{provenance(done)}; {seeds}. {samples:,} samples a run (W2: exact, of {min(points, samples):,}). The numbers "
+        f"after the scores are evaluations a sample: 1, 2 and 4 {steps}, {solver_evaluations(results)} by the solver "
         f"{solver}. Floor: real data against real, mean ± standard deviation over replicates; of the flow-map error: the "
         "solver on the exact field; - where the truth is not known. Bold: the best in one evaluation. Training seconds: the "
         "fastest seed, without imports and evaluation; reflow's with the making of its pairs, without its teacher. "
