@@ -150,8 +150,9 @@ class FlowObjective(Objective, ABC):
 
         x0, x1 (B, ...) noise and data; label (B,) or None; progress in [0, 1] is the share of the run that is done.
         """
+        given = label
         x0, x1, label = self.coupling.pair(x0, x1, label, generator)
-        if label is None and self.network.num_classes:
+        if given is not None and label is None and self.network.num_classes:
             raise UserError(
                 "conditional=true needs labels, and these pairs have none; train the teacher of loss/coupling=reflow with "
                 "conditional=true, or leave conditional out"

@@ -109,6 +109,7 @@ def commands(draw: st.DrawFn) -> Command:
     kind = draw(st.sampled_from(sorted(mistakes)))
     wrong = draw(mistakes[kind])
     right = draw(st.lists(st.sampled_from(["epochs=1", "device=cpu", "trackio.enabled=false"]), unique=True))
+    right = [word for word in right if not any(w.startswith(word.partition("=")[0] + "=") for w in wrong)]  # the later wins
     name = [] if wrong[0].startswith(("run_name=", "~run_name")) else draw(st.sampled_from([["run_name=new"]] * 9 + [[]]))
     place = draw(st.integers(0, len(right)))
     return [*name, *right[:place], *wrong, *right[place:]]
