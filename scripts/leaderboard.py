@@ -479,7 +479,7 @@ def main(words: list[str]) -> int:
     if "--help" in words or "-h" in words:
         print(__doc__)
         return 0
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a background shell has SIGINT ignored
         signal.signal(number, signal.default_int_handler)
     try:
         return leaderboard(words)
