@@ -1,0 +1,67 @@
+"""What a model, a teacher or a guidance is asked for and cannot give is one sentence; what it can give follows the data."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import launcher
+from dataloaders.array_dataset import ArrayDataset
+from evaluation.evaluator import data_labels
+from evaluation.sample import load
+from helpers_cfg import ClassifierFreeGuidance
+from training.errors import UserError
+
+
+def test_labels_of_an_evaluation_come_as_often_as_in_the_data(tmp_path: Path) -> None:
+    labels = np.repeat([0, 1], [900, 100])
+    np.savez(tmp_path / "two.npz", x=np.random.default_rng(0).normal(size=(1000, 2)).astype("float32"), y=labels)
+    dataset = ArrayDataset(path=str(tmp_path / "two.npz"), state_shape=[2], num_classes=2)
+    drawn = data_labels(dataset, 2, 1000, torch.Generator().manual_seed(0))
+    held_out = dataset.held_out(10_000, torch.Generator().manual_seed(0))[1]
+    assert drawn is not None and held_out is not None and drawn.shape == (1000,)
+    assert abs(drawn.float().mean() - held_out.float().mean()) < 0.02 and 0.03 < held_out.float().mean() < 0.2
+    assert data_labels(dataset, 0, 10, torch.Generator()) is None
+
+
+def test_guidance_that_guides_no_step_and_too_few_samples_for_all_classes_are_said(small_run) -> None:
+    folder = small_run("x", "loss=meanflow", "conditional=true", "max_steps=2")
+    model = load(folder / "ckpts/mlp/x_last.pt", device="cpu")
+    guided = ClassifierFreeGuidance(model.objective.network, 3.0, [0.2, 0.8])
+    with pytest.raises(UserError, match="guides none of 1 step"):
+        model.sample(10, evaluations=1, guidance=guided)
+    assert not torch.equal(model.sample(10, evaluations=2, guidance=guided), model.sample(10, evaluations=2))
+    with pytest.raises(UserError, match="wants a sample of each of the 5 classes"):
+        model.sample(4, label="all")
+    assert model.labels(5, "all").tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_conditional_run_wants_a_teacher_of_classes(small_run) -> None:
+    teacher = small_run("plain", "max_steps=2") / "ckpts/mlp/plain_last.pt"
+    words = [f"loss.coupling.teacher={teacher}", "loss.coupling.count=64", "max_steps=2"]
+    with pytest.raises(UserError, match="these pairs have none"):
+        small_run("student", "loss=reflow", "conditional=true", *words)
+    small_run("other", "loss=reflow", *words)
+
+
+def test_weights_are_not_read_as_what_they_are_not(small_run) -> None:
+    flow = small_run("flow", "max_steps=2") / "ckpts/mlp/flow_last.pt"
+    with pytest.raises(UserError, match="cannot be read as a loss whose second time"):
+        small_run("judged", f"eval_checkpoint={flow}", "loss=meanflow")
+    with pytest.raises(UserError, match="choose the same loss/prediction"):
+        small_run("next", f"init_from={flow}", "loss/prediction=x1")
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [(["loss/weighting=adaptive", "loss.weighting.c=-5"], "loss.weighting.c takes a number above 0"),
+     (["loss/weighting=adaptive", "loss.weighting.p=-3"], "loss.weighting.p takes a number from 0 to 2"),
+     (["loss=reflow", "loss.coupling.teacher=nowhere.pt"], "loss.coupling.teacher=nowhere.pt is not a file"),
+     (["seed=0,two", "-m", "epochs=1"], "seed")],
+)  # fmt: skip
+def test_it_is_said_before_anything_is_written(
+    words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launcher.main([*words, "run_name=x", f"output_dir={tmp_path}"]) == 1
+    assert sentence in capsys.readouterr().err and not list(tmp_path.iterdir())
