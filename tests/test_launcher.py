@@ -144,7 +144,7 @@ def test_a_sweep_names_each_job_and_skips_what_has_finished(tmp_path):
         "trackio.enabled=false evaluation.samples=16 evaluation.final_samples=16 max_steps=2 model.width=8 callbacks=none"
     )
     command = [
-        sys.executable, "launcher.py", "-m", "run_name=s", "seed=0,1", f"output_dir={tmp_path}", *small.split(),
+        sys.executable, "launcher.py", "run_name=s", "-m", "seed=0,1", f"output_dir={tmp_path}", *small.split(),
         "evaluation=loss_only",
     ]  # fmt: skip
     subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
