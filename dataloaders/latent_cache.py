@@ -96,4 +96,5 @@ class LatentCache(StreamDataset):
         mean, std = stored.unbind(1)
         if not self.sample:
             return mean.float()
-        return torch.randn(mean.shape, generator=generator, device=generator.device).mul_(std).add_(mean)
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device)
+        return torch.addcmul(mean.float(), noise, std.float())
