@@ -106,6 +106,8 @@ def conduct(run: Run) -> float:
                 check_saved(run)
         except BaseException as error:
             with suppress(OSError):  # the disk may be what failed
+                run.settle()
+            with suppress(OSError):
                 run.write_status("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
             raise
         finally:
@@ -123,7 +125,8 @@ def conduct(run: Run) -> float:
 
 def check_saved(run: Run) -> None:
     """UserError when on_save_error=continue has trained to an end that no save holds."""
-    if run.saved_step != run.state.step:
+    run.settle()
+    if run.checkpoints.saved_step != run.state.step:
         raise UserError(
             f"{run.refusal}; step {run.state.step} is in no save, {run.last_save()}; make room, then go on with resume=true"
         )

@@ -3,6 +3,7 @@
 
     python scripts/kill_test.py                    # 100 kills, a few minutes
     python scripts/kill_test.py --kills 10 --seed 1
+    python scripts/kill_test.py --and async_save=true   # the killed run saves while it trains; the one left alone does not
 
 Most kills are aimed: each stage of a save (a file half written, written but not on the disk, on the disk but not in its
 place, ...) gets as many as the others. One in four comes at a random moment of a process's life, its start included. In
@@ -24,9 +25,10 @@ import signal
 import stat
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,10 +48,16 @@ SMALL = (
 )  # fmt: skip
 
 
+class Current(threading.local):
+    """The file that this thread is writing, which an fsync is for."""
+
+    file = ""
+
+
 @contextlib.contextmanager
 def watched_disk(notice: Notice) -> Iterator[None]:
     """Within the block, every write, fsync, link, rename and removal of a file by this project's code is announced first."""
-    current = [""]  # the file being written, which an fsync is for
+    current = Current()
 
     class Watched(io.BufferedWriter):
         """A temporary file of ours."""
@@ -58,7 +66,7 @@ def watched_disk(notice: Notice) -> Iterator[None]:
             view = memoryview(content)
             super().write(view[: len(view) // 2])
             super().flush()
-            notice("write", current[0])
+            notice("write", current.file)
             super().write(view[len(view) // 2 :])
             return len(view)
 
@@ -74,7 +82,7 @@ def watched_disk(notice: Notice) -> Iterator[None]:
         def watched(*arguments: Any, **keys: Any) -> Any:
             path = os.fspath(arguments[position])
             if operation != "remove":
-                current[0] = path
+                current.file = path
             if operation != "remove" or not path.endswith(".tmp"):
                 notice(operation, path)
             return call(*arguments, **keys)
@@ -83,12 +91,12 @@ def watched_disk(notice: Notice) -> Iterator[None]:
 
     def fsync(descriptor: int) -> None:
         folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
-        notice("fsync the folder of" if folder else "fsync", current[0])
+        notice("fsync the folder of" if folder else "fsync", current.file)
         real_fsync(descriptor)
 
     def opened(path: Any, mode: str = "r", *arguments: Any, **keys: Any) -> Any:
         if mode == "wb" and str(path).endswith(".tmp"):
-            current[0] = str(path)
+            current.file = str(path)
             return Watched(io.FileIO(path, "w"))
         return real_open(path, mode, *arguments, **keys)
 
@@ -147,10 +155,11 @@ def forked(words: list[str], log: Path, aim: Aim) -> int:
         os._exit(status)
 
 
-def words_for(folder: Path, epochs: int) -> list[str]:
+def words_for(folder: Path, epochs: int, more: Sequence[str] = ()) -> list[str]:
     """The command line that begins the run, or goes on with it."""
     place = ["run_name=x", f"output_dir={folder}", f"log.file={folder / 'log.md'}"]
-    return [*place, "resume=true"] if (folder / "runs/x/config.yaml").exists() else [*place, *SMALL, f"epochs={epochs}"]
+    begun = (folder / "runs/x/config.yaml").exists()
+    return [*place, "resume=true"] if begun else [*place, *SMALL, f"epochs={epochs}", *more]
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -192,7 +201,7 @@ def check_equal(killed: Path, alone: Path) -> None:
         raise UserError(f"{killed}/runs/x/status.json does not say finished")
 
 
-def drive(folder: Path, kills: int, chance: random.Random) -> Counter[str]:
+def drive(folder: Path, kills: int, chance: random.Random, more: Sequence[str] = ()) -> Counter[str]:
     """Carry out the run alone and killed, compare them, and return how many kills came at which stage."""
     import train  # noqa: F401  with all that a run needs, imported here once for every process
     from training.assemble import assemble
@@ -210,7 +219,7 @@ def drive(folder: Path, kills: int, chance: random.Random) -> Counter[str]:
         aimed = chance.random() < AIMED
         wanted = min(stages, key=lambda name: (counts[name], chance.random())) if aimed else None
         skip = chance.randrange(100 if wanted and wanted.startswith("write") else 3)  # a save is many writes
-        process = forked(words_for(folder / "killed", epochs), log, Aim(wanted, skip, told))
+        process = forked(words_for(folder / "killed", epochs, more), log, Aim(wanted, skip, told))
         if wanted is None:
             time.sleep(chance.uniform(0, 1.5 * start_seconds))
             os.kill(process, signal.SIGKILL)
@@ -219,7 +228,7 @@ def drive(folder: Path, kills: int, chance: random.Random) -> Counter[str]:
             raise UserError(f"process {number} ended with status {status} before it was killed; {log} says why")
         here = told.read_text().splitlines()[-1] if wanted else "a random moment"
         counts[here] += 1
-    if os.waitpid(forked(words_for(folder / "killed", epochs), log, Aim(None, 0, told)), 0)[1]:
+    if os.waitpid(forked(words_for(folder / "killed", epochs, more), log, Aim(None, 0, told)), 0)[1]:
         raise UserError(f"the run could not go on after {kills} kills; {log} says why")
     check_equal(folder / "killed", folder / "alone")
     return counts
@@ -232,9 +241,9 @@ def save_stages() -> list[str]:
     seen: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = CheckpointFolder(Path(folder), "mlp", "x", keep=1)
-        checkpoints.save({}, 1, best=True)
+        checkpoints.save({"step": 1}, 1, best=True)
         with watched_disk(lambda operation, file: seen.append(stage(operation, file))):
-            checkpoints.save({}, 2, best=True)
+            checkpoints.save({"step": 2}, 2, best=True)
     return list(dict.fromkeys(seen))
 
 
@@ -242,6 +251,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--and", nargs="+", default=[], dest="more", help="words for the run that is killed")
     return parser.parse_args(arguments)
 
 
@@ -250,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
     with tempfile.TemporaryDirectory() as folder:
         try:
-            counts = drive(Path(folder), options.kills, random.Random(options.seed))
+            counts = drive(Path(folder), options.kills, random.Random(options.seed), options.more)
         except UserError as error:
             log = Path(folder) / "log.txt"
             print(log.read_text()[-3000:] if log.exists() else "", file=sys.stderr)

@@ -1,12 +1,14 @@
 """Checkpoint files: what is refused, what is found, what is pruned."""
 
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from training.checkpoint import FORMAT, KEYS, CheckpointFolder, load_checkpoint
+from training import checkpoint
+from training.checkpoint import ASYNC_BYTES, FORMAT, KEYS, CheckpointFolder, load_checkpoint
 from training.errors import UserError
 
 
@@ -58,6 +60,44 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         folder.save(payload(2), 2, best=False)
     assert folder.newest()[1]["step"] == 1
+
+
+@pytest.mark.parametrize("in_background", [True, None], ids=["asked for", "for its size"])
+def test_a_save_in_the_background_holds_the_state_of_its_moment(tmp_path, monkeypatch, in_background):
+    """save() returns while the file is still unwritten, what training does to the weights meanwhile does not reach it, and
+    the next save waits for it."""
+    folder = CheckpointFolder(tmp_path, "mlp", "x", 3, in_background)
+    weights = torch.zeros(8 if in_background else ASYNC_BYTES // 4)
+    may_write, running, most = threading.Event(), [], []
+
+    def slow_write(path, content):
+        running.append(path)
+        most.append(len(running))
+        assert may_write.wait(20)
+        write(path, content)
+        running.remove(path)
+
+    write = checkpoint.write_checkpoint
+    monkeypatch.setattr(checkpoint, "write_checkpoint", slow_write)
+    folder.save(payload(1) | {"network": {"w": [weights]}}, 1, best=True)
+    assert folder.saved_step is None and not folder.last.exists()
+    weights += 1
+    threading.Timer(0.2, may_write.set).start()
+    folder.save(payload(2) | {"network": {"w": [weights]}}, 2, best=False)
+    assert folder.saved_step == 1 and load_checkpoint(folder.last)["network"]["w"][0].unique().tolist() == [0]
+    folder.settle()
+    assert folder.saved_step == 2 and load_checkpoint(folder.last)["network"]["w"][0].unique().tolist() == [1]
+    assert load_checkpoint(folder.best)["step"] == 1 and max(most) == 1
+
+
+def test_a_save_in_the_background_that_fails_is_told_once(tmp_path, monkeypatch):
+    folder = CheckpointFolder(tmp_path, "mlp", "x", keep=3, in_background=True)
+    monkeypatch.setattr(checkpoint, "write_checkpoint", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
+    folder.save(payload(1), 1, best=False)
+    with pytest.raises(OSError, match="No space"):
+        folder.settle()
+    folder.settle()
+    assert folder.saved_step is None
 
 
 def test_keep_zero_keeps_all(tmp_path):

@@ -66,15 +66,20 @@ def temporaries(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
 
 
-def test_no_failing_write_fsync_link_or_rename_loses_a_save(tmp_path):
+@pytest.mark.parametrize("in_background", [False, True], ids=["at once", "in the background"])
+def test_no_failing_write_fsync_link_or_rename_loses_a_save(tmp_path, in_background):
     """The newest save before, or the new one, can be resumed; no file is torn or left over; the next save succeeds."""
-    folders = iter(CheckpointFolder(tmp_path / str(i), "mlp", "x", keep=2) for i in range(1000))
+    folders = iter(CheckpointFolder(tmp_path / str(i), "mlp", "x", 2, in_background) for i in range(1000))
     current: list[CheckpointFolder] = []
 
     def prepare() -> None:
         current[:] = [next(folders)]
         for step in (1, 2):
-            current[0].save(payload(step), step, best=step == 1)
+            save(step, best=step == 1)
+
+    def save(step: int, best: bool) -> None:
+        current[0].save(payload(step), step, best)
+        current[0].settle()
 
     def check(failed: bool) -> None:
         (folder,) = current
@@ -82,11 +87,11 @@ def test_no_failing_write_fsync_link_or_rename_loses_a_save(tmp_path):
         for path in folder.folder.rglob("*.pt"):
             load_checkpoint(path)
         assert temporaries(folder.folder) == []
-        folder.save(payload(3), 3, best=True)
+        save(3, best=True)
         assert folder.newest()[1]["step"] == load_checkpoint(folder.best)["step"] == 3
         assert [path.name for path in folder.epoch_saves()] == ["x_epoch_0002.pt", "x_epoch_0003.pt"]
 
-    assert every_fault(prepare, lambda: current[0].save(payload(3), 3, best=True), check) > 15
+    assert every_fault(prepare, lambda: save(3, best=True), check) > 15
 
 
 def test_no_failing_write_tears_the_run_folder(tmp_path):

@@ -206,8 +206,9 @@ def assemble(config: dict[str, Any]) -> Run:
     if isinstance(objective, FlowObjective):
         solver.check(objective)
     checkpoints = CheckpointFolder(
-        Path(config["output_dir"]), config["choices"]["model"], config["run_name"], config["keep_saves"]
-    )
+        Path(config["output_dir"]), config["choices"]["model"], config["run_name"], config["keep_saves"],
+        in_background=None if config["async_save"] == "auto" else config["async_save"],
+    )  # fmt: skip
     going_on = bool(config["resume"] and checkpoints.saves())
     if config["init_from"] and not going_on:
         start_weights(objective, Path(config["init_from"]))

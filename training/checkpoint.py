@@ -5,6 +5,7 @@ import struct
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,6 +21,7 @@ KEYS = (
     "second_time", "config",
 )  # fmt: skip
 
+ASYNC_BYTES = 64 * 2**20  # a smaller save is written in less time than a thread is worth
 
 # What zipfile, torch and its unpickler raise at files that anyone may have written.
 BROKEN = (
@@ -89,16 +91,38 @@ def check_payload(path: Path, payload: Any) -> None:
         raise UserError(f"{path} lacks {', '.join(lacking)}, so it is no whole checkpoint; use another save")
 
 
+def tensor_bytes(node: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(node, torch.Tensor):
+        return node.nbytes
+    inner = node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ()
+    return sum(map(tensor_bytes, inner))
+
+
+def frozen(node: Any) -> Any:
+    """A copy of nested dicts and lists whose tensors, on the CPU, training cannot change any more."""
+    if isinstance(node, torch.Tensor):
+        return node.detach().to("cpu", copy=True)
+    if isinstance(node, dict):
+        return {key: frozen(inner) for key, inner in node.items()}
+    return type(node)(map(frozen, node)) if isinstance(node, list | tuple) else node
+
+
 class CheckpointFolder:
     """outputs/ckpts/<arch>: archive/<run>_epoch_XXXX.pt, <run>_last.pt, <run>_best.pt, and last.pt for people.
 
     keep: how many epoch saves of this run stay in archive/ (0 keeps all). One save is one file under several names (hard
     links). last.pt is the newest save of the architecture; nothing reads it.
+    in_background: whether a thread writes while training goes on, from a copy of the state; None: where it is large.
     """
 
-    def __init__(self, output_dir: Path, arch: str, run_name: str, keep: int):
+    def __init__(self, output_dir: Path, arch: str, run_name: str, keep: int, in_background: bool | None = None):
         self.folder, self.run_name, self.keep = output_dir / "ckpts" / arch, run_name, keep
         self.archive = self.folder / "archive"
+        self.in_background = in_background
+        self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
+        self.pending: Future[None] | None = None
+        self.saved_step: int | None = None  # of the newest save that this object has on the disk
 
     @property
     def last(self) -> Path:
@@ -117,7 +141,22 @@ class CheckpointFolder:
     def all_files(self) -> list[Path]:
         return [*self.epoch_saves(), *(path for path in (self.last, self.best) if path.exists())]
 
-    def save(self, payload: dict[str, Any], epoch: int | None, best: bool) -> Path:
+    def save(self, payload: dict[str, Any], epoch: int | None, best: bool) -> None:
+        """Save the state, once the save before has ended: at once, or as a thread's work that `settle` waits for."""
+        self.settle()
+        large = tensor_bytes(payload) >= ASYNC_BYTES
+        if large if self.in_background is None else self.in_background:
+            self.pending = self.writer.submit(self.write, frozen(payload), epoch, best)
+        else:
+            self.write(payload, epoch, best)
+
+    def settle(self) -> None:
+        """Wait for the save that is being written, if any. Raises what stopped it, once."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def write(self, payload: dict[str, Any], epoch: int | None, best: bool) -> None:
         """Write the newest state as <run>_last.pt; at an epoch's end also into archive/, and as best if it is.
 
         <run>_last.pt comes last: whatever stops a save half-way, a resumed run goes on from the save before and does the
@@ -131,7 +170,7 @@ class CheckpointFolder:
         if epoch is not None:
             self.prune()
             share(saved, self.last)
-        return saved
+        self.saved_step = payload["step"]
 
     def prune(self) -> None:
         """Drop the oldest archived saves beyond `keep`, but none while no newer one can be read back."""

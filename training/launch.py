@@ -19,9 +19,9 @@ from training.run_folder import RunFolder
 # What may differ when a run goes on: how long, where, how fast and what is shown, but nothing that is learned from.
 FREE = (
     "epochs", "max_steps", "device", "devices", "compile", "compile_mode", "output_dir", "num_workers", "log_every",
-    "save_every", "on_save_error", "on_nan", "wait", "keep_saves", "monitor", "patience", "resume", "overwrite",
-    "init_from", "eval_checkpoint", "show", "log", "trackio", "callbacks", "backend", "command", "changed", "overrides",
-    "choices", "guidance",
+    "save_every", "async_save", "on_save_error", "on_nan", "wait", "keep_saves", "monitor", "patience", "resume",
+    "overwrite", "init_from", "eval_checkpoint", "show", "log", "trackio", "callbacks", "backend", "command", "changed",
+    "overrides", "choices", "guidance",
 )  # fmt: skip
 
 

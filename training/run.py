@@ -4,7 +4,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,6 @@ class Run:
     last_values: dict[str, float] = field(default_factory=dict)  # the newest value of every metric
     refused: set[str] = field(default_factory=set)  # kinds of files that the disk refused, each said once
     refusal: str = ""  # the newest, in words
-    saved_step: int | None = None  # of this sitting's newest save
     clock: float = 0.0
     split_clock: float = 0.0
     split_step: int = 0
@@ -181,14 +180,21 @@ class Run:
 
     def save(self, epoch: int | None, best: bool) -> None:
         """Save the state, and what people and scripts want to know of it."""
+        self.settle()
         with self.writing():
             self.folder.sync_metrics()
             self.checkpoints.save(self.payload(), epoch, best)
-            self.saved_step = self.state.step
         self.write_status("running")
+
+    def settle(self) -> None:
+        """Wait for a save that is being written while training goes on."""
+        with self.writing():
+            self.checkpoints.settle()
 
     def last_save(self) -> str:
         """The save a run that ends badly can go on from, in words."""
+        with suppress(OSError):
+            self.checkpoints.settle()
         saves = self.checkpoints.saves()
         return f"the last good save is {saves[0]}" if saves else "nothing was saved yet"
 
