@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,12 @@ def check_contradictions(config: dict[str, Any]) -> None:
         raise UserError("guidance steers samples, and a classifier makes none; leave guidance out")
     if has(config, "guidance._target_") and "ClassifierFree" in config["guidance"]["_target_"] and not config["conditional"]:
         raise UserError("guidance=cfg needs a model that is told the class; add conditional=true, or leave guidance out")
+    walks_map = config["solver"]["_target_"].endswith(".FlowMapSolver")
+    if walks_map and not config["loss"]["training"].get("learns_flow_map", True):
+        raise UserError(
+            f"solver=flow_map walks a learned flow map, and loss={config['choices']['loss']} teaches only the velocity at "
+            "an instant; use solver=midpoint, or train with loss=meanflow"
+        )
     shape, source = config["dataloaders"].get("state_shape"), config["source"]
     if has(source, "dataset.state_shape") and shape is not None and list(source["dataset"]["state_shape"]) != list(shape):
         raise UserError(
@@ -185,8 +192,17 @@ def check_files(config: dict[str, Any]) -> None:
         raise UserError(f"guidance.checkpoint={guide} is not a file; give the path of a weaker model's checkpoint")
     folder = Path(config["output_dir"])
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    if not existing.is_dir() or not takes_folders(existing):
         raise UserError(f"output_dir={folder} cannot be written: {existing} is not a folder this user may write to")
+
+
+def takes_folders(folder: Path) -> bool:
+    """Whether a folder can be made in `folder`. Tried, since permissions say nothing of read-only disks and /proc."""
+    try:
+        Path(tempfile.mkdtemp(prefix=".tried-", dir=folder)).rmdir()
+    except OSError:
+        return False
+    return True
 
 
 def check_run_is_new(config: dict[str, Any], run_folder: Path) -> None:
