@@ -7,7 +7,7 @@
 
     python scripts/benchmark.py --preset jvp               # what MeanFlow's derivative costs, by engine and share
     python scripts/benchmark.py --preset jvp --and compile=true   # words for every row
-    python scripts/benchmark.py --preset data --steps 5    # what feeding a step costs: device, files, cached latents
+    python scripts/benchmark.py --preset data --steps 5 --rounds 3   # what feeding a step costs: device, files, latents
 
 Each argument is one row: launcher overrides in quotes. Rounds are interleaved (row 1, row 2, row 1, ...), so a machine that
 slows down slows all rows; figures are medians over rounds. gflop: floating-point operations of a step (matrix products and

@@ -18,9 +18,11 @@ def data_preset(place: Path) -> dict[str, list[str]]:
     write_cifar(place / "cifar")
     write_pictures(place / "pictures")
     write_latents(place / "latents")
-    cifar = f"dataloaders=cifar10 dataloaders.root={place / 'cifar'} model=unet_small batch_size=64"
-    folder = f"dataloaders=image_folder dataloaders.root={place / 'pictures'} model=unet_small batch_size=16"
-    latents = f"dataloaders=imagenet dataloaders.path={place / 'latents'} model=dit_s batch_size=8"
+    cifar, folder, latents = (f"{words} solver=euler solver.steps=1" for words in (
+        f"dataloaders=cifar10 dataloaders.root={place / 'cifar'} model=unet_small batch_size=64",
+        f"dataloaders=image_folder dataloaders.root={place / 'pictures'} model=unet_small batch_size=16",
+        f"dataloaders=imagenet dataloaders.path={place / 'latents'} model=dit_s batch_size=8",
+    ))  # fmt: skip
     return {
         DEVICE_SET: [cifar, f"{cifar} dataloaders.augment=0.12"],
         STREAM: [f"{folder} num_workers={workers}" for workers in (0, 1, 2)],
