@@ -1,7 +1,9 @@
 """The experiment log: the run's parts are replaced, people's words never, and two runs at once leave it whole."""
 
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -142,3 +144,15 @@ def test_runs_writing_at_once_leave_every_section_whole(path: Path) -> None:
         assert section.text == text
         assert section.read("during").split("\n") == [f"- result {number}" for number in range(25)]
         assert section.read("after") == f"table of {name}"
+
+
+def test_a_run_that_goes_on_drops_what_a_killed_one_wrote_of_later_steps(small_run: Callable[..., Path]) -> None:
+    folder = small_run("x", "max_steps=6", "schedule=constant")
+    notes = ExperimentLog(folder / "runs/x/log.md")
+    notes.add_result("x", "epoch 9, step 7: eval/loss 99, of a run that was killed before it saved")
+    notes.add_result("x", "a line of no step")
+    small_run("x", "resume=true", "max_steps=8")
+    lines = Section(notes.path.read_text(), "x").read("during").splitlines()
+    assert "- a line of no step" in lines and not any("eval/loss 99" in line for line in lines)
+    steps = [found[1] for line in lines if (found := re.search(r"step (\d+):", line))]
+    assert "6" in steps and steps[-1] == "8" and len(set(steps)) == len(steps)

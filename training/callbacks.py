@@ -132,6 +132,8 @@ class ExperimentNotes(Callback):
                     log["expect"] or "", log["source"] or "", log["reason"] or "",
                 )  # fmt: skip
         for notes in self.logs:
+            if run.state.step:
+                notes.drop_results_after(run.config["run_name"], run.state.step)
             for key, (old, new) in run.config["changed"].items():
                 notes.add_change(run.config["run_name"], key, old, new, log["reason"] or "")
 

@@ -81,6 +81,14 @@ class ExperimentLog:
         with self.section(run_name) as section:
             section.append("during", f"- {line}")
 
+    def drop_results_after(self, run_name: str, step: int) -> None:
+        """Take out the lines of later steps: a run that goes on from `step` comes to them again."""
+        with self.section(run_name) as section:
+            lines = section.read("during").splitlines()
+            steps = [re.match(r"- epoch \d+, step (\d+):", line) for line in lines]
+            kept = [line for line, found in zip(lines, steps, strict=True) if not found or int(found[1]) <= step]
+            section.replace("during", "\n".join(kept))
+
     def finish(self, run_name: str, table: str) -> None:
         """Set the final numbers: a Markdown table or any text."""
         with self.section(run_name) as section:
