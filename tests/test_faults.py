@@ -1,10 +1,12 @@
 """What the disk, a signal or a kill can do to a run: nothing that was saved is lost, and the run says what happened."""
 
+import contextlib
 import errno
 import json
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -341,3 +343,29 @@ def test_signals_save_the_run_and_end_it_with_their_status(tmp_path):
     assert load_checkpoint(tmp_path / "ckpts/mlp/x_last.pt")["step"] >= first
     steps = [row["step"] for row in RunFolder(tmp_path / "runs/x").read_metrics() if "train/loss" in row]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_two_sweeps_at_once_in_one_project_keep_apart(tmp_path):
+    """Same architecture, same output folder, same tracker project: each of the four runs has its own steps, each once."""
+    words = ["dataloaders.epoch_size=256", "evaluation=loss_only", "evaluation.samples=16", "evaluation.final_samples=16",
+             "model.width=8", "log_every=1", "batch_size=64", "epochs=3", "device=cpu", "callbacks=none",
+             f"output_dir={tmp_path}", f"log.file={tmp_path / 'log.md'}"]  # fmt: skip
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio")}
+    sweeps = [
+        subprocess.Popen(
+            [sys.executable, "launcher.py", "-m", f"run_name={name}", "seed=0,1", *words],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for name in ("a", "b")
+    ]  # fmt: skip
+    for sweep in sweeps:
+        said = sweep.communicate()
+        assert sweep.returncode == 0, said
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio/denoising-zoo.db")) as database:
+        stored = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
+    for name in ("a_seed=0", "a_seed=1", "b_seed=0", "b_seed=1"):
+        steps = [row["step"] for row in RunFolder(tmp_path / "runs" / name).read_metrics() if "train/loss" in row]
+        tracked = [step for run, step, metrics in stored if run == name and b"train/loss" in metrics]
+        assert steps == tracked == list(range(1, 13))
+        assert load_checkpoint(tmp_path / f"ckpts/mlp/{name}_last.pt")["run_name"] == name
+    assert load_checkpoint(tmp_path / "ckpts/mlp/last.pt")["step"] == 12 and temporaries(tmp_path) == []
