@@ -3,10 +3,10 @@
 
     python scripts/kill_test.py                    # 100 kills, a few minutes
     python scripts/kill_test.py --kills 10 --seed 1
-    python scripts/kill_test.py --and async_save=true   # the killed run saves while it trains; the one left alone does not
+    python scripts/kill_test.py --and async_save=always   # the killed run saves while it trains; the one left alone does not
 
 Most kills are aimed: each stage of a save (a file half written, written but not on the disk, on the disk but not in its
-place, ...) gets as many as the others. One in four comes at a random moment of a process's life, its start included. In
+place, ...) gets as many as the others. One in seven comes at a random moment of a process's life, its start included. In
 the end weights, averages and optimizer must equal the untouched run's bit for bit, metrics.jsonl must hold the same rows,
 each once, and no file may be left over.
 
@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training.errors import UserError
 
 Notice = Callable[[str, str], None]  # (operation, file it is for), called before the operation, and half-way in a write
-AIMED = 0.75  # share of the kills that are aimed at a stage of a save
+AIMED = 0.85  # share of the kills that are aimed at a stage of a save
 PATIENCE = 4  # saves after which an aimed process that has not come to its stage is killed anyhow
 TIMING = ("second", "elapsed")  # parts of names of metrics that are never the same twice
 SMALL = (

@@ -299,11 +299,12 @@ def test_a_run_resumed_as_another_model_or_with_another_optimizer_says_so(small_
     assert load_checkpoint(folder / "ckpts/mlp/x_last.pt")["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
 
 
-def test_a_run_killed_again_and_again_ends_as_if_left_alone():
+@pytest.mark.parametrize("async_save", ["never", "always"])
+def test_a_run_killed_again_and_again_ends_as_if_left_alone(async_save):
     """The short form; `python scripts/kill_test.py` is the long one."""
-    command = [sys.executable, "scripts/kill_test.py", "--kills", "8"]
+    command = [sys.executable, "scripts/kill_test.py", "--kills", "6", "--and", f"async_save={async_save}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "8 kills: weights, metrics and files equal" in done.stdout, done.stderr
+    assert done.returncode == 0 and "6 kills: weights, metrics and files equal" in done.stdout, done.stderr
 
 
 def start_process(folder: Path, *words: str) -> subprocess.Popen[str]:

@@ -207,7 +207,7 @@ def assemble(config: dict[str, Any]) -> Run:
         solver.check(objective)
     checkpoints = CheckpointFolder(
         Path(config["output_dir"]), config["choices"]["model"], config["run_name"], config["keep_saves"],
-        in_background=None if config["async_save"] == "auto" else config["async_save"],
+        in_background={"auto": None, "always": True, "never": False}[config["async_save"]],
     )  # fmt: skip
     going_on = bool(config["resume"] and checkpoints.saves())
     if config["init_from"] and not going_on:

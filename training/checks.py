@@ -57,7 +57,7 @@ RULES: list[Rule] = [
     ("save_every", whole(1), "a whole number of epochs, at least 1"),
     ("log_every", whole(1), "a whole number of steps, at least 1"),
     ("on_nan", one_of("stop", "skip"), "stop or skip"),
-    ("async_save", one_of("auto", True, False), "auto, true or false"),
+    ("async_save", one_of("auto", "always", "never"), "auto, always or never"),
     ("on_save_error", one_of("stop", "continue"), "stop or continue"),
     ("keep_saves", whole(0), "a whole number, 0 for all"),
     ("patience", optional(whole(1)), "a whole number of at least 1, or null"),
