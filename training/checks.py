@@ -197,7 +197,9 @@ def check_files(config: dict[str, Any]) -> None:
 
 
 def takes_folders(folder: Path) -> bool:
-    """Whether a folder can be made in `folder`. Tried, since permissions say nothing of read-only disks and /proc."""
+    """Whether a folder can be made in `folder`. It is tried where the file system has no room of its own, as /proc."""
+    if os.statvfs(folder).f_blocks:
+        return os.access(folder, os.W_OK | os.X_OK)
     try:
         Path(tempfile.mkdtemp(prefix=".tried-", dir=folder)).rmdir()
     except OSError:
