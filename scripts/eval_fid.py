@@ -100,11 +100,13 @@ def of_checkpoint(settings: dict[str, str | None], overrides: list[str]) -> "lis
         raise UserError(
             "this data names no feature network; give network=<the folder of Inception's weights, or a classifier>"
         )
+    network, reference, label = network_of(spec), settings["reference"] or "held_out", label_of(settings["label"])
+    if reference not in ("held_out", "train") and not Path(reference).exists():
+        raise UserError(f"there is nothing at reference={reference}; give a folder of pictures, a .npz, held_out or train")
     made = generation_of(
-        model, int(str(settings["n"])), int(str(settings["seed"])), label_of(settings["label"]),
+        model, int(str(settings["n"])), int(str(settings["seed"])), label,
         int(settings["nfe"]) if settings["nfe"] else None, Path(str(settings["cache"])),
     )  # fmt: skip
-    network, reference = network_of(spec), settings["reference"] or "held_out"
     if reference in ("held_out", "train"):
         return FeatureMetric(network, reference).compute(made)
     return between(network, made.bytes_of(made.samples).cpu(), Path(reference), settings, model.device, made.seed)
