@@ -451,6 +451,7 @@ def table(board: Board, entries: dict[str, Entry], options: Options) -> None:
     write_between(options.log, full_text(results, told))
     write_between(options.readme, short_text(results, told))
     print(f"tables in {options.readme}, {options.log} and {options.output_dir / 'leaderboard.json'}")
+    print(f"python visualizers/leaderboard.py log={options.log} out=docs/leaderboard.png  draws them")
 
 
 def leaderboard(words: list[str]) -> int:

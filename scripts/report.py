@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import sys
 from dataclasses import dataclass
 from html import escape
@@ -20,15 +21,18 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.front import front, split
 from scripts.runs import find_run, flat, number, overrides, read_config, rows_that_differ, state
 from training.errors import UserError
 from training.run_folder import RunFolder
+from visualizers.curves import BAND
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 PICTURES = 4  # samples over time: the first, the last and what lies between at even spacing
 UNINTERESTING = ("command", "overrides", "changed", "run_name", "output_dir", "resume", "overwrite")
+NO_SCORES = ("_floor", "_floor_sd", "_se", "/seconds")  # ends of what stands beside a score
 FAR = 3.0  # standard deviations of its floor that a score may lie above it before it is told from real
 STYLE = """
 :root { color-scheme: light dark;
@@ -44,11 +48,12 @@ h2 { font-size: 1.25rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--li
 p.quiet, figcaption, caption { color: var(--quiet); text-align: left }
 a { color: var(--link) }
 pre { background: var(--card); padding: .75rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere }
-.wide { overflow-x: auto } .wide:focus { outline: 2px solid var(--link) }
+.wide { overflow-x: auto; margin-top: 1rem } .wide:focus { outline: 2px solid var(--link) }
 table { border-collapse: collapse }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem .3rem 0; text-align: left;
-  vertical-align: top; font-variant-numeric: tabular-nums } td { overflow-wrap: anywhere }
+  vertical-align: top; font-variant-numeric: tabular-nums } th[scope=row] { min-width: 9rem } td { min-width: 4rem }
 .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) }
+.pictures { grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)) }
 figure { margin: 0 } figure img { width: 100%; height: auto; background: #ffffff; border: 1px solid var(--line) }
 @media print {
   :root { color-scheme: light; --ink: #000000; --quiet: #333333; --paper: #ffffff; --card: #ffffff; --line: #999999 }
@@ -85,14 +90,19 @@ def told(output_dir: Path, name: str) -> Told:
 
 def table(header: list[str], rows: Iterable[list[str]], caption: str) -> str:
     """A table that scrolls by itself where the page is narrower; first cells are headings of their rows."""
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    head = "".join(f'<th scope="col">{breakable(cell)}</th>' for cell in header)
     body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
-        for row in rows
+        f'<tr><th scope="row">{breakable(name)}</th>' + "".join(f"<td>{breakable(cell)}</td>" for cell in cells) + "</tr>"
+        for name, *cells in rows
     )
     told = f"<caption>{escape(caption)}</caption>"
     scroll = f'<div class="wide" role="region" tabindex="0" aria-label="{escape(caption)}">'
     return f"{scroll}<table>{told}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def breakable(text: str) -> str:
+    """HTML of a text whose names may go on in a new line after their parts; numbers stay whole."""
+    return re.sub(r"(?<=[A-Za-z])([/_.=])(?=\w)", r"\1<wbr>", escape(text)).replace("± ", "±&nbsp;")
 
 
 def figure(kind: str, content: bytes, alt: str, caption: str) -> str:
@@ -145,13 +155,20 @@ def score_rows(run: Told) -> list[list[str]]:
     """Name, value, standard error, noise floor, distance from the floor, of every score."""
     rows = []
     for name, value in run.scores.items():
-        if value is None or name.endswith(("_floor", "_floor_sd", "_se")):
+        if value is None or name.endswith(NO_SCORES):
             continue
         error, floor, sd = (run.scores.get(f"{name}{suffix}") for suffix in ("_se", "_floor", "_floor_sd"))
-        shown = "" if floor is None else number(floor) + ("" if sd is None else f" ± {number(sd)}")
+        shown = floors([run], name)
         far = "" if floor is None or not sd else f"{(value - floor) / sd:+.1f} sd"
         rows.append([name, number(value), "" if error is None else f"± {number(error)}", shown, far])
     return rows
+
+
+def floors(runs: list[Told], name: str) -> str:
+    """What real data score against real: of runs on different data, each of them."""
+    found = [(run.scores.get(f"{name}_floor"), run.scores.get(f"{name}_floor_sd")) for run in runs]
+    known = [number(floor) + ("" if sd is None else f" ± {number(sd)}") for floor, sd in found if floor is not None]
+    return ", ".join(dict.fromkeys(known))
 
 
 def fact_rows(run: Told, price: float | None) -> list[list[str]]:
@@ -210,7 +227,7 @@ def advice(run: Told) -> list[str]:
             "Samples are closer to the training data than held-out data is: model.dropout, fewer epochs, more data."
         )
     losses = [row["eval/loss"] for row in run.rows if row.get("eval/loss") is not None]
-    if len(losses) > 2 and losses[-1] > 1.05 * min(losses):
+    if one is None and len(losses) > 2 and losses[-1] > 1.05 * min(losses):  # a learned map's loss moves with its targets
         found.append("eval/loss has risen from its best, which is saved as <run_name>_best.pt; patience=5 stops there.")
     return found or ["Nothing stands out; the next seed tells how much of this is luck."]
 
@@ -224,19 +241,18 @@ def page(runs: list[Told], price: float | None) -> str:
         rows = [row for row in rows_that_differ(columns, str, ()) if row[0].split(".")[0] not in UNINTERESTING]
         parts.append("<h2>What differs</h2>")
         parts.append(table(["setting", *(run.name for run in runs)], rows, "Settings that are not the same in all runs"))
-        names = [
-            name for name in dict.fromkeys(n for run in runs for n in run.scores) if not name.endswith(("_floor_sd", "_se"))
+        names = [name for name in dict.fromkeys(n for run in runs for n in run.scores) if not name.endswith(NO_SCORES)]
+        shown = [
+            [name, *(number(run.scores[name]) if name in run.scores else "-" for run in runs), floors(runs, name)]
+            for name in names
         ]
-        shown = [[name, *(number(run.scores[name]) if name in run.scores else "-" for run in runs)] for name in names]
-        parts += [
-            "<h2>Scores side by side</h2>",
-            table(["score", *(run.name for run in runs)], shown, "Last scores of each run"),
-        ]
+        parts.append("<h2>Scores side by side</h2>")
+        parts.append(table(["score", *(run.name for run in runs), "noise floor"], shown, "Last scores of each run"))
     for run in runs:
         parts.append(f"<h2>{escape(run.name)}</h2><pre><code>{escape(run.command)}</code></pre>")
         parts.append(table(["fact", "value"], fact_rows(run, price), "What was run, where, for how long"))
         pictures = sample_figures(run)
-        parts.append(f'<h3>Samples over time</h3><div class="cards">{"".join(pictures)}</div>' if pictures else "")
+        parts.append(f'<h3>Samples over time</h3><div class="cards pictures">{"".join(pictures)}</div>' if pictures else "")
         scores = score_rows(run)
         header = ["score", "value", "standard error", "noise floor", "above the floor by"]
         parts.append(
@@ -246,6 +262,7 @@ def page(runs: list[Told], price: float | None) -> str:
         parts.append("<details><summary>Settings that differ from the defaults</summary>")
         parts.append(table(["setting", "default", "here"], difference_rows(run), "Settings") + "</details>")
     parts += ["<h2>Curves</h2>", f'<div class="cards">{"".join(curve_figures(runs))}</div>']
+    parts.append(f'<p class="quiet">{escape(BAND)}</p>')
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     head += f"<title>{escape(title)}</title><style>{STYLE}</style>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><main>{"".join(parts)}</main></body></html>\n'
@@ -253,14 +270,7 @@ def page(runs: list[Told], price: float | None) -> str:
 
 def report(words: list[str]) -> Path:
     """Carry out the command; returns the file written."""
-    settings = {"out": "", "output_dir": "outputs", "price": ""}
-    names = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if equals and key in settings:
-            settings[key] = value
-        else:
-            names.append(word)
+    settings, names = split(words, {"out": "", "output_dir": "outputs", "price": ""})
     if not names:
         raise UserError(
             "name a run, such as `python scripts/report.py first_flow`; `python scripts/runs.py list` shows them"
@@ -283,15 +293,7 @@ def report(words: list[str]) -> Path:
 
 
 def main(words: list[str]) -> int:
-    if "--help" in words or "-h" in words:
-        print(__doc__)
-        return 0
-    try:
-        print(report(words))
-    except UserError as error:
-        print(f"report.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return front(words, __doc__, report)
 
 
 if __name__ == "__main__":

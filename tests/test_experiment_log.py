@@ -1,6 +1,7 @@
 """The experiment log: the run's parts are replaced, people's words never, and two runs at once leave it whole."""
 
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,32 @@ for number in range(25):
     log.add_result(sys.argv[2], f"result {number}")
 log.finish(sys.argv[2], "table of " + sys.argv[2])
 """
+
+ENDLESS = """
+import itertools, sys, time
+from pathlib import Path
+from training.experiment_log import ExperimentLog
+log, name = ExperimentLog(Path(sys.argv[1])), sys.argv[2]
+for number in itertools.count():
+    log.add_result(name, f"result {number}")
+    print(number, flush=True)
+    time.sleep(0.005)  # so that the lock goes round
+"""
+CUT_SHORT = """
+import resource, signal, sys
+from pathlib import Path
+from training.experiment_log import ExperimentLog
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel ends the process at the first byte beyond the limit
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+ExperimentLog(Path(sys.argv[1])).finish(sys.argv[2], "a new and longer table " * 10)
+"""
+WORDS = "# Our log\n\nWritten by hand. <!-- mine -->\n\n## an old one\n\nObservations: it worked.\n"
+
+
+def endless(path: Path, name: str) -> subprocess.Popen[str]:
+    """A process that writes results one after another and tells each that it has written."""
+    return subprocess.Popen([sys.executable, "-c", ENDLESS, str(path), name], cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
@@ -156,3 +183,45 @@ def test_a_run_that_goes_on_drops_what_a_killed_one_wrote_of_later_steps(small_r
     assert "- a line of no step" in lines and not any("eval/loss 99" in line for line in lines)
     steps = [found[1] for line in lines if (found := re.search(r"step (\d+):", line))]
     assert "6" in steps and steps[-1] == "8" and len(set(steps)) == len(steps)
+
+
+def results(text: str, name: str) -> list[str]:
+    return Section(text, name).read("during").split("\n")
+
+
+def test_kills_in_the_middle_of_two_writers_leave_everything_that_was_written(path: Path) -> None:
+    """Two real processes write without pause; one is killed and another takes its place, again and again."""
+    path.write_text(WORDS)
+    steady = endless(path, "steady")
+    told: dict[str, list[str]] = {"steady": []}
+    for victim in range(4):
+        name = f"killed_{victim}"
+        writer = endless(path, name)
+        assert writer.stdout is not None
+        told[name] = [writer.stdout.readline() for _ in range(3 + 2 * victim)]
+        writer.send_signal(signal.SIGKILL)
+        told[name] += writer.communicate(timeout=20)[0].splitlines()
+        assert writer.returncode == -signal.SIGKILL
+    steady.send_signal(signal.SIGKILL)
+    told["steady"] = steady.communicate(timeout=20)[0].splitlines()
+    text = path.read_text()
+    assert text.startswith(WORDS)
+    for name, numbers in told.items():
+        found = results(text, name)
+        assert found == [f"- result {number}" for number in range(len(found))]
+        assert len(numbers) <= len(found) <= len(numbers) + 1, name  # at most the last one was written and not yet told
+        assert Section(text, name).text == text and text.count(f"## {name}\n") == 1
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_a_kill_in_the_middle_of_a_file_leaves_the_old_one(share: float, log: ExperimentLog, path: Path) -> None:
+    path.write_text(WORDS)
+    write_story(log)
+    before = path.read_bytes()
+    script = [sys.executable, "-c", CUT_SHORT, str(path), "x", str(int(share * len(before)))]
+    assert subprocess.run(script, cwd=ROOT).returncode == -signal.SIGXFSZ
+    assert path.read_bytes() == before
+    assert any(file.name.endswith(".tmp") for file in path.parent.iterdir()), "it was not killed while it wrote"
+    log.finish("x", "after the kill")
+    assert "after the kill" in path.read_text() and path.read_text().startswith(WORDS)
+    assert not [file for file in path.parent.iterdir() if file.name.endswith(".tmp")]

@@ -74,7 +74,7 @@ def test_it_tells_what_was_run_and_what_came_of_it(output: Path) -> None:
         "7,200 s",
         "cpu (test, 1 threads)",
         "5.00 (2.00 hours at 2.5)",
-        "± 0.01",
+        "±\N{NO-BREAK SPACE}0.01",
         "+49.9 sd",
         "train/loss",
     ):

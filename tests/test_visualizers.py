@@ -20,8 +20,8 @@ from losses.paths import LinearPath
 from solvers.flow_map import FlowMapSolver
 from solvers.runge_kutta import RK4, Euler
 from training.errors import UserError
-from visualizers import curves, particles, trajectories
-from visualizers.films import write_film
+from visualizers import curves, denoising, particles, trajectories, velocity_field, vis_all
+from visualizers.films import FRAMES_A_SECOND, HOLD, HOLD_FIRST, write_film
 from visualizers.interpolation import slerp
 from visualizers.scene import interpolated, scene, walk
 
@@ -37,11 +37,23 @@ SMALL = [
     "batch_size=32",
     "~callbacks.pictures",
 ]
+ARCHS = {"points": "mlp", "images": "cnn", "latents": "cnn"}
+
+
+def tiny_vae(place: Path) -> Path:
+    """A random autoencoder of 4 latent channels and factor 8, in a folder."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+    shape = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4}
+    AutoencoderKL(**shape, down_block_types=down, up_block_types=up).save_pretrained(place)
+    return place
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two hardly trained models: points, and images by class."""
+    """Hardly trained models: points, images by class, and latents of images."""
     import launcher
 
     folder = tmp_path_factory.mktemp("trained")
@@ -49,7 +61,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     launcher.run("run_name=points", f"output_dir={folder}", log, *SMALL, "model.width=16", "loss=meanflow")
     images = ["dataloaders=digits", "model=cnn", "conditional=true"]
     launcher.run("run_name=images", f"output_dir={folder}", log, *SMALL, *images)
-    return {"points": folder / "ckpts/mlp/points_last.pt", "images": folder / "ckpts/cnn/images_last.pt", "root": folder}
+    np.save(folder / "latents.npy", np.random.default_rng(0).normal(size=(64, 4, 2, 2)).astype("float32"))
+    latents = ["dataloaders=array", f"dataloaders.path={folder / 'latents.npy'}", "model=cnn"]
+    latents += ["vae=stable_diffusion", f"vae.path={tiny_vae(folder / 'vae')}"]
+    launcher.run("run_name=latents", f"output_dir={folder}", log, *SMALL, *latents)
+    found = {name: folder / f"ckpts/{arch}/{name}_last.pt" for name, arch in ARCHS.items()}
+    return found | {"root": folder}
 
 
 @pytest.mark.parametrize("kind, name", [*(("points", name) for name in POINTS), *(("images", name) for name in IMAGES)])
@@ -65,6 +82,64 @@ def test_every_drawing_decodes(kind: str, name: str, checkpoints: dict[str, Path
         shown = [np.asarray(film.convert("RGB")).astype(int) for index in range(4) if film.seek(index) is None]
         assert all(frame.shape == shown[0].shape for frame in shown) and not np.array_equal(shown[0], shown[-1])
         assert all(side % 2 == 0 for side in shown[0].shape[:2])
+
+
+@pytest.mark.parametrize("kind, name", [("points", "particles"), ("points", "velocity_field"), ("images", "denoising")])
+def test_every_film_is_an_mp4_when_asked(kind: str, name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    words = [f"ckpt={checkpoints[kind]}", f"out={tmp_path}", "n=9", "frames=3", "format=mp4"]
+    still, film = import_module(f"visualizers.{name}").draw(scene(words, n=1, frames=2))
+    assert Image.open(still).format == "PNG" and film.suffix == ".mp4"
+    reader = imageio_ffmpeg.read_frames(str(film))
+    width, height = next(reader)["size"]
+    frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3).astype(int) for frame in reader]
+    assert len(frames) == 3 + round(HOLD_FIRST * FRAMES_A_SECOND) + round(HOLD * FRAMES_A_SECOND)
+    assert 400 <= width <= 1400 and np.abs(frames[0] - frames[-1]).max() > 60
+
+
+@pytest.mark.parametrize("kind", ["images", "latents"])
+def test_a_denoising_film_goes_from_the_noise_to_the_samples(
+    kind: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """Read off the written file; latents are seen through their decoder."""
+    words = [f"ckpt={checkpoints[kind]}", f"out={tmp_path}", "n=9", "frames=3", "solver=rk4", "solver.steps=3"]
+    made = scene(words, n=1, frames=2)
+    film = Image.open(denoising.draw(made)[1])
+    noise = made.noise()
+    assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 0.01
+    side = 16 if kind == "latents" else 8
+    for index, states in ((0, noise), (2, made.model.sample(9, solver=made.own_solver()))):
+        expected = denoising.as_bytes(made, states)
+        assert expected.shape == (9, side, side, 3) and expected.std() > 5
+        film.seek(index)
+        shown = np.asarray(film.convert("RGB")).astype(int)
+        scale = round(shown.shape[1] / (3 * side + 2))  # a grid of three by three, a white line between images
+        grid = shown[: scale * (3 * side + 2) : scale, : scale * (3 * side + 2) : scale]
+        cells = [grid[row : row + side, column : column + side] for row in range(0, 3 * side, side + 1)
+                 for column in range(0, 3 * side, side + 1)]  # fmt: skip
+        assert np.abs(np.stack(cells) - expected).mean() < 12, index  # 64 colours
+
+
+def test_a_film_of_the_field_shows_the_density_of_noise_then_that_of_the_data(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """Read off the pixels of the written file: how blue the panel of the exact field is, and where."""
+    made = scene([f"ckpt={checkpoints['points']}", f"out={tmp_path}", "n=500", "frames=2"], n=1, frames=2)
+    film = Image.open(velocity_field.draw(made)[1])
+    field = velocity_field.Field(made, np.array([0.0, 1.0]))
+    figure, _ = velocity_field.film_figure(field, "")
+    figure.canvas.draw()  # which settles where equal axes lie
+    panel = figure.axes[1]
+    assert isinstance(field.truth, ExactFlow)
+    for index, clusters in ((0, np.zeros((1, 2))), (1, field.truth.mixture.means.numpy())):
+        film.seek(index)
+        colored = np.asarray(film.convert("RGB")).astype(int)
+        rows, columns = np.nonzero(colored[..., 2] - colored[..., 0] > 90)  # the bluest half of the shades
+        places = panel.transData.inverted().transform(np.stack([columns, film.height - 1 - rows], 1))
+        inside = places[(places > [panel.get_xlim()[0], panel.get_ylim()[0]]).all(1)]
+        distance = np.linalg.norm(inside[:, None] - clusters, axis=-1)
+        radius = 1.35 if index == 0 else 0.25
+        assert (distance.min(1) < radius).all() and (np.bincount(distance.argmin(1), minlength=len(clusters)) > 20).all()
 
 
 @pytest.mark.parametrize("name, kind", [("denoising", "points"), ("particles", "images"), ("density", "images")])
@@ -107,11 +182,12 @@ def test_a_mistake_is_one_sentence(
 
 def test_scripts_run_from_any_folder_and_all_at_once(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     environment = os.environ | {"PYTHON": sys.executable}
-    told = [str(ROOT / "visualizers" / "vis_all.sh"), str(checkpoints["points"]), f"out={tmp_path}", "n=8", "format=png"]
+    fast = ["n=8", "frames=2", "format=png", "solver=euler", "solver.steps=2"]
+    told = [str(ROOT / "visualizers" / "vis_all.sh"), str(checkpoints["points"]), f"out={tmp_path}", *fast]
     done = subprocess.run(told, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "7 of 8 drawings" in done.stdout and "see particles.py" in done.stderr and "Traceback" not in done.stderr
-    assert {path.stem for path in tmp_path.glob("*.png")} == set(POINTS)
+    assert "8 of 9 drawings" in done.stdout and "see particles.py" in done.stderr and "Traceback" not in done.stderr
+    assert {path.stem for path in tmp_path.glob("*.png")} == {*POINTS, "curves"}
 
 
 @dataclass
@@ -206,7 +282,16 @@ def test_mp4_decodes(tmp_path: Path) -> None:
     reader = imageio_ffmpeg.read_frames(str(film))
     assert next(reader)["size"] == (96, 64)
     levels = [np.frombuffer(frame, np.uint8).mean() for frame in reader]
-    assert abs(levels[0]) < 6 and abs(levels[1] - 120) < 6 and abs(levels[-1] - 250) < 6
+    second = 1 + round(HOLD_FIRST * FRAMES_A_SECOND)
+    assert abs(levels[0]) < 6 and abs(levels[second] - 120) < 6 and abs(levels[-1] - 250) < 6
+
+
+def test_all_at_once_says_once_what_is_wrong_for_all(
+    checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert vis_all.main([str(checkpoints["points"]), "colour=red"]) == 1
+    error = capsys.readouterr().err
+    assert "cannot use 'colour=red'" in error and error.count("\n") == 1
 
 
 def test_curves_show_what_a_run_logged(checkpoints: dict[str, Path], tmp_path: Path) -> None:

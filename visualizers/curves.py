@@ -5,8 +5,9 @@
     python visualizers/curves.py first_flow digits          # several, by name
     python visualizers/curves.py "seeds_.*" metrics=train/loss,eval/energy_distance out=seeds.png
 
-Words: run names, or regular expressions for them; metrics (train/loss and whatever the runs scored), output_dir
-(outputs), out (outputs/pictures/curves.png). The band is the floor's mean and two standard deviations of it.
+Words: run names, or regular expressions for them; ckpt (a checkpoint, for its run); metrics (train/loss and whatever the
+runs scored), output_dir (outputs, or the checkpoint's), out (a folder or .png; outputs/pictures/curves.png). The band is the
+floor's mean and two standard deviations of it.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from scripts.front import front, split
 from training.errors import UserError
 from training.run_folder import RunFolder
+from visualizers.scene import outputs_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ROOT = Path(__file__).resolve().parents[1]
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 STYLES = ("-", "--", ":", "-.")
 COLUMNS = 3
 MOST = 12  # panels
+BAND = "Band: noise floor of the score (real against real), mean ± 2 standard deviations"
 SIDE = ("_floor", "_floor_sd", "_se", "_exact_field", "_median", "seconds", "/nfe")  # what stands beside a score
 
 
@@ -85,6 +88,7 @@ def draw_metric(axes: Axes, metric: str, runs: dict[str, list[dict[str, Any]]]) 
             axes.fill_between(
                 floor[:, 0], floor[:, 1] - 2 * sd[:, 1], floor[:, 1] + 2 * sd[:, 1], color=color, alpha=0.15, linewidth=0
             )
+    axes.set_xlim(0, 1.04 * max([row["step"] for rows in runs.values() for row in rows], default=1))
     if lowest > 0 and highest > 10 * lowest:
         axes.set_yscale("log")
     axes.set_title(metric, color=INK, fontsize=10, pad=4)
@@ -97,19 +101,13 @@ def draw(words: list[str]) -> Path:
     """Carry out the command; returns the file written."""
     from visualizers.pictures import new_figure
 
-    settings = {"metrics": "", "output_dir": str(ROOT / "outputs"), "out": ""}
-    names = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if equals and key in settings:
-            settings[key] = value
-        elif key == "ckpt":  # vis_all.sh hands it to every script
-            from training.checkpoint import load_checkpoint
+    settings, names = split(words, {"metrics": "", "ckpt": "", "output_dir": "", "out": ""})
+    output, folder = Path(settings["output_dir"] or outputs_of(Path(settings["ckpt"]))), Path("pictures")
+    if settings["ckpt"]:
+        from training.checkpoint import load_checkpoint
 
-            names.append(re.escape(load_checkpoint(Path(value))["run_name"]))
-        else:
-            names.append(word)
-    output = Path(settings["output_dir"])
+        name = load_checkpoint(Path(settings["ckpt"]))["run_name"]
+        names, folder = [*names, re.escape(name)], folder / name
     runs = {folder.name: folder.read_metrics() for folder in chosen_runs(names, output / "runs")}
     every = dict.fromkeys(name for rows in runs.values() for name in metrics_of(rows))
     wanted = settings["metrics"].split(",") if settings["metrics"] else list(every)[:MOST]
@@ -118,9 +116,8 @@ def draw(words: list[str]) -> Path:
             raise UserError(f"none of these runs logged {name}; they have {', '.join(every)}")
     columns = min(COLUMNS, len(wanted))
     lines = -(-len(wanted) // columns)
-    figure = new_figure(
-        70 + 240 * lines, ", ".join(runs) if len(runs) <= 3 else f"{len(runs)} runs", "", 100 + 400 * columns
-    )
+    height, title = 90 + 240 * lines, ", ".join(runs) if len(runs) <= 3 else f"{len(runs)} runs"
+    figure = new_figure(height, title, BAND, 100 + 400 * columns)
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for panel, name in zip(panels, wanted, strict=False):
         draw_metric(panel, name, runs)
@@ -128,27 +125,17 @@ def draw(words: list[str]) -> Path:
         panel.set_axis_off()
     if len(runs) > 1:
         panels[0].legend(fontsize=8, frameon=False)
-    figure.subplots_adjust(
-        left=0.06, right=0.985, bottom=50 / (70 + 240 * lines), top=1 - 60 / (70 + 240 * lines), hspace=0.45
-    )
-    path = Path(settings["out"]) if settings["out"] else output / "pictures" / "curves.png"
-    if path.suffix != ".png":
-        raise UserError(f"out={path} must end in .png")
+    left = 70 / (100 + 400 * columns)
+    figure.subplots_adjust(left=left, right=0.985, bottom=50 / height, top=1 - 80 / height, hspace=0.45)
+    path = Path(settings["out"] or output / folder)
+    path = path if path.suffix == ".png" else path / "curves.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
 
 
 def main(words: list[str]) -> int:
-    if "--help" in words or "-h" in words:
-        print(__doc__)
-        return 0
-    try:
-        print(draw(words))
-    except UserError as error:
-        print(f"curves.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return front(words, __doc__, draw)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from visualizers.scene import Scene, frame_times, main, walk
+from visualizers.scene import Scene, frame_times, main, told, walk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ def draw(scene: Scene) -> list[Path]:
     from visualizers.films import write_film
     from visualizers.pictures import draw_grids, tile
 
-    scene.need_images("denoising.py", "see particles.py")
+    scene.need_images("see particles.py")
     solver = scene.own_solver() if scene.solver else RK4(12)
     with torch.no_grad():
         flow, noise = scene.model.flow(), scene.noise()
@@ -58,8 +58,8 @@ def draw(scene: Scene) -> list[Path]:
     rows = strips.permute(2, 0, 1, *range(3, strips.dim())).flatten(0, 2)
     path = scene.folder / "denoising.png"
     grid = enlarged(tile(as_bytes(scene, rows), COLUMNS), 900)
-    draw_grids(path, {f"t from 0 to 1; every second row: what the model expects ({solver_words(solver)})": grid}, scene.name,
-               np.zeros(0, dtype=int))  # fmt: skip
+    title = f"{scene.name}: from noise to data, t = 0 to 1 ({told(solver)})"
+    draw_grids(path, {"upper rows: states; below each: the data that the model expects of it": grid}, title)
     if scene.form == "png":
         return [path]
 
@@ -72,10 +72,6 @@ def draw(scene: Scene) -> list[Path]:
 
 def expected_first(scene: Scene, states: Tensor, t: Tensor) -> Tensor:
     return expected_data(scene, states, t)[:STRIPS]
-
-
-def solver_words(solver: object) -> str:
-    return f"{type(solver).__name__}, {getattr(solver, 'steps', '')} steps"
 
 
 def as_bytes(scene: Scene, states: Tensor) -> np.ndarray:

@@ -36,7 +36,7 @@ def draw(scene: Scene) -> list[Path]:
     from visualizers.pictures import INK, new_figure, shared_limits
     from visualizers.velocity_field import lattice
 
-    scene.need_points("density.py", "see samples.py")
+    scene.need_points("see samples.py")
     model: TrainedModel = scene.model
     samples = model.sample(scene.n, scene.seed, scene.label, scene.own_solver()).numpy()
     real = scene.real(scene.n)

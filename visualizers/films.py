@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 FORMS = ("png", "gif", "mp4")
 FRAMES_A_SECOND = 12
-HOLD = 1.5  # seconds the last frame stays
+HOLD_FIRST, HOLD = 0.5, 1.5  # seconds that the first and the last frame stay longer than the others
 COLORS = 64  # of a GIF, the same ones in every frame: nothing flickers
 
 
@@ -30,14 +30,15 @@ def pixels(figure: Figure) -> np.ndarray:
 
 
 def write_film(path: Path, frames: list[np.ndarray]) -> None:
-    """Frames (H, W, 3) of bytes, H and W even, one after another; the last one stays for HOLD seconds more.
+    """Frames (H, W, 3) of bytes, H and W even, one after another; the first and the last stay longer.
 
     path: ends in .gif (repeats for ever) or .mp4. UserError when the package that writes .mp4 is missing.
     """
     if path.suffix == ".gif":
         write_gif(path, frames)
     else:
-        write_mp4(path, [*frames, *[frames[-1]] * round(HOLD * FRAMES_A_SECOND)])
+        held = [round(hold * FRAMES_A_SECOND) for hold in (HOLD_FIRST, HOLD)]
+        write_mp4(path, [*[frames[0]] * held[0], *frames, *[frames[-1]] * held[1]])
 
 
 def write_gif(path: Path, frames: list[np.ndarray]) -> None:
@@ -45,7 +46,9 @@ def write_gif(path: Path, frames: list[np.ndarray]) -> None:
     palette = Image.fromarray(some).quantize(COLORS)
     indexed = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     each = round(1000 / FRAMES_A_SECOND)
-    duration = [each] * (len(frames) - 1) + [each + round(1000 * HOLD)]
+    duration = [each] * len(frames)
+    duration[0] += round(1000 * HOLD_FIRST)
+    duration[-1] += round(1000 * HOLD)
     indexed[0].save(path, save_all=True, append_images=indexed[1:], duration=duration, loop=0)
 
 

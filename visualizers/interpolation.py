@@ -66,7 +66,7 @@ def draw_rows(scene: Scene, path: Path) -> None:
     from visualizers.denoising import as_bytes, enlarged
     from visualizers.pictures import draw_grids, tile
 
-    scene.need_images("interpolation.py", "see particles.py")
+    scene.need_images("see particles.py")
     rows, labels = scene.n, scene.labels
     scene.n *= 2
     ends = scene.noise()
@@ -74,7 +74,7 @@ def draw_rows(scene: Scene, path: Path) -> None:
     label = None if labels is None else labels.repeat_interleave(COLUMNS)
     images = as_bytes(scene, carried(scene, between.flatten(0, 1), label))
     grid = enlarged(tile(images, COLUMNS), 900)
-    draw_grids(path, {"from one noise to another": grid}, f"{scene.name}: between samples", np.zeros(0, dtype=int))
+    draw_grids(path, {"each row: from one noise to another": grid}, f"{scene.name}: between samples")
 
 
 def draw_circles(scene: Scene, path: Path) -> None:

@@ -18,12 +18,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from visualizers.scene import Scene, frame_times, main, walk
+from visualizers.scene import Scene, frame_times, main, told, walk
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import PathCollection
     from matplotlib.figure import Figure
+
+    from solvers.base_solver import BaseSolver
+
+
+LEGEND = "grey: the data; a particle keeps its colour"
 
 
 def ways(scene: Scene) -> dict[str, np.ndarray]:
@@ -35,13 +40,13 @@ def ways(scene: Scene) -> dict[str, np.ndarray]:
 
     flow, label, noise, times = scene.model.flow(), scene.labels, scene.noise(), frame_times(scene.frames)
     if scene.solver is not None:
-        solvers = {f"{type(scene.solver).__name__}, {scene.solver.steps} steps": scene.solver}
+        solvers: list[BaseSolver] = [scene.solver]
     else:
-        solvers = {"Euler, 10 steps": Euler(10), "RK4, 24 steps": RK4(24)}
-    jump = "one step of the learned map" if flow.learns_flow_map else "Euler, a single step"
-    solvers[jump] = FlowMapSolver(1) if flow.learns_flow_map else Euler(1)
+        solvers = [Euler(10), RK4(24)]
+    solvers.append(FlowMapSolver(1) if flow.learns_flow_map else Euler(1))
     with torch.no_grad():
-        return {name: walk(solver, flow, noise, label, times).cpu().numpy() for name, solver in solvers.items()}
+        walks = [walk(solver, flow, noise, label, times).cpu().numpy() for solver in solvers]
+    return dict(zip(map(told, solvers), walks, strict=True))
 
 
 def start_colors(start: np.ndarray) -> np.ndarray:
@@ -70,7 +75,7 @@ def draw(scene: Scene) -> list[Path]:
     from visualizers.films import write_film
     from visualizers.pictures import shared_limits
 
-    scene.need_points("particles.py", "see denoising.py")
+    scene.need_points("see denoising.py")
     paths, real = ways(scene), scene.real(1500)
     ends = np.concatenate([states[[0, -1]].reshape(-1, 2) for states in paths.values()])
     low, high = shared_limits(ends, real)
@@ -90,15 +95,16 @@ def still(paths: dict[str, np.ndarray], real: np.ndarray, low: np.ndarray, high:
 
     frames = len(next(iter(paths.values())))
     colors, times = start_colors(next(iter(paths.values()))[0]), frame_times(frames).numpy()
-    figure = new_figure(70 + 290 * len(paths), title, "", 900)
+    height = 130 + 280 * len(paths)
+    figure = new_figure(height, title, LEGEND, 900)
     axes = np.atleast_2d(figure.subplots(len(paths), 3, sharex=True, sharey=True))
     for row, (name, states) in zip(axes, paths.items(), strict=True):
         for panel, index in zip(row, (0, (frames - 1) // 2, frames - 1), strict=True):
             draw_panel(panel, states[index], colors, real, low, high)
             panel.set_title(f"{name}, t = {times[index]:.2f}", color=INK, fontsize=10, pad=4)
-            panel.set_xlabel("x₁" if row is axes[-1] else "")
+            panel.set_xlabel("x₁" if name == list(paths)[-1] else "")
         row[0].set_ylabel("x₂")
-    figure.subplots_adjust(left=0.07, right=0.985, bottom=0.06, top=0.93, wspace=0.06, hspace=0.16)
+    figure.subplots_adjust(left=0.07, right=0.985, bottom=50 / height, top=1 - 80 / height, wspace=0.06, hspace=0.16)
     return figure
 
 
@@ -124,7 +130,7 @@ def filmed(figure: Figure, particles: list[PathCollection], paths: dict[str, np.
 
     frames = []
     for index, t in enumerate(frame_times(len(next(iter(paths.values())))).numpy()):
-        figure.texts[1].set_text(f"t = {t:.2f}")
+        figure.texts[1].set_text(f"t = {t:.2f}; {LEGEND}")
         for drawn, states in zip(particles, paths.values(), strict=True):
             drawn.set_offsets(states[index])
         frames.append(pixels(figure))

@@ -72,6 +72,7 @@ def image_grid_picture(
     labels: np.ndarray | None = None,
     reference_labels: np.ndarray | None = None,
     names: tuple[str, str] = ("generated", "real"),
+    score_line: str = "",
 ) -> None:
     """Generated images in a grid, beside a grid of real ones where `reference` is given.
 
@@ -88,6 +89,7 @@ def image_grid_picture(
         title: what run and step this is.
         labels, reference_labels: (N,) and (M,) classes.
         names: what stands above the two grids.
+        score_line: what was measured, under the title.
 
     Raises:
         ValueError: the images are not (N, C, H, W) with one or three channels.
@@ -106,7 +108,7 @@ def image_grid_picture(
     tiled = {name: tile(batch, columns) for name, batch in levels.items()}
     scale = min(WIDTH / sum(grid.shape[1] for grid in tiled.values()), MAX_HEIGHT / tiled[first].shape[0])
     scale = min(scale, max(MAX_IMAGE / images.shape[2], 1.0))
-    draw_grids(path, {name: rescale(grid, scale) for name, grid in tiled.items()}, title, row_labels)
+    draw_grids(path, {name: rescale(grid, scale) for name, grid in tiled.items()}, title, row_labels, score_line)
 
 
 def confusion_picture(path: Path, counts: np.ndarray, title: str = "") -> None:
@@ -165,16 +167,20 @@ def matching(labels: np.ndarray, reference_labels: np.ndarray) -> np.ndarray:
     return np.concatenate([np.flatnonzero(reference_labels == label)[:count] for label, count in counted])
 
 
-def draw_grids(path: Path, grids: dict[str, np.ndarray], title: str, row_labels: np.ndarray) -> None:
-    """Write byte grids (H, W, 3) side by side, pixel for pixel, under their names and the title.
+def draw_grids(
+    path: Path, grids: dict[str, np.ndarray], title: str, row_labels: np.ndarray | None = None, score_line: str = ""
+) -> None:
+    """Write byte grids (H, W, 3) side by side, pixel for pixel, under their names, the title and what was measured.
 
     row_labels: written at the left of the rows; none where it is empty.
     """
-    header = 56 if title else 30
+    row_labels = np.zeros(0, dtype=int) if row_labels is None else row_labels
+    header = (56 if title else 30) + (20 if score_line else 0)
     width = sum(grid.shape[1] for grid in grids.values()) + GAP * (len(grids) - 1)
     height = max(grid.shape[0] for grid in grids.values())
     margin = LABEL_MARGIN if len(row_labels) else MARGIN
-    figure = new_figure(header + height + MARGIN, title, "", max(width + 2 * margin, 10 * len(title)))
+    wide = max(width + 2 * margin, 10 * len(title), 8 * len(score_line))
+    figure = new_figure(header + height + MARGIN, title, score_line, wide)
     total_width, total_height = figure.get_size_inches() * DPI
     left = (total_width - width) / 2
     for row, label in enumerate(row_labels):

@@ -87,20 +87,19 @@ class Scene:
         dataset, source = build_dataset(self.model.config, cpu), build_source(self.model.config, cpu)
         return known_flow(self.model.objective, dataset, source, flow is not self.model.objective)
 
-    def need_points(self, drawing: str, instead: str) -> None:
+    def need_points(self, instead: str) -> None:
         """UserError unless the states are points in the plane."""
         if self.shape != (2,):
-            raise UserError(
-                f"{drawing} draws points in the plane, and {self.name} makes states of shape {list(self.shape)}; {instead}"
-            )
+            shape = list(self.shape)
+            raise UserError(f"draws points in the plane, and {self.name} makes states of shape {shape}; {instead}")
 
-    def need_images(self, drawing: str, instead: str) -> None:
+    def need_images(self, instead: str) -> None:
         """UserError unless the states are images or latents of images."""
         from evaluation.report import drawable
         from training.assemble import build_decoder
 
         if not drawable(self.shape, build_decoder(self.model.config, self.model.device)):
-            raise UserError(f"{drawing} draws images, and {self.name} makes states of shape {list(self.shape)}; {instead}")
+            raise UserError(f"draws images, and {self.name} makes states of shape {list(self.shape)}; {instead}")
 
 
 def walk(solver: BaseSolver, flow: FlowObjective, noise: Tensor, label: Tensor | None, times: Tensor) -> Tensor:
@@ -156,6 +155,18 @@ def newest_checkpoint() -> Path:
     return saves[-1]
 
 
+def outputs_of(checkpoint: Path) -> Path:
+    """The output folder that a checkpoint lies in; the repository's where it lies in none."""
+    return next((folder.parent for folder in checkpoint.resolve().parents if folder.name == "ckpts"), ROOT / "outputs")
+
+
+def told(solver: BaseSolver) -> str:
+    """A solver that has solved, and what a sample cost by it."""
+    count = solver.evaluations or solver.steps
+    name = type(solver).__name__ if solver.follows_velocity else "learned map"
+    return f"{name}, {count} evaluation{'s' * (count > 1)}"
+
+
 def whole(key: str, text: str, least: int) -> int:
     if not (text.isascii() and text.isdigit() and int(text) >= least):
         raise UserError(f"{key} takes a whole number of at least {least}, not {text!r}")
@@ -190,7 +201,7 @@ def scene(words: list[str], n: int, frames: int) -> Scene:
 
     model = load(checkpoint, settings["device"])
     model.config |= settings_from_overrides(overrides)
-    folder = Path(settings["out"] or ROOT / "outputs" / "pictures" / model.config["run_name"])
+    folder = Path(settings["out"] or outputs_of(checkpoint) / "pictures" / model.config["run_name"])
     made = Scene(model, n, seed, frames, settings["format"], folder, None if label == "" else label)
     if any(word.startswith("solver") for word in overrides):
         made.solver = made.own_solver()

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from visualizers.scene import Scene, frame_times, main, walk
+from visualizers.scene import Scene, frame_times, main, told, walk
 
 SHOWN = 250  # paths drawn; the number is of all n
 
@@ -36,12 +36,12 @@ def draw(scene: Scene) -> list[Path]:
     from solvers.runge_kutta import RK4
     from visualizers.pictures import INK, new_figure, shared_limits
 
-    scene.need_points("trajectories.py", "see denoising.py")
+    scene.need_points("see denoising.py")
     times, noise, flow = frame_times(51), scene.noise(), scene.model.flow()
     solver = scene.own_solver()
     with torch.no_grad():
-        name = f"learned, {type(solver).__name__.lower()}, {solver.steps} steps"
-        paths = {name: walk(solver, flow, noise, scene.labels, times).cpu().numpy()}
+        walked = walk(solver, flow, noise, scene.labels, times).cpu().numpy()
+        paths = {f"learned field, {told(solver)}" if solver.follows_velocity else told(solver): walked}
         if flow.learns_flow_map and solver.follows_velocity:
             maps = [flow.flow_map(noise, times[0], t, scene.labels) for t in times]
             paths["learned map from the start"] = torch.stack(maps).cpu().numpy()
@@ -53,7 +53,8 @@ def draw(scene: Scene) -> list[Path]:
             paths["exact"] = torch.stack(seen[::2]).numpy()
 
     low, high = shared_limits(np.concatenate([p[[0, -1]].reshape(-1, 2) for p in paths.values()]), scene.real(1000))
-    figure = new_figure(430, f"{scene.name}: paths from noise to data", "", 60 + 400 * len(paths))
+    legend = "grey: the noise; black: the samples; straightness 0: straight at an even pace"
+    figure = new_figure(450, f"{scene.name}: paths from noise to data", legend, max(60 + 400 * len(paths), 600))
     panels = np.atleast_1d(figure.subplots(1, len(paths), sharex=True, sharey=True))
     for panel, (name, states) in zip(panels, paths.items(), strict=True):
         shown = states[:, :SHOWN]
@@ -68,7 +69,7 @@ def draw(scene: Scene) -> list[Path]:
         panel.set_title(f"{name}\nstraightness {straightness(states):.3f}", color=INK, fontsize=10, pad=5)
         panel.tick_params(colors=INK, labelsize=9)
     panels[0].set_ylabel("x₂")
-    figure.subplots_adjust(left=0.16 / len(paths), right=1 - 0.24 / len(paths), bottom=0.12, top=0.82, wspace=0.06)
+    figure.subplots_adjust(left=0.16 / len(paths), right=1 - 0.24 / len(paths), bottom=0.12, top=0.79, wspace=0.06)
     bar = figure.colorbar(lines, ax=list(panels), fraction=0.03, pad=0.015, label="t")
     bar.ax.tick_params(colors=INK, labelsize=9)
     path = scene.folder / "trajectories.png"

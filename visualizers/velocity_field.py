@@ -4,8 +4,8 @@
     python visualizers/velocity_field.py
     python visualizers/velocity_field.py ckpt=outputs/ckpts/mlp/first_flow_last.pt format=mp4
 
-Writes velocity_field.png (four times) and velocity_field.gif. Arrows have the same scale in every frame. The error under a
-learned field is sqrt(E|v - v*|^2 / E|v*|^2) over the states of that time.
+Writes velocity_field.png (four times) and velocity_field.gif. Arrows have the same scale in every frame, and fade where
+states are rare: nothing was learned there. The relative error is sqrt(E|v - v*|^2 / E|v*|^2) over the states of that time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from visualizers.scene import Scene, frame_times, main, walk
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
     from matplotlib.quiver import Quiver
     from torch import Tensor
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
     from evaluation.closed_forms import ExactFlow
     from losses.objective import FlowObjective
 
-ARROWS = 21  # a side
+ARROWS = 17  # a side
 CELLS = 90  # a side of the density
-STILL = (0.0, 0.35, 0.7, 1.0)  # the times of the PNG, or the frames nearest to them
+SHADES = 12  # of the density: steps of colour make a film small, and its levels readable
+STILL = (0.0, 1 / 3, 2 / 3, 1.0)  # the times of the PNG, or the frames nearest to them
+LEGEND = "blue: density of the states; arrows: velocity, faint where there are hardly any states"
 
 
 class Field:
@@ -66,6 +69,11 @@ class Field:
         speeds = np.linalg.norm(self.learned if self.exact is None else self.exact, axis=-1)
         self.scale = float(np.quantile(speeds, 0.9)) * ARROWS / 1.6
 
+    @property
+    def kinds(self) -> dict[str, np.ndarray]:
+        """The fields there are, by name."""
+        return {"learned": self.learned} | ({} if self.exact is None else {"exact": self.exact})
+
     @staticmethod
     def velocity(truth: ExactFlow, at: Tensor, t: float) -> np.ndarray:
         import torch
@@ -98,17 +106,25 @@ class Field:
             values = smooth(np.histogram2d(self.states[index, :, 0], self.states[index, :, 1], bins=(bins[0], bins[1]))[0].T)
         return (values / max(values.max(), 1e-12)) ** 0.5  # the root: tails stay visible
 
+    def ink(self, density: np.ndarray) -> list[tuple[float, float, float, float]]:
+        """RGBA colours of the arrows over a density (CELLS, CELLS): black where there are states, faint elsewhere."""
+        columns, rows = ((self.places - self.low) / (self.high - self.low) * CELLS).astype(int).T
+        return [(0.13, 0.13, 0.13, min(0.12 + 3 * float(seen), 1.0)) for seen in density[rows, columns]]
+
     def draw(self, axes: Axes, index: int, velocities: np.ndarray, name: str) -> tuple[AxesImage, Quiver]:
         """A panel at one time; returns what changes with it."""
+        from matplotlib import colormaps
+
         from visualizers.pictures import INK
 
         extent = (self.low[0], self.high[0], self.low[1], self.high[1])
-        image = axes.imshow(
-            self.density(index), origin="lower", extent=extent, cmap="Blues", vmin=0, vmax=1.6, aspect="equal"
-        )
+        density = self.density(index)
+        shades = colormaps["Blues"].resampled(SHADES)
+        image = axes.imshow(density, origin="lower", extent=extent, cmap=shades, vmin=0, vmax=1.6, aspect="equal")
         arrows = axes.quiver(
-            *self.places.T, *velocities[index].T, color=INK, scale=self.scale, scale_units="width", width=0.0035, pivot="mid"
-        )
+            *self.places.T, *velocities[index].T, color=self.ink(density), scale=self.scale, scale_units="width",
+            width=0.005, pivot="mid",
+        )  # fmt: skip
         axes.set(xlim=extent[:2], ylim=extent[2:], xlabel="x₁")
         axes.set_title(name, color=INK, fontsize=11, pad=5)
         axes.tick_params(colors=INK, labelsize=9)
@@ -127,45 +143,65 @@ def smooth(counts: np.ndarray) -> np.ndarray:
     return gaussian_filter(counts.astype(float), 1.5)
 
 
-def draw(scene: Scene) -> list[Path]:
-    from visualizers.films import pixels, write_film
+def still(field: Field, title: str) -> Figure:
+    """Both fields at some times, one above the other."""
     from visualizers.pictures import new_figure
 
-    scene.need_points("velocity_field.py", "see denoising.py")
-    times = frame_times(scene.frames).numpy()
-    path = scene.folder / "velocity_field.png"
-    title = f"{scene.name}: velocity field"
-
-    field = Field(scene, times)
-    kinds = [("learned", field.learned)] + ([] if field.exact is None else [("exact", field.exact)])
-    figure = new_figure(80 + 300 * len(kinds), title, "", 1240)
-    axes = np.atleast_2d(figure.subplots(len(kinds), len(STILL), sharex=True, sharey=True))
-    for row, (kind, velocities) in zip(axes, kinds, strict=True):
-        for panel, index in zip(row, np.rint(np.array(STILL) * (len(times) - 1)).astype(int), strict=True):
-            field.draw(panel, index, velocities, f"{kind}, t = {times[index]:.2f}")
-            panel.set_xlabel("x₁" if row is axes[-1] else "")
+    height, last = 110 + 260 * len(field.kinds), list(field.kinds)[-1]
+    figure = new_figure(height, title, LEGEND, 940)
+    axes = np.atleast_2d(figure.subplots(len(field.kinds), len(STILL), sharex=True, sharey=True))
+    for row, (kind, velocities) in zip(axes, field.kinds.items(), strict=True):
+        for panel, index in zip(row, np.rint(np.array(STILL) * (len(field.times) - 1)).astype(int), strict=True):
+            known = None if kind == "exact" or field.errors is None else field.errors[index]
+            error = "" if known is None else f"\nrelative error {known:.3f}"
+            field.draw(panel, index, velocities, f"{kind}, t = {field.times[index]:.2f}{error}")
+            panel.set_xlabel("x₁" if kind == last else "")
         row[0].set_ylabel("x₂")
-    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.08, top=0.9, wspace=0.05, hspace=0.15)
-    figure.savefig(path)
-    if scene.form == "png":
-        return [path]
+    figure.subplots_adjust(left=0.055, right=0.99, bottom=50 / height, top=1 - 100 / height, wspace=0.05, hspace=0.22)
+    return figure
 
-    figure = new_figure(500, title, "", 900 if len(kinds) == 2 else 480)
-    panels = np.atleast_1d(figure.subplots(1, len(kinds), sharex=True, sharey=True))
-    drawn = [field.draw(panel, 0, velocities, kind) for panel, (kind, velocities) in zip(panels, kinds, strict=True)]
+
+def film_figure(field: Field, title: str) -> tuple[Figure, list[tuple[AxesImage, Quiver]]]:
+    """The first frame of the film, and what changes in it."""
+    from visualizers.pictures import new_figure
+
+    two = len(field.kinds) == 2
+    figure = new_figure(500, title, "", 900 if two else 480)
+    panels = np.atleast_1d(figure.subplots(1, len(field.kinds), sharex=True, sharey=True))
+    drawn = [field.draw(panel, 0, v, kind) for panel, (kind, v) in zip(panels, field.kinds.items(), strict=True)]
     panels[0].set_ylabel("x₂")
-    figure.subplots_adjust(left=0.075 if len(kinds) == 2 else 0.13, right=0.985, bottom=0.1, top=0.83, wspace=0.06)
+    figure.subplots_adjust(left=0.075 if two else 0.13, right=0.985, bottom=0.1, top=0.83, wspace=0.06)
+    return figure, drawn
+
+
+def filmed(figure: Figure, drawn: list[tuple[AxesImage, Quiver]], field: Field) -> list[np.ndarray]:
+    """Every frame as bytes (H, W, 3)."""
+    from visualizers.films import pixels
+
     frames = []
-    for index, t in enumerate(times):
+    for index, t in enumerate(field.times):
         error = "" if field.errors is None else f", relative error of the learned field {field.errors[index]:.3f}"
-        figure.texts[1].set_text(f"t = {t:.2f}{error}")
+        figure.texts[1].set_text(f"t = {t:.2f}{error}; arrows fade where states are rare")
         density = field.density(index)
-        for (image, arrows), (_, velocities) in zip(drawn, kinds, strict=True):
+        for (image, arrows), velocities in zip(drawn, field.kinds.values(), strict=True):
             image.set_data(density)
             arrows.set_UVC(*velocities[index].T)
+            arrows.set_facecolor(field.ink(density))
         frames.append(pixels(figure))
+    return frames
+
+
+def draw(scene: Scene) -> list[Path]:
+    from visualizers.films import write_film
+
+    scene.need_points("see denoising.py")
+    path, title = scene.folder / "velocity_field.png", f"{scene.name}: velocity field"
+    field = Field(scene, frame_times(scene.frames).numpy())
+    still(field, title).savefig(path)
+    if scene.form == "png":
+        return [path]
     film = path.with_suffix(f".{scene.form}")
-    write_film(film, frames)
+    write_film(film, filmed(*film_figure(field, title), field))
     return [path, film]
 
 

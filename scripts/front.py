@@ -1,0 +1,27 @@
+"""What the small scripts share: words to settings, and the process boundary."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from training.errors import UserError
+
+
+def split(words: list[str], settings: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The settings with what key=value words say of them, and all other words."""
+    pairs = [(word, word.partition("=")) for word in words]
+    said = {key: value for _, (key, equals, value) in pairs if equals and key in settings}
+    return settings | said, [word for word, (key, equals, _) in pairs if not (equals and key in settings)]
+
+
+def front(words: list[str], doc: str | None, carry_out: Callable[[list[str]], object]) -> int:
+    """Carry out a command line and print what comes of it; the exit status. A user's mistake is one sentence."""
+    if "--help" in words or "-h" in words:
+        print(doc)
+        return 0
+    try:
+        print(carry_out(words))
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 1
+    return 0

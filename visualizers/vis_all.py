@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""Every picture of one checkpoint, to outputs/pictures/<run_name>/.
+
+    visualizers/vis_all.sh                                        # of the newest checkpoint
+    visualizers/vis_all.sh outputs/ckpts/mlp/x_last.pt format=png # of another; key=value words go to every script
+
+A drawing that does not fit the checkpoint's states (points or images) says so and is left out; the exit status is 1 when
+none was drawn.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from training.errors import UserError
+from visualizers.scene import newest_checkpoint, scene
+
+HERE = Path(__file__).resolve().parent
+DRAWINGS = (
+    "samples", "one_step", "particles", "trajectories", "velocity_field", "density", "denoising", "interpolation", "curves"
+)  # fmt: skip
+
+
+def status(script: str, words: list[str]) -> int:
+    """That of a script as a program, in this process: what all of them import is imported once."""
+    sys.argv = [script, *words]
+    try:
+        runpy.run_path(str(HERE / script), run_name="__main__")
+    except SystemExit as done:
+        return int(done.code or 0)
+    return 0
+
+
+def main(words: list[str]) -> int:
+    if "--help" in words or "-h" in words:
+        print(__doc__)
+        return 0
+    if words and "=" not in words[0]:
+        words = [f"ckpt={words[0]}", *words[1:]]
+    try:
+        if not any(word.startswith("ckpt=") for word in words):
+            words = [f"ckpt={newest_checkpoint()}", *words]
+        scene(words, n=1, frames=2)  # what is wrong for every drawing is said once
+    except UserError as error:
+        print(f"vis_all: {error}", file=sys.stderr)
+        return 1
+    about_runs = [word for word in words if word.startswith(("ckpt=", "out="))]  # curves know no samples
+    drawn = sum(status(f"{name}.py", about_runs if name == "curves" else words) == 0 for name in DRAWINGS)
+    print(f"{drawn} of {len(DRAWINGS)} drawings")
+    return 0 if drawn else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
