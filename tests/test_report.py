@@ -129,20 +129,23 @@ def test_text_stands_out_in_every_scheme() -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.parametrize("width", [360, 1280])
-def test_a_browser_shows_it_without_scrolling_sideways(width: int, output: Path, tmp_path: Path) -> None:
+def test_a_browser_shows_it_readable_and_without_scrolling_sideways(width: int, output: Path, tmp_path: Path) -> None:
     text = report.report(["first", "second", f"output_dir={output}"]).read_text()
     script = (
         "const f = document.querySelector('iframe'); f.onload = () => { const d = f.contentDocument;"
         " const broken = [...d.images].filter(i => !i.naturalWidth).length;"
-        " document.title = [d.documentElement.scrollWidth, broken, d.images.length].join(' ') }"
+        " const lines = c => { const r = d.createRange(); r.selectNodeContents(c);"
+        " return r.getBoundingClientRect().height / 24 };"
+        " const cut = [...d.querySelectorAll('td')].filter(c => /^\\S{1,12}$/.test(c.textContent) && lines(c) > 1.5).length;"
+        " document.title = [d.documentElement.scrollWidth, broken, d.images.length, cut].join(' ') }"
     )
     frame = (
         f"<iframe style='border:0;width:{width}px;height:900px' srcdoc=\"{escape(text)}\"></iframe><script>{script}</script>"
     )
     (tmp_path / "frame.html").write_text(f"<!doctype html><title>-</title><body>{frame}")
     shown = browse(tmp_path, "--dump-dom", "--virtual-time-budget=5000", (tmp_path / "frame.html").as_uri())
-    wide, broken, images = map(int, re.search(r"<title>(\d+) (\d+) (\d+)</title>", shown).groups())  # type: ignore[union-attr]
-    assert wide <= width and broken == 0 and images >= 10
+    wide, broken, images, cut = map(int, re.search(r"<title>(\d+) (\d+) (\d+) (\d+)</title>", shown).groups())  # type: ignore[union-attr]
+    assert wide <= width and broken == 0 and images >= 10 and cut == 0  # no number goes on in a second line
 
 
 def browse(folder: Path, *words: str) -> str:
