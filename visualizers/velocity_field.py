@@ -140,7 +140,7 @@ def lattice(low: np.ndarray, high: np.ndarray, side: int) -> np.ndarray:
 def smooth(counts: np.ndarray) -> np.ndarray:
     from scipy.ndimage import gaussian_filter
 
-    return gaussian_filter(counts.astype(float), 1.5)
+    return gaussian_filter(counts.astype(float), 2.5)  # cells: few states make no blotches
 
 
 def still(field: Field, title: str) -> Figure:
