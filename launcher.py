@@ -30,6 +30,7 @@ flags (anywhere on the line)
   --device auto|cpu|cuda|mps   short for device=
   --backend local              where it runs, short for backend=
   -m                           one run for every combination of a=1,2 b=x,y; run again, it skips what has finished
+  --dry-run                    print what would run, and where; nothing is started or written
   --dashboard                  open the tracker's pages for the project of these runs, until Ctrl-C
   --cfg job                    print the composed configuration and stop (every key there can be set)
   -sc install=bash             shell completion: eval "$(python launcher.py -sc install=bash)"
@@ -84,6 +85,15 @@ def launch(overrides: list[str]) -> float | None:
     from training.launch import prepare, submit
 
     return submit(prepare(overrides))
+
+
+def dry_run(words: list[str]) -> None:
+    """Print what would run, and where, a sweep job by job. UserError for what is wrong with it."""
+    from training.launch import describe, prepare
+    from training.sweep import Sweep
+
+    flags, overrides = ([w for w in words if w.startswith("-") is flag] for flag in (True, False))
+    print(Sweep(overrides).describe() if {"-m", "--multirun"} & set(flags) else describe(prepare(overrides)))
 
 
 def run(*overrides: str) -> float | None:
@@ -146,11 +156,13 @@ def main(arguments: list[str]) -> int:
         if "--dashboard" in arguments:
             dashboard([word for word in arguments if word != "--dashboard"])
             return 0
-        words = with_flags_as_overrides(arguments)
+        words = with_flags_as_overrides([word for word in arguments if word != "--dry-run"])
         flag = unknown_flag(words)
         if flag is not None:
             raise UserError(f"there is no flag {flag}; `python launcher.py --help` lists them")
-        if any(word.split("=")[0] in HYDRA_FLAGS for word in words):
+        if "--dry-run" in arguments:
+            dry_run(words)
+        elif any(word.split("=")[0] in HYDRA_FLAGS for word in words):
             through_hydra(words)
         else:
             launch(words)

@@ -12,3 +12,6 @@ class LocalBackend(Backend):
         from train import carry_out
 
         return carry_out(config)
+
+    def describe(self, overrides: list[str], config: dict[str, Any]) -> dict[str, str]:
+        return {"where": f"this machine, in this process, device={config['device']}"}
