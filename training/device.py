@@ -25,7 +25,19 @@ def pick_device(name: str) -> torch.device:
     if not available[name]:
         there = ", ".join(kind for kind, found in available.items() if found)
         raise UserError(f"device={name} is not available on this machine; use device=auto or one of: {there}")
+    if name == "cuda":
+        take_own_gpu()
     return torch.device(name)
+
+
+def take_own_gpu() -> None:
+    """Of several processes here, each computes on its own CUDA device. UserError for more processes than devices."""
+    place, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if place >= there:
+        raise UserError(
+            f"this machine has {there} CUDA device(s) and more processes than that; start so many, or use device=cpu"
+        )
+    torch.cuda.set_device(place)
 
 
 def device_name(device: torch.device) -> str:
