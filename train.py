@@ -1,6 +1,7 @@
 """The run: assemble what the configuration names, train it, judge it, and leave it resumable. One file for 1..N devices.
 
 Called by a backend with a resolved, checked configuration; `python launcher.py` is the way in, for torchrun too.
+`torchrun ... train.py run_name=...` is `torchrun ... launcher.py run_name=...`.
 """
 
 import signal
@@ -220,3 +221,9 @@ def move_aside(run: Run) -> None:
     if run.folder.config_path.exists():
         run.folder.path.rename(run.folder.path.with_name(new_name))
     run.folder.release()
+
+
+if __name__ == "__main__":
+    import launcher
+
+    sys.exit(launcher.main(sys.argv[1:]))
