@@ -20,15 +20,16 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 LAUNCHER = Path(__file__).resolve().parents[1] / "launcher.py"
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 24 * 3600  # seconds a signalled run has for its step, evaluation and save; a second signal ends it at once
 
 
 class TorchrunBackend(Backend):
     """`devices` processes that train together, started and watched by torchrun's agent in this process.
 
-    Returns when the run has ended. When one process fails, all end: UserError where it could not say why itself (it was
-    killed), else SystemExit with its status. SystemExit 130 or 143 after SIGINT or SIGTERM, the run being saved.
+    Returns when the run has ended. When one process fails, all end: UserError with what it found wrong, or that it was
+    killed; SystemExit with its status where it has written a traceback. SystemExit 130 or 143 after SIGINT or SIGTERM, the
+    run being saved.
     """
 
     def submit(self, overrides: list[str], config: dict[str, Any]) -> float | None:
@@ -37,18 +38,18 @@ class TorchrunBackend(Backend):
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-        with tempfile.TemporaryDirectory(prefix="torchrun-") as place, environment(config), own_signals():
+        with tempfile.TemporaryDirectory(prefix="torchrun-") as place, environment(config, Path(place)), own_signals():
             settings = LaunchConfig(
                 min_nodes=1, max_nodes=1, nproc_per_node=config["devices"], max_restarts=0, run_id=uuid.uuid4().hex,
                 rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
-                logs_specs=DefaultLogsSpecs(log_dir=place),
+                logs_specs=DefaultLogsSpecs(log_dir=place), signals_to_handle=",".join(number.name for number in SIGNALS),
             )  # fmt: skip
             try:
                 elastic_launch(settings, sys.executable)(str(LAUNCHER), *overrides)
             except SignalException as error:
                 raise SystemExit(128 + error.sigval) from None
             except ChildFailedError as error:
-                raise verdict(error, config) from None
+                raise verdict(error, config, Path(place)) from None
         return best_value(config)
 
     def describe(self, overrides: list[str], config: dict[str, Any]) -> dict[str, str]:
@@ -77,12 +78,16 @@ def check_devices_here(config: dict[str, Any]) -> None:
 
 
 @contextmanager
-def environment(config: dict[str, Any]) -> Iterator[None]:
-    """The variables that the processes find: the checked configuration, and their share of the cores."""
-    from training.ranks import PREPARED
+def environment(config: dict[str, Any], place: Path) -> Iterator[None]:
+    """The variables that the processes find: the checked configuration, where to leave word, their share of the cores."""
+    from training.ranks import PREPARED, SENTENCE
 
     threads = max(1, (os.cpu_count() or 1) // config["devices"])
-    set_here = {PREPARED: json.dumps(config), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE)}
+    set_here = {
+        PREPARED: json.dumps(config),
+        SENTENCE: str(place / "sentence"),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE),
+    }
     set_here |= {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
     before = {name: os.environ.get(name) for name in set_here}
     os.environ.update(set_here)
@@ -108,8 +113,11 @@ def own_signals() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def verdict(error: "ChildFailedError", config: dict[str, Any]) -> BaseException:
-    """What ends this process: the status of the one that failed first, or a sentence about it if it had no time for one."""
+def verdict(error: "ChildFailedError", config: dict[str, Any], place: Path) -> BaseException:
+    """What ends this process: the sentence of the one that failed first, or about it if it had no time for one, or its
+    status."""
+    if (place / "sentence").is_file():
+        return UserError((place / "sentence").read_text())
     from training.ranks import LOST
 
     followers = (LOST, -signal.SIGTERM)

@@ -234,10 +234,17 @@ def test_more_devices_than_the_machine_has_are_refused(tmp_path, capsys, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     assert launcher.main(["run_name=x", "device=cuda", "devices=2"]) == 1
     assert "devices=2, and this machine has 1 CUDA device(s)" in capsys.readouterr().err
     assert launcher.main(["run_name=x", "device=cuda", "devices=2", "--dry-run"]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_says_how_many_processes_share_how_many_rows(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert launcher.main(["run_name=x", "--dry-run", "--devices", "2", "device=cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "2 processes" in said and "1024 rows, 512 on each device" in said
     assert list(tmp_path.iterdir()) == []
 
 

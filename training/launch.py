@@ -99,7 +99,11 @@ def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
             f"run {config['run_name']} was made with other settings: {listed}; leave them out to go on as it was, "
             "or say resume=force"
         )
-    soft = {key: pair for key, pair in changed.items() if key.split(".")[0] in ("epochs", "max_steps", "device", "guidance")}
+    soft = {
+        key: pair
+        for key, pair in changed.items()
+        if key.split(".")[0] in ("epochs", "max_steps", "device", "devices", "guidance")
+    }
     return merged | {"changed": hard | soft}
 
 

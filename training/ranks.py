@@ -25,6 +25,7 @@ from training.errors import UserError
 from training.launch import prepare
 
 PREPARED = "DENOISING_ZOO_PREPARED"  # the launcher's checked configuration, for the processes it starts
+SENTENCE = "DENOISING_ZOO_SENTENCE"  # the file in which it looks for what they found wrong
 LOST = 75  # exit status of a process that ends because another has
 START, PATIENCE = timedelta(minutes=15), timedelta(hours=24)  # to meet; to wait, as the others do for rank 0's scores
 DIED = "another process of the run has died"
@@ -52,7 +53,8 @@ def world() -> int:
 def joined() -> Iterator[None]:
     """Among the other processes for as long as the block lasts. What goes wrong is said by the first to fail alone.
 
-    UserError from there; SystemExit of status 1 in those that fail after it, of status LOST in those that lose contact.
+    It raises what went wrong, or leaves the sentence of a UserError to the launcher, if that has started it, and ends with
+    status 1; those that fail after it end with status 1, those that lose contact with status LOST.
     """
     global meeting
     meeting, number, count = next(dist.rendezvous("env://", timeout=START))
@@ -71,6 +73,9 @@ def joined() -> Iterator[None]:
             raise
         except Exception as error:
             if not first_to_fail(str(error) or type(error).__name__):
+                raise SystemExit(1) from None
+            if isinstance(error, UserError) and SENTENCE in os.environ:
+                Path(os.environ[SENTENCE]).write_text(str(error))
                 raise SystemExit(1) from None
             raise
         finally:
