@@ -166,7 +166,8 @@ def stop_signals(run: Run) -> Iterator[None]:
         for either in SIGNAL_STATUS:
             signal.signal(either, signal.SIG_DFL)
         run.asked = run.asked or Stop(f"stopped by {signal.Signals(number).name}", signal=number)
-        if run.rank == 0:
+        alone = run.world == 1  # else torchrun sends SIGTERM also to those whose fellow has died
+        if run.rank == 0 and (alone or number == signal.SIGINT):
             print(
                 f"\nstopping after this step and saving ({signal.Signals(number).name} again leaves at once)",
                 file=sys.stderr,
