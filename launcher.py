@@ -15,11 +15,13 @@ from typing import Any
 # Threads that wait sleep soon instead of spinning: no slower on an idle machine, twice as fast on a shared one.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-FLAGS = {"--device": "device", "--backend": "backend"}
+FLAGS = {"--device": "device", "--devices": "devices", "--backend": "backend"}
+EXAMPLES = {"--device": "cpu", "--devices": "2", "--backend": "local"}
 HYDRA_FLAGS = (
     "-m", "--multirun", "-c", "--cfg", "-r", "--resolve", "-p", "--package", "-i", "--info", "-sc",
     "--shell-completion", "--hydra-help", "--version",
 )  # fmt: skip
+RANK_VARIABLES = {"RANK", "WORLD_SIZE", "MASTER_ADDR"}  # torchrun gives them to each process it starts
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
 HELP = """DenoisingZoo: flow-matching experiments from one command, scored against closed-form truth.
@@ -28,8 +30,10 @@ HELP = """DenoisingZoo: flow-matching experiments from one command, scored again
 
 flags (anywhere on the line)
   --device auto|cpu|cuda|mps   short for device=
+  --devices N                  N processes, each with its share of every batch: GPUs of this machine, or CPU cores
   --backend local              where it runs, short for backend=
   -m                           one run for every combination of a=1,2 b=x,y; run again, it skips what has finished
+  --dry-run                    print what would run, and where; nothing is started or written
   --dashboard                  open the tracker's pages for the project of these runs, until Ctrl-C
   --cfg job                    print the composed configuration and stop (every key there can be set)
   -sc install=bash             shell completion: eval "$(python launcher.py -sc install=bash)"
@@ -59,7 +63,7 @@ def help_text() -> str:
 
 
 def with_flags_as_overrides(arguments: list[str]) -> list[str]:
-    """`--device X` and `--backend X` as device=X and backend=X in their places, so that the later one wins."""
+    """`--device X` as device=X, and so each of FLAGS, in their places, so that the later one wins."""
     from training.errors import UserError
 
     words, rest = [], iter(arguments)
@@ -68,7 +72,7 @@ def with_flags_as_overrides(arguments: list[str]) -> list[str]:
         if flag in FLAGS:
             value = value or next(rest, "")
             if not value or value.startswith("-"):
-                raise UserError(f"{flag} needs a value, such as {flag} {'cpu' if flag == '--device' else 'local'}")
+                raise UserError(f"{flag} needs a value, such as {flag} {EXAMPLES[flag]}")
             word = f"{FLAGS[flag]}={value}"
         words.append(word)
     return words
@@ -80,10 +84,23 @@ def unknown_flag(arguments: list[str]) -> str | None:
 
 
 def launch(overrides: list[str]) -> float | None:
-    """Check and carry out one run; returns its best monitored value, if known."""
+    """Check and carry out one run, or this process's part in it; returns its best monitored value, if known."""
+    if os.environ.keys() >= RANK_VARIABLES:
+        from train import take_part
+
+        return take_part(overrides)
     from training.launch import prepare, submit
 
     return submit(prepare(overrides))
+
+
+def dry_run(words: list[str]) -> None:
+    """Print what would run, and where, a sweep job by job. UserError for what is wrong with it."""
+    from training.launch import describe, prepare
+    from training.sweep import Sweep
+
+    flags, overrides = ([w for w in words if w.startswith("-") is flag] for flag in (True, False))
+    print(Sweep(overrides).describe() if {"-m", "--multirun"} & set(flags) else describe(prepare(overrides)))
 
 
 def run(*overrides: str) -> float | None:
@@ -97,8 +114,11 @@ def through_hydra(arguments: list[str]) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from training.config import register_resolvers
+    from training.errors import UserError
     from training.sweep import Sweep
 
+    if os.environ.keys() >= RANK_VARIABLES:
+        raise UserError("torchrun carries out one run; for a sweep leave it out, and say devices=N")
     register_resolvers()
     words = [word for word in arguments if not word.startswith("-")]
     sweep = Sweep(words) if {"-m", "--multirun"} & set(arguments) else None
@@ -146,11 +166,13 @@ def main(arguments: list[str]) -> int:
         if "--dashboard" in arguments:
             dashboard([word for word in arguments if word != "--dashboard"])
             return 0
-        words = with_flags_as_overrides(arguments)
+        words = with_flags_as_overrides([word for word in arguments if word != "--dry-run"])
         flag = unknown_flag(words)
         if flag is not None:
             raise UserError(f"there is no flag {flag}; `python launcher.py --help` lists them")
-        if any(word.split("=")[0] in HYDRA_FLAGS for word in words):
+        if "--dry-run" in arguments:
+            dry_run(words)
+        elif any(word.split("=")[0] in HYDRA_FLAGS for word in words):
             through_hydra(words)
         else:
             launch(words)

@@ -1,6 +1,7 @@
 """The run: assemble what the configuration names, train it, judge it, and leave it resumable. One file for 1..N devices.
 
-Called by a backend with a resolved, checked configuration; `python launcher.py` is the way in.
+Called by a backend with a resolved, checked configuration; `python launcher.py` is the way in, for torchrun too.
+`torchrun ... train.py run_name=...` is `torchrun ... launcher.py run_name=...`.
 """
 
 import signal
@@ -22,7 +23,9 @@ from training.errors import UserError
 from training.files import DISK_ERRORS, disk_sentence
 from training.launch import run_folder_of
 from training.loop import fit
+from training.ranks import configuration, explained_losses, joined, rank
 from training.run import Run, Stop
+from training.run_folder import RunFolder, SilentRunFolder
 from training.summary import print_end, print_start
 
 SIGNAL_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -38,7 +41,7 @@ def carry_out(config: dict[str, Any]) -> float | None:
             with explained_disk_errors(None):
                 evaluate_checkpoint(config)
             return None
-        folder = run_folder_of(config)
+        folder = own_folder(config)
         if config["resume"]:
             folder.lock()  # before its save is read: whoever still trains it would save a newer one
         try:
@@ -49,22 +52,39 @@ def carry_out(config: dict[str, Any]) -> float | None:
             folder.release()
 
 
+def take_part(overrides: list[str]) -> float | None:
+    """Carry out a run together with the other processes that torchrun has started; as carry_out."""
+    with joined():
+        return carry_out(configuration(overrides))
+
+
+def own_folder(config: dict[str, Any]) -> RunFolder:
+    """The run's folder; only the first process writes there."""
+    folder = run_folder_of(config)
+    return folder if rank() == 0 else SilentRunFolder(folder.path)
+
+
 def begin(run: Run) -> float | None:
     """Take the run's name, and train. Returns the best monitored value, if any was found."""
     config = run.config
     if config["resume"] and run.state.step >= run.total_steps:
         tell_finished(run)
         return run.state.best
-    if not config["resume"]:
-        run.folder.lock()
-    if config["overwrite"]:
-        move_aside(run)
-        run.folder.lock()
-    elif not config["resume"]:
-        check_run_is_new(config, run.folder.path)  # again: another process may have begun it meanwhile
+    if run.rank == 0 and not config["resume"]:
+        take_name(run)
     wait_for_device(run.device, config["wait"])
     with explained_disk_errors(run):
         return conduct(run)
+
+
+def take_name(run: Run) -> None:
+    """Hold the folder of a new run. UserError when another process has begun it meanwhile."""
+    run.folder.lock()
+    if run.config["overwrite"]:
+        move_aside(run)
+        run.folder.lock()
+    else:
+        check_run_is_new(run.config, run.folder.path)
 
 
 def tell_finished(run: Run) -> None:
@@ -101,7 +121,7 @@ def conduct(run: Run) -> float:
     run.tracker.start(config["run_name"], public(config), run.folder.path, resumed_at, overwrite=config["overwrite"])
     with stop_signals(run):
         try:
-            with explained_disk_errors(run):
+            with explained_disk_errors(run), explained_losses():
                 fit(run)
                 check_saved(run)
         except BaseException as error:
@@ -118,8 +138,9 @@ def conduct(run: Run) -> float:
         run.write_status("interrupted" if run.interrupted else "finished", run.stop.why if run.stop else "")
     picture = run.folder.sample_picture(run.state.step)
     print_end(run, picture if picture.exists() else None)
-    if run.stop is not None and run.stop.signal:
-        raise SystemExit(128 + run.stop.signal)
+    stop = run.stop or run.asked  # asked for after the last step
+    if stop is not None and stop.signal:
+        raise SystemExit(128 + stop.signal)
     return run.state.best
 
 
@@ -144,11 +165,13 @@ def stop_signals(run: Run) -> Iterator[None]:
     def ask(number: int, _: object) -> None:
         for either in SIGNAL_STATUS:
             signal.signal(either, signal.SIG_DFL)
-        run.stop = run.stop or Stop(f"stopped by {signal.Signals(number).name}", signal=number)
-        print(
-            f"\nstopping after this step and saving ({signal.Signals(number).name} again leaves at once)",
-            file=sys.stderr,
-        )
+        run.asked = run.asked or Stop(f"stopped by {signal.Signals(number).name}", signal=number)
+        alone = run.world == 1  # else torchrun sends SIGTERM also to those whose fellow has died
+        if run.rank == 0 and (alone or number == signal.SIGINT):
+            print(
+                f"\nstopping after this step and saving ({signal.Signals(number).name} again leaves at once)",
+                file=sys.stderr,
+            )
 
     before = {number: signal.signal(number, ask) for number in SIGNAL_STATUS}
     try:
@@ -199,3 +222,9 @@ def move_aside(run: Run) -> None:
     if run.folder.config_path.exists():
         run.folder.path.rename(run.folder.path.with_name(new_name))
     run.folder.release()
+
+
+if __name__ == "__main__":
+    import launcher
+
+    sys.exit(launcher.main(sys.argv[1:]))

@@ -13,3 +13,10 @@ class Backend(ABC):
 
         Returns the run's best monitored value where it is known on return, for sweepers that minimise it.
         """
+
+    @abstractmethod
+    def describe(self, overrides: list[str], config: dict[str, Any]) -> dict[str, str]:
+        """What `submit` would do with the same arguments, and where: lines by their names, such as "where" and "command".
+
+        UserError for all that `submit` would refuse at once. Starts, writes and sends nothing.
+        """

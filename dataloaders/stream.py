@@ -1,5 +1,6 @@
 """Data too large for the device: read from disk batch by batch, ahead of time by worker processes if there are any."""
 
+import os
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -50,7 +51,7 @@ class ReadAhead:
         self.turn = 0
         self.loader = None if workers == 0 else DataLoader(
             reader, batch_size=None, sampler=self.plan, num_workers=workers, prefetch_factor=AHEAD, persistent_workers=True,
-            pin_memory=pin_memory, worker_init_fn=leave_interrupts_to_the_parent,
+            pin_memory=pin_memory, worker_init_fn=leave_signals_to_the_parent,
             collate_fn=unchanged,  # type: ignore[arg-type]
             generator=torch.Generator(),  # else it would draw from the global one, and a resumed run from another place
         )  # fmt: skip
@@ -65,9 +66,11 @@ class ReadAhead:
             yield next(source)
 
 
-def leave_interrupts_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the run saves, then ends its workers itself."""
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal, and torchrun's signals a whole process group; the run saves, then ends its
+    workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgid(0, 0)
 
 
 def unchanged(read: Read) -> Read:

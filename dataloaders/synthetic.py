@@ -59,7 +59,8 @@ class SyntheticDataset(FlowDataset):
         """As FlowDataset.epoch. `order` is unused; a rank draws as many rows as rank::world of the batch would hold."""
         for first in range(start * batch_size, self.epoch_size, batch_size):
             rows = range(rank, min(batch_size, self.epoch_size - first), world)
-            yield self.draw(len(rows), generator)
+            x, label = self.draw(max(len(rows), 1), generator)
+            yield x[: len(rows)], label[: len(rows)]
 
     def held_out(self, count: int, generator: torch.Generator) -> Batch:
         return self.draw(count, generator)

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +19,12 @@ from solvers.base_solver import BaseSolver
 from solvers.flow_map import FlowMapSolver
 from solvers.runge_kutta import Euler
 from training.errors import UserError
+from training.ranks import put_together, rank, world
 from training.seeds import generator_for
 from training.terms import named_terms
 
 SEED_BLOCK = 256  # noise is drawn in blocks of this many samples, each from its own seed: any batch size, the same set
-CHUNK = 4096  # samples carried through the solver at once
+CHUNK = 1024  # samples carried through the solver at once, whatever the number of ranks that share them
 Fresh = Callable[[int, int, int], Tensor]  # fresh(k, first, count) -> noise (count, ...) of step k, from sample `first` on
 
 
@@ -78,7 +80,10 @@ class Evaluator(ABC):
         flow: FlowObjective | None = None,
         decode: Decode | None = None,
     ) -> Evaluation:
-        """flow, source, solver, decode: what samples are made by; a classifier makes none."""
+        """flow, source, solver, decode: what samples are made by; a classifier makes none. On rank 0."""
+
+    def assist(self, objective: Objective, *_: Any) -> None:
+        """What every other rank does while rank 0 evaluates, with the same arguments."""
 
 
 def fixed_noise(source: Source, count: int, seed: int, stream: str = "sample", first: int = 0) -> Tensor:
@@ -118,16 +123,33 @@ def generate(
 
     label (N,) or None. fresh: as fresh_noise gives it; only re-noising solvers need it.
     """
-    parts = []
-    for first in range(0, len(noise), CHUNK):
-        x0 = noise[first : first + CHUNK]
+    return torch.cat([carry_chunk(flow, solver, noise, label, fresh, first) for first in range(0, len(noise), CHUNK)])
 
-        def added(k: int, first: int = first, x0: Tensor = x0) -> Tensor:
-            assert fresh is not None, "a re-noising solver needs fresh noise"
-            return fresh(k, first, len(x0)).to(x0)
 
-        parts.append(solver.carry(flow, x0, None if label is None else label[first : first + CHUNK], added))
-    return torch.cat(parts)
+def generate_together(
+    flow: FlowObjective, solver: BaseSolver, noise: Tensor, label: Tensor | None, fresh: Fresh | None = None
+) -> Tensor:
+    """`generate`, its chunks shared out among the ranks, all of which call this: the same samples, exactly, on every rank.
+
+    Rank 0 carries the last chunk, so that its solver has counted what it would have counted alone.
+    """
+    samples, firsts = torch.zeros_like(noise), range(0, len(noise), CHUNK)
+    for first in firsts[(len(firsts) - 1 - rank()) % world() :: world()]:
+        samples[first : first + CHUNK] = carry_chunk(flow, solver, noise, label, fresh, first)
+    return put_together(samples)
+
+
+def carry_chunk(
+    flow: FlowObjective, solver: BaseSolver, noise: Tensor, label: Tensor | None, fresh: Fresh | None, first: int
+) -> Tensor:
+    """Samples number `first` to `first` + CHUNK."""
+    x0 = noise[first : first + CHUNK]
+
+    def added(k: int) -> Tensor:
+        assert fresh is not None, "a re-noising solver needs fresh noise"
+        return fresh(k, first, len(x0)).to(x0)
+
+    return solver.carry(flow, x0, None if label is None else label[first : first + CHUNK], added)
 
 
 def few_steps(objective: FlowObjective, noise: Tensor, label: Tensor | None, evaluations: int) -> Tensor:
@@ -185,12 +207,7 @@ class GeneratorEvaluator(Evaluator):
         flow = objective if flow is None else flow.eval()
         device = next(objective.network.parameters()).device
         count = self.final_samples if final else self.samples
-        noise = fixed_noise(source.to("cpu"), count, seed).to(device)
-        label = data_labels(
-            dataset, objective.network.num_classes, count, generator_for(seed, "evaluation/labels", 0, device)
-        )
-        label = None if label is None else label.to(device)
-        samples = generate(flow, solver, noise, label, fresh_noise(source, seed))
+        noise, label, samples = self.samples_of(flow, dataset, source, solver, seed, count)
         generation = Generation(
             noise, samples, label, flow, flow.velocity, solver, dataset, source.to(device), dataset_key, cache, final,
             lambda name: generator_for(seed, f"evaluation/{name}", 0, device), decode, seed,
@@ -204,6 +221,37 @@ class GeneratorEvaluator(Evaluator):
         absent = [result for result in results if isinstance(result, Absent)]
         seconds = time.perf_counter() - begun
         return GeneratorEvaluation(scores, absent, values, seconds, generation, reference, reference_label)
+
+    @torch.no_grad()
+    def assist(
+        self,
+        objective: Objective,
+        dataset: FlowDataset,
+        source: Source,
+        solver: BaseSolver,
+        seed: int,
+        dataset_key: str,
+        cache: Path,
+        final: bool,
+        flow: FlowObjective | None = None,
+        decode: Decode | None = None,
+    ) -> None:
+        """Carry this rank's share of the samples."""
+        assert isinstance(objective, FlowObjective)
+        count = self.final_samples if final else self.samples
+        self.samples_of((flow or objective).eval(), dataset, source, solver, seed, count)
+
+    def samples_of(
+        self, flow: FlowObjective, dataset: FlowDataset, source: Source, solver: BaseSolver, seed: int, count: int
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Noise, labels and samples, on the dataset's device; all ranks call this."""
+        device = next(flow.network.parameters()).device
+        noise = fixed_noise(source.to("cpu"), count, seed).to(device)
+        label = data_labels(dataset, flow.network.num_classes, count, generator_for(seed, "evaluation/labels", 0, device))
+        label = None if label is None else label.to(device)
+        samples = generate_together(flow, solver, noise, label, fresh_noise(source, seed))
+        source.to(device)
+        return noise, label, samples
 
     def held_out_loss(self, objective: FlowObjective, generation: Generation, device: torch.device) -> float:
         """The training loss on held-out data with fixed draws, in fp32 and in batches as large as the training ones:

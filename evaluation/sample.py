@@ -35,6 +35,7 @@ from training.config import compose_config, parse_overrides, resolved
 from training.device import pick_device
 from training.errors import UserError
 from training.launch import laid_over
+from training.ranks import rank
 from training.seeds import generator_for
 
 Label = int | Literal["all"] | Tensor | None
@@ -210,11 +211,15 @@ def evaluate_checkpoint(config: dict[str, Any]) -> None:
     evaluator: Evaluator = build(merged["evaluation"])
     evaluator.check(objective)
     print(f"{path}: {payload['run_name']} at step {payload['step']:,}, EMA weights, {device.type}")
-    evaluation = evaluator.evaluate(
+    arguments = (
         objective, build_dataset(merged, device), build_source(merged, device), solver, merged["seed"],
-        dataset_key(merged), Path(config["output_dir"]) / "cache", final=True,
-        flow=sampled_flow(objective, merged, device), decode=build_decoder(merged, device),
+        dataset_key(merged), Path(config["output_dir"]) / "cache", True, sampled_flow(objective, merged, device),
+        build_decoder(merged, device),
     )  # fmt: skip
+    if rank():
+        evaluator.assist(*arguments)
+        return
+    evaluation = evaluator.evaluate(*arguments)
     print_scores(evaluation, solver.evaluations)
     picture = Path(config["output_dir"]) / "evaluations" / f"{config['run_name']}.png"
     if draw_picture(picture, evaluation, f"{payload['run_name']}, step {payload['step']}"):

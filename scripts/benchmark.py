@@ -8,6 +8,7 @@
     python scripts/benchmark.py --preset jvp               # what MeanFlow's derivative costs, by engine and share
     python scripts/benchmark.py --preset jvp --and compile=true   # words for every row
     python scripts/benchmark.py --preset data --steps 5 --rounds 3   # what feeding a step costs: device, files, latents
+    python scripts/benchmark.py --preset devices --steps 4   # two processes against one, a thread each, as real runs
 
 Each argument is one row: launcher overrides in quotes. Rounds are interleaved (row 1, row 2, row 1, ...), so a machine that
 slows down slows all rows; figures are medians over rounds. gflop: floating-point operations of a step (matrix products and
@@ -27,6 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.devices_benchmark import devices_rates
 from scripts.loader_benchmark import data_preset, loader_rates
 from training.errors import UserError
 
@@ -49,6 +51,8 @@ def tables_of(preset: str | None, rows: list[str], place: Path) -> dict[str, lis
     """The rows of each table, by its title; files that a preset needs are written below `place`."""
     if preset == "data":
         return data_preset(place)
+    if preset == "devices":
+        return {}  # its rows are runs of their own
     return jvp_preset() if preset else {"": rows}
 
 
@@ -171,7 +175,7 @@ def main(words: list[str]) -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", default=[""], help="launcher overrides, one quoted argument a row")
-    parser.add_argument("--preset", choices=["jvp", "data"], help="rows made ready, instead of your own")
+    parser.add_argument("--preset", choices=["jvp", "data", "devices"], help="rows made ready, instead of your own")
     parser.add_argument("--and", dest="common", default="", help="launcher overrides that every row gets")
     parser.add_argument("--rounds", type=int, default=10, help="counted rounds of each row")
     parser.add_argument("--steps", type=int, default=20, help="training steps in a round")
@@ -184,6 +188,10 @@ def main(words: list[str]) -> int:
             raise UserError(f"--json {options.json} lies in a folder that does not exist; make it first")
         results = []
         with tempfile.TemporaryDirectory(prefix="benchmark-") as place:
+            if options.preset == "devices":
+                rates = devices_rates(Path(place), (1, 2), options.rounds, options.steps, options.common)
+                results.append({"row": "samples a second, one thread a process", **rates})
+                print("\n".join(["| samples a second | |", "|---|---|", *(f"| {k} | {v:.4g} |" for k, v in rates.items())]))
             for title, rows in tables_of(options.preset, options.rows, Path(place)).items():
                 found = benchmark([f"{row} {options.common}".strip() for row in rows], options.rounds, options.steps)
                 print((f"\n{title}\n" if title else "") + markdown(found), flush=True)

@@ -159,3 +159,15 @@ def test_a_sweep_names_each_job_and_skips_what_has_finished(tmp_path):
     for _ in ("goes on with the one that was killed", "skips both"):
         last = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert last.stdout.count("has finished") == 2
+
+
+@pytest.mark.parametrize("backend", sorted(path.stem for path in (ROOT / "configs/backend").glob("*.yaml")))
+def test_a_dry_run_says_what_would_run_where_and_writes_nothing(backend, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [f"backend={backend}", "run_name=x", "seed=0,1", "-m", "--dry-run", "device=cpu", "dataloaders=moons"]
+    assert launcher.main(words) == 0
+    said = capsys.readouterr().out
+    assert said.count("mlp learns moons by mse") == 2 and f"backend      {backend}" in said and "where " in said
+    assert "outputs/runs/x_seed=0" in said and "outputs/runs/x_seed=1" in said
+    assert launcher.main(["run_name=x", "--dry-run", "epochs=0"]) == 1
+    assert files_below(tmp_path) == []

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
@@ -15,15 +16,16 @@ from helpers_cfg import guided
 from losses.objective import FlowObjective, Objective
 from solvers.base_solver import BaseSolver
 from training.build import build
-from training.checkpoint import CheckpointFolder, load_checkpoint
+from training.checkpoint import CheckpointFolder, SilentCheckpointFolder, load_checkpoint
 from training.config import HANDED_ON, known_targets, parse_overrides
 from training.device import gradient_scaler, pick_device, set_numerics
 from training.errors import UserError
 from training.launch import run_folder_of
+from training.ranks import first_alone, rank, world
 from training.run import Run
 from training.seeds import stream_seed
 from training.state import TrainState, averaged_objective
-from training.trackers import tracker_from_config
+from training.trackers import NullTracker, tracker_from_config
 
 NEEDED_PARTS = ("model", "loss", "dataloaders", "source", "solver", "evaluation", "choices")
 BUILT_PARTS = (*NEEDED_PARTS, "guidance", "vae")
@@ -205,7 +207,7 @@ def assemble(config: dict[str, Any]) -> Run:
     evaluator.check(objective)
     if isinstance(objective, FlowObjective):
         solver.check(objective)
-    checkpoints = CheckpointFolder(
+    checkpoints = (SilentCheckpointFolder if rank() else CheckpointFolder)(
         Path(config["output_dir"]), config["choices"]["model"], config["run_name"], config["keep_saves"],
         in_background={"auto": None, "always": True, "never": False}[config["async_save"]],
     )  # fmt: skip
@@ -225,11 +227,16 @@ def assemble(config: dict[str, Any]) -> Run:
     elif config["resume"]:
         check_same_arch(checkpoints)
         print(f"{config['run_name']} ended before its first save; beginning it again")
+    with first_alone(bool(config["dataloaders"].get("download"))):
+        dataset = build_dataset(config, device)
+    first = rank() == 0
     return Run(
-        config, device, build_dataset(config, device), build_source(config, device), state, solver,
-        evaluator, compiled(objective, config), run_folder_of(config), checkpoints,
-        tracker_from_config(config["trackio"]), [build(node) for node in config["callbacks"].values() if node],
+        config, device, dataset, build_source(config, device), state, solver,
+        evaluator, forward_of(objective, config), run_folder_of(config), checkpoints,
+        tracker_from_config(config["trackio"]) if first else NullTracker(),
+        [build(node) for node in config["callbacks"].values() if node and first],
         dataset_key(config), sampled_flow(state.ema_objective, config, device), build_decoder(config, device),
+        rank(), world(),
     )  # fmt: skip
 
 
@@ -249,6 +256,12 @@ def resume_state(state: TrainState, path: Path, payload: dict[str, Any], config:
 
     UserError when the save is of another network or optimizer.
     """
+    before = payload["config"].get("devices", 1)
+    if before != config["devices"]:
+        print(
+            f"note: the run goes on with {config['devices']} devices instead of {before}: the batches are those of one "
+            "sitting, but noise and times are other draws"
+        )
     load_network(state.objective.network, payload["network"], path)
     load_network(state.ema_objective.network, payload["ema"], path)
     wanted = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
@@ -263,6 +276,10 @@ def resume_state(state: TrainState, path: Path, payload: dict[str, Any], config:
         settings.update(ours)
 
 
-def compiled(objective: Objective, config: dict[str, Any]) -> Any:
-    """The objective, or its compiled form: the whole loss is compiled, never the network alone."""
-    return torch.compile(objective, mode=config["compile_mode"]) if config["compile"] else objective
+def forward_of(objective: Objective, config: dict[str, Any]) -> Any:
+    """The objective, or its compiled form: the whole loss is compiled, never the network alone.
+
+    With several ranks their gradients are averaged in its backward pass; all ranks wait here for each other.
+    """
+    forward = torch.compile(objective, mode=config["compile_mode"]) if config["compile"] else objective
+    return forward if world() == 1 else DistributedDataParallel(forward, gradient_as_bucket_view=True)

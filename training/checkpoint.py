@@ -215,6 +215,15 @@ class CheckpointFolder:
             remove_temporaries(folder, names)
 
 
+class SilentCheckpointFolder(CheckpointFolder):
+    """The saves as the other processes of a run see them: they read, and write none."""
+
+    def save(self, payload: dict[str, Any], epoch: int | None, best: bool) -> None:
+        self.saved_step = payload["step"]
+
+    def remove_temporaries(self) -> None: ...
+
+
 def readable(path: Path) -> bool:
     """Whether the file is a zip archive whose every entry has its checksum."""
     try:

@@ -44,6 +44,7 @@ def times_in_order(value: Any) -> bool:
 RULES: list[Rule] = [
     ("epochs", whole(1), "a whole number of at least 1"),
     ("max_steps", optional(whole(1)), "a whole number of at least 1, or null"),
+    ("devices", whole(1), "a whole number of at least 1"),
     ("batch_size", whole(1), "a whole number of at least 1"),
     ("gradient_accumulation_steps", whole(1), "a whole number of at least 1"),
     ("limit_data", optional(whole(1)), "a whole number of at least 1, or null"),
@@ -112,6 +113,20 @@ def check_values(config: dict[str, Any]) -> None:
     for key, holds, words in RULES:
         if has(config, key) and not holds(lookup(config, key)):
             raise UserError(f"{key} takes {words}, not {lookup(config, key)!r}")
+    check_devices(config)
+
+
+def check_devices(config: dict[str, Any]) -> None:
+    """UserError for a batch that several devices cannot share evenly, or a kind of device that comes alone."""
+    devices, rows = config["devices"], config["batch_size"]
+    if rows % devices:
+        fitting = max(devices, rows - rows % devices)
+        raise UserError(
+            f"batch_size={rows} rows cannot be shared evenly by devices={devices}; use batch_size={fitting}, "
+            "or another number of devices"
+        )
+    if devices > 1 and config["device"] == "mps":
+        raise UserError(f"devices={devices} needs CUDA devices or the CPU, and a machine has one MPS device; use device=cpu")
 
 
 def check_contradictions(config: dict[str, Any]) -> None:

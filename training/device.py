@@ -25,7 +25,19 @@ def pick_device(name: str) -> torch.device:
     if not available[name]:
         there = ", ".join(kind for kind, found in available.items() if found)
         raise UserError(f"device={name} is not available on this machine; use device=auto or one of: {there}")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        take_own_gpu(int(os.environ["LOCAL_RANK"]))
     return torch.device(name)
+
+
+def take_own_gpu(place: int) -> None:
+    """Of several processes here, each computes on its own CUDA device. UserError for more processes than devices."""
+    there = torch.cuda.device_count()
+    if place >= there:
+        raise UserError(
+            f"this machine has {there} CUDA device(s) and more processes than that; start so many, or use device=cpu"
+        )
+    torch.cuda.set_device(place)
 
 
 def device_name(device: torch.device) -> str:

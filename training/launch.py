@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Override
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from backends.base_backend import Backend
+from training.build import build
 from training.checks import check_contradictions, check_files, check_memory, check_run_is_new, check_values, has, lookup
 from training.config import compose_config, delete, is_group, parse_overrides, resolved
 from training.errors import UserError
@@ -27,8 +27,25 @@ FREE = (
 
 def submit(config: dict[str, Any]) -> float | None:
     """Hand a prepared configuration to its backend; returns the run's best monitored value, if known."""
-    backend: Backend = instantiate(config["backend"])
+    backend: Backend = build(config["backend"])
     return backend.submit(config["overrides"], config)
+
+
+def describe(config: dict[str, Any]) -> str:
+    """What `submit` would do with a prepared configuration, and where, in a few lines. UserError for what it refuses."""
+    backend: Backend = build(config["backend"])
+    name, choices, folder = config["run_name"], config["choices"], run_folder_of(config)
+    what = f"{choices['model']} learns {choices['dataloaders']} by {choices['loss']}"
+    lines = {"backend": str(choices["backend"]), **backend.describe(config["overrides"], config)}
+    if config["eval_checkpoint"]:
+        what = f"scores {config['eval_checkpoint']}"
+    else:
+        lines |= {
+            "run folder": str(folder.path) + (" (goes on)" if config["resume"] else ""),
+            "checkpoints": str(Path(config["output_dir"]) / "ckpts" / choices["model"]),
+        }
+    width = max(map(len, lines))
+    return "\n".join([f"{name}: {what}", *(f"  {line:<{width}}  {value}" for line, value in lines.items())])
 
 
 def run_folder_of(config: dict[str, Any]) -> RunFolder:
@@ -82,7 +99,11 @@ def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
             f"run {config['run_name']} was made with other settings: {listed}; leave them out to go on as it was, "
             "or say resume=force"
         )
-    soft = {key: pair for key, pair in changed.items() if key.split(".")[0] in ("epochs", "max_steps", "device", "guidance")}
+    soft = {
+        key: pair
+        for key, pair in changed.items()
+        if key.split(".")[0] in ("epochs", "max_steps", "device", "devices", "guidance")
+    }
     return merged | {"changed": hard | soft}
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dataloaders.base_dataloaders import Batch
 from training.device import autocast
 from training.errors import UserError
+from training.ranks import agreed
 from training.run import Run
 from training.seeds import generator_for, seed_network, stream_seed
 from training.terms import named_terms
@@ -23,21 +25,22 @@ def fit(run: Run) -> None:
     run.notify("fit_begin")
     run.clock = time.perf_counter()
     run.split_time()
-    while run.state.step < run.total_steps and run.stop is None:
+    while run.state.step < run.total_steps and run.agreed_stop() is None:
         run.notify("epoch_begin")
         for group in epoch_groups(run):
             values = train_step(run, group)
             after_step(run, values)
-            if run.stop is not None or run.state.step >= run.total_steps:
+            if run.state.step >= run.total_steps or run.agreed_stop() is not None:
                 break
         end_epoch(run)
+    run.agreed_stop()
     run.notify("fit_end")
 
 
 def epoch_groups(run: Run) -> Iterator[list[Any]]:
     """The rest of the current epoch, one list of drawn batches per optimizer step.
 
-    Each step's randomness comes from generators seeded by (seed, rank, step): nothing has to be saved to resume exactly.
+    Each step's randomness comes from generators seeded by (seed, step, rank): nothing has to be saved to resume exactly.
     """
     epoch, position = divmod(run.state.step, run.steps_per_epoch)
     accumulate, seed = run.config["gradient_accumulation_steps"], run.config["seed"]
@@ -46,16 +49,23 @@ def epoch_groups(run: Run) -> Iterator[list[Any]]:
     order = generator_for(seed, "order", 0 if fixed else epoch)
     batches = run.dataset.epoch(run.batch_size, order, generator, position * accumulate, run.rank, run.world)
     for step in range(run.state.step, (epoch + 1) * run.steps_per_epoch):
-        index = 0 if fixed else step * run.world + run.rank
+        index = (0 if fixed else step) * run.world + run.rank
         if fixed:
-            batches = run.dataset.epoch(run.batch_size, generator_for(seed, "order"), generator)
+            batches = run.dataset.epoch(run.batch_size, generator_for(seed, "order"), generator, 0, run.rank, run.world)
         generator.manual_seed(stream_seed(seed, "batch", index))
         seed_network(seed, index, run.device)
         progress = step / run.total_steps
         yield [
-            run.state.objective.batch(run.source, x1, label, generator, progress)
+            run.state.objective.batch(run.source, *with_a_row(x1, label), generator, progress)
             for x1, label in islice(batches, accumulate)
         ]
+
+
+def with_a_row(x1: Tensor, label: Tensor | None) -> Batch:
+    """Data x1 (B, ...) and its label; where the end of an epoch left this rank none, a row of zeros that weighs nothing."""
+    if len(x1):
+        return x1, label
+    return x1.new_zeros(1, *x1.shape[1:]), None if label is None else label.new_zeros(1, *label.shape[1:])
 
 
 def train_step(run: Run, group: list[Any]) -> dict[str, Tensor]:
@@ -70,14 +80,14 @@ def train_step(run: Run, group: list[Any]) -> dict[str, Tensor]:
     for settings in state.optimizer.param_groups:
         settings["lr"] = settings["initial_lr"] * state.schedule.factor(state.step, run.total_steps)
 
-    # Accumulate gradients: each batch weighs by its rows, so a ragged last one counts rightly.
-    rows = sum(len(batch) for batch in group)
+    # Accumulate gradients: each batch weighs by its rows, so a ragged last one counts rightly. The last pass averages them
+    # over the ranks.
     totals: dict[str, Tensor] = {}
-    for batch in group:
-        with autocast(run.device, run.config["precision"]):
-            terms = named_terms(run.forward(batch, run.teacher), run.config["loss_weights"])
-        share = len(batch) / rows
-        state.scaler.scale(terms["loss"] * share).backward()
+    for i, (batch, share) in enumerate(zip(group, run.shares(group), strict=True)):
+        with run.gradients_meet(last=i == len(group) - 1):
+            with autocast(run.device, run.config["precision"]):
+                terms = named_terms(run.forward(batch, run.teacher), run.config["loss_weights"])
+            state.scaler.scale(terms["loss"] * share).backward()
         for name, term in terms.items():
             totals[name] = totals.get(name, 0.0) + share * term.detach()
 
@@ -86,7 +96,7 @@ def train_step(run: Run, group: list[Any]) -> dict[str, Tensor]:
     parameters = [p for p in state.objective.network.parameters() if p.requires_grad]
     totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, run.config["grad_clip"] or math.inf)
     state.step += 1
-    if run.config["on_nan"] == "skip" and not torch.stack([value.float() for value in totals.values()]).isfinite().all():
+    if run.config["on_nan"] == "skip" and agreed(broken(totals)):
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
         state.skipped += 1
@@ -103,6 +113,11 @@ def train_step(run: Run, group: list[Any]) -> dict[str, Tensor]:
         changes = torch._foreach_sub([p.detach() for p in parameters], before)
         totals["update_ratio"] = total_norm(changes) / total_norm(before)
     return totals
+
+
+def broken(values: dict[str, Tensor]) -> bool | None:
+    """True when a value is not finite, else None."""
+    return None if torch.stack([value.float() for value in values.values()]).isfinite().all() else True
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -145,6 +160,7 @@ def check_finite(run: Run, weights: bool = False) -> None:
     UserError naming the term, the step and the last good save; with on_nan=skip, when MOST_SKIPPED steps in a row were.
     """
     state = run.state
+    state.window.meet()
     term = state.window.non_finite(overflows=state.scaler.is_enabled())
     if state.skipped_in_a_row >= MOST_SKIPPED:
         term = f"loss (in each of the last {state.skipped_in_a_row} steps, all skipped)"
@@ -171,6 +187,7 @@ def end_epoch(run: Run) -> None:
     best = False
     if last or run.epoch % run.config["eval_every"] == 0:
         best = judge(run, run.evaluate(final=last))
+    run.agreed_stop()
     if run.stop is not None and not last and run.stop.early:
         judge(run, run.evaluate(final=True))
     if last or best or run.stop is not None or run.epoch % run.config["save_every"] == 0:

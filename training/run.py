@@ -1,16 +1,18 @@
 """A run: the parts a configuration names, assembled, and the few things they do together."""
 
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
@@ -23,6 +25,7 @@ from training.checkpoint import FORMAT, CheckpointFolder
 from training.device import device_name
 from training.files import DISK_ERRORS, disk_sentence, replacing
 from training.provenance import git_commit, package_versions
+from training.ranks import agreed, from_first, orphaned
 from training.run_folder import RunFolder
 from training.state import TrainState
 from training.terms import LossOutput
@@ -40,7 +43,10 @@ class Stop:
 
 @dataclass
 class Run:
-    """Everything one process of a run holds. config is resolved and plain; rank and world count processes."""
+    """Everything one process of a run holds. config is resolved and plain; rank and world count processes.
+
+    asked: why this process wants the run to end, at any moment; stop: why it does end, the same on every rank.
+    """
 
     config: dict[str, Any]
     device: torch.device
@@ -49,7 +55,7 @@ class Run:
     state: TrainState
     solver: BaseSolver
     evaluator: Evaluator
-    forward: Callable[[Any, Objective | None], LossOutput]  # the objective, possibly compiled
+    forward: Callable[[Any, Objective | None], LossOutput]  # the objective, possibly compiled, under DDP if ranks are many
     folder: RunFolder
     checkpoints: CheckpointFolder
     tracker: Tracker
@@ -59,6 +65,7 @@ class Run:
     decode: Decode | None = None  # from latent states to images
     rank: int = 0
     world: int = 1
+    asked: Stop | None = None
     stop: Stop | None = None
     evaluation: Evaluation | None = None
     last_values: dict[str, float] = field(default_factory=dict)  # the newest value of every metric
@@ -119,7 +126,33 @@ class Run:
 
     def stop_early(self, why: str) -> None:
         """Vote to end the run at the next step, as finished."""
-        self.stop = self.stop or Stop(why, early=True)
+        self.asked = self.asked or Stop(why, early=True)
+
+    def agreed_stop(self) -> Stop | None:
+        """Why the run ends, if any rank has asked for it; all ranks ask at the same places."""
+        if orphaned():
+            self.asked = self.asked or Stop("the process that started this one is gone", signal=signal.SIGTERM)
+        self.stop = agreed(self.stop or self.asked)
+        return self.stop
+
+    def shares(self, group: list[Any]) -> list[float]:
+        """What the mean loss of each batch of the coming step weighs here, so that the mean over ranks is that of all rows.
+
+        A batch's rows over the step's, times the number of ranks: that of a batch that left this rank no row is 0.
+        """
+        if self.world == 1:
+            rows = [len(batch) for batch in group]
+            return [own / sum(rows) for own in rows]
+        begun = 0 if self.config["overfit"] else self.state.step % self.steps_per_epoch
+        first = begun * self.config["gradient_accumulation_steps"] * self.batch_size
+        rows = [min(self.batch_size, self.dataset.epoch_size - first - i * self.batch_size) for i in range(len(group))]
+        return [len(range(self.rank, count, self.world)) * self.world / sum(rows) for count in rows]
+
+    def gradients_meet(self, last: bool) -> AbstractContextManager[None]:
+        """Ranks average their gradients in the last backward pass of a step alone."""
+        if last or not isinstance(self.forward, DistributedDataParallel):
+            return nullcontext()
+        return self.forward.no_sync()
 
     def elapsed(self) -> float:
         """Seconds spent in the loop, earlier sittings included."""
@@ -144,8 +177,9 @@ class Run:
         self.tracker.log(metrics, self.state.step)
 
     def evaluate(self, final: bool) -> dict[str, float]:
-        """Score the EMA weights; returns the values by metric name."""
-        self.evaluation = self.evaluator.evaluate(
+        """Score the EMA weights; returns the values by metric name, on every rank."""
+        judge = self.evaluator.evaluate if self.rank == 0 else self.evaluator.assist
+        self.evaluation = judge(
             self.state.ema_objective,
             self.dataset,
             self.source,
@@ -157,12 +191,12 @@ class Run:
             self.flow,
             self.decode,
         )
-        if self.state.step:
+        if self.evaluation is not None and self.state.step:
             provenance = {score.name: score.provenance for score in self.evaluation.scores if score.provenance}
             self.log({**self.evaluation.values, "eval/seconds": self.evaluation.seconds}, provenance)
             self.write_status("running")
         self.notify("evaluation_end")
-        return self.evaluation.values
+        return from_first(None if self.evaluation is None else self.evaluation.values) or {}
 
     def payload(self) -> dict[str, Any]:
         """What a checkpoint holds: the state, and where it comes from."""
@@ -212,6 +246,8 @@ class Run:
         from safetensors.torch import save
 
         path = self.folder.path / "model.safetensors"
+        if self.rank:
+            return path
         tensors = {name: tensor.contiguous().cpu() for name, tensor in network_state.items()}
         with replacing(path) as file:
             file.write(save(tensors, {"config": json.dumps(self.config)}))

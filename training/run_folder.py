@@ -215,6 +215,24 @@ class RunFolder:
             self.metrics_file = None
 
 
+class SilentRunFolder(RunFolder):
+    """The folder as the other processes of a run see it: they read, and what they would write is dropped."""
+
+    def lock(self) -> None: ...
+
+    def remove_temporaries(self) -> None: ...
+
+    def write_config(self, config: str, overrides: list[str]) -> None: ...
+
+    def write_status(self, *_: Any, **__: Any) -> None: ...
+
+    def append_metrics(self, *_: Any, **__: Any) -> None: ...
+
+    def sync_metrics(self) -> None: ...
+
+    def trim_metrics(self, step: int) -> None: ...
+
+
 def json_number(value: float) -> float | None:
     """The value, or None (null in JSON) where it is not a finite number."""
     return value if math.isfinite(value) else None

@@ -47,6 +47,7 @@ def print_start(run: Run) -> None:
     config, choices, network = run.config, run.config["choices"], run.state.objective.network
     accumulate = config["gradient_accumulation_steps"]
     rows = f"{run.batch_size} rows" + (f" x {accumulate} batches" if accumulate > 1 else "")
+    many, learning_rate = run.world > 1, config["optimizer"]["lr"]
     frequencies = config["model"].get("time_frequencies")
     kept = f"newest {config['keep_saves']} epoch saves" if config["keep_saves"] else "every epoch save"
     shape = "x".join(map(str, run.dataset.state_shape))
@@ -57,14 +58,17 @@ def print_start(run: Run) -> None:
     print(f"{config['run_name']}: {choices['model']} learns {choices['dataloaders']} by {choices['loss']}")
     print_lines(
         [
-            ("device", f"{device_name(run.device)}, {config['precision']}" + (", compiled" if config["compile"] else "")),
+            ("device", (f"{run.world} x " if many else "") + f"{device_name(run.device)}, {config['precision']}"
+             + (", compiled" if config["compile"] else "")),
+            *([("global batch", f"{run.batch_size} rows, {run.batch_size // run.world} on each device; lr {learning_rate:g} "
+               "is that of the global batch, as typed")] if many else []),
             ("data", f"{choices['dataloaders']}, states {shape}, {run.dataset.epoch_size:,} draws an epoch"),
             ("model", f"{choices['model']}, {network.parameter_count():,} parameters"
              + (f", {network.num_classes} classes" if network.num_classes else "")
              + (f", time frequencies {frequencies}" if frequencies else "")),
             ("objective", choices["loss"]
              + (f", path {choices.get('loss/path')}, coupling {choices.get('loss/coupling')}" if flow else "")),
-            ("optimizer", f"{choices['optimizer']}, lr {config['optimizer']['lr']:g}, schedule {choices['schedule']}"),
+            ("optimizer", f"{choices['optimizer']}, lr {learning_rate:g}, schedule {choices['schedule']}"),
             ("steps", f"{run.total_steps:,} of {rows}, {run.steps_per_epoch:,} an epoch"
              + (f", from step {run.state.step:,}" if run.state.step else "")),
             ("evaluation", f"every {config['eval_every']} epoch(s): "

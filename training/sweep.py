@@ -10,7 +10,7 @@ from hydra.errors import CompactHydraException
 
 from training.config import parse_overrides
 from training.errors import UserError
-from training.launch import prepare, submit, sweep_job
+from training.launch import describe, prepare, submit, sweep_job
 
 
 class JobFailedError(CompactHydraException):
@@ -46,6 +46,15 @@ class Sweep:
         """The checked configuration of a job, or None when it has finished."""
         overrides = sweep_job(list(job), self.swept)
         return None if overrides is None else prepare(overrides)
+
+    def describe(self) -> str:
+        """What the sweep would do, job by job. UserError for a sweeper that chooses its jobs as it goes."""
+        if not self.prepared:
+            raise UserError("--dry-run lists a sweep's jobs, and this hydra/sweeper chooses them as it goes; leave it out")
+        return "\n".join(
+            f"{' '.join(job)}: has finished, would be skipped" if config is None else describe(config)
+            for job, config in self.prepared.items()
+        )
 
     def run(self, job: Sequence[str]) -> float | None:
         """Carry out a job unless it has finished; its failure is said at once and reported to Hydra."""

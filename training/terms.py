@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from training.errors import UserError
+from training.ranks import averaged
 
 LossOutput = Tensor | list[Tensor] | Mapping[str, Tensor]
 
@@ -47,6 +48,10 @@ class Window:
             value = value.detach().float()
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
         self.count += 1
+
+    def meet(self) -> None:
+        """Each sum becomes its mean over the ranks, all of which call this."""
+        self.sums = averaged(self.sums)
 
     def means(self) -> dict[str, float]:
         """Means over the window (one device synchronisation)."""

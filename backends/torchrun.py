@@ -1,0 +1,155 @@
+"""Several processes on this machine, one device each."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backends.base_backend import Backend
+from training.errors import UserError
+from training.launch import run_folder_of
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+LAUNCHER = Path(__file__).resolve().parents[1] / "launcher.py"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE = 24 * 3600  # seconds a signalled run has for its step, evaluation and save; a second signal ends it at once
+
+
+class TorchrunBackend(Backend):
+    """`devices` processes that train together, started and watched by torchrun's agent in this process.
+
+    Returns when the run has ended. When one process fails, all end: UserError with what it found wrong, or that it was
+    killed; SystemExit with its status where it has written a traceback. SystemExit 130 or 143 after SIGINT or SIGTERM, the
+    run being saved.
+    """
+
+    def submit(self, overrides: list[str], config: dict[str, Any]) -> float | None:
+        check_devices_here(config)
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        with tempfile.TemporaryDirectory(prefix="torchrun-") as place, environment(config, Path(place)), own_signals():
+            settings = LaunchConfig(
+                min_nodes=1, max_nodes=1, nproc_per_node=config["devices"], max_restarts=0, run_id=uuid.uuid4().hex,
+                rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
+                logs_specs=DefaultLogsSpecs(log_dir=place), signals_to_handle=",".join(number.name for number in SIGNALS),
+            )  # fmt: skip
+            try:
+                elastic_launch(settings, sys.executable)(str(LAUNCHER), *overrides)
+            except SignalException as error:
+                raise SystemExit(128 + error.sigval) from None
+            except ChildFailedError as error:
+                raise verdict(error, config, Path(place)) from None
+        return best_value(config)
+
+    def describe(self, overrides: list[str], config: dict[str, Any]) -> dict[str, str]:
+        check_devices_here(config)
+        return {
+            "where": f"this machine, {config['devices']} processes, device={config['device']}, one device each",
+            "batch": f"{config['batch_size']} rows, {config['batch_size'] // config['devices']} on each device",
+        }
+
+
+def check_devices_here(config: dict[str, Any]) -> None:
+    """UserError when this machine has not so many devices."""
+    import torch
+
+    from training.device import pick_device
+
+    kind, devices = pick_device(config["device"]).type, config["devices"]
+    if kind == "mps" and devices > 1:
+        raise UserError(
+            f"devices={devices} needs CUDA devices or the CPU, and this machine has one MPS device; add device=cpu"
+        )
+    if kind == "cuda" and devices > torch.cuda.device_count():
+        raise UserError(
+            f"devices={devices}, and this machine has {torch.cuda.device_count()} CUDA device(s); use so many, or device=cpu"
+        )
+
+
+@contextmanager
+def environment(config: dict[str, Any], place: Path) -> Iterator[None]:
+    """The variables that the processes find: the checked configuration, where to leave word, their share of the cores."""
+    from training.ranks import PREPARED, SENTENCE
+
+    threads = max(1, (os.cpu_count() or 1) // config["devices"])
+    set_here = {
+        PREPARED: json.dumps(config),
+        SENTENCE: str(place / "sentence"),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE),
+    }
+    set_here |= {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
+    before = {name: os.environ.get(name) for name in set_here}
+    os.environ.update(set_here)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ.update({} if value is None else {name: value})
+
+
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """The agent takes over the signals and logs what it does; afterwards they are as they were, and it logs nothing."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        for number, handler in before.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+
+
+def verdict(error: "ChildFailedError", config: dict[str, Any], place: Path) -> BaseException:
+    """What ends this process: the sentence of the one that failed first, or about it if it had no time for one, or its
+    status."""
+    if (place / "sentence").is_file():
+        return UserError((place / "sentence").read_text())
+    from training.ranks import LOST
+
+    followers = (LOST, -signal.SIGTERM)
+    ranked = sorted(error.failures.items(), key=lambda item: (item[1].exitcode in followers, item[1].timestamp))
+    number, failure = ranked[0]
+    if failure.exitcode > 0 and failure.exitcode != LOST:
+        return SystemExit(failure.exitcode)
+    how = "lost contact with the others"
+    if failure.exitcode < 0:
+        how = f"was killed by {signal.Signals(-failure.exitcode).name}"
+        how += ", as the system does when memory runs out" if failure.exitcode == -signal.SIGKILL else ""
+    why = f"rank {number} of {config['devices']} {how}"
+    mark_failed(config, why)
+    return UserError(f"{why}; go on with resume=true")
+
+
+def mark_failed(config: dict[str, Any], why: str) -> None:
+    """Put right the status of a run whose rank 0 could not. UserError when another process trains it."""
+    from training.ranks import DIED
+
+    folder = run_folder_of(config)
+    status = folder.read_status()
+    if not config["eval_checkpoint"] and (status.get("state") == "running" or status.get("why") == DIED):
+        folder.lock()
+        folder.write_status("failed", status["step"], status["epoch"], status["seconds"], why=why)
+        folder.release()
+
+
+def best_value(config: dict[str, Any]) -> float | None:
+    """The lowest monitored value that the run has logged."""
+    if config["eval_checkpoint"]:
+        return None
+    rows = run_folder_of(config).read_metrics()
+    found = [row[config["monitor"]] for row in rows if row.get(config["monitor"]) is not None]
+    return min(found, default=None)
