@@ -15,8 +15,9 @@ from typing import Any
 # Threads that wait sleep soon instead of spinning: no slower on an idle machine, twice as fast on a shared one.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-FLAGS = {"--device": "device", "--devices": "devices", "--backend": "backend"}
-EXAMPLES = {"--device": "cpu", "--devices": "2", "--backend": "local"}
+FLAGS = {"--device": "device", "--devices": "devices", "--backend": "backend", "--gpu": "backend.gpu"}
+EXAMPLES = {"--device": "cpu", "--devices": "2", "--backend": "local", "--gpu": "H100"}
+SWITCHES = {"--detach": "backend.detach=true", "--no-detach": "backend.detach=false"}
 HYDRA_FLAGS = (
     "-m", "--multirun", "-c", "--cfg", "-r", "--resolve", "-p", "--package", "-i", "--info", "-sc",
     "--shell-completion", "--hydra-help", "--version",
@@ -31,7 +32,9 @@ HELP = """DenoisingZoo: flow-matching experiments from one command, scored again
 flags (anywhere on the line)
   --device auto|cpu|cuda|mps   short for device=
   --devices N                  N processes, each with its share of every batch: GPUs of this machine, or CPU cores
-  --backend local              where it runs, short for backend=
+  --backend local|modal        where it runs, short for backend=
+  --gpu H100                   the GPU to rent, H100:4 for four, short for backend.gpu=
+  --no-detach                  wait for a rented GPU and show what it prints, short for backend.detach=false
   -m                           one run for every combination of a=1,2 b=x,y; run again, it skips what has finished
   --dry-run                    print what would run, and where; nothing is started or written
   --dashboard                  open the tracker's pages for the project of these runs, until Ctrl-C
@@ -63,7 +66,7 @@ def help_text() -> str:
 
 
 def with_flags_as_overrides(arguments: list[str]) -> list[str]:
-    """`--device X` as device=X, and so each of FLAGS, in their places, so that the later one wins."""
+    """`--device X` as device=X, and so each of FLAGS and SWITCHES, in their places, so that the later one wins."""
     from training.errors import UserError
 
     words, rest = [], iter(arguments)
@@ -73,8 +76,8 @@ def with_flags_as_overrides(arguments: list[str]) -> list[str]:
             value = value or next(rest, "")
             if not value or value.startswith("-"):
                 raise UserError(f"{flag} needs a value, such as {flag} {EXAMPLES[flag]}")
-            word = f"{FLAGS[flag]}={value}"
-        words.append(word)
+            word = f"{FLAGS[flag]}={value}" if flag != "--gpu" else f"backend.gpu='{value}'"  # H100! wants quotes
+        words.append(SWITCHES.get(word, word))
     return words
 
 

@@ -7,6 +7,8 @@ from typing import Any
 class Backend(ABC):
     """Carries out runs somewhere. A new place is one subclass and one YAML in configs/backend."""
 
+    elsewhere = False  # True: on a machine with other files and memory, where what hangs on them is checked
+
     @abstractmethod
     def submit(self, overrides: list[str], config: dict[str, Any]) -> float | None:
         """Carry out the run that `overrides` (as typed) name; `config` is what they compose to, resolved and checked.

@@ -202,6 +202,9 @@ def lay_over(cfg: DictConfig, override: Override) -> None:
         group = key.split(".")[0]
         if group in groups() and group not in cfg:
             raise UserError(f"{key} is a setting of a chosen {group}; add {group}={groups()[group][0]} or another choice")
+        owners = [choice for choice in groups().get(group, []) if has_setting(group, choice, key)]
+        if owners:
+            raise UserError(f"{key} is a setting of {group}={' or '.join(owners)}, which is not chosen here; add it")
         known += [group for group in groups() if "/" in group]
         raise UserError(f"there is no setting {key}{nearest(key, known)}; `python launcher.py --cfg job` lists them all")
     if override.is_delete():
@@ -211,6 +214,12 @@ def lay_over(cfg: DictConfig, override: Override) -> None:
     if key in known:
         value = checked_type(key, value, default_of(cfg, key), raw_text(override))
     OmegaConf.update(cfg, key, value, merge=isinstance(value, dict), force_add=True)
+
+
+def has_setting(group: str, choice: str, key: str) -> bool:
+    """Whether the file of a choice has the dotted key of its group, such as backend.gpu."""
+    node = OmegaConf.load(CONFIG_DIR / group / f"{choice}.yaml")
+    return isinstance(node, DictConfig) and key.removeprefix(f"{group}.") in flat_keys(node)
 
 
 def delete(cfg: DictConfig, key: str) -> None:

@@ -37,7 +37,9 @@ def describe(config: dict[str, Any]) -> str:
     name, choices, folder = config["run_name"], config["choices"], run_folder_of(config)
     what = f"{choices['model']} learns {choices['dataloaders']} by {choices['loss']}"
     lines = {"backend": str(choices["backend"]), **backend.describe(config["overrides"], config)}
-    if config["eval_checkpoint"]:
+    if config["resume"] and backend.elsewhere:
+        what = "goes on as it was begun there"
+    elif config["eval_checkpoint"]:
         what = f"scores {config['eval_checkpoint']}"
     else:
         lines |= {
@@ -55,7 +57,8 @@ def run_folder_of(config: dict[str, Any]) -> RunFolder:
 def prepare(overrides: list[str]) -> dict[str, Any]:
     """The resolved configuration of a run, with `command`, `overrides` and `changed` (key -> (old, new)) beside its keys.
 
-    UserError for anything that is wrong with it. Nothing is written.
+    UserError for anything that is wrong with it. Nothing is written. For a backend elsewhere what hangs on a machine's
+    files, such as a run to resume, is left to that machine.
     """
     config = resolved(compose_config(overrides))
     check_values(config)
@@ -65,6 +68,9 @@ def prepare(overrides: list[str]) -> dict[str, Any]:
         "overrides": overrides,
         "changed": {},
     }
+    backend: Backend = build(config["backend"])
+    if backend.elsewhere:
+        return config
     if config["resume"]:
         config = resumed(config, parse_overrides(overrides))
         check_values(config)

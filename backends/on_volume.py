@@ -1,0 +1,100 @@
+"""What a rented machine does with a run: the launcher, in a folder that outlives the machine.
+
+The folder (a Modal Volume there, any folder here) is the working folder of the run, so its paths are those of a local run.
+A call that is carried out again, because its machine was taken away or its process killed, goes on with its run.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from training.config import compose_config, parse_overrides
+from training.files import write_atomically
+from training.run_folder import RunFolder
+
+LAUNCHER = Path(__file__).resolve().parents[1] / "launcher.py"
+GRACE_SECONDS = 25.0  # for a save: an interrupted container has about 30
+LOST_RANK = re.compile(r"rank \d+ of \d+ (was killed|lost contact)")  # as backends/torchrun.py says it
+DROPPED_WHEN_RESUMED = ("overwrite", "init_from", "resume")
+
+
+def carry_out_on(
+    volume: Path, overrides: list[str], commit: Callable[[], None], call: str, commit_seconds: float = 300.0
+) -> dict[str, Any]:
+    """Carry out the run that `overrides` name, in the folder `volume`.
+
+    call: names this call, the same when it is carried out again: it then goes on with the run it began, or returns at once
+    where that has finished. commit: makes what is in the folder last; called every commit_seconds and at the end, however
+    that comes. Returns the launcher's exit status, what the run says of its end (why), and its best monitored value (best).
+    ChildProcessError when the run was killed or interrupted, for the service to carry the call out again.
+    """
+    volume, config = volume.absolute(), compose_config(overrides)
+    folder = RunFolder(volume / config["output_dir"] / "runs" / config["run_name"])
+    note, words = volume / "calls" / f"{call}.json", overrides
+    if note.is_file():
+        if began(folder, json.loads(note.read_text(encoding="utf-8"))["found"]):
+            if folder.read_status().get("state") == "finished":
+                return outcome(folder, 0)
+            words = going_on(overrides)
+    else:
+        write_atomically(note, json.dumps({"overrides": overrides, "found": identity(folder)}) + "\n")
+        commit()
+    environment = {"TRACKIO_DIR": str(volume / "trackio" / folder.name), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([sys.executable, str(LAUNCHER), *words], cwd=volume, env=os.environ | environment)
+    status = wait_for(process, commit, commit_seconds)
+    if status and LOST_RANK.match(why := str(folder.read_status().get("why", ""))):
+        raise ChildProcessError(f"{why}; carried out again, the run goes on from its newest save")
+    if status < 0 or status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        number = signal.Signals(-status if status < 0 else status - 128)
+        raise ChildProcessError(f"the run was ended by {number.name}; carried out again, it goes on from its newest save")
+    return outcome(folder, status)
+
+
+def identity(folder: RunFolder) -> str | None:
+    """What tells a run from another of its name: when it was started; None where there is no run."""
+    return folder.read_status().get("started", "") if folder.config_path.is_file() else None
+
+
+def began(folder: RunFolder, found: str | None) -> bool:
+    """Whether the run in the folder is another than the one the call found there when it was first carried out."""
+    return identity(folder) not in (None, found)
+
+
+def going_on(overrides: list[str]) -> list[str]:
+    """The same run, from where it stands. What began it is in its configuration and would contradict resume=true."""
+    keys = [override.key_or_group for override in parse_overrides(overrides)]
+    return [*(word for word, key in zip(overrides, keys, strict=True) if key not in DROPPED_WHEN_RESUMED), "resume=true"]
+
+
+def wait_for(process: subprocess.Popen[bytes], commit: Callable[[], None], commit_seconds: float) -> int:
+    """The exit status of the process; commits meanwhile and afterwards. Whoever interrupts the wait lets it save."""
+    try:
+        while True:
+            try:
+                return process.wait(commit_seconds)
+            except subprocess.TimeoutExpired:
+                commit()
+    except BaseException:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
+    finally:
+        commit()
+
+
+def outcome(folder: RunFolder, status: int) -> dict[str, Any]:
+    """Plain values, which travel home."""
+    monitor = str(OmegaConf.select(OmegaConf.load(folder.config_path), "monitor")) if folder.config_path.is_file() else ""
+    values = [row[monitor] for row in folder.read_metrics() if row.get(monitor) is not None]
+    return {"status": status, "why": folder.read_status().get("why", ""), "best": min(values, default=None)}
