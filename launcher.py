@@ -8,6 +8,7 @@ python launcher.py -m run_name=sweep seed=0,1,2                     # one run fo
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,17 @@ def dashboard(words: list[str]) -> None:
     trackio.show(project=settings["project"], open_browser=has_browser, block_thread=True)
 
 
+class Interrupt:
+    """Handles SIGINT as Python does, and remembers it: libraries turn KeyboardInterrupt into errors of their own."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        self.came = True
+        raise KeyboardInterrupt
+
+
 def main(arguments: list[str]) -> int:
     """The exit status: 0, 1 for a mistake of the user's (one sentence on stderr), 130 and 143 for SIGINT and SIGTERM."""
     from training.errors import UserError
@@ -165,6 +177,10 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(help_text())
         return 0
+    interrupt = Interrupt()
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # not where it is ignored, as in the background of a shell
+        signal.signal(signal.SIGINT, interrupt)
     try:
         if "--dashboard" in arguments:
             dashboard([word for word in arguments if word != "--dashboard"])
@@ -179,12 +195,16 @@ def main(arguments: list[str]) -> int:
             through_hydra(words)
         else:
             launch(words)
-    except UserError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupt.came:  # whatever became of it on its way here
+            print("launcher.py: stopped before anything was begun", file=sys.stderr)
+            return 130
+        if not isinstance(error, UserError):
+            raise
         print(f"launcher.py: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("launcher.py: stopped before anything was begun", file=sys.stderr)
-        return 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     return 0
 
 

@@ -70,10 +70,10 @@ def begin(run: Run) -> float | None:
     if config["resume"] and run.state.step >= run.total_steps:
         tell_finished(run)
         return run.state.best
-    if run.rank == 0 and not config["resume"]:
-        take_name(run)
     wait_for_device(run.device, config["wait"])
-    with explained_disk_errors(run):
+    with stop_signals(run), explained_disk_errors(run):
+        if run.rank == 0 and not config["resume"]:
+            take_name(run)
         return conduct(run)
 
 
@@ -113,29 +113,29 @@ def conduct(run: Run) -> float:
     config = run.config
     remove_temporaries(run)
     run.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(config)), config["overrides"])
-    resumed_at = run.state.step if config["resume"] else None
+    begun_at = run.state.step
+    resumed_at = begun_at if config["resume"] else None
     if resumed_at is not None:
         run.folder.trim_metrics(resumed_at)
     run.write_status("running")
     print_start(run)
     run.tracker.start(config["run_name"], public(config), run.folder.path, resumed_at, overwrite=config["overwrite"])
-    with stop_signals(run):
-        try:
-            with explained_disk_errors(run), explained_losses():
-                fit(run)
-                check_saved(run)
-        except BaseException as error:
-            with suppress(OSError):  # the disk may be what failed
-                run.settle()
-            with suppress(OSError):
-                run.write_status("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
-            raise
-        finally:
-            for callback in run.callbacks:
-                callback.close()
-            run.tracker.finish()
-        run.export_weights(run.state.ema_objective.network.state_dict())
-        run.write_status("interrupted" if run.interrupted else "finished", run.stop.why if run.stop else "")
+    try:
+        with explained_disk_errors(run), explained_losses():
+            fit(run)
+            check_saved(run, begun_at)
+    except BaseException as error:
+        with suppress(OSError):  # the disk may be what failed
+            run.settle()
+        with suppress(OSError):
+            run.write_status("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
+        raise
+    finally:
+        for callback in run.callbacks:
+            callback.close()
+        run.tracker.finish()
+    run.export_weights(run.state.ema_objective.network.state_dict())
+    run.write_status("interrupted" if run.interrupted else "finished", run.stop.why if run.stop else "")
     picture = run.folder.sample_picture(run.state.step)
     print_end(run, picture if picture.exists() else None)
     stop = run.stop or run.asked  # asked for after the last step
@@ -144,10 +144,10 @@ def conduct(run: Run) -> float:
     return run.state.best
 
 
-def check_saved(run: Run) -> None:
-    """UserError when on_save_error=continue has trained to an end that no save holds."""
+def check_saved(run: Run, begun_at: int) -> None:
+    """UserError when on_save_error=continue has trained from step `begun_at` to an end that no save holds."""
     run.settle()
-    if run.checkpoints.saved_step != run.state.step:
+    if run.state.step != begun_at and run.checkpoints.saved_step != run.state.step:
         raise UserError(
             f"{run.refusal}; step {run.state.step} is in no save, {run.last_save()}; make room, then go on with resume=true"
         )

@@ -23,6 +23,7 @@ from training.checkpoint import FORMAT, KEYS, CheckpointFolder, load_checkpoint
 from training.errors import UserError
 from training.files import share, write_atomically
 from training.run_folder import RunFolder
+from training.trackers import NullTracker
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -370,3 +371,24 @@ def test_two_sweeps_at_once_in_one_project_keep_apart(tmp_path):
         assert steps == tracked == list(range(1, 13))
         assert load_checkpoint(tmp_path / f"ckpts/mlp/{name}_last.pt")["run_name"] == name
     assert load_checkpoint(tmp_path / "ckpts/mlp/last.pt")["step"] == 12 and temporaries(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_tracker_starts_ends_the_run_in_order(small_run, tmp_path, number, monkeypatch):
+    """Its name is taken already, so its status must tell; overwrite=true has moved the old run aside."""
+    small_run("x", "max_steps=2")
+    start = NullTracker.start
+
+    def interrupted(self, *arguments, **keys):
+        os.kill(os.getpid(), number)
+        return start(self, *arguments, **keys)
+
+    monkeypatch.setattr(NullTracker, "start", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        small_run("x", "overwrite=true")
+    assert ended.value.code == 128 + number
+    status = RunFolder(tmp_path / "outputs/runs/x").read_status()
+    assert status["state"] == "interrupted" and status["step"] == 0
+    monkeypatch.setattr(NullTracker, "start", start)
+    small_run("x", "resume=true")
+    assert RunFolder(tmp_path / "outputs/runs/x").read_status()["state"] == "finished"

@@ -1,5 +1,8 @@
 """What a model, a teacher or a guidance is asked for and cannot give is one sentence; what it can give follows the data."""
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +60,46 @@ def test_weights_are_not_read_as_what_they_are_not(small_run) -> None:
     "words, sentence",
     [(["loss/weighting=adaptive", "loss.weighting.c=-5"], "loss.weighting.c takes a number above 0"),
      (["loss/weighting=adaptive", "loss.weighting.p=-3"], "loss.weighting.p takes a number from 0 to 2"),
-     (["loss=reflow", "loss.coupling.teacher=nowhere.pt"], "loss.coupling.teacher=nowhere.pt is not a file")],
+     (["loss=reflow", "loss.coupling.teacher=nowhere.pt"], "loss.coupling.teacher=nowhere.pt is not a file"),
+     (["solver=flow_map"], "loss=mse teaches only the velocity at an instant"),
+     (["~seed"], "seed cannot be left out"),
+     (["model.width=999999999999999999999"], "model.width takes a whole number below 2^63"),
+     (["optimizer.betas=[2,3]"], "optimizer.betas takes two numbers of at least 0 and below 1"),
+     (["optimizer.betas=[0.9]"], "optimizer.betas takes two numbers"),
+     (["log.expect=much", "log.file=/proc/log.md"], "log.file=/proc cannot be written"),
+     (["trackio.project="], "trackio.project takes a name"),
+     (["async_save=true"], "async_save takes auto, always or never"),
+     (["output_dir=/proc/x"], "/proc is not a folder this user may write to")],
 )  # fmt: skip
 def test_it_is_said_before_anything_is_written(
     words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert launcher.main([*words, "run_name=x", f"output_dir={tmp_path}"]) == 1
+    assert launcher.main(["run_name=x", f"output_dir={tmp_path}", *words]) == 1
     assert sentence in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_is_one_whatever_error_becomes_of_it(monkeypatch, capsys) -> None:
+    """omegaconf, among others, catches KeyboardInterrupt where it looks for errors of its own."""
+
+    def busy(_: list[str]) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt as error:
+            raise ValueError("something about flags") from error
+
+    monkeypatch.setattr(launcher, "launch", busy)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert launcher.main(["run_name=x"]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "launcher.py: stopped before anything was begun\n"
+
+
+def test_whether_the_class_is_told_cannot_change(small_run) -> None:
+    small_run("x", "epochs=1", "max_steps=2")
+    with pytest.raises(UserError, match="leave conditional out"):
+        small_run("x", "resume=force", "conditional=true", "max_steps=4")
+    small_run("x", "resume=force", "schedule=plateau", "max_steps=4")

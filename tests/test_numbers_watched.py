@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,11 +36,10 @@ def config_of(tmp_path: Path, *words: str) -> dict:
 
 
 def test_a_step_that_is_not_finite_ends_the_run(small_run, tmp_path, monkeypatch):
+    """By its number, though a window of several steps is looked at together."""
     monkeypatch.setattr("training.callbacks.DeviceTelemetry", PoisonedBatch)
-    with pytest.raises(
-        UserError, match=r"train/loss became NaN or infinite within the steps up to 6; nothing was saved yet"
-    ):
-        small_run("x")
+    with pytest.raises(UserError, match=r"train/loss became NaN or infinite at step 6; nothing was saved yet"):
+        small_run("x", "log_every=8")
 
 
 def test_a_skipped_step_is_counted_and_leaves_everything_as_it_was(tmp_path):
@@ -109,7 +109,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_though_its_loss_is(small_run
                 parameter.register_hook(lambda gradient: gradient * torch.nan)
 
     monkeypatch.setattr("training.callbacks.DeviceTelemetry", Hooked)
-    with pytest.raises(UserError, match="train/grad_norm became NaN or infinite within the steps up to 8"):
+    with pytest.raises(UserError, match="train/grad_norm became NaN or infinite at step 8"):
         small_run("x")
 
 
@@ -154,3 +154,16 @@ def test_another_batch_than_the_recipes_is_said_in_one_line(small_run, tmp_path,
     assert "note: a step sees" not in capsys.readouterr().out
     recipe = ["run_name=x", f"output_dir={tmp_path}", "experiment=eight_gaussians_to_moons"]
     assert recipe_batch(prepare(recipe)) == 256 and recipe_batch(prepare([*recipe, "batch_size=7"])) == 256
+
+
+def test_a_skipped_step_leaves_the_statistics_of_batch_norms_as_they_were(small_run, tmp_path):
+    """Records that overflow in the first convolution: its steps are skipped, the variance it made is not kept."""
+    images = np.random.RandomState(0).randn(300, 1, 8, 8).astype("float32")
+    images[::60] = 3e38
+    np.savez(tmp_path / "x.npz", x=images, y=np.arange(300) % 2)
+    words = [f"dataloaders.path={tmp_path / 'x.npz'}", "loss=cross_entropy", "model=resnet18", "model.width=4"]
+    folder = small_run(
+        "x", "dataloaders=array", *words, "dataloaders.epoch_size=270", "max_steps=6", "on_nan=skip", "evaluation=classifier"
+    )
+    saved = load_checkpoint(folder / "ckpts/resnet18/x_last.pt")
+    assert all(value.isfinite().all() for part in ("network", "ema") for value in saved[part].values())

@@ -1,5 +1,6 @@
 """The run's folder: every file survives a crash, and a resumed run's metrics show each step once."""
 
+import fcntl
 import json
 import os
 import signal
@@ -7,9 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
+from training.errors import UserError
 from training.files import write_atomically
 from training.run_folder import RunFolder
 
@@ -139,3 +142,25 @@ def test_killed_writer_leaves_whole_files(folder: RunFolder) -> None:
 def test_import_is_light() -> None:
     script = "import sys, training.run_folder, training.experiment_log; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def test_a_folder_moved_aside_between_opening_and_locking_is_not_taken_for_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by another process with overwrite=true, that then begins the run anew: this one must see that it is held."""
+    other, mine, first = RunFolder(tmp_path / "x"), RunFolder(tmp_path / "x"), []
+    real = fcntl.flock
+
+    def flock(file: TextIO, operation: int) -> None:
+        if not first:
+            first.append(1)
+            (tmp_path / "x").rename(tmp_path / "x.old")
+            other.lock()
+        real(file, operation)
+
+    monkeypatch.setattr("training.run_folder.fcntl.flock", flock)
+    with pytest.raises(UserError, match="is being trained by another process"):
+        mine.lock()
+    other.release()
+    mine.lock()
+    mine.release()

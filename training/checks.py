@@ -4,7 +4,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,10 @@ def one_of(*words: Any) -> Callable[[Any], bool]:
     return lambda value: any(value is word or (value == word and type(value) is type(word)) for word in words)
 
 
+def two_shares(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, int | float) and 0 <= v < 1 for v in value)
+
+
 def times_in_order(value: Any) -> bool:
     return (
         isinstance(value, list)
@@ -49,6 +53,8 @@ RULES: list[Rule] = [
     ("gradient_accumulation_steps", whole(1), "a whole number of at least 1"),
     ("limit_data", optional(whole(1)), "a whole number of at least 1, or null"),
     ("num_workers", whole(0), "a whole number of at least 0"),
+    ("optimizer.betas", two_shares, "two numbers of at least 0 and below 1"),
+    ("trackio.project", lambda v: isinstance(v, str) and v != "", "a name"),
     ("seed", lambda v: whole(0)(v) and v < 2**63, "a whole number from 0 to 2^63 - 1"),
     ("device", one_of("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda or mps"),
     ("precision", one_of("fp32", "bf16", "fp16"), "fp32, bf16 or fp16"),
@@ -113,7 +119,19 @@ def check_values(config: dict[str, Any]) -> None:
     for key, holds, words in RULES:
         if has(config, key) and not holds(lookup(config, key)):
             raise UserError(f"{key} takes {words}, not {lookup(config, key)!r}")
+    for key, value in leaves(config):
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise UserError(f"{key} takes a whole number below 2^63, not {value}")
     check_devices(config)
+
+
+def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """What a nested dict holds, by dotted keys."""
+    if not isinstance(node, dict):
+        yield key, node
+        return
+    for name, inner in node.items():
+        yield from leaves(inner, f"{key}.{name}".strip("."))
 
 
 def check_devices(config: dict[str, Any]) -> None:
@@ -205,10 +223,16 @@ def check_files(config: dict[str, Any]) -> None:
     guide = lookup(config, "guidance.checkpoint") if has(config, "guidance.checkpoint") else None
     if guide is not None and not Path(guide).is_file():
         raise UserError(f"guidance.checkpoint={guide} is not a file; give the path of a weaker model's checkpoint")
-    folder = Path(config["output_dir"])
+    check_writable("output_dir", Path(config["output_dir"]))
+    if config["log"]["expect"]:
+        check_writable("log.file", Path(config["log"]["file"]).absolute().parent)
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """UserError unless `folder` is there, or can be made, and can be written to."""
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not existing.is_dir() or not takes_folders(existing):
-        raise UserError(f"output_dir={folder} cannot be written: {existing} is not a folder this user may write to")
+        raise UserError(f"{key}={folder} cannot be written: {existing} is not a folder this user may write to")
 
 
 def takes_folders(folder: Path) -> bool:

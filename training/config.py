@@ -208,6 +208,8 @@ def lay_over(cfg: DictConfig, override: Override) -> None:
         known += [group for group in groups() if "/" in group]
         raise UserError(f"there is no setting {key}{nearest(key, known)}; `python launcher.py --cfg job` lists them all")
     if override.is_delete():
+        if "." not in key and key not in groups():
+            raise UserError(f"{key} cannot be left out, every run has one; set it, as in {key}={cfg._get_node(key)}")
         delete(cfg, key)
         return
     value = override.value()

@@ -127,6 +127,8 @@ def laid_over(stored: dict[str, Any], config: dict[str, Any], typed: list[Overri
                 raise UserError(f"{key}={config['choices'].get(key)} can only be given when a run starts; leave it out here")
             merged["choices"][key] = config["choices"].get(key)
             key = "trackio" if key == "tracker" else key.replace("/", ".")
+        if key == "conditional" and stored.get(key) != config[key]:
+            raise UserError("whether a network is told the class is decided when a run starts; leave conditional out here")
         if override.is_delete():
             if has(stored, key):
                 delete(merged, key)

@@ -72,11 +72,13 @@ def train_step(run: Run, group: list[Any]) -> dict[str, Tensor]:
     """One optimizer step over a group of batches. Returns its losses and gradient norm as scalars on the device; on a step
     whose line is written, also update_ratio, |change of the weights| / |weights|.
 
-    With on_nan=skip, a loss or gradient that is not finite costs the step: weights, average and optimizer stay as they
-    are, and nothing is returned.
+    With on_nan=skip, a loss or gradient that is not finite costs the step: weights, buffers, average and optimizer stay as
+    they are, and nothing is returned.
     """
-    state = run.state
+    state, skips = run.state, run.config["on_nan"] == "skip"
     state.objective.train()
+    buffers = list(state.objective.network.buffers())
+    kept = [buffer.clone() for buffer in buffers] if skips else []
     for settings in state.optimizer.param_groups:
         settings["lr"] = settings["initial_lr"] * state.schedule.factor(state.step, run.total_steps)
 
@@ -96,7 +98,9 @@ def train_step(run: Run, group: list[Any]) -> dict[str, Tensor]:
     parameters = [p for p in state.objective.network.parameters() if p.requires_grad]
     totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, run.config["grad_clip"] or math.inf)
     state.step += 1
-    if run.config["on_nan"] == "skip" and agreed(broken(totals)):
+    if skips and agreed(broken(totals)):
+        for buffer, old in zip(buffers, kept, strict=True):
+            buffer.copy_(old)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
         state.skipped += 1
@@ -123,6 +127,11 @@ def broken(values: dict[str, Tensor]) -> bool | None:
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of all the numbers in `tensors`."""
     return torch.stack(torch._foreach_norm(list(tensors))).norm()
+
+
+def all_finite(network: torch.nn.Module) -> bool:
+    """Whether the weights, and the buffers, such as a batch norm's running variance, are all finite."""
+    return bool(total_norm([*network.parameters(), *(b for b in network.buffers() if b.is_floating_point())]).isfinite())
 
 
 def after_step(run: Run, values: dict[str, Tensor]) -> None:
@@ -166,10 +175,12 @@ def check_finite(run: Run, weights: bool = False) -> None:
         term = f"loss (in each of the last {state.skipped_in_a_row} steps, all skipped)"
     if weights and term is None:
         parts = (("weights", state.objective.network), ("EMA weights", state.ema_objective.network))
-        term = next((name for name, network in parts if not total_norm(list(network.parameters())).isfinite()), None)
+        term = next((name for name, network in parts if not all_finite(network)), None)
     if term is not None:
+        first = state.window.broken_step(state.step)
+        when = f"at step {first}" if first else f"within the steps up to {state.step}"
         raise UserError(
-            f"train/{term} became NaN or infinite within the steps up to {state.step}; {run.last_save()}; "
+            f"train/{term} became NaN or infinite {when}; {run.last_save()}; "
             "try a lower optimizer.lr, a smaller grad_clip or precision=fp32"
         )
 

@@ -69,15 +69,25 @@ class RunFolder:
         UserError when the system refuses it, or another process holds it: a live run is neither doubled nor overwritten.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock_file = (self.path / ".lock").open("w")
-            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while True:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.lock_file = (self.path / ".lock").open("w")
+                fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self.holds_its_path():
+                    return
+                self.release()  # the folder was moved aside between the two lines above
         except BlockingIOError as error:
             raise UserError(
                 f"run {self.name} is being trained by another process right now; wait for it, or choose another run_name"
             ) from error
         except OSError as error:
             raise UserError(f"cannot make {self.path}: {error.strerror}; choose another output_dir") from error
+
+    def holds_its_path(self) -> bool:
+        """Whether the open lock is still the file at its path."""
+        assert self.lock_file is not None
+        path = self.path / ".lock"
+        return path.exists() and os.path.samestat(os.fstat(self.lock_file.fileno()), path.stat())
 
     def remove_temporaries(self) -> None:
         """Remove what killed processes of this run left half-written. The folder is locked."""

@@ -41,6 +41,7 @@ class Window:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.count = 0
+        self.whole: int | Tensor = 0  # steps until a sum was no longer finite
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Add one step's scalars."""
@@ -48,6 +49,7 @@ class Window:
             value = value.detach().float()
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
         self.count += 1
+        self.whole = self.whole + torch.stack(list(self.sums.values())).isfinite().all()
 
     def meet(self) -> None:
         """Each sum becomes its mean over the ranks, all of which call this."""
@@ -66,12 +68,16 @@ class Window:
             (n for n, m in self.means().items() if not math.isfinite(m) and not (overflows and n == "grad_norm")), None
         )
 
+    def broken_step(self, step: int) -> int | None:
+        """The first step, of this window that ends with `step`, whose values were not all finite; None if all were."""
+        return step - self.count + int(self.whole) + 1 if int(self.whole) < self.count else None
+
     def clear(self) -> None:
-        self.sums, self.count = {}, 0
+        self.sums, self.count, self.whole = {}, 0, 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": dict(self.sums), "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self.count = state["count"]
+        self.count = self.whole = state["count"]  # nothing broken is saved
