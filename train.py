@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from omegaconf import OmegaConf
 
@@ -23,7 +23,7 @@ from training.errors import UserError
 from training.files import DISK_ERRORS, disk_sentence
 from training.launch import run_folder_of
 from training.loop import fit
-from training.ranks import configuration, explained_losses, joined, rank
+from training.ranks import configuration, explained_losses, rank, together
 from training.run import Run, Stop
 from training.run_folder import RunFolder, SilentRunFolder
 from training.summary import print_end, print_start
@@ -52,10 +52,9 @@ def carry_out(config: dict[str, Any]) -> float | None:
             folder.release()
 
 
-def take_part(overrides: list[str]) -> float | None:
-    """Carry out a run together with the other processes that torchrun has started; as carry_out."""
-    with joined():
-        return carry_out(configuration(overrides))
+def take_part(overrides: list[str]) -> NoReturn:
+    """Carry out a run together with the other processes that torchrun has started, and end this one."""
+    together(lambda: carry_out(configuration(overrides)))
 
 
 def own_folder(config: dict[str, Any]) -> RunFolder:

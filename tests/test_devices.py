@@ -27,7 +27,7 @@ from training.checkpoint import load_checkpoint
 from training.errors import UserError
 from training.launch import prepare
 from training.loop import epoch_groups, train_step
-from training.ranks import agreed, joined, rank, world
+from training.ranks import agreed, rank, together, world
 from training.run import Run, Stop
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -310,7 +310,7 @@ def test_a_run_of_two_is_stopped_killed_and_goes_on_with_one_and_with_two(tmp_pa
 
     process = launched(tmp_path, "resume=true", "output_dir=.", "--devices", "2", f"max_steps={saved['step'] + 40}")
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and err == "" and "goes on with 2 devices instead of 1" in out
+    assert process.returncode == 0 and err == "" and "goes on with 2 devices instead of 1" in out, err
     assert status(tmp_path)["state"] == "finished" and status(tmp_path)["step"] == saved["step"] + 40
     both = load_checkpoint(tmp_path / "ckpts/mlp/x_last.pt")
     for key in ("network", "ema", "window"):
@@ -323,8 +323,4 @@ def test_a_run_of_two_is_stopped_killed_and_goes_on_with_one_and_with_two(tmp_pa
 
 
 if __name__ == "__main__":
-    try:
-        with joined():
-            part(Path.cwd())
-    except UserError as error:
-        sys.exit(str(error))
+    together(lambda: part(Path.cwd()))

@@ -9,11 +9,12 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -49,46 +50,61 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-@contextmanager
-def joined() -> Iterator[None]:
-    """Among the other processes for as long as the block lasts. What goes wrong is said by the first to fail alone.
+def together(work: Callable[[], Any]) -> NoReturn:
+    """Do this process's part of the work among the others that torchrun has started, and end.
 
-    It raises what went wrong, or leaves the sentence of a UserError to the launcher, if that has started it, and ends with
-    status 1; those that fail after it end with status 1, those that lose contact with status LOST.
+    What goes wrong is said by the first process to fail alone, a UserError's sentence through the launcher if that has
+    started it. Status 0, that of a SystemExit, 130 after an early SIGINT, LOST where another has died, else 1.
     """
     global meeting
     meeting, number, count = next(dist.rendezvous("env://", timeout=START))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=meeting, rank=number, world_size=count, timeout=PATIENCE)
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere if number else sys.stdout):
-        try:
-            with explained_losses():
-                yield
+    try:
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere if number else sys.stdout), explained_losses():
+            status = status_of(work)
             wait_for_all()  # torchrun would end those that still save
-        except LostRankError:
-            raise SystemExit(LOST) from None
-        except KeyboardInterrupt:
-            if number:
-                raise SystemExit(128 + signal.SIGINT) from None
-            raise
-        except Exception as error:
-            if not first_to_fail(str(error) or type(error).__name__):
-                raise SystemExit(1) from None
-            if isinstance(error, UserError) and SENTENCE in os.environ:
-                Path(os.environ[SENTENCE]).write_text(str(error))
-                raise SystemExit(1) from None
-            raise
-        finally:
-            dist.destroy_process_group()
+    except LostRankError:
+        status = LOST
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    except Exception as error:
+        status = 1
+        if first_to_fail(str(error) or type(error).__name__):
+            tell(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # an orderly end aborts when a thread of the process group still wants the interpreter
+
+
+def status_of(work: Callable[[], Any]) -> int:
+    """0, or the status of the SystemExit that ended it."""
+    try:
+        work()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def tell(error: Exception) -> None:
+    """A UserError to the launcher, or where there is none in a sentence on stderr; a bug of ours with its traceback."""
+    if not isinstance(error, UserError):
+        traceback.print_exception(error)
+    elif SENTENCE in os.environ:
+        Path(os.environ[SENTENCE]).write_text(str(error))
+    else:
+        print(f"launcher.py: {error}", file=sys.stderr)
 
 
 def first_to_fail(why: str) -> bool:
     """Whether no other process has failed before; leaves word of why."""
     assert meeting is not None
-    with suppress(dist.DistError):  # no agent, and the process that kept the words has ended
+    try:
         if meeting.add("failed", 1) > 1:
             return False
         meeting.set("why", why)
+    except dist.DistError:  # without torchrun's agent rank 0 keeps the words, and it has ended
+        return False
     return True
 
 
