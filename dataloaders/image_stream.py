@@ -21,7 +21,6 @@ from training.errors import UserError
 
 Crop = Literal["resized", "whole", "random"]
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what decoders raise
-NAMED = 5  # unreadable files that are named in the line about them
 
 
 class PictureReader(Reader):
@@ -47,6 +46,9 @@ class PictureReader(Reader):
 
     def name(self, row: int) -> str:
         return os.fsdecode(bytes(self.names[row]))
+
+    def describe(self) -> str:
+        return f"pictures in {self.root}"
 
     def subset(self, rows: np.ndarray, crop: Crop) -> "PictureReader":
         """Some of the files, cut in another way."""
@@ -96,7 +98,8 @@ def middle(sides: tuple[int, int], length: int) -> tuple[int, int, int, int]:
 
 
 class ImageStream(StreamDataset):
-    """Pictures in [-1, 1] from files. Training ones are augmented, held-out ones never, and never cut at random."""
+    """Pictures in [-1, 1] from files. Training ones are augmented, held-out ones never; one cut at random is cut in
+    the same place each time."""
 
     train: PictureReader
     unseen: PictureReader
@@ -129,14 +132,6 @@ class ImageStream(StreamDataset):
 
     def augmented(self, x: Tensor, label: Tensor | None, generator: torch.Generator) -> Batch:
         return self.augmentation(x, label, generator)
-
-    def describe_unreadable(self) -> str:
-        rows = sorted(self.unreadable)
-        names = ", ".join(self.train.name(row) for row in rows[:NAMED]) + (", ..." if len(rows) > NAMED else "")
-        return (
-            f"note: {len(rows):,} of {len(self.train):,} pictures in {self.train.root} cannot be read, "
-            f"others stand in for them: {names}"
-        )
 
 
 def require_crop(size: int, crop: str, channels: int) -> None:
