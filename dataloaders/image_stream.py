@@ -15,6 +15,7 @@ from torch import Tensor
 from dataloaders.augmentation import Augmentation, AugmentationOptions
 from dataloaders.base_dataloaders import Batch
 from dataloaders.image_tensor import require_described
+from dataloaders.picture_modes import in_eight_bits
 from dataloaders.stream import Read, Reader, Rows, StreamDataset
 from dataloaders.tensor_dataset import as_states
 from training.errors import UserError
@@ -80,7 +81,7 @@ class PictureReader(Reader):
     def cut(self, image: Image.Image, chance: random.Random) -> Tensor:
         if self.crop != "random" and self.centre is None:
             image.draft("RGB", (2 * self.size, 2 * self.size))  # a JPEG is decoded no larger than needed
-        image = ImageOps.exif_transpose(image).convert("RGB" if self.channels == 3 else "L")
+        image = in_eight_bits(ImageOps.exif_transpose(image), "RGB" if self.channels == 3 else "L")
         if self.centre is not None:
             image = image.crop(middle(image.size, self.centre))
         if self.crop == "random" and min(image.size) >= self.size:

@@ -22,6 +22,7 @@ from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.image_stream import ImageStream, PictureReader
 from dataloaders.latent_cache import LatentCache
 from dataloaders.stream import Read, ReadAhead, Reader, Rows, StreamDataset
+from evaluation.image_sets import read_images
 from models.vae.stable_diffusion_vae import StableDiffusionVAE
 from scripts import cache_latents
 from training.assemble import build_dataset
@@ -213,6 +214,34 @@ def test_turned_photographs_stand_upright(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     reader = PictureReader(tmp_path, ["a.png"], None, 8, "resized")
     assert reader[Rows([0], 0)].stored[0, 0].float().mean(0).tolist() == pytest.approx([0] * 4 + [255] * 4, abs=40)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_of_any_kind_show_what_they_hold(tmp_path: Path, channels: int) -> None:
+    """The same ramp in 8 and 16 bits, whole numbers and fractions; red over nothing, by three kinds of transparency."""
+    ramp = np.linspace(0, 1, 64).reshape(8, 8)
+    kinds = {"a.png": (255 * ramp).round().astype(np.uint8), "b.png": (65535 * ramp).round().astype(np.uint16)}
+    kinds |= {"c.tif": kinds["b.png"].astype(np.int32), "d.tif": ramp.astype(np.float32)}
+    for name, pixels in kinds.items():
+        Image.fromarray(pixels).save(tmp_path / name)
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    clear.save(tmp_path / "e.png")
+    clear.quantize(2).save(tmp_path / "f.png")
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "g.png", transparency=(255, 0, 0))
+    bad = {
+        "x.tif": (255 * ramp).astype(np.float32),
+        "y.tif": np.full((8, 8), 70_000, np.int32),
+        "z.tif": np.full((8, 8), np.nan),
+    }
+    for name, pixels in bad.items():
+        Image.fromarray(pixels.astype(np.float32 if pixels.dtype == float else pixels.dtype)).save(tmp_path / name)
+    reader = PictureReader(tmp_path, [*kinds, "e.png", "f.png", "g.png", *bad], None, 8, "whole", channels)
+    read = reader[Rows(list(range(7)), 0)].stored
+    assert (read[:4] == torch.from_numpy(kinds["a.png"])).all() and (read[4:] == 255).all()
+    assert reader[Rows([7, 8, 9], 0)].unreadable == [7, 8, 9]
+    for file in tmp_path.glob("*.tif"):  # read_images takes none
+        file.unlink()
+    assert torch.equal(read_images(tmp_path).expand(-1, channels, -1, -1), read[[0, 1, 4, 5, 6]])
 
 
 def broken(place: Path) -> list[str]:
