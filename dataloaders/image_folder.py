@@ -12,6 +12,8 @@ from dataloaders.picture_files import class_folders, imagenet_classes, list_pict
 from dataloaders.tensor_dataset import stratified_rows
 from training.errors import UserError
 
+FEWEST = 4  # pictures of which a part is held out: two on each side
+
 
 class ImageFolder(ImageStream):
     """Pictures below a folder; the folders in it are the classes, or there are none where pictures lie in it directly.
@@ -49,16 +51,16 @@ class ImageFolder(ImageStream):
             train, unseen = everything, labelled(other, classes, size, crop, channels)
             rows = np.arange(len(unseen))
         else:
-            if not 0 < held_out_fraction < 1 or len(everything) < 2:
+            if not 0 < held_out_fraction < 1 or len(everything) < FEWEST:
                 raise UserError(
                     f"dataloaders.held_out_fraction={held_out_fraction} of the {len(everything)} pictures in {place} cannot "
-                    "be held out; give a number between 0 and 1, and 2 pictures or more"
+                    f"be held out; give a number between 0 and 1, and {FEWEST} pictures or more"
                 )
             rows = stratified_rows(everything.labels, len(everything), held_out_fraction, seed=0).numpy()
             train, unseen = everything.subset(np.setdiff1d(np.arange(len(everything)), rows), crop), everything
         chosen = np.sort(rows[np.random.RandomState(0).permutation(len(rows))[:held_out_most]])
         super().__init__(
-            train, unseen.subset(chosen, "resized" if crop == "random" else crop), state_shape=state_shape,
+            train, unseen.subset(chosen, crop), state_shape=state_shape,
             num_classes=num_classes, classes=len(classes), value_range=value_range, epoch_size=epoch_size, **augmentation,
         )  # fmt: skip
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from dataloaders.augmentation import Augmentation, AugmentationOptions
 from dataloaders.base_dataloaders import Batch
 from dataloaders.image_tensor import require_described
+from dataloaders.picture_modes import in_eight_bits
 from dataloaders.stream import Read, Reader, Rows, StreamDataset
 from dataloaders.tensor_dataset import as_states
 from training.errors import UserError
 
 Crop = Literal["resized", "whole", "random"]
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what decoders raise
-NAMED = 5  # unreadable files that are named in the line about them
 
 
 class PictureReader(Reader):
@@ -47,6 +47,9 @@ class PictureReader(Reader):
 
     def name(self, row: int) -> str:
         return os.fsdecode(bytes(self.names[row]))
+
+    def describe(self) -> str:
+        return f"pictures in {self.root}"
 
     def subset(self, rows: np.ndarray, crop: Crop) -> "PictureReader":
         """Some of the files, cut in another way."""
@@ -78,7 +81,7 @@ class PictureReader(Reader):
     def cut(self, image: Image.Image, chance: random.Random) -> Tensor:
         if self.crop != "random" and self.centre is None:
             image.draft("RGB", (2 * self.size, 2 * self.size))  # a JPEG is decoded no larger than needed
-        image = ImageOps.exif_transpose(image).convert("RGB" if self.channels == 3 else "L")
+        image = in_eight_bits(ImageOps.exif_transpose(image), "RGB" if self.channels == 3 else "L")
         if self.centre is not None:
             image = image.crop(middle(image.size, self.centre))
         if self.crop == "random" and min(image.size) >= self.size:
@@ -96,7 +99,8 @@ def middle(sides: tuple[int, int], length: int) -> tuple[int, int, int, int]:
 
 
 class ImageStream(StreamDataset):
-    """Pictures in [-1, 1] from files. Training ones are augmented, held-out ones never, and never cut at random."""
+    """Pictures in [-1, 1] from files. Training ones are augmented, held-out ones never; one cut at random is cut in
+    the same place each time."""
 
     train: PictureReader
     unseen: PictureReader
@@ -129,14 +133,6 @@ class ImageStream(StreamDataset):
 
     def augmented(self, x: Tensor, label: Tensor | None, generator: torch.Generator) -> Batch:
         return self.augmentation(x, label, generator)
-
-    def describe_unreadable(self) -> str:
-        rows = sorted(self.unreadable)
-        names = ", ".join(self.train.name(row) for row in rows[:NAMED]) + (", ..." if len(rows) > NAMED else "")
-        return (
-            f"note: {len(rows):,} of {len(self.train):,} pictures in {self.train.root} cannot be read, "
-            f"others stand in for them: {names}"
-        )
 
 
 def require_crop(size: int, crop: str, channels: int) -> None:

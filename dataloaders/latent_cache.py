@@ -89,8 +89,8 @@ class LatentCache(StreamDataset):
     def chosen(self, rows: Tensor, order: torch.Generator) -> Tensor:
         return 2 * rows + (torch.randint(2, rows.shape, generator=order) if self.flip else 0)
 
-    def held_out_numbers(self) -> list[int]:
-        return list(range(0, 2 * len(self.unseen), 2))
+    def numbers(self, rows: Sequence[int]) -> list[int]:
+        return [2 * row for row in rows]
 
     def states(self, stored: Tensor, generator: torch.Generator) -> Tensor:
         mean, std = stored.unbind(1)

@@ -3,9 +3,10 @@
 import os
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -14,6 +15,8 @@ from dataloaders.base_dataloaders import Batch, FlowDataset
 from training.errors import UserError
 
 AHEAD = 4  # batches that each worker reads in advance
+NAMED = 5  # unreadable rows that are named in the line about them
+LEAST = 2  # held-out rows; of fewer there is no distance
 
 
 class Rows(NamedTuple):
@@ -41,6 +44,14 @@ class Reader(Dataset[Read], ABC):
 
     @abstractmethod
     def __getitem__(self, rows: Rows) -> Read: ...
+
+    def name(self, row: int) -> str:
+        """What a person calls a row."""
+        return str(row)
+
+    def describe(self) -> str:
+        """What the rows are, in a few words."""
+        return "rows"
 
 
 class ReadAhead:
@@ -80,7 +91,8 @@ def unchanged(read: Read) -> Read:
 class StreamDataset(FlowDataset):
     """Rows of a reader, each once an epoch in an order that is a function of (seed, epoch), every rank its own share.
 
-    The held-out part is read once, when first asked for, and kept in memory as it is stored.
+    The held-out part is read once, when first asked for, and kept in memory as it is stored; so are training rows that
+    stand beside it in a noise floor.
     """
 
     def __init__(
@@ -91,12 +103,18 @@ class StreamDataset(FlowDataset):
         num_classes: int,
         value_range: list[float] | None,
     ):
-        """train, unseen: readers of the training part and of the part held out."""
+        """train, unseen: readers of the training part and of the part held out. UserError for fewer than 2 held out."""
+        if len(unseen) < LEAST:
+            raise UserError(
+                f"{type(self).__name__} has {len(unseen)} held out to evaluate on, and the scores take {LEAST} or more; "
+                "add to them, or hold out a larger share"
+            )
         super().__init__(state_shape, len(train), num_classes, value_range)
         self.train, self.unseen = train, unseen
         self.device = torch.device("cpu")
         self.ahead: ReadAhead | None = None
         self.kept: Read | None = None
+        self.pool, self.lent = torch.empty(0), 0  # what is held out, and behind it so many training rows
         self.unreadable: set[int] = set()
 
     @abstractmethod
@@ -107,9 +125,9 @@ class StreamDataset(FlowDataset):
         """The numbers by which the reader knows training rows (N,)."""
         return rows
 
-    def held_out_numbers(self) -> list[int]:
-        """The numbers by which the reader knows all held-out rows."""
-        return list(range(len(self.unseen)))
+    def numbers(self, rows: Sequence[int]) -> list[int]:
+        """The numbers by which a reader knows rows as they are."""
+        return list(rows)
 
     def augmented(self, x: Tensor, label: Tensor | None, generator: torch.Generator) -> Batch:
         """Training states and labels with random changes; none unless a subclass has some."""
@@ -138,34 +156,53 @@ class StreamDataset(FlowDataset):
         try:
             for read in self.ahead.batches(plan):
                 self.unreadable.update(read.unreadable)
-                self.require_readable(len(self.unreadable), len(self.train))
+                self.require_readable(len(self.unreadable), self.train)
                 x = self.states(read.stored.to(self.device, non_blocking=True), generator)
                 label = None if read.labels is None else read.labels.to(self.device, non_blocking=True)
                 yield self.augmented(x, label, generator)
         finally:
             if len(self.unreadable) > known:
-                print(self.describe_unreadable(), flush=True)
+                print(unreadable_line(self.train, self.unreadable, "others stand in for them"), flush=True)
 
-    def require_readable(self, unreadable: int, rows: int) -> None:
-        """UserError when nothing can be read."""
-        if unreadable == rows:
-            raise UserError(f"none of the {rows:,} files of {type(self).__name__} can be read; are they damaged?")
+    def require_readable(self, unreadable: int, reader: Reader, least: int = 1) -> None:
+        """UserError when fewer than `least` can be read."""
+        left = len(reader) - unreadable
+        if left < least:
+            few = f"only {left}" if left else "none"
+            raise UserError(f"{few} of the {len(reader):,} files of {type(self).__name__} can be read; are they damaged?")
 
-    def describe_unreadable(self) -> str:
-        """One line about the training rows that could not be read."""
-        return f"note: {len(self.unreadable):,} of {len(self.train):,} rows cannot be read, others stand in for them"
+    def read_all(self, reader: Reader, rows: Sequence[int]) -> Read:
+        """Rows as stored, in memory, without those that cannot be read: nothing stands in for them."""
+        numbers = self.numbers(rows)
+        plan = [Rows(numbers[first : first + 64], 0) for first in range(0, len(numbers), 64)]
+        parts, lost = [], set[int]()
+        for asked, read in zip(plan, ReadAhead(reader, self.num_workers).batches(plan), strict=True):
+            lost |= set(read.unreadable)
+            own = torch.tensor([number not in lost for number in asked.numbers])
+            parts.append((read.stored[own], None if read.labels is None else read.labels[own]))
+        labels = [label for _, label in parts if label is not None]
+        return Read(torch.cat([stored for stored, _ in parts]), torch.cat(labels) if labels else None, sorted(lost))
 
     def held_out_part(self) -> Read:
-        """All that is held out, as stored, in memory."""
+        """All that is held out and can be read, as stored, in memory."""
         if self.kept is None:
-            numbers = self.held_out_numbers()
-            plan = [Rows(numbers[first : first + 64], 0) for first in range(0, len(numbers), 64)]
-            parts = list(ReadAhead(self.unseen, self.num_workers).batches(plan))
-            self.require_readable(len({row for part in parts for row in part.unreadable}), len(numbers))
-            labels = [part.labels for part in parts if part.labels is not None]
-            stored = torch.cat([part.stored for part in parts])
-            self.kept = Read(stored, torch.cat(labels) if labels else None, [])
+            kept = self.read_all(self.unseen, range(len(self.unseen)))
+            if kept.unreadable:
+                self.require_readable(len(kept.unreadable), self.unseen, LEAST)
+                print(unreadable_line(self.unseen, kept.unreadable, "evaluations do without them"), flush=True)
+            self.kept, self.pool = kept, kept.stored
         return self.kept
+
+    def real_rows(self, count: int) -> Tensor:
+        """All held-out rows as stored, and behind them so many training ones that there are `count`, or all; the same ones
+        each time."""
+        kept = self.held_out_part()
+        lacking = max(0, min(count - len(kept.stored), len(self.train)))
+        if lacking > self.lent:
+            rows = np.random.RandomState(0).permutation(len(self.train))[:lacking].tolist()
+            self.pool, self.lent = torch.cat([kept.stored, self.read_all(self.train, rows).stored]), lacking
+            self.kept = kept._replace(stored=self.pool[: len(kept.stored)])  # the same memory
+        return self.pool[: len(kept.stored) + lacking]
 
     def unseen_states(self, index: Tensor, generator: torch.Generator) -> Batch:
         kept, index = self.held_out_part(), index.cpu()
@@ -174,13 +211,25 @@ class StreamDataset(FlowDataset):
 
     def held_out(self, count: int, generator: torch.Generator) -> Batch:
         """A random subset of the held-out part; all of it when `count` is larger."""
-        index = torch.randperm(len(self.unseen), generator=generator, device=generator.device)[:count]
+        there = len(self.held_out_part().stored)
+        index = torch.randperm(there, generator=generator, device=generator.device)[:count]
         return self.unseen_states(index, generator)
 
     def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A random disjoint split of the held-out part; both sizes shrink alike when it is too small."""
-        shrink = min(1.0, len(self.unseen) / (first + second))
-        first, second = max(1, int(first * shrink)), max(1, int(second * shrink))
-        index = torch.randperm(len(self.unseen), generator=generator, device=generator.device)
+        """A random disjoint split of the held-out part and, where that is too small, of training rows beside it.
+
+        Where all there is falls short, the larger side shrinks first: the smaller one decides how wide the floor is.
+        """
+        real = self.real_rows(first + second)
+        smaller = min(first, second, len(real) // 2)
+        first, second = (min(side, max(smaller, len(real) - smaller)) for side in (first, second))
+        index = torch.randperm(len(real), generator=generator, device=generator.device).cpu()
         parts = index[:first], index[first:][:second]
-        return self.unseen_states(parts[0], generator)[0], self.unseen_states(parts[1], generator)[0]
+        x, y = (self.states(real[part].to(self.device), generator) for part in parts)
+        return x, y
+
+
+def unreadable_line(reader: Reader, rows: Collection[int], instead: str) -> str:
+    """One line that counts and names rows which cannot be read. instead: what is done without them."""
+    names = ", ".join(reader.name(row) for row in sorted(rows)[:NAMED]) + (", ..." if len(rows) > NAMED else "")
+    return f"note: {len(rows):,} of {len(reader):,} {reader.describe()} cannot be read, {instead}: {names}"

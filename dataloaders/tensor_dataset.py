@@ -102,10 +102,12 @@ class TensorDataset(FlowDataset):
         return self.rows(self.train_size + self.shuffle(held_out_size, generator)[:count])
 
     def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A random disjoint split of all data, held-out part included; both sizes shrink alike when it is too small."""
-        shrink = min(1.0, len(self.states) / (first + second))
-        first, second = max(1, int(first * shrink)), max(1, int(second * shrink))
-        index = self.shuffle(len(self.states), generator)
+        """A random disjoint split of all data, held-out part included; both sizes shrink alike, to 2 at least, when it is
+        too small."""
+        there = len(self.states)
+        shrink = min(1.0, there / (first + second))
+        first, second = (min(max(min(2, side), int(side * shrink)), there - 2) for side in (first, second))
+        index = self.shuffle(there, generator)
         return as_states(self.states[index[:first]]), as_states(self.states[index[first:][:second]])
 
     @staticmethod
@@ -134,7 +136,7 @@ def balanced_order(labels: Tensor, order: torch.Generator) -> Tensor:
 
 
 def stratified_rows(labels: Tensor | None, count: int, fraction: float, seed: int) -> Tensor:
-    """About fraction of `count` rows, in ascending order: not none, not all, each label by its share.
+    """About fraction of `count` rows, in ascending order: 2 or more, not all, each label by its share.
 
     Rows are shuffled, grouped by label and picked at even spacing. The shuffle is NumPy's frozen legacy generator, so
     that a seed means the same split in every version of every library. fraction: between 0 and 1.
@@ -142,6 +144,6 @@ def stratified_rows(labels: Tensor | None, count: int, fraction: float, seed: in
     order = np.random.RandomState(seed).permutation(count)
     if labels is not None:
         order = order[np.argsort(labels.numpy()[order], kind="stable")]
-    picks = min(max(1, round(fraction * count)), count - 1)
+    picks = min(max(2, round(fraction * count)), count - 1)
     spaced = ((np.arange(picks) + 0.5) * count / picks).astype(np.int64)
     return torch.from_numpy(np.sort(order[spaced]))

@@ -8,6 +8,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from dataloaders.picture_modes import in_eight_bits
 from training.errors import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -54,7 +55,7 @@ def read_folder(folder: Path) -> Tensor:
     for file in files:
         try:
             with Image.open(file) as picture:
-                images.append(np.asarray(picture.convert("RGB")))
+                images.append(np.asarray(in_eight_bits(picture, "RGB")))
         except (UnidentifiedImageError, OSError) as error:
             raise UserError(f"{file} cannot be read as a picture; remove it or write it again") from error
         if images[-1].shape != images[0].shape:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from evaluation.evaluator import GeneratorEvaluator
 from evaluation.sample import load
 from training.assemble import assemble
 from training.callbacks import Callback
@@ -284,6 +285,23 @@ def test_a_wrong_monitor_costs_no_training(small_run):
         small_run("x", "monitor=eval/fid")
     folder = small_run("x", "resume=true", "monitor=eval/loss")
     assert_equal_runs(folder, small_run("x", output="right"), "x")
+
+
+@pytest.mark.parametrize("error, length, step", [(UserError, "epochs=3", 8), (ZeroDivisionError, "max_steps=3", 3)])
+def test_an_evaluation_that_fails_costs_no_training(small_run, monkeypatch, capsys, error, length, step):
+    def fail(*_, **__):
+        raise error("this score fails")
+
+    whole = small_run("x", "schedule=constant", "max_steps=10", output="whole")
+    monkeypatch.setattr(GeneratorEvaluator, "evaluate", fail)
+    with pytest.raises(error, match="this score fails"):
+        small_run("x", "schedule=constant", length)
+    monkeypatch.undo()
+    assert f"note: the evaluation after step {step} failed; the last good save is" in capsys.readouterr().err
+    folder = small_run("x", "resume=true", "max_steps=10")
+    assert "beginning it again" not in capsys.readouterr().out
+    one, two = weights(whole, "x"), weights(folder, "x")
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_a_finished_run_says_which_setting_would_extend_it(small_run, capsys):

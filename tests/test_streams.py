@@ -22,6 +22,7 @@ from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.image_stream import ImageStream, PictureReader
 from dataloaders.latent_cache import LatentCache
 from dataloaders.stream import Read, ReadAhead, Reader, Rows, StreamDataset
+from evaluation.image_sets import read_images
 from models.vae.stable_diffusion_vae import StableDiffusionVAE
 from scripts import cache_latents
 from training.assemble import build_dataset
@@ -36,22 +37,22 @@ Official = Callable[[str], dict[str, Any]]
 class Counting(Reader):
     """Row k is the number k, and the epoch's seed."""
 
-    def __init__(self, count: int):
-        self.count = count
+    def __init__(self, count: int, first: int = 0):
+        self.count, self.first = count, first
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, rows: Rows) -> Read:
-        stored = torch.tensor([[number, rows.seed % 1000] for number in rows.numbers]).reshape(-1, 2)
+        stored = torch.tensor([[self.first + number, rows.seed % 1000] for number in rows.numbers]).reshape(-1, 2)
         return Read(stored, stored[:, 0] % 3, [])
 
 
 class Numbers(StreamDataset):
     """The smallest data set that streams."""
 
-    def __init__(self, count: int):
-        super().__init__(Counting(count), Counting(10), [2], 3, None)
+    def __init__(self, count: int, held_out: int = 10):
+        super().__init__(Counting(count), Counting(held_out, 1000), [2], 3, None)
 
     def states(self, stored: Tensor, generator: torch.Generator) -> Tensor:
         return stored.float()
@@ -185,8 +186,14 @@ def test_a_random_cut_depends_on_seed_epoch_and_picture_alone(pictures: Path) ->
     by_number = [{int(picture[0, 0, 0]): picture for picture in pictures} for pictures in (first, other)]
     assert by_number[0].keys() == by_number[1].keys()
     assert any(not torch.equal(by_number[0][number], by_number[1][number]) for number in by_number[0])
-    unseen, _ = alone.held_out(3, torch.Generator().manual_seed(0))
-    assert (unseen[:, 1].diff(dim=2).mean() * 127.5 / 8 - 2).abs() < 0.1  # resized: the same each time
+
+
+def test_what_is_held_out_of_random_cuts_is_cut_at_random_once_for_all(pictures: Path) -> None:
+    """So that it is of the distribution that is learned."""
+    settings = folder(pictures, crop="random", held_out_fraction=0.5)
+    unseen, again = (build("image_folder", settings).held_out(6, torch.Generator().manual_seed(0))[0] for _ in range(2))
+    assert torch.equal(unseen, again) and (unseen[:, 1].diff(dim=2).mean() * 127.5 / 8 - 1).abs() < 1e-3  # at full size
+    assert len(unseen[:, 1, 0, 0].unique()) > 2
 
 
 def test_pictures_without_folders_have_no_labels(pictures: Path, tmp_path: Path) -> None:
@@ -209,6 +216,34 @@ def test_turned_photographs_stand_upright(tmp_path: Path) -> None:
     assert reader[Rows([0], 0)].stored[0, 0].float().mean(0).tolist() == pytest.approx([0] * 4 + [255] * 4, abs=40)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_of_any_kind_show_what_they_hold(tmp_path: Path, channels: int) -> None:
+    """The same ramp in 8 and 16 bits, whole numbers and fractions; red over nothing, by three kinds of transparency."""
+    ramp = np.linspace(0, 1, 64).reshape(8, 8)
+    kinds = {"a.png": (255 * ramp).round().astype(np.uint8), "b.png": (65535 * ramp).round().astype(np.uint16)}
+    kinds |= {"c.tif": kinds["b.png"].astype(np.int32), "d.tif": ramp.astype(np.float32)}
+    for name, pixels in kinds.items():
+        Image.fromarray(pixels).save(tmp_path / name)
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    clear.save(tmp_path / "e.png")
+    clear.quantize(2).save(tmp_path / "f.png")
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "g.png", transparency=(255, 0, 0))
+    bad = {
+        "x.tif": (255 * ramp).astype(np.float32),
+        "y.tif": np.full((8, 8), 70_000, np.int32),
+        "z.tif": np.full((8, 8), np.nan),
+    }
+    for name, pixels in bad.items():
+        Image.fromarray(pixels.astype(np.float32 if pixels.dtype == float else pixels.dtype)).save(tmp_path / name)
+    reader = PictureReader(tmp_path, [*kinds, "e.png", "f.png", "g.png", *bad], None, 8, "whole", channels)
+    read = reader[Rows(list(range(7)), 0)].stored
+    assert (read[:4] == torch.from_numpy(kinds["a.png"])).all() and (read[4:] == 255).all()
+    assert reader[Rows([7, 8, 9], 0)].unreadable == [7, 8, 9]
+    for file in tmp_path.glob("*.tif"):  # read_images takes none
+        file.unlink()
+    assert torch.equal(read_images(tmp_path).expand(-1, channels, -1, -1), read[[0, 1, 4, 5, 6]])
+
+
 def broken(place: Path) -> list[str]:
     """Spoils three pictures: a text, half a file, nothing."""
     files = sorted(place.glob("class*/*.png"))[:9:4]
@@ -229,7 +264,64 @@ def test_unreadable_pictures_are_counted_and_named_in_one_line(pictures: Path, w
     assert said.count("\n") == 1 and f"{len(trained_on)} of 9 pictures" in said and all(name in said for name in trained_on)
     pixels_of(dataset, epoch=1)
     assert capsys.readouterr().out == ""  # known by now
-    assert len(dataset.held_out(100, torch.Generator())[0]) == 3
+
+
+def test_unreadable_held_out_pictures_are_named_and_nothing_stands_in_for_them(pictures: Path, capsys: Any) -> None:
+    settings = folder(pictures, held_out_fraction=0.5)
+    whole = build("image_folder", settings)
+    names = [whole.unseen.name(row) for row in (0, 3)]
+    for name in names:
+        (pictures / name).write_text("this is no picture")
+    dataset = build("image_folder", settings)
+    unseen, labels = dataset.held_out(100, torch.Generator())
+    numbers = ((unseen[:, 0, 0, 0] + 1) * 127.5 / 20).round().long()
+    expected = sorted(int(Path(whole.unseen.name(row)).stem) for row in (1, 2, 4, 5))
+    assert sorted(numbers.tolist()) == expected and torch.equal(numbers % 2, labels)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "2 of 6 pictures" in said and all(name in said for name in names)
+    x, y = dataset.real_pair(100, 4, torch.Generator())
+    assert (len(x), len(y)) == (6, 4) and len(
+        {float(row[0, 0, 0]) for row in [*x, *y]}
+    ) == 10  # the training ones beside them
+    (pictures / whole.unseen.name(1)).write_text("x"), (pictures / whole.unseen.name(2)).write_text("x")
+    (pictures / whole.unseen.name(4)).write_text("x")
+    with pytest.raises(UserError, match="only 1 of the 6 files"):
+        build("image_folder", settings).held_out(100, torch.Generator())
+
+
+@pytest.mark.parametrize("count, held_out, asked, sides", [
+    (40, 10, (5, 4), (5, 4)), (40, 10, (20, 10), (20, 10)), (40, 10, (2000, 10), (40, 10)), (10, 3, (2000, 3), (10, 3)),
+    (2, 2, (2000, 2), (2, 2)), (2, 2, (2, 2000), (2, 2)), (3, 4, (2000, 2000), (4, 3)),
+])  # fmt: skip
+def test_few_held_out_rows_are_one_side_of_a_floor_and_training_rows_the_other(
+    count: int, held_out: int, asked: tuple[int, int], sides: tuple[int, int]
+) -> None:
+    dataset = Numbers(count, held_out)
+    for _ in range(2):
+        pair = dataset.real_pair(*asked, torch.Generator().manual_seed(0))
+        assert tuple(map(len, pair)) == sides and len(torch.cat(pair)[:, 0].unique()) == sum(sides)
+    assert sorted(dataset.held_out(100, torch.Generator())[0][:, 0].tolist()) == list(range(1000, 1000 + held_out))
+    if sum(sides) <= held_out:
+        assert min(torch.cat(pair)[:, 0]) >= 1000  # no training row where there is no need
+
+
+def test_a_held_out_part_of_one_is_refused_before_anything_is_trained(pictures: Path, tmp_path: Path) -> None:
+    assert "has 1 held out" in refusal("image_folder", folder(pictures, held_out_most=1))
+    few = tmp_path / "few"
+    few.mkdir()
+    for k in range(4):
+        assert k == 0 or "4 pictures or more" in refusal("image_folder", folder(few))
+        shutil.copy(pictures / "class0" / f"{2 * k:02d}.png", few)
+    assert len(build("image_folder", folder(few)).unseen) == 2
+
+
+def test_a_small_folder_is_scored_by_what_it_holds_out(pictures: Path, small_run: Any) -> None:
+    """Twelve pictures with the defaults: the energy distance of 2,000 samples, its floor of three against nine."""
+    words = [f"dataloaders.{key}={value}" for key, value in (folder(pictures) | {"epoch_size": "null"}).items()]
+    words += ["dataloaders=image_folder", "model=cnn", "evaluation=generator", "max_steps=1", "solver.steps=1"]
+    words += ["evaluation.samples=100", "evaluation.final_samples=200"]
+    scores = json.loads((small_run("x", *words) / "runs/x/status.json").read_text())["scores"]
+    assert scores["eval/energy_distance_floor_sd"] > 0
 
 
 def test_a_folder_of_which_nothing_can_be_read_is_one_sentence(pictures: Path) -> None:

@@ -1,6 +1,7 @@
 """The training loop: one for every model, objective and device."""
 
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -197,14 +198,25 @@ def end_epoch(run: Run) -> None:
     check_finite(run, weights=True)
     best = False
     if last or run.epoch % run.config["eval_every"] == 0:
-        best = judge(run, run.evaluate(final=last))
+        best = judge(run, evaluate(run, final=last))
     run.agreed_stop()
     if run.stop is not None and not last and run.stop.early:
-        judge(run, run.evaluate(final=True))
+        judge(run, evaluate(run, final=True))
     if last or best or run.stop is not None or run.epoch % run.config["save_every"] == 0:
         run.save(epoch=run.epoch, best=best)
     run.notify("epoch_end")
     run.split_time()  # the next rate is of training alone
+
+
+def evaluate(run: Run, final: bool) -> dict[str, float]:
+    """The scores by name. What goes wrong with them is raised once the epoch is saved: it costs no training."""
+    try:
+        return run.evaluate(final)
+    except Exception:
+        run.save(epoch=None, best=False)
+        if run.rank == 0:
+            print(f"note: the evaluation after step {run.state.step:,} failed; {run.last_save()}", file=sys.stderr)
+        raise
 
 
 def judge(run: Run, values: dict[str, float]) -> bool:
