@@ -52,7 +52,8 @@ class FeatureNetwork(ABC):
 
 
 class ClassifierFeatures(FeatureNetwork):
-    """What the last layer of one of our classifiers reads. Frechet distances between them are no FID."""
+    """What the last layer of one of our classifiers reads. Frechet distances between them are no FID. Gray images are shown
+    as RGB to a classifier of RGB images."""
 
     resize = "no resize"
 
@@ -62,7 +63,7 @@ class ClassifierFeatures(FeatureNetwork):
         self.weights = weights_hash(classifier)
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
-        if shape == self.shape:
+        if shape == self.shape or (1, *self.shape[1:]) == shape and self.shape[0] == 3:
             return None
         return f"{self.name} sees images of shape {list(self.shape)}, not {list(shape)}"
 
@@ -70,7 +71,8 @@ class ClassifierFeatures(FeatureNetwork):
     def features(self, images: Tensor, device: torch.device) -> Tensor:
         self.classifier.to(device)
         low, high = self.value_range
-        scaled = (low + (high - low) * part.to(device).float() / 255 for part in images.split(CHUNK))
+        shown = images.expand(-1, self.shape[0], -1, -1)
+        scaled = (low + (high - low) * part.to(device).float() / 255 for part in shown.split(CHUNK))
         return torch.cat([self.classifier.features(part) for part in scaled])
 
     def answers(self, features: Tensor) -> Tensor:

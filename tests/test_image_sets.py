@@ -12,12 +12,14 @@ from torch import Tensor
 from dataloaders.digits import Digits
 from dataloaders.sources import GaussianSource
 from evaluation.evaluator import GeneratorEvaluation
-from evaluation.feature_networks import classifier_features
+from evaluation.feature_networks import ClassifierFeatures, classifier_features
 from evaluation.fid import fit_gaussian, frechet_distance
 from evaluation.image_sets import images_hash, read_images, write_arrays, write_pictures
 from evaluation.metrics.base_metric import Absent, Generation, Score, to_bytes
+from evaluation.metrics.features import scores_between
 from evaluation.report import draw_neighbours
 from evaluation.sample import load
+from models.classifier.classifier import Classifier
 from scripts import eval_fid, sample
 from training.errors import UserError
 
@@ -183,3 +185,24 @@ def test_neighbours_are_the_nearest_training_images_of_the_samples_nearest_to_an
     assert (images[3] == samples[31].numpy()).all() and (images[4] == data.train_states[3].numpy()).all()
     made.final = False
     assert not draw_neighbours(tmp_path / "x.png", evaluation, "x")
+
+
+class Colours(Classifier):
+    """An RGB classifier whose features are the mean of each colour."""
+
+    num_classes = 2
+
+    def features(self, x: Tensor) -> Tensor:
+        return x.mean(dim=(2, 3))
+
+
+def test_a_gray_set_of_rgb_pictures_is_seen_by_an_rgb_classifier(tmp_path: Path) -> None:
+    """All pictures gray, as those of a collapsed generator, are read as one channel and shown as three."""
+    network = ClassifierFeatures(Colours(), "colours", [3, 8, 8], (0.0, 255.0))
+    gray = torch.full((9, 3, 8, 8), 50, dtype=torch.uint8)
+    write_arrays(tmp_path / "gray.npz", gray, None)
+    images = read_images(tmp_path / "gray.npz")
+    assert images.shape == (9, 1, 8, 8) and network.refusal((1, 8, 8)) is None and network.refusal((1, 9, 8)) is not None
+    assert torch.equal(network.features(images, torch.device("cpu")), torch.full((9, 3), 50.0))
+    scores = scores_between(network, images, pictures(3, 20), tmp_path, torch.device("cpu"))
+    assert all(isinstance(score, Score) for score in scores)
