@@ -66,6 +66,7 @@ class ClassifierEvaluator(Evaluator):
         final: bool,
         flow: FlowObjective | None = None,
         decode: Decode | None = None,
+        weights: str = "the network given",
     ) -> ClassifierEvaluation:
         """Classify with the objective's network (in eval mode) on the dataset's device."""
         begun = time.perf_counter()

@@ -53,10 +53,8 @@ class GeneratorEvaluation(Evaluation):
     def heading(self, nfe: int) -> str:
         if not self.scores:
             return "held-out loss alone: this evaluation has no scores"
-        network = self.generation.objective.network
-        guidance = f", {network.describe()}" if isinstance(network, Guidance) else ""
         count = f"{len(self.generation.samples):,} samples, {nfe} evaluations each"
-        return f"scores of {count}{guidance} (noise floor: real against real)"
+        return f"scores of {count}{guidance_words(self.generation.objective)} (noise floor: real against real)"
 
 
 class Evaluator(ABC):
@@ -79,8 +77,10 @@ class Evaluator(ABC):
         final: bool,
         flow: FlowObjective | None = None,
         decode: Decode | None = None,
+        weights: str = "the network given",
     ) -> Evaluation:
-        """flow, source, solver, decode: what samples are made by; a classifier makes none. On rank 0."""
+        """flow, source, solver, decode: what samples are made by; a classifier makes none. weights: the objective's, in
+        words. On rank 0."""
 
     def assist(self, objective: Objective, *_: Any) -> None:
         """What every other rank does while rank 0 evaluates, with the same arguments."""
@@ -161,6 +161,23 @@ def few_steps(objective: FlowObjective, noise: Tensor, label: Tensor | None, eva
     return generate(objective, solver, noise, label)
 
 
+def few_step_words(objective: FlowObjective, evaluations: int | None = None) -> str:
+    """What few_steps does, for provenance; without a number of evaluations the score's name tells it."""
+    what = "the flow map" if objective.learns_flow_map else "Euler"
+    steps = f"steps of {what}: {evaluations or 'as many as the name says'}"
+    return steps + guidance_words(objective)
+
+
+def solver_words(flow: FlowObjective, solver: BaseSolver) -> str:
+    """How samples were made by a solver, after it has solved, for provenance."""
+    return f"{solver.evaluations} evaluations by {type(solver).__name__}" + guidance_words(flow)
+
+
+def guidance_words(flow: FlowObjective) -> str:
+    """Its guidance, if it has one, after a comma."""
+    return f", {flow.network.describe()}" if isinstance(flow.network, Guidance) else ""
+
+
 class GeneratorEvaluator(Evaluator):
     """Scores samples of a velocity network. samples / final_samples: how many during the run / at its end.
     batch_size: rows of one forward pass of eval/loss. loss_weights: as in training.
@@ -194,6 +211,7 @@ class GeneratorEvaluator(Evaluator):
         final: bool,
         flow: FlowObjective | None = None,
         decode: Decode | None = None,
+        weights: str = "the network given",
     ) -> GeneratorEvaluation:
         """Sample with the objective's network (in eval mode) on the dataset's device and compute every metric.
 
@@ -210,7 +228,8 @@ class GeneratorEvaluator(Evaluator):
         noise, label, samples = self.samples_of(flow, dataset, source, solver, seed, count)
         generation = Generation(
             noise, samples, label, flow, flow.velocity, solver, dataset, source.to(device), dataset_key, cache, final,
-            lambda name: generator_for(seed, f"evaluation/{name}", 0, device), decode, seed,
+            lambda name: generator_for(seed, f"evaluation/{name}", 0, device), decode, seed, weights,
+            solver_words(flow, solver),
         )  # fmt: skip
         values = {"eval/loss": self.held_out_loss(objective, generation, device), "eval/nfe": float(solver.evaluations)}
         results = [result for metric in self.metrics.values() for result in metric.compute(generation)]
@@ -235,6 +254,7 @@ class GeneratorEvaluator(Evaluator):
         final: bool,
         flow: FlowObjective | None = None,
         decode: Decode | None = None,
+        weights: str = "the network given",
     ) -> None:
         """Carry this rank's share of the samples."""
         assert isinstance(objective, FlowObjective)

@@ -63,7 +63,7 @@ class ClassifierFeatures(FeatureNetwork):
         self.weights = weights_hash(classifier)
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
-        if shape == self.shape or ((1, *self.shape[1:]) == shape and self.shape[0] == 3):
+        if shape == self.shape or (shape == (1, *self.shape[1:]) and self.shape[0] == 3):
             return None
         return f"{self.name} sees images of shape {list(self.shape)}, not {list(shape)}"
 

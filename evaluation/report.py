@@ -32,8 +32,10 @@ def rows_of(scores: list[Score]) -> list[tuple[str, str, str]]:
         value = number(score.value) + (f" +- {number(score.spread)}" if score.spread is not None else "")
         floor = "" if score.floor is None else number(score.floor)
         floor += "" if score.floor_sd is None else f" +- {number(score.floor_sd)}"
+        floor += f" {score.floor_note}" if floor and score.floor_note else ""
         own = (score.extra or {}).get(f"{score.name}_train")
-        floor += "" if own is None else f", training set {number(own)}"
+        floor += "" if own is None else f"{', ' if floor else ''}training set {number(own)}"
+        floor = f"none, {score.floor_note}; {floor}".rstrip("; ") if score.floor is None and score.floor_note else floor
         rows.append((score.name, value, floor))
         rows += [(name, number(v), "") for name, v in (score.extra or {}).items() if name in SHOWN_EXTRA]
     return rows
@@ -44,7 +46,20 @@ def absent_lines(absent: list[Absent]) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for item in absent:
         by_reason.setdefault(item.reason, []).append(item.name)
-    return [f"{', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+    return [f"{', '.join(short_names(names))}: {reason}" for reason, names in by_reason.items()]
+
+
+def short_names(names: list[str]) -> list[str]:
+    """Few-step names that differ in their evaluations alone as one: x_{1,2,4}nfe."""
+    steps: dict[str, list[str]] = {}
+    for name in names:
+        stem, _, count = name.removesuffix("nfe").rpartition("_")
+        few = name.endswith("nfe") and count.isdigit()
+        steps.setdefault(stem if few else name, []).extend([count] if few else [])
+    return [
+        f"{stem}_{{{','.join(counts)}}}nfe" if len(counts) > 1 else "_".join([stem, *(f"{n}nfe" for n in counts)])
+        for stem, counts in steps.items()
+    ]
 
 
 def provenance_lines(scores: list[Score]) -> list[str]:
@@ -53,7 +68,7 @@ def provenance_lines(scores: list[Score]) -> list[str]:
     for score in scores:
         if score.provenance:
             by_provenance.setdefault(score.provenance, []).append(score.name)
-    return [f"{', '.join(names)}: by {provenance}" for provenance, names in by_provenance.items()]
+    return [f"{', '.join(short_names(names))}: by {provenance}" for provenance, names in by_provenance.items()]
 
 
 def print_scores(evaluation: Evaluation, nfe: int) -> None:
@@ -73,9 +88,14 @@ def print_table(scores: list[Score], absent: list[Absent], rows: list[tuple[str,
     for name, value, floor in rows:
         print(f"  {name:<{width}}  {value:<22}" + (f"floor {floor}" if floor else ""))
     for line in provenance_lines(scores):
-        print(f"  {line}")
+        print(wrapped(line))
     for line in absent_lines(absent):
-        print(f"  not given: {line}")
+        print(wrapped(f"not given: {line}"))
+
+
+def wrapped(line: str) -> str:
+    """In lines that fit a terminal."""
+    return textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
 
 
 def print_wrapped(name: str, words: list[str]) -> None:

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from dataloaders.base_dataloaders import Batch
-from evaluation.evaluator import Evaluator, few_steps, fixed_labels, fixed_noise, fresh_noise, generate
+from evaluation.evaluator import (
+    Evaluator,
+    few_step_words,
+    few_steps,
+    fixed_labels,
+    fixed_noise,
+    fresh_noise,
+    generate,
+    solver_words,
+)
 from evaluation.metrics.base_metric import Generation, as_images
 from evaluation.report import draw_neighbours, draw_picture, print_scores
 from helpers_cfg import ClassifierFreeGuidance, Guidance, guided
@@ -33,6 +42,7 @@ from training.checkpoint import load_checkpoint
 from training.checks import check_values
 from training.config import compose_config, parse_overrides, resolved
 from training.device import pick_device
+from training.ema import weights_in_words
 from training.errors import UserError
 from training.launch import laid_over
 from training.ranks import rank
@@ -154,13 +164,16 @@ def load(path: str | Path, device: str = "auto") -> TrainedModel:
 def generation_of(model: TrainedModel, n: int, seed: int, label: Label, evaluations: int | None, cache: Path) -> Generation:
     """n samples as metrics see them, beside the data the model learned; as TrainedModel.sample makes them."""
     config, device, labels = model.config, model.device, model.labels(n, label)
-    samples, flow = model.sample(n, seed, label, evaluations=evaluations).to(device), model.flow()
+    solver, flow = build_solver(config), model.flow()
+    samples = model.sample(n, seed, label, solver, evaluations).to(device)
+    steps = solver_words(flow, solver) if evaluations is None else few_step_words(flow, evaluations)
     source = build_source(config, device)
     return Generation(
         fixed_noise(build_source(config, torch.device("cpu")), n, seed).to(device), samples,
-        None if labels is None else labels.to(device), flow, flow.velocity, build_solver(config),
+        None if labels is None else labels.to(device), flow, flow.velocity, solver,
         build_dataset(config, device), source, dataset_key(config), cache, True,
         lambda name: generator_for(seed, f"evaluation/{name}", 0, device), build_decoder(config, device), seed,
+        weights_in_words(config, model.step), steps,
     )  # fmt: skip
 
 
@@ -210,11 +223,12 @@ def evaluate_checkpoint(config: dict[str, Any]) -> None:
         )
     evaluator: Evaluator = build(merged["evaluation"])
     evaluator.check(objective)
-    print(f"{path}: {payload['run_name']} at step {payload['step']:,}, EMA weights, {device.type}")
+    weights = weights_in_words(payload["config"], payload["step"])
+    print(f"{path}: {payload['run_name']}, {weights}, {device.type}")
     arguments = (
         objective, build_dataset(merged, device), build_source(merged, device), solver, merged["seed"],
         dataset_key(merged), Path(config["output_dir"]) / "cache", True, sampled_flow(objective, merged, device),
-        build_decoder(merged, device),
+        build_decoder(merged, device), weights,
     )  # fmt: skip
     if rank():
         evaluator.assist(*arguments)

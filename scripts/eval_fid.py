@@ -9,8 +9,9 @@
 Keys: ckpt or samples (a folder of pictures, or a .npz with arr_0); network (the folder of inception-2015-12-05.pt for FID;
 the name of a shipped classifier such as digits_classifier, or the checkpoint of one, for Frechet distances in its features);
 reference (of a checkpoint: held_out or train, its own data; else, or for files: a folder, a .npz with arr_0, or a .npz of
-statistics mu and sigma); n (10000), seed (0), label, nfe, device (auto), cache (outputs/cache), out (a .json to write), and
-any solver or guidance setting. Each score stands beside its noise floor, real against real, and with all it depends on.
+statistics mu and sigma); n (10000), seed (0), label, nfe, replicates (real pairs of the noise floor; 3 for Inception, which
+is slow, else 20), device (auto), cache (outputs/cache), out (a .json to write), and any solver or guidance setting. Each
+score stands beside its noise floor, real against real, and with all it depends on.
 """
 
 import json
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 DEFAULTS: dict[str, str | None] = {
     "ckpt": None, "samples": None, "network": None, "reference": None, "n": "10000", "seed": "0", "label": None, "nfe": None,
-    "device": "auto", "cache": "outputs/cache", "out": None,
+    "replicates": None, "device": "auto", "cache": "outputs/cache", "out": None,
 }  # fmt: skip
 GROUPS = ("solver", "guidance")
 
@@ -51,7 +52,7 @@ def read_words(words: list[str]) -> tuple[dict[str, str | None], list[str]]:
         raise UserError("give either ckpt=<a checkpoint> or samples=<a folder of pictures, or a .npz>")
     if settings["samples"] and settings["reference"] is None:
         raise UserError("samples= need something to be compared with; give reference=<a folder, or a .npz>")
-    for key, least in (("n", 2), ("seed", 0), ("nfe", 1)):
+    for key, least in (("n", 2), ("seed", 0), ("nfe", 1), ("replicates", 2)):
         text = settings[key]
         if text is not None and (not text.isascii() or not text.isdigit() or int(text) < least):
             raise UserError(f"{key} takes a whole number of at least {least}, not {text!r}")
@@ -88,6 +89,13 @@ def network_of(spec: str) -> "FeatureNetwork":
     return InceptionFeatures(spec) if path.is_dir() or path.name.startswith("inception") else classifier_features(spec)
 
 
+def replicates_of(settings: dict[str, str | None], network: "FeatureNetwork") -> int:
+    """Real pairs of the noise floor; as configs/evaluation has them unless given."""
+    from evaluation.feature_networks import InceptionFeatures
+
+    return int(settings["replicates"] or (3 if isinstance(network, InceptionFeatures) else 20))
+
+
 def of_checkpoint(settings: dict[str, str | None], overrides: list[str]) -> "list[Score | Absent]":
     """Samples of a checkpoint against its own data, or against files."""
     from evaluation.metrics.features import FeatureMetric
@@ -108,8 +116,8 @@ def of_checkpoint(settings: dict[str, str | None], overrides: list[str]) -> "lis
         int(settings["nfe"]) if settings["nfe"] else None, Path(str(settings["cache"])),
     )  # fmt: skip
     if reference in ("held_out", "train"):
-        return FeatureMetric(network, reference).compute(made)
-    return between(network, made.bytes_of(made.samples).cpu(), Path(reference), settings, model.device, made.seed)
+        return FeatureMetric(network, reference, replicates_of(settings, network)).compute(made)
+    return between(network, made.bytes_of(made.samples).cpu(), Path(reference), settings, model.device, made.made)
 
 
 def of_files(settings: dict[str, str | None], device: Any) -> "list[Score | Absent]":
@@ -119,7 +127,7 @@ def of_files(settings: dict[str, str | None], device: Any) -> "list[Score | Abse
     if settings["network"] is None:
         raise UserError("network is missing; give network=<the folder of Inception's weights, or a classifier>")
     images = read_images(Path(str(settings["samples"])))
-    return between(network_of(settings["network"]), images, Path(str(settings["reference"])), settings, device, None)
+    return between(network_of(settings["network"]), images, Path(str(settings["reference"])), settings, device, "")
 
 
 def between(
@@ -128,17 +136,18 @@ def between(
     reference: Path,
     settings: dict[str, str | None],
     device: Any,
-    seed: int | None,
+    made: str,
 ) -> "list[Score | Absent]":
-    """Image bytes (N, C, H, W) against a folder, a .npz of images, or one of statistics."""
+    """Image bytes (N, C, H, W), made so, against a folder, a .npz of images, or one of statistics."""
     from evaluation.image_sets import open_npz, read_images
     from evaluation.metrics.features import scores_against_statistics, scores_between
 
     if reference.suffix == ".npz" and reference.is_file():
         arrays = open_npz(reference)
         if {"mu", "sigma"} <= set(arrays):
-            return scores_against_statistics(network, images, arrays["mu"], arrays["sigma"], reference.name, device, seed)
-    return scores_between(network, images, read_images(reference), Path(str(settings["cache"])), device, seed)
+            return scores_against_statistics(network, images, arrays["mu"], arrays["sigma"], reference.name, device, made)
+    cache, replicates = Path(str(settings["cache"])), replicates_of(settings, network)
+    return scores_between(network, images, read_images(reference), cache, device, made, replicates)
 
 
 def report(results: "list[Score | Absent]") -> None:

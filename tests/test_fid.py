@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +17,23 @@ from torch import Tensor
 
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.digits import Digits
+from dataloaders.image_folder import ImageFolder
 from dataloaders.sources import GaussianSource
+from dataloaders.synthetic import KMeans
+from evaluation.data_hash import data_hash
 from evaluation.feature_networks import ClassifierFeatures, InceptionFeatures, classifier_features, weights_hash
 from evaluation.fid import fit_gaussian, frechet_distance, from_moments, kernel_distance, neighbour_shares
+from evaluation.image_sets import write_pictures
 from evaluation.metrics import distances
 from evaluation.metrics.base_metric import Absent, Generation, Score, to_bytes
 from evaluation.metrics.energy_distance import EnergyDistance
-from evaluation.metrics.features import FeatureMetric
+from evaluation.metrics.features import FeatureMetric, FeatureScores, Floor, scores_between
 from evaluation.metrics.few_step import FewStep
+from evaluation.metrics.nearest import NearestTraining
+from evaluation.metrics.wasserstein import SlicedWasserstein
+from evaluation.report import absent_lines, print_table, provenance_lines, rows_of
+from training.assemble import dataset_key
+from training.ema import weights_in_words
 from training.errors import UserError
 from training.seeds import generator_for
 
@@ -167,10 +178,13 @@ def digits() -> Digits:
 
 @pytest.fixture
 def generation(tmp_path: Path) -> Callable[..., Generation]:
-    def make(dataset: FlowDataset, samples: Tensor, label: Tensor | None = None, key: str = "digits") -> Generation:
+    def make(
+        dataset: FlowDataset, samples: Tensor, label: Tensor | None = None, key: str = "digits", **more: Any
+    ) -> Generation:
         return Generation(
             samples, samples, label, None, None, None,  # type: ignore[arg-type]
             dataset, GaussianSource(list(dataset.state_shape)), key, tmp_path, False, lambda name: generator_for(0, name),
+            **more,
         )  # fmt: skip
 
     return make
@@ -241,20 +255,20 @@ def test_scores_say_what_they_depend_on_and_reference_features_are_cached_by_it(
 
     monkeypatch.setattr(ClassifierFeatures, "features", counted)
     samples = digits.held_out_states[:100]
-    first = scored(generation(digits, samples))[NAMES[0]]
+    first = scored(generation(digits, samples, weights="some weights", steps="50 steps"))[NAMES[0]]
     assert sorted(seen) == [100, 100, 200, 1438]  # samples, reference, the pool of the floor, the training set
     for word in (
         "digits_classifier (weights ",
         "no resize",
         "100 samples",
-        "100 held-out images",
+        "100 held-out images of digits (data ",
         "8 bits",
-        "seed 0",
-        "EMA",
+        "seed 0 by some weights, 50 steps",
+        "floor: 100 against 100 real images, 20 times",
     ):
         assert word in first.provenance
     seen.clear()
-    again = scored(generation(digits, samples))[NAMES[0]]
+    again = scored(generation(digits, samples, weights="some weights", steps="50 steps"))[NAMES[0]]
     assert seen == [100] and again == first
     scored(generation(digits, samples, key="other digits"))
     assert sorted(seen) == [100, 100, 100, 200, 1438]
@@ -262,6 +276,96 @@ def test_scores_say_what_they_depend_on_and_reference_features_are_cached_by_it(
     train = scored(generation(digits, samples), reference="train")[NAMES[0]]
     assert "1,438 training images" in train.provenance and train.extra is None and train.value != first.value
     assert 1438 not in seen  # known already
+    decoded = scored(generation(digits, samples, decode=lambda z: z))[NAMES[0]]
+    assert "reconstructions" in decoded.provenance and "reconstructions" not in first.provenance
+
+
+def test_other_pictures_in_the_same_place_have_their_own_reference_and_floor(generation: Callable[..., Generation]) -> None:
+    """The settings are the same, so is the cache; only the data differ."""
+    alike, other = Digits(), Digits()
+    other.states = 0.5 * other.states.flip(3)
+    samples = alike.held_out_states[:100]
+    first, same, changed = (scored(generation(data, samples), replicates=2)[NAMES[0]] for data in (alike, Digits(), other))
+    assert same == first and "data " in first.provenance
+    assert changed.value > 4 * first.value and changed.floor != first.floor
+    assert changed.provenance != first.provenance
+    apart = EnergyDistance(2).compute(generation(other, samples)) + EnergyDistance(2).compute(generation(alike, samples))
+    assert apart[0].floor != apart[1].floor  # type: ignore[union-attr]
+    held_out = [NearestTraining().compute(generation(data, samples))[2].floor for data in (alike, other)]  # type: ignore[union-attr]
+    assert held_out[0] == held_out[1]  # halved and mirrored, the classes are what they were
+    moved = Digits()
+    moved.states[: moved.train_size] = moved.states[:1]
+    assert NearestTraining().compute(generation(moved, samples))[2].floor == 0  # type: ignore[union-attr]
+
+
+def test_the_hash_of_data_is_of_what_scores_read(tmp_path: Path) -> None:
+    cpu, digits = torch.device("cpu"), Digits()
+    assert data_hash(digits, cpu) == data_hash(Digits(), cpu)
+    changed = Digits()
+    changed.states[-1, 0, 0, 0] += 1 / 8
+    assert data_hash(changed, cpu) != data_hash(digits, cpu)
+    assert data_hash(KMeans(), cpu) == data_hash(KMeans(), cpu) != data_hash(KMeans(std=0.2), cpu)
+    folders = {"a": 0, "b": 0, "c": 1}
+    for name, value in folders.items():
+        write_pictures(tmp_path / name, torch.full((30, 3, 8, 8), value, dtype=torch.uint8))
+    a, b, c = (data_hash(ImageFolder(str(tmp_path / name), 8, 0, [3, 8, 8]), cpu) for name in folders)
+    assert a == b != c
+
+
+def test_the_shares_look_at_images_of_all_classes() -> None:
+    """Samples sorted by class against unsorted ones: which rows come first must not matter."""
+    centres = 6 * normal(10, 16)
+    x, y = (centres[torch.arange(900) * 10 // 900] + normal(900, 16, seed=seed) for seed in (1, 2))
+    shuffled = torch.randperm(900, generator=torch.Generator().manual_seed(3))
+    scores = FeatureScores(5, 300)
+    sorted_, mixed = scores.measure(x, y[shuffled]), scores.measure(x[shuffled], y[shuffled])
+    assert sorted_[:2] == pytest.approx(mixed[:2]) and sorted_[2:] == pytest.approx(mixed[2:], abs=0.1)
+    assert (
+        scores.drawn_words(900, 200) == "; precision, recall, density, coverage of 300 against 200 of them, drawn at random"
+    )
+    assert scores.drawn_words(300, 300) == ""
+
+
+def test_floors_of_small_sets_tell_their_counts(digits: Digits, generation: Callable[..., Generation]) -> None:
+    scores, pool = FeatureScores(), normal(60, 8)
+    expected = {(60, 30, 30): (30, 30), (60, 60, 60): (30, 30), (8, 8, 8): (4, 4), (60, 10_000, 60): (53, 7),
+                (60, 60, 10_000): (7, 53), (14, 7, 7): (7, 7), (4, 2, 2): (2, 2)}  # fmt: skip
+    for (rows, first, second), counts in expected.items():
+        floor = scores.fitting(min(first, second)).replicated(pool[:rows], first, second, 2)
+        assert (floor.first, floor.second) == counts
+        assert floor.rows.shape == (2, 6 if min(counts) >= 7 else 2) and floor.rows.isfinite().all()
+        again = Floor.of(floor.numbers())
+        assert torch.allclose(again.rows, floor.rows) and again.note(*counts) == "" != again.note(1, 1)
+    none = scores.replicated(pool[:3], 3, 3, 2)
+    assert none.rows.shape == Floor.of(none.numbers()).rows.shape == (0, 0)
+    many = digits.train_states.repeat(2, 1, 1, 1)[:2000]
+    enough = scored(generation(digits, many[:1000]), replicates=2, k=0)[NAMES[0]]
+    assert enough.floor_note == "" and "floor: 1,000 against 359 real images" in enough.provenance  # of 1,797 states
+    small = scored(generation(digits, many), replicates=2, k=0)[NAMES[0]]
+    assert small.floor_note == "of 1,522 against 273" and "floor: 1,522 against 273 real images" in small.provenance
+    energy = EnergyDistance(2).compute(generation(digits, many))[0]
+    assert isinstance(energy, Score) and energy.floor_note == "of 1,523 against 273"
+    sliced = SlicedWasserstein(4, 2).compute(generation(digits, many))[0]
+    assert isinstance(sliced, Score) and sliced.floor_note == ""  # it looks at 359 of each side
+    assert "of 1,522 against 273, training set" in rows_of([small])[0][2]
+
+
+def test_few_images_have_the_scores_and_floors_that_can_be_had(tmp_path: Path) -> None:
+    network, cpu = classifier_features("digits_classifier"), torch.device("cpu")
+    images = to_bytes(Digits().held_out_states[:40], (-1, 1))
+
+    def of(first: int, second: int) -> list[Score | Absent]:
+        return scores_between(network, images[:first], images[20:][:second], tmp_path, cpu, replicates=2)
+
+    eight = of(8, 8)
+    assert all(isinstance(score, Score) for score in eight) and len(eight) == 6
+    assert [score.floor is None for score in eight] == [False] * 2 + [True] * 4  # type: ignore[union-attr]
+    assert eight[0].floor_note == "of 4 against 4" and "too few" in eight[2].floor_note  # type: ignore[union-attr]
+    assert rows_of(eight)[2][2] == "none, 8 real images are too few for two sets"  # type: ignore[arg-type]
+    five = of(5, 5)
+    assert [isinstance(result, Score) for result in five] == [True] * 2 + [False] * 4
+    assert "5 samples and 5 real images are fewer than the 7" in five[2].reason  # type: ignore[union-attr]
+    assert [result.reason[-24:] for result in of(1, 5)[:2]] == ["the 2 on a side it takes"] * 2  # type: ignore[union-attr]
 
 
 def test_scores_that_cannot_be_given_say_why(digits: Digits, generation: Callable[..., Generation]) -> None:
@@ -277,7 +381,8 @@ def test_scores_that_cannot_be_given_say_why(digits: Digits, generation: Callabl
     large = generation(digits, torch.zeros(20, 3, 16, 16))
     assert "sees images of shape [1, 8, 8], not [3, 16, 16]" in metric.compute(large)[0].reason  # type: ignore[union-attr]
     few = metric.compute(generation(digits, digits.held_out_states[:6]))
-    assert len(few) == 7 and "6 samples and 6 real images are fewer than the 7" in few[0].reason  # type: ignore[union-attr]
+    assert [isinstance(result, Score) for result in few] == [True] * 2 + [False] * 5
+    assert "6 samples and 6 real images are fewer than the 7" in few[2].reason  # type: ignore[union-attr]
     assert FeatureMetric("digits_classifier", final_only=True).compute(large) == []
     assert FeatureMetric(None).compute(large) == [] and FeatureMetric(None).names() == []
     for settings_ in ({"reference": "test"}, {"replicates": 1}):
@@ -310,7 +415,12 @@ def test_a_run_on_digits_is_judged_by_the_shipped_classifier(small_run, capsys) 
     assert f"{NAMES[0]}_1nfe_train" in status
     assert "digits_classifier (weights " in capsys.readouterr().out
     rows = [json.loads(line) for line in (folder / "runs/x/metrics.jsonl").read_text().splitlines()]
-    assert "64 samples from seed 0" in rows[-1]["provenance"][NAMES[0]]
+    words = rows[-1]["provenance"]
+    made = (
+        r"64 samples from seed 0 by the EMA weights \(decay 0.995\) at step 2, 8 evaluations by \w+; 64 held-out images of"
+    )
+    assert re.search(made, words[NAMES[0]])
+    assert "at step 2, steps of the flow map: as many as the name says" in words[f"{NAMES[0]}_1nfe"]
 
 
 def test_few_step_names_what_it_cannot_give() -> None:
@@ -369,3 +479,33 @@ def test_weights_that_are_no_inception_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "inception-2015-12-05.pt").write_bytes(b"not TorchScript")
     with pytest.raises(UserError, match="cannot be read as TorchScript"):
         InceptionFeatures(str(tmp_path)).features(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.device("cpu"))
+
+
+def test_a_table_fits_a_terminal(capsys) -> None:
+    names = [f"eval/{name}_{n}nfe" for n in (1, 2, 4) for name in ("energy_distance", "frechet_distance_digits_classifier")]
+    absent = [*(Absent(name, "it learns no map across time") for name in [*names, "eval/w2"]), Absent("eval/x_1nfe", "no")]
+    lines = absent_lines(absent)
+    assert lines[0].startswith(
+        "eval/energy_distance_{1,2,4}nfe, eval/frechet_distance_digits_classifier_{1,2,4}nfe, eval/w2: "
+    )
+    assert lines[1:] == ["eval/x_1nfe: no"]
+    score = Score("eval/w2", 1.0, provenance="a network " * 40)
+    print_table([score], [*absent, *(Absent(f"eval/{n:050}", "no") for n in range(9))])
+    shown = capsys.readouterr().out.splitlines()
+    assert max(map(len, shown)) <= 110 and len(provenance_lines([score])) == 1
+
+
+def test_weights_are_named_as_they_are() -> None:
+    assert weights_in_words({"ema": {"decay": 0.0}}, 5) == "the weights themselves (no EMA) at step 5"
+    assert weights_in_words({"ema": {"decay": 0.995}}, 1200) == "the EMA weights (decay 0.995) at step 1,200"
+    assert weights_in_words({}, 1) == "the EMA weights at step 1"
+
+
+def test_the_key_of_a_dataset_knows_the_weights_that_decode_it(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"choices": {"dataloaders": "latents"}, "dataloaders": {"path": "x"}}
+    keys = [dataset_key(config)]
+    for folder, content in (("a", b"one"), ("a", b"two"), ("b", b"two")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "diffusion_pytorch_model.safetensors").write_bytes(content)
+        keys.append(dataset_key(config | {"vae": {"path": str(tmp_path / folder)}}))
+    assert len(set(keys)) == 4 and keys[-1] == dataset_key(config | {"vae": {"path": str(tmp_path / "b")}})

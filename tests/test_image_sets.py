@@ -96,6 +96,8 @@ def test_a_checkpoints_samples_are_exported_and_score_as_it_does(checkpoint: Pat
         assert eval_fid.main(words + (common[1:] if source.startswith("ckpt") else [])) == 0
         scores = {score["name"]: score for score in json.loads((tmp_path / "scores.json").read_text())}
         values.append(scores[NAME]["value"])
+        assert ("by the EMA weights (decay 0.995) at step 1" in scores[NAME]["provenance"]) == source.startswith("ckpt")
+        assert "real images, 20 times" in scores[NAME]["provenance"]
         assert scores[NAME]["floor_sd"] > 0 and "359 reference images" in scores[NAME]["provenance"]
     assert values[0] == pytest.approx(values[1]) == pytest.approx(values[2])
     network = classifier_features("digits_classifier")
@@ -106,8 +108,11 @@ def test_a_checkpoints_samples_are_exported_and_score_as_it_does(checkpoint: Pat
     words = [f"samples={tmp_path / 'folder'}", f"reference={tmp_path / 'statistics.npz'}", NETWORK]
     (score,) = eval_fid.evaluate(words)
     assert isinstance(score, Score) and score.value == pytest.approx(values[0], abs=1e-4)
-    assert "statistics.npz (" in score.provenance and "floor" in capsys.readouterr().out
-    results = eval_fid.evaluate([*common, NETWORK, cache])
+    assert score.floor is None and "statistics.npz (" in score.provenance
+    assert "floor none, statistics hold no images to draw one from" in capsys.readouterr().out
+    results = eval_fid.evaluate([*common, NETWORK, cache, "replicates=3"])
+    assert isinstance(results[0], Score) and "real images, 3 times" in results[0].provenance
+    assert "by the EMA weights (decay 0.995) at step 1, 2 evaluations by Euler;" in results[0].provenance
     assert {"eval/classifier_accuracy", NAME} <= {result.name for result in results if isinstance(result, Score)}
 
 
@@ -128,6 +133,7 @@ def test_samples_are_the_same_for_any_batch_size_and_count(checkpoint: Path, mon
         (["samples={t}", "reference={t}", NETWORK], "no pictures"),
         (["ckpt={c}", "n=1"], "n takes a whole number of at least 2"),
         (["ckpt={c}", "nfe=0"], "nfe takes"),
+        (["ckpt={c}", "replicates=1"], "replicates takes a whole number of at least 2"),
         (["ckpt={c}", "steps=3"], "cannot use 'steps=3'"),
         (["ckpt={c}", "network={t}"], "FID needs the weights of its Inception network"),
         (["ckpt={c}", "network=nothing"], "no checkpoint at nothing"),

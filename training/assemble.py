@@ -145,9 +145,18 @@ def build_decoder(config: dict[str, Any], device: torch.device) -> Decode | None
 
 
 def dataset_key(config: dict[str, Any]) -> str:
-    """Names the data and all its settings: part of every cache key."""
-    settings = json.dumps(config["dataloaders"], sort_keys=True)
+    """Names the data and all its settings, and the autoencoder whose decoder shows it, by its weights: part of every cache
+    key, beside a hash of the data themselves."""
+    vae = config.get("vae") or {}
+    files = sorted(Path(vae["path"]).glob("*.safetensors")) if "path" in vae else []
+    settings = json.dumps([config["dataloaders"], vae, [file_hash(file) for file in files]], sort_keys=True)
     return f"{config['choices']['dataloaders']}-{hashlib.blake2s(settings.encode(), digest_size=8).hexdigest()}"
+
+
+def file_hash(path: Path) -> str:
+    """Of the file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, hashlib.blake2s).hexdigest()
 
 
 def load_network(network: torch.nn.Module, weights: dict[str, Any], path: Path) -> None:

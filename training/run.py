@@ -23,6 +23,7 @@ from solvers.base_solver import BaseSolver
 from training.callbacks import Callback
 from training.checkpoint import FORMAT, CheckpointFolder
 from training.device import device_name
+from training.ema import weights_in_words
 from training.files import DISK_ERRORS, disk_sentence, replacing
 from training.provenance import git_commit, package_versions
 from training.ranks import agreed, from_first, orphaned
@@ -190,6 +191,7 @@ class Run:
             final,
             self.flow,
             self.decode,
+            weights_in_words(self.config, self.state.step),
         )
         if self.evaluation is not None and self.state.step:
             provenance = {score.name: score.provenance for score in self.evaluation.scores if score.provenance}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
+from evaluation.data_hash import data_hash
 from helpers_cfg import Guidance
 from losses.objective import FlowObjective
 from solvers.base_solver import BaseSolver
@@ -33,6 +34,7 @@ class Score:
     floor, floor_sd: the same metric on real against real (mean and standard deviation over replicates), None if senseless.
     extra: further numbers logged under their own full names. note: what the number was measured with, in a few words.
     provenance: all that the number depends on, for scores whose name does not say it; written beside them.
+    floor_note: the counts of a floor that has others than the score ("of 30 against 30"), or why there is no floor.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Score:
     extra: dict[str, float] | None = None
     note: str = ""
     provenance: str = ""
+    floor_note: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Generation:
     label). field: its velocity. guided: whether there is guidance, so that the truth about the data is none about the
     samples. final: whether this is the run's last, larger evaluation. cache: folder for things that may be recomputed.
     generator(name): a generator on the dataset's device with a seed fixed by (run seed, name). decode: from latents to
-    images, None where states are what they show.
+    images, None where states are what they show. seed: of the samples' noise. weights, steps: which weights of the network
+    and which steps made the samples, in words.
     """
 
     noise: Tensor
@@ -74,16 +78,33 @@ class Generation:
     solver: BaseSolver
     dataset: FlowDataset
     source: Source
-    dataset_key: str  # names the dataset and all its settings: part of every cache key
+    dataset_key: str  # names the dataset, all its settings and the autoencoder that decodes it
     cache: Path
     final: bool
     generator: Callable[[str], torch.Generator]
     decode: Decode | None = None
-    seed: int = 0  # of the samples' noise
+    seed: int = 0
+    weights: str = "the network given"
+    steps: str = ""
 
     @property
     def guided(self) -> bool:
         return isinstance(self.objective.network, Guidance)
+
+    @property
+    def data_hash(self) -> str:
+        """Of the dataset's content."""
+        return data_hash(self.dataset, self.samples.device)
+
+    @property
+    def data_key(self) -> str:
+        """Names the data by settings and content: part of every cache key."""
+        return f"{self.dataset_key} {self.data_hash}"
+
+    @property
+    def made(self) -> str:
+        """How the samples were made, for provenance."""
+        return f"from seed {self.seed} by {self.weights}, {self.steps}"
 
     @cached_property
     def images(self) -> Tensor:

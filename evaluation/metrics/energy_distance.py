@@ -29,6 +29,7 @@ class EnergyDistance(TwoSampleMetric):
     """
 
     name = "eval/energy_distance"
+    least = 2
 
     def distance(self, x: Tensor, y: Tensor) -> float:
         return energy_distance(x, y)

@@ -18,15 +18,41 @@ from evaluation.metrics.two_sample import not_finite
 from training.errors import UserError
 from training.seeds import generator_for
 
+DISTANCES = ("frechet_distance", "kernel_distance")
 SHARES = ("precision", "recall", "density", "coverage")
 ACCURACY = "eval/classifier_accuracy"
+
+
+@dataclass(frozen=True)
+class Floor:
+    """rows (replicates, S): the first S scores between two sets of real images, of these counts, cut from a pool. S and the
+    counts are 0 where the pool is too small."""
+
+    rows: Tensor
+    first: int
+    second: int
+    pool: int
+
+    def numbers(self) -> list[float]:
+        """As the cache keeps it."""
+        return [float(n) for n in (self.first, self.second, self.pool, len(self.rows))] + self.rows.flatten().tolist()
+
+    @staticmethod
+    def of(numbers: list[float]) -> "Floor":
+        """Undoes numbers()."""
+        first, second, pool, replicates = map(int, numbers[:4])
+        return Floor(torch.tensor(numbers[4:]).view(replicates, -1 if numbers[4:] else 0), first, second, pool)
+
+    def note(self, first: int, second: int) -> str:
+        """Its counts where they are not these of the score."""
+        return "" if (self.first, self.second) == (first, second) else f"of {self.first:,} against {self.second:,}"
 
 
 @dataclass(frozen=True)
 class FeatureScores:
     """What is measured between the features of two sets of images: distances, and shares by k nearest neighbours.
 
-    k 0: no shares. points: images of each side that the shares look at, at most (they take all pairs).
+    k 0: no shares. points: images of each side that the shares look at, at most (they take all pairs), drawn at random.
     """
 
     k: int = 5
@@ -35,40 +61,85 @@ class FeatureScores:
     @property
     def least(self) -> int:
         """How many images a side must have."""
-        return self.k + 2
+        return self.k + 2 if self.k else 2
 
     def names(self) -> tuple[str, ...]:
-        return ("frechet_distance", "kernel_distance", *(SHARES if self.k else ()))
+        return (*DISTANCES, *(SHARES if self.k else ()))
+
+    def fitting(self, count: int) -> "FeatureScores":
+        """Those of the scores, the first ones, that can be had of so many images on a side; none of fewer than two."""
+        return self if count >= self.least else FeatureScores(0, self.points)
+
+    def too_few(self, network: FeatureNetwork, first: int, second: int) -> list[Absent]:
+        """Why some or all scores of so many generated and real images cannot be given."""
+        given = self.fitting(min(first, second))
+        names = [name for name in self.names() if name not in given.names() or min(first, second) < given.least]
+        reason = f"{first:,} samples and {second:,} real images are fewer than the {{}} on a side it takes"
+        return [Absent(network.metric(name), reason.format(self.least if name in SHARES else given.least)) for name in names]
 
     def measure(self, x: Tensor, y: Tensor) -> list[float]:
         """Of generated features x (N, F) and real ones y (M, F), in the order of names()."""
         if x.device.type == "mps":  # which has no float64
             x, y = x.cpu(), y.cpu()
-        shares = neighbour_shares(x[: self.points], y[: self.points], self.k) if self.k else {}
+        shares = neighbour_shares(self.drawn(x, "generated"), self.drawn(y, "real"), self.k) if self.k else {}
         frechet = frechet_distance(fit_gaussian(x), fit_gaussian(y))
         return [frechet, kernel_distance(x, y), *(shares[name] for name in SHARES if self.k)]
 
-    def replicated(self, pool: Tensor, first: int, second: int, replicates: int) -> Tensor:
-        """(replicates, scores) between random disjoint parts, of these sizes, of one pool of real features (P, F); both
-        sizes shrink alike when it is too small."""
-        shrink = min(1.0, len(pool) / (first + second))
-        n, m = (max(self.least, int(size * shrink)) for size in (first, second))
+    def drawn(self, x: Tensor, side: str) -> Tensor:
+        """At most `points` of the rows of x (N, F), from a fixed seed: files and samples may be sorted by class."""
+        if len(x) <= self.points:
+            return x
+        return x[torch.randperm(len(x), generator=generator_for(0, f"features/{side}"))[: self.points].to(x.device)]
+
+    def split(self, pool: int, first: int, second: int) -> tuple[int, int]:
+        """Counts of two disjoint parts of a pool of at least 2 `least`: these, or both shrunk alike, never below `least`."""
+        shrink = min(1.0, pool / (first + second))
+        n = min(max(int(first * shrink), self.least), pool - self.least)
+        return n, min(max(int(second * shrink), self.least), pool - n)
+
+    def replicated(self, pool: Tensor, first: int, second: int, replicates: int) -> Floor:
+        """The scores between random disjoint parts, of these sizes, of one pool of real features (P, F); both sizes shrink
+        alike when it is too small, and what is too few for the shares may do for the distances."""
+        scores = self.fitting(len(pool) // 2)
+        if len(pool) < 2 * scores.least:
+            return Floor(torch.empty(0, 0), 0, 0, len(pool))
+        n, m = scores.split(len(pool), first, second)
         rows = []
         for i in range(replicates):
             order = torch.randperm(len(pool), generator=generator_for(0, "features/floor", i)).to(pool.device)
-            rows.append(self.measure(pool[order[:n]], pool[order[n : n + m]]))
-        return torch.tensor(rows)
+            rows.append(scores.measure(pool[order[:n]], pool[order[n : n + m]]))
+        return Floor(torch.tensor(rows), n, m, len(pool))
 
     def named(
-        self, network: FeatureNetwork, values: list[float], floor: Tensor, own: list[float], count: int, provenance: str
+        self,
+        network: FeatureNetwork,
+        values: list[float],
+        floor: Floor,
+        own: list[float],
+        counts: tuple[int, int],
+        provenance: str,
     ) -> list[Score]:
-        """One Score for each value. own: what the training set scores, or empty."""
+        """One Score for each value. own: what the training set scores, or empty. counts: samples and real images scored."""
         scores = []
+        provenance += self.drawn_words(*counts)
         for i, name in enumerate(map(network.metric, self.names())):
-            extra = {f"{name}_train": own[i]} if own else None
-            mean, sd = floor[:, i].mean().item(), floor[:, i].std().item()
-            scores.append(Score(name, values[i], None, mean, sd, extra, f"{count:,} samples", provenance))
+            extra = {f"{name}_train": own[i]} if i < len(own) else None
+            mean, sd, note = None, None, f"{floor.pool:,} real images are too few for two sets"
+            depends = f"{provenance}; no floor: {note}"
+            if i < floor.rows.shape[1]:
+                mean, sd, note = floor.rows[:, i].mean().item(), floor.rows[:, i].std().item(), floor.note(*counts)
+                depends = (
+                    f"{provenance}; floor: {floor.first:,} against {floor.second:,} real images, {len(floor.rows)} times"
+                )
+            scores.append(Score(name, values[i], None, mean, sd, extra, f"{counts[0]:,} samples", depends, note))
         return scores
+
+    def drawn_words(self, first: int, second: int) -> str:
+        """How many of so many images the shares look at, for provenance; nothing where it is all."""
+        if not self.k or max(first, second) <= self.points:
+            return ""
+        n, m = (f"{min(count, self.points):,}" for count in (first, second))
+        return f"; {', '.join(SHARES)} of {n} against {m} of them, drawn at random"
 
 
 class FeatureMetric(Metric):
@@ -129,14 +200,13 @@ class FeatureMetric(Metric):
         network, count = self.network, len(generation.samples)
         x = self.features(generation, generation.samples)
         y = self.real_features(generation, self.reference, count)
-        if min(len(x), len(y)) < self.scores.least:
-            few = f"{len(x)} samples and {len(y)} real images are fewer than the {self.scores.least} on a side it takes"
-            return [Absent(name, few) for name in self.names()]
-        values = self.scores.measure(x, y)
-        floor = torch.tensor(self.floor(generation, count, len(y))).view(self.replicates, -1)
-        own = self.training_scores(generation, count, y)
         provenance = self.provenance(generation, count, len(y))
-        results: list[Score | Absent] = [*self.scores.named(network, values, floor, own, count, provenance)]
+        results: list[Score | Absent] = []
+        scores = self.scores.fitting(min(count, len(y)))
+        if min(count, len(y)) >= scores.least:
+            floor, own = self.floor(generation, count, len(y)), self.training_scores(generation, count, y)
+            results += scores.named(network, scores.measure(x, y), floor, own, (count, len(y)), provenance)
+        results += self.scores.too_few(network, count, len(y))
         if isinstance(network, ClassifierFeatures):
             results.append(self.accuracy(generation, network, x, provenance))
         return results
@@ -156,7 +226,9 @@ class FeatureMetric(Metric):
         value = right.mean().item()
         spread = (value * (1 - value) / len(right)) ** 0.5
         extra = by_class if len(by_class) <= 20 else None
-        return Score(ACCURACY, value, spread, real.float().mean().item(), None, extra, provenance=provenance)
+        few = "" if len(real) == len(right) else f"of {len(real):,} held-out images"
+        floor = real.float().mean().item()
+        return Score(ACCURACY, value, spread, floor, None, extra, provenance=provenance, floor_note=few)
 
     def features(self, generation: Generation, states: Tensor) -> Tensor:
         """Of generated or real states (N, ...): (N, F) on their device."""
@@ -170,7 +242,7 @@ class FeatureMetric(Metric):
     def key(self, generation: Generation, **more: object) -> dict[str, object]:
         """What cached numbers depend on."""
         return {
-            "dataset": generation.dataset_key, "network": self.network.describe(), "rounding": "uint8",
+            "dataset": generation.data_key, "network": self.network.describe(), "rounding": "uint8",
             "decoded": generation.decode is not None, **more,
         }  # fmt: skip
 
@@ -189,17 +261,17 @@ class FeatureMetric(Metric):
         key = self.key(generation, part=part, count=count if part == "held_out" else "all")
         return cached_tensor(generation.cache, f"features_{self.network.name}", key, compute).to(generation.samples.device)
 
-    def floor(self, generation: Generation, first: int, second: int) -> list[float]:
-        """The scores between two disjoint sets of real states of these sizes, replicate after replicate, cached."""
+    def floor(self, generation: Generation, first: int, second: int) -> Floor:
+        """The scores between two disjoint sets of real states of these sizes, or smaller ones of a small set, cached."""
 
         def compute() -> list[float]:
             larger = max(first, second)
             pair = generation.dataset.real_pair(larger, larger, self.generator(generation, "pool"))
             pool = self.features(generation, torch.cat(pair))
-            return self.scores.replicated(pool, first, second, self.replicates).flatten().tolist()
+            return self.scores.replicated(pool, first, second, self.replicates).numbers()
 
         key = self.key(generation, first=first, second=second, replicates=self.replicates, scores=vars(self.scores))
-        return cached_numbers(generation.cache, f"features_{self.network.name}_floor", key, compute)
+        return Floor.of(cached_numbers(generation.cache, f"features_{self.network.name}_floor", key, compute))
 
     def training_scores(self, generation: Generation, count: int, y: Tensor) -> list[float]:
         """What `count` training states, or all if fewer, score against the held-out ones; empty where nobody asks that."""
@@ -209,38 +281,50 @@ class FeatureMetric(Metric):
         def compute() -> list[float]:
             train = self.real_features(generation, "train", count)
             order = torch.randperm(len(train), generator=generator_for(0, "features/train")).to(train.device)
-            return self.scores.measure(train[order[:count]], y)
+            few = min(count, len(train), len(y))
+            return self.scores.fitting(few).measure(train[order[:count]], y) if few >= 2 else []
 
         key = self.key(generation, count=count, against=len(y), scores=vars(self.scores))
         return cached_numbers(generation.cache, f"features_{self.network.name}_train", key, compute)
 
     def provenance(self, generation: Generation, count: int, reference: int) -> str:
         what = "held-out" if self.reference == "held_out" else "training"
+        decoded = ", decoded like the samples, so reconstructions and not the pictures" if generation.decode else ""
         return (
-            f"{self.network.describe()}, {count:,} samples from seed {generation.seed} by the EMA weights, "
-            f"{reference:,} {what} images, all rounded to 8 bits"
+            f"{self.network.describe()}; {count:,} samples {generation.made}; {reference:,} {what} images of "
+            f"{generation.dataset_key} (data {generation.data_hash}){decoded}; all rounded to 8 bits"
         )
 
 
 def scores_between(
-    network: FeatureNetwork, images: Tensor, reference: Tensor, cache: Path, device: torch.device, seed: int | None = None
+    network: FeatureNetwork,
+    images: Tensor,
+    reference: Tensor,
+    cache: Path,
+    device: torch.device,
+    made: str = "",
+    replicates: int = 20,
 ) -> list[Score | Absent]:
-    """The scores of two sets of image bytes (N, C, H, W); the floor is of random parts of the reference, whose features are
-    cached. seed: of generated images, where they are."""
-    scores = FeatureScores()
+    """The scores of two sets of image bytes (N, C, H, W); the floor is of random parts of the reference. That and the
+    reference's features are cached. made: how generated images were, where they are."""
+    everything, counts = FeatureScores(), (len(images), len(reference))
     for part in (images, reference):
-        few = (
-            f"{len(part)} images are fewer than the {scores.least} on a side it takes" if len(part) < scores.least else None
-        )
-        reason = few or network.refusal(tuple(part.shape[1:]))
+        reason = network.refusal(tuple(part.shape[1:]))
         if reason is not None:
-            return [Absent(network.metric(name), reason) for name in scores.names()]
+            return [Absent(network.metric(name), reason) for name in everything.names()]
+    scores, few = everything.fitting(min(counts)), everything.too_few(network, *counts)
+    if min(counts) < scores.least:
+        return [*few]
     name = images_hash(reference)
     key: dict[str, object] = {"images": name, "network": network.describe()}
     y = cached_tensor(cache, f"features_{network.name}", key, lambda: network.features(reference, device).cpu()).to(device)
     x = network.features(images, device)
-    provenance = f"{network.describe()}, {described(images, seed)}, {len(y):,} reference images ({name})"
-    return [*scores.named(network, scores.measure(x, y), scores.replicated(y, len(x), len(y), 20), [], len(x), provenance)]
+    provenance = f"{network.describe()}; {described(images, made)}; {len(y):,} reference images ({name})"
+    floor = Floor.of(cached_numbers(
+        cache, f"features_{network.name}_floor", key | {"counts": counts, "replicates": replicates, "scores": vars(scores)},
+        lambda: scores.replicated(y, *counts, replicates).numbers(),
+    ))  # fmt: skip
+    return [*scores.named(network, scores.measure(x, y), floor, [], counts, provenance), *few]
 
 
 def scores_against_statistics(
@@ -250,7 +334,7 @@ def scores_against_statistics(
     sigma: np.ndarray,
     name: str,
     device: torch.device,
-    seed: int | None = None,
+    made: str = "",
 ) -> list[Score | Absent]:
     """The Frechet distance of image bytes (N, C, H, W) to published statistics mu (F,), sigma (F, F) of the same network."""
     metric = network.metric("frechet_distance")
@@ -262,10 +346,12 @@ def scores_against_statistics(
         raise UserError(f"{name} has statistics of {mu.shape[0]} features, {network.name} {fit.mean.shape[0]}; use its own")
     moments = from_moments(torch.from_numpy(mu).to(device), torch.from_numpy(sigma).to(device))
     digest = hashlib.sha256(mu.tobytes() + sigma.tobytes()).hexdigest()[:16]
-    provenance = f"{network.describe()}, {described(images, seed)}, statistics {name} ({digest})"
-    return [Score(metric, frechet_distance(fit, moments), note=f"{len(images):,} samples", provenance=provenance)]
+    why = "statistics hold no images to draw one from"
+    provenance = f"{network.describe()}; {described(images, made)}; statistics {name} ({digest}); no floor: {why}"
+    value, note = frechet_distance(fit, moments), f"{len(images):,} samples"
+    return [Score(metric, value, note=note, provenance=provenance, floor_note=why)]
 
 
-def described(images: Tensor, seed: int | None) -> str:
+def described(images: Tensor, made: str) -> str:
     """What a set of images is, for provenance."""
-    return f"{len(images):,} images ({images_hash(images)})" + ("" if seed is None else f" from seed {seed}")
+    return f"{len(images):,} images ({images_hash(images)})" + (f" {made}" if made else "")

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from evaluation.evaluator import few_steps
+from evaluation.evaluator import few_step_words, few_steps
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
 from training.errors import UserError
 
@@ -34,7 +34,7 @@ class FewStep(Metric):
         results: list[Score | Absent] = []
         for n in self.evaluations:
             samples = few_steps(generation.objective, generation.noise, generation.label, n)
-            made = replace(generation, samples=samples)
+            made = replace(generation, samples=samples, steps=few_step_words(generation.objective))
             results += [named(result, n) for metric in self.scores for result in metric.compute(made)]
         return results
 

@@ -39,17 +39,19 @@ class NearestTraining(Metric):
 
     def scores(self, dataset: TensorDataset, found: list[float], real: list[float], count: int) -> list[Score | Absent]:
         """Of what `describe` said of the samples and of held-out states."""
-        note = f"{count:,} samples against {len(dataset.train_states):,} training states"
+        note = f"{count:,} samples against {dataset.train_size:,} training states"
+        real_count = min(self.points, len(dataset.states) - dataset.train_size)
+        few = "" if real_count == count else f"of {real_count:,} held-out states"
         scores: list[Score | Absent] = [
             Score(RATIO, found[0] / max(real[0], 1e-12), note=note),
-            Score(COPIES, found[1], floor=real[1], note=note),
+            Score(COPIES, found[1], floor=real[1], note=note, floor_note=few),
         ]
         shares = found[2:]
         if not shares:
             return [*scores, Absent(CLASS_SHARE, f"{type(dataset).__name__} data has no labels")]
         extra = {f"eval/class_share_{k}": share for k, share in enumerate(shares[:CLASSES_SHOWN])}
         shown = extra if len(shares) <= CLASSES_SHOWN else None
-        return [*scores, Score(CLASS_SHARE, min(shares), floor=min(real[2:]), extra=shown, note=note)]
+        return [*scores, Score(CLASS_SHARE, min(shares), floor=min(real[2:]), extra=shown, note=note, floor_note=few)]
 
     def describe(self, dataset: TensorDataset, states: Tensor) -> list[float]:
         """Median distance to the nearest training state, share of copies, then each class's share where there are labels."""
@@ -65,7 +67,7 @@ class NearestTraining(Metric):
     def held_out(self, generation: Generation, dataset: TensorDataset) -> list[float]:
         """`describe` of held-out states, cached."""
         generator = generator_for(0, "nearest", 0, generation.samples.device)
-        key: dict[str, object] = {"dataset": generation.dataset_key, "settings": vars(self)}
+        key: dict[str, object] = {"dataset": generation.data_key, "settings": vars(self)}
         return cached_numbers(
             generation.cache, "nearest_held_out", key,
             lambda: self.describe(dataset, dataset.held_out(self.points, generator)[0]),

@@ -135,7 +135,7 @@ class OracleFlowMapError(Metric):
     def truth(self, generation: Generation, flow: ExactFlow, noise: Tensor) -> Tensor:
         """X*(noise, 0, 1), cached: integrating it for 10,000 samples takes seconds."""
         key: dict[str, object] = {
-            "dataset": generation.dataset_key,
+            "dataset": generation.data_key,
             "source_std": flow.source_std,
             "path": [type(flow.path).__name__, vars(flow.path)],
             "noise": hashlib.blake2s(noise.numpy().tobytes(), digest_size=16).hexdigest(),

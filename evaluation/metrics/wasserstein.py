@@ -35,14 +35,18 @@ class Wasserstein(TwoSampleMetric):
         super().__init__(replicates)
         self.points = points
 
+    def counts(self, first: int, second: int) -> tuple[int, int]:
+        count = min(first, second, self.points)
+        return count, count
+
     def refusal(self, generation: Generation) -> str | None:
         if len(generation.dataset.state_shape) != 1:
             return "the exact 2-Wasserstein distance is for vectors, not for images"
         return super().refusal(generation)
 
     def distance(self, x: Tensor, y: Tensor) -> float:
-        count = min(len(x), len(y), self.points)
-        return wasserstein2(x[:count], y[:count])
+        first, second = self.counts(len(x), len(y))
+        return wasserstein2(x[:first], y[:second])
 
 
 class SlicedWasserstein(TwoSampleMetric):
@@ -54,6 +58,9 @@ class SlicedWasserstein(TwoSampleMetric):
         super().__init__(replicates)
         self.projections = projections
 
+    def counts(self, first: int, second: int) -> tuple[int, int]:
+        return min(first, second), min(first, second)
+
     def directions(self, like: Tensor) -> Tensor:
         """(P, D) unit vectors for states `like` (N, D)."""
         generator = generator_for(0, f"{self.name}/directions")
@@ -61,5 +68,5 @@ class SlicedWasserstein(TwoSampleMetric):
         return torch.nn.functional.normalize(normal).to(like)
 
     def distance(self, x: Tensor, y: Tensor) -> float:
-        count = min(len(x), len(y))
-        return sliced_wasserstein2(x[:count], y[:count], self.directions(x))
+        first, second = self.counts(len(x), len(y))
+        return sliced_wasserstein2(x[:first], y[:second], self.directions(x))
