@@ -416,9 +416,7 @@ def test_a_run_on_digits_is_judged_by_the_shipped_classifier(small_run, capsys) 
     assert "digits_classifier (weights " in capsys.readouterr().out
     rows = [json.loads(line) for line in (folder / "runs/x/metrics.jsonl").read_text().splitlines()]
     words = rows[-1]["provenance"]
-    made = (
-        r"64 samples from seed 0 by the EMA weights \(decay 0.995\) at step 2, 8 evaluations by \w+; 64 held-out images"
-    )
+    made = r"64 samples from seed 0 by the EMA weights \(decay 0.995\) at step 2, 8 evaluations by \w+; 64 held-out images"
     assert re.search(made, words[NAMES[0]])
     assert "at step 2, steps of the flow map: as many as the name says" in words[f"{NAMES[0]}_1nfe"]
 
