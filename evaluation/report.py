@@ -32,7 +32,7 @@ def rows_of(scores: list[Score]) -> list[tuple[str, str, str]]:
         value = number(score.value) + (f" +- {number(score.spread)}" if score.spread is not None else "")
         floor = "" if score.floor is None else number(score.floor)
         floor += "" if score.floor_sd is None else f" +- {number(score.floor_sd)}"
-        floor += f" {score.floor_note}" if floor and score.floor_note else ""
+        floor += f" ({score.floor_note})" if floor and score.floor_note else ""
         own = (score.extra or {}).get(f"{score.name}_train")
         floor += "" if own is None else f"{', ' if floor else ''}training set {number(own)}"
         floor = f"none, {score.floor_note}; {floor}".rstrip("; ") if score.floor is None and score.floor_note else floor

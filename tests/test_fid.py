@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.digits import Digits
+from dataloaders.encoded import EncodedImages
 from dataloaders.image_folder import ImageFolder
 from dataloaders.sources import GaussianSource
 from dataloaders.synthetic import KMeans
@@ -27,7 +28,8 @@ from evaluation.image_sets import write_pictures
 from evaluation.metrics import distances
 from evaluation.metrics.base_metric import Absent, Generation, Score, to_bytes
 from evaluation.metrics.energy_distance import EnergyDistance
-from evaluation.metrics.features import FeatureMetric, FeatureScores, Floor, scores_between
+from evaluation.metrics.feature_scores import FeatureScores, Floor
+from evaluation.metrics.features import FeatureMetric, scores_between
 from evaluation.metrics.few_step import FewStep
 from evaluation.metrics.nearest import NearestTraining
 from evaluation.metrics.wasserstein import SlicedWasserstein
@@ -298,6 +300,16 @@ def test_other_pictures_in_the_same_place_have_their_own_reference_and_floor(gen
     assert NearestTraining().compute(generation(moved, samples))[2].floor == 0  # type: ignore[union-attr]
 
 
+class Encoder(torch.nn.Module):
+    """What EncodedImages asks of an autoencoder, with one weight."""
+
+    latent_channels, factor = 4, 8
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(weight))
+
+
 def test_the_hash_of_data_is_of_what_scores_read(tmp_path: Path) -> None:
     cpu, digits = torch.device("cpu"), Digits()
     assert data_hash(digits, cpu) == data_hash(Digits(), cpu)
@@ -310,6 +322,11 @@ def test_the_hash_of_data_is_of_what_scores_read(tmp_path: Path) -> None:
         write_pictures(tmp_path / name, torch.full((30, 3, 8, 8), value, dtype=torch.uint8))
     a, b, c = (data_hash(ImageFolder(str(tmp_path / name), 8, 0, [3, 8, 8]), cpu) for name in folders)
     assert a == b != c
+    encoded = []
+    for name, weight in (("a", 1.0), ("b", 1.0), ("c", 1.0), ("a", 2.0)):
+        pictures = ImageFolder(str(tmp_path / name), 8, 0, [3, 8, 8])
+        encoded.append(data_hash(EncodedImages(pictures, Encoder(weight), [4, 1, 1], 0), cpu))  # type: ignore[arg-type]
+    assert encoded[0] == encoded[1] and len(set(encoded)) == 3
 
 
 def test_the_shares_look_at_images_of_all_classes() -> None:
@@ -336,6 +353,8 @@ def test_floors_of_small_sets_tell_their_counts(digits: Digits, generation: Call
         assert floor.rows.shape == (2, 6 if min(counts) >= 7 else 2) and floor.rows.isfinite().all()
         again = Floor.of(floor.numbers())
         assert torch.allclose(again.rows, floor.rows) and again.note(*counts) == "" != again.note(1, 1)
+    large = Floor(torch.empty(0, 0), 6000, 300, 6300)
+    assert large.note(9000, 300) == "of 6,000 against 300" and large.note(9000, 300, 5000) == ""  # 5,000 of either
     none = scores.replicated(pool[:3], 3, 3, 2)
     assert none.rows.shape == Floor.of(none.numbers()).rows.shape == (0, 0)
     many = digits.train_states.repeat(2, 1, 1, 1)[:2000]
@@ -347,7 +366,7 @@ def test_floors_of_small_sets_tell_their_counts(digits: Digits, generation: Call
     assert isinstance(energy, Score) and energy.floor_note == "of 1,523 against 273"
     sliced = SlicedWasserstein(4, 2).compute(generation(digits, many))[0]
     assert isinstance(sliced, Score) and sliced.floor_note == ""  # it looks at 359 of each side
-    assert "of 1,522 against 273, training set" in rows_of([small])[0][2]
+    assert "(of 1,522 against 273), training set" in rows_of([small])[0][2]
 
 
 def test_few_images_have_the_scores_and_floors_that_can_be_had(tmp_path: Path) -> None:
