@@ -121,14 +121,10 @@ class FeatureScores:
             mean, sd, note = None, None, f"{floor.pool:,} real images are too few for two sets"
             depends = f"{provenance}; no floor: {note}"
             if i < floor.rows.shape[1]:
-                mean, sd, note = (
-                    floor.rows[:, i].mean().item(),
-                    floor.rows[:, i].std().item(),
-                    floor.note(*counts, self.points if short in SHARES else None),
-                )
-                depends = (
-                    f"{provenance}; floor: {floor.first:,} against {floor.second:,} real images, {len(floor.rows)} times"
-                )
+                mean, sd = floor.rows[:, i].mean().item(), floor.rows[:, i].std().item()
+                note = floor.note(*counts, self.points if short in SHARES else None)
+                times = f"{len(floor.rows)} times"
+                depends = f"{provenance}; floor: {floor.first:,} against {floor.second:,} real images, {times}"
             scores.append(Score(name, values[i], None, mean, sd, extra, f"{counts[0]:,} samples", depends, note))
         return scores
 
