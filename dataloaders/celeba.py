@@ -43,10 +43,11 @@ class CelebA(ImageStream):
             raise UserError(f"dataloaders.centre takes 1 to 178 pixels, as wide as the pictures are, not {centre}")
         place = Path(root).expanduser()
         for name in (PICTURES, PARTS, *([ATTRIBUTES] if attributes else [])):
-            if not (place / name).exists():
+            file, kind = (place / name).absolute(), "folder" if name == PICTURES else "file"
+            if not (file.is_dir() if kind == "folder" else file.is_file()):
                 raise UserError(
-                    f"{(place / name).absolute()} does not exist; put the folder of img_align_celeba.zip, {PARTS} and "
-                    f"{ATTRIBUTES} of CelebA (mmlab.ie.cuhk.edu.hk/projects/CelebA.html) into {place}"
+                    f"there is no {kind} {file}; put the folder of img_align_celeba.zip, {PARTS} and {ATTRIBUTES} of CelebA "
+                    f"(mmlab.ie.cuhk.edu.hk/projects/CelebA.html) into {place}"
                 )
         parts = read_parts(place / PARTS)
         labels = read_labels(place / ATTRIBUTES, list(attributes)) if attributes else None

@@ -19,10 +19,11 @@ class LatentReader(Reader):
     def __init__(self, folder: Path, shards: list[dict[str, Any]], shape: Sequence[int], rows: np.ndarray | None = None):
         """shards: as in the manifest. rows: the pictures that are read, None for all. UserError for missing files."""
         self.files = [folder / shard["file"] for shard in shards]
-        for file, shard in zip(self.files, shards, strict=True):
-            if not file.is_file() or file.stat().st_size != shard["bytes"]:
+        for key, shard in ((key, shard) for shard in shards for key in ("file", "labels")):
+            file = folder / shard[key]
+            if not file.is_file() or file.stat().st_size != shard[f"{key}_bytes"]:
                 raise UserError(
-                    f"{file} is missing or cut short; give the command that made it again, and it mends the cache"
+                    f"{file} is missing or cut short; repeat the command that made the cache, which makes it again"
                 )
         self.shape, self.rows = tuple(shape), rows
         self.begins = np.cumsum([0, *(shard["rows"] for shard in shards)])

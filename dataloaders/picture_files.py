@@ -51,7 +51,10 @@ def imagenet_classes(root: str) -> int:
 
 
 def attribute_classes(attributes: Sequence[str]) -> int:
-    """How many combinations so many attributes have, 0 without any. UserError for more than 10 of them."""
+    """How many combinations so many attributes have, 0 without any. UserError for more than 10 of them, or one twice."""
+    twice = next((name for place, name in enumerate(attributes) if name in attributes[:place]), None)
+    if twice is not None:
+        raise UserError(f"dataloaders.attributes names {twice} twice; name each attribute once")
     if len(attributes) > MOST_ATTRIBUTES:
         raise UserError(f"dataloaders.attributes takes at most {MOST_ATTRIBUTES} names, a class being a combination of them")
     return 2 ** len(attributes) if attributes else 0

@@ -179,7 +179,8 @@ def guidance_words(flow: FlowObjective) -> str:
 
 
 class GeneratorEvaluator(Evaluator):
-    """Scores samples of a velocity network. samples / final_samples: how many during the run / at its end.
+    """Scores samples of a velocity network. samples / final_samples: how many during the run / at its end; without
+    metrics always the former, for a picture.
     batch_size: rows of one forward pass of eval/loss. loss_weights: as in training.
     """
 
@@ -197,6 +198,10 @@ class GeneratorEvaluator(Evaluator):
     def check(self, objective: Objective) -> None:
         if not isinstance(objective, FlowObjective):
             raise UserError("this evaluation scores samples, and a classifier makes none; use evaluation=classifier")
+
+    def count(self, final: bool) -> int:
+        """How many samples are drawn."""
+        return self.final_samples if final and self.metrics else self.samples
 
     @torch.no_grad()
     def evaluate(
@@ -224,7 +229,7 @@ class GeneratorEvaluator(Evaluator):
         objective.eval()
         flow = objective if flow is None else flow.eval()
         device = next(objective.network.parameters()).device
-        count = self.final_samples if final else self.samples
+        count = self.count(final)
         noise, label, samples = self.samples_of(flow, dataset, source, solver, seed, count)
         generation = Generation(
             noise, samples, label, flow, flow.velocity, solver, dataset, source.to(device), dataset_key, cache, final,
@@ -258,7 +263,7 @@ class GeneratorEvaluator(Evaluator):
     ) -> None:
         """Carry this rank's share of the samples."""
         assert isinstance(objective, FlowObjective)
-        count = self.final_samples if final else self.samples
+        count = self.count(final)
         self.samples_of((flow or objective).eval(), dataset, source, solver, seed, count)
 
     def samples_of(

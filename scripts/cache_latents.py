@@ -9,7 +9,8 @@
 Writes shards of `shard_rows` pictures: <part>-00000.npy, moments (rows, 2, 2, C, h, w) in fp16, of each picture the mean and
 standard deviation of its latent, then those of its mirror image; <part>-00000-labels.npy; and manifest.json with a checksum
 for each file. A file appears only once it is whole. Killed, the same command goes on at the shard it was at, and its files
-are the same as if nothing had happened; files that are missing or cut short are made again.
+are the same as if nothing had happened; files that are missing or cut short are made again,
+damaged ones once they are deleted. It refuses when the pictures have changed since: a cache is of one set of them.
 
 Keys: out (required), shard_rows (8192), batch_size (32 pictures encoded at once), num_workers (4 processes that read),
 device (auto), verify (false); and any dataloaders or vae setting (dataloaders=imagenet_pixels, vae=stable_diffusion).
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 DEFAULTS: dict[str, Any] = {
     "out": None, "shard_rows": 8192, "batch_size": 32, "num_workers": 4, "device": "auto", "verify": "false",
 }  # fmt: skip
-FORMAT = 1
+FORMAT = 2  # 2: knows the pictures it was made from
 OF_NO_MATTER = ("flip", "crop_padding", "augment", "epoch_size", "held_out_most", "value_range")  # for what is encoded
 
 
@@ -94,7 +95,8 @@ class Cache:
     """A folder of shards and its manifest."""
 
     def __init__(self, folder: Path, made_from: dict[str, Any]):
-        """made_from: everything the latents depend on. UserError when the folder holds others, or something else."""
+        """made_from: everything the latents depend on, `files` being the pictures. UserError when the folder holds
+        others, or something else."""
         from dataloaders.picture_files import MANIFEST
 
         self.folder, self.file = folder, folder / MANIFEST
@@ -106,8 +108,13 @@ class Cache:
             return
         self.manifest = read_manifest(self.file)
         before = self.manifest["made_from"]
-        if before != json.loads(json.dumps(made_from)):
-            changed = [key for key in made_from if before.get(key) != json.loads(json.dumps(made_from[key]))]
+        changed = [key for key in made_from if before.get(key) != json.loads(json.dumps(made_from[key]))]
+        if changed == ["files"]:
+            raise UserError(
+                f"the pictures are not those that out={folder} was made from ({before['files']['count']:,} then, "
+                f"{made_from['files']['count']:,} now; names, sizes or labels differ); give another folder, or delete it"
+            )
+        if changed:
             raise UserError(f"out={folder} holds latents made with another {', '.join(changed)}; give another folder")
 
     def holds(self, name: str) -> bool:
@@ -123,7 +130,6 @@ class Cache:
             write_whole(self.folder / file, as_npy(array))
             size, digest = (self.folder / file).stat().st_size, checksum(self.folder / file)
             shard |= {key: file, f"{key}_bytes": size, f"{key}_blake2b": digest}
-        shard["bytes"] = shard["file_bytes"]
         others = [other for other in self.manifest["shards"] if other["file"] != name]
         self.manifest["shards"] = sorted([*others, shard], key=lambda entry: str(entry["file"]))
         self.write()
@@ -166,7 +172,7 @@ def verify(folder: Path) -> None:
     if bad:
         raise UserError(
             f"{len(bad)} of {len(files)} files in {folder} are missing or damaged: {', '.join(bad)}; "
-            "delete them and repeat the command that made the cache, which makes them again"
+            "delete those that are there, then repeat the command that made the cache, which makes them again"
         )
     state = "" if manifest["finished"] else ", unfinished"
     print(f"{folder}: {len(shards)} shards, {sum(s['rows'] for s in shards):,} pictures, every checksum right{state}")
@@ -197,6 +203,21 @@ def build_pictures(overrides: list[str]) -> tuple["ImageStream", str, dict[str, 
     return dataset, str(cfg["vae"]["path"]), matters
 
 
+def files_of(dataset: "ImageStream") -> dict[str, Any]:
+    """How many pictures there are, and a hash of their names, sizes in bytes, labels and parts."""
+    import hashlib
+    import os
+
+    digest, count = hashlib.blake2b(digest_size=16), 0
+    for reader in (dataset.train, dataset.unseen):
+        for row in range(len(reader)):
+            file = reader.root / reader.name(row)
+            digest.update(os.fsencode(f"{reader.name(row)}/{file.stat().st_size if file.is_file() else 'missing'}\n"))
+        digest.update(b"" if reader.labels is None else reader.labels.numpy().tobytes())
+        count += len(reader)
+    return {"count": count, "blake2b": digest.hexdigest()}
+
+
 def encode(settings: dict[str, Any], overrides: list[str]) -> None:
     """Carry out the command: every shard that is not there yet, of both parts."""
     from models.vae.stable_diffusion_vae import WEIGHTS_FILE, StableDiffusionVAE
@@ -206,7 +227,8 @@ def encode(settings: dict[str, Any], overrides: list[str]) -> None:
     vae = StableDiffusionVAE(path).to(pick_device(settings["device"]))
     weights = Path(path).expanduser() / WEIGHTS_FILE
     made_from = {
-        "pictures": pictures, "vae": checksum(weights) if weights.is_file() else path, "vae_scale": [vae.scale, vae.shift],
+        "files": files_of(dataset), "pictures": pictures,
+        "vae": checksum(weights) if weights.is_file() else path, "vae_scale": [vae.scale, vae.shift],
         "shard_rows": settings["shard_rows"], "batch_size": settings["batch_size"],
     }  # fmt: skip
     cache = Cache(Path(settings["out"]).expanduser(), made_from)

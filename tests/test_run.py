@@ -416,3 +416,11 @@ def test_the_loop_leaves_the_objective_bare_under_compile(tmp_path, monkeypatch)
     assert seen == [("FlowMatchingLoss", "reduce-overhead")]
     assert not any("_orig_mod" in name for name in run.state.state_dict()["network"])
     assert callable(fit)
+
+
+def test_without_scores_only_the_picture_is_sampled(tmp_path):
+    run = assemble(small_config(tmp_path, "evaluation=loss_only", "evaluation.samples=64", "evaluation.final_samples=200"))
+    values = run.evaluate(final=True)
+    assert len(run.evaluation.generation.samples) == 64 and values["eval/loss"] > 0
+    run.evaluator.samples, run.evaluator.final_samples = 10, 100
+    assert run.evaluate(final=True)["eval/loss"] != values["eval/loss"]  # which is of final_samples held-out states

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -380,10 +381,17 @@ def test_celeba_is_split_by_its_list_and_labelled_by_combinations(official: Offi
     assert torch.equal(middle[Rows([0], 0)].stored[0], expected)
 
 
+def as_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
 @pytest.mark.parametrize("damage, words", [
-    (lambda place: (place / "list_eval_partition.txt").unlink(), "list_eval_partition.txt does not exist; put"),
-    (lambda place: (place / "list_attr_celeba.txt").unlink(), "list_attr_celeba.txt does not exist; put"),
-    (lambda place: shutil.rmtree(place / "img_align_celeba"), "img_align_celeba does not exist; put"),
+    (lambda place: (place / "list_eval_partition.txt").unlink(), "list_eval_partition.txt; put"),
+    (lambda place: (place / "list_attr_celeba.txt").unlink(), "list_attr_celeba.txt; put"),
+    (lambda place: shutil.rmtree(place / "img_align_celeba"), "img_align_celeba; put"),
+    (lambda place: as_folder(place / "list_eval_partition.txt"), "there is no file"),
+    (lambda place: as_folder(place / "list_attr_celeba.txt"), "there is no file"),
     (lambda place: (place / "list_eval_partition.txt").write_text("000001.jpg 0\n000002.jpg"), "line 2 of"),
     (lambda place: (place / "list_eval_partition.txt").write_text("../../etc/passwd 0\n"), "line 1 of"),
     (lambda place: (place / "list_eval_partition.txt").write_text("000001.jpg 0\n"), "none to hold out"),
@@ -402,6 +410,7 @@ def test_broken_celeba_is_one_sentence(
 def test_an_attribute_that_does_not_exist_is_one_sentence(official: Official) -> None:
     message = refusal("celeba", official("celeba") | {"attributes": "[Smiles]"})
     assert "dataloaders.attributes=Smiles is not in" in message and "Bald, Male, Smiling" in message
+    assert "names Male twice" in refusal("celeba", official("celeba") | {"attributes": "[Male,Bald,Male]"})
 
 
 # Cached latents
@@ -490,9 +499,11 @@ def test_damage_is_found_and_mended(official: Official, cache: Path, capsys: Any
     content[-7] ^= 1
     shard.write_bytes(content)
     (cache / "held_out-00000-labels.npy").unlink()
+    assert "held_out-00000-labels.npy is missing or cut short; repeat the command" in refusal("imagenet", {"path": cache})
     assert cache_latents.main([f"out={cache}", "verify=true"]) == 1
     said = capsys.readouterr().err
     assert "2 of 8 files" in said and "train-00001.npy" in said and "held_out-00000-labels.npy" in said
+    assert "delete those that are there, then repeat the command" in said
     shard.unlink()
     assert "is missing or cut short" in refusal("imagenet", {"path": cache})
     assert cache_latents.main(words_of(official, cache)) == 0
@@ -508,6 +519,42 @@ def test_pictures_that_cannot_be_read_are_left_out_of_a_cache(official: Official
     assert "1 pictures cannot be read and were left out: n02/n02_3.JPEG" in capsys.readouterr().out
     dataset = build("imagenet", {"path": tmp_path / "latents"})
     assert len(dataset.train) == 251 and dataset.train.labels.bincount().tolist() == [84, 84, 83]
+
+
+def test_a_cache_of_pictures_that_have_changed_is_left_alone(official: Official, cache: Path, capsys: Any) -> None:
+    """Killed before its end, it would else go on with a picture that is both trained on and held out."""
+    manifest = json.loads((cache / "manifest.json").read_text())
+    manifest["made_from"]["files"] = {"count": 332, "blake2b": "of one picture less"}
+    (cache / "manifest.json").write_text(json.dumps(manifest | {"finished": False}))
+    (cache / "train-00001.npy").unlink()
+    before = contents(cache)
+    assert cache_latents.main(words_of(official, cache)) == 1
+    said = capsys.readouterr().err
+    assert "the pictures are not those that out=" in said and "(332 then, 333 now;" in said and said.count("\n") == 1
+    assert contents(cache) == before
+
+
+def test_what_tells_one_set_of_pictures_from_another(pictures: Path) -> None:
+    """A name, a size in bytes, a class and a part; not when or in which order it was written."""
+
+    def state() -> dict[str, Any]:
+        return cache_latents.files_of(build("image_folder", folder(pictures, held_out_fraction=fraction)))
+
+    fraction, found = 0.25, []
+    file, other = pictures / "class0" / "00.png", pictures / "class1" / "00.png"
+    for change in (
+        lambda: None,
+        lambda: shutil.copy(file, pictures / "class0" / "99.png"),
+        lambda: file.write_bytes(file.read_bytes() + b" "),
+        lambda: file.rename(other),
+    ):
+        change()
+        found.append(state())
+        os.utime(pictures / "class1" / "01.png", (0, 0))
+        assert state() == found[-1]
+    fraction = 0.5
+    assert len({each["blake2b"] for each in [*found, state()]}) == 5
+    assert [each["count"] for each in found] == [12, 13, 13, 13]
 
 
 @pytest.mark.parametrize("words, sentence", [
