@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataloaders.array_header import member_names, read_labels, state_header
+from dataloaders.array_header import member_names, read_labels, reading, state_header
 from dataloaders.tensor_dataset import TensorDataset, stratified_rows
 from training.errors import UserError
 
@@ -47,9 +47,11 @@ class ArrayDataset(TensorDataset):
 def load_states(file: Path) -> torch.Tensor:
     """States (N, D) or (N, C, H, W) in fp32. UserError when the file is unfit or a value is not finite in fp32."""
     state_header(file)
-    loaded = np.load(file, allow_pickle=False)
+    with reading(file):
+        loaded = np.load(file, allow_pickle=False)
+        array = loaded if file.suffix == ".npy" else loaded["x"]
     with np.errstate(over="ignore"):  # too large for fp32: infinite, and refused below
-        states = torch.from_numpy((loaded if file.suffix == ".npy" else loaded["x"]).astype(np.float32))
+        states = torch.from_numpy(array.astype(np.float32))
     bad = int((~states.flatten(1).isfinite().all(dim=1)).sum())
     if bad:
         raise UserError(f"{bad} of the {len(states)} rows in {file} are not finite in fp32; remove or rescale them")

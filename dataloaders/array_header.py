@@ -3,7 +3,13 @@
 Imports neither torch nor, until called, NumPy: the launcher composes configs with it.
 """
 
+import math
+import os
+import tokenize
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -13,6 +19,22 @@ if TYPE_CHECKING:
     import numpy as np
 
 MIN_ROWS = 10  # fewer leave nothing to hold out and learn from
+MAX_CLASSES = 1_000_000  # more are no classes, but numbers of another meaning
+# What NumPy and zipfile raise at a file that is cut, garbled or made by hand.
+BROKEN = (
+    ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError,
+    tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """UserError for what goes wrong in the block because of what the file holds."""
+    try:
+        yield
+    except BROKEN as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{file} is damaged, cut or garbled ({first[:120]}); write or fetch it again") from error
 
 
 def array_shape(path: str) -> list[int]:
@@ -37,7 +59,7 @@ def state_header(file: Path) -> tuple[tuple[int, ...], "np.dtype"]:
     shape, dtype = read_header(file, "x")
     if dtype.kind not in "iuf":
         raise UserError(f"the states in {file} are of type {dtype}; save them as numbers, e.g. x.astype('float32')")
-    if len(shape) not in (2, 4) or 0 in shape[1:]:
+    if len(shape) not in (2, 4) or min(shape[1:]) <= 0:
         raise UserError(f"the states in {file} have shape {shape}; save them as (N, D) or as (N, C, H, W)")
     if shape[0] < MIN_ROWS:
         raise UserError(f"{file} holds {shape[0]} rows; at least {MIN_ROWS} are needed to train on some and hold out others")
@@ -50,7 +72,7 @@ def require_array_file(file: Path) -> None:
         raise UserError(f"dataloaders.path={file} is no array file; save the states as .npy, or as x in a .npz")
     if not file.is_file():
         raise UserError(f"there is no file {file.absolute()}; correct dataloaders.path")
-    with file.open("rb") as stream:
+    with reading(file), file.open("rb") as stream:
         fits = zipfile.is_zipfile(stream) if file.suffix == ".npz" else stream.read(6) == b"\x93NUMPY"
     if not fits:
         raise UserError(f"{file} is not in NumPy's {file.suffix} format; write it with numpy.save or numpy.savez")
@@ -58,24 +80,39 @@ def require_array_file(file: Path) -> None:
 
 def member_names(file: Path) -> list[str]:
     """Names of the arrays in a .npz."""
-    with zipfile.ZipFile(file) as archive:
+    with reading(file), zipfile.ZipFile(file) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
 def read_header(file: Path, member: str) -> tuple[tuple[int, ...], "np.dtype"]:
-    """Shape and dtype of a .npy, or of one array of a .npz, without reading its data."""
-    if file.suffix == ".npy":
-        with file.open("rb") as stream:
-            return parse_header(stream)
-    with zipfile.ZipFile(file) as archive, archive.open(f"{member}.npy") as stream:
-        return parse_header(stream)
+    """Shape and dtype of a .npy, or of one array of a .npz, without reading its data.
+
+    UserError for a header that is none, or that tells of more than the file holds.
+    """
+    with reading(file):
+        if file.suffix == ".npy":
+            with file.open("rb") as stream:
+                shape, dtype = parse_header(stream)
+                held = os.fstat(stream.fileno()).st_size - stream.tell()
+        else:
+            with zipfile.ZipFile(file) as archive, archive.open(f"{member}.npy") as stream:
+                shape, dtype = parse_header(stream)
+                held = archive.getinfo(f"{member}.npy").file_size - stream.tell()
+    if min(shape, default=0) >= 0 and not dtype.hasobject and math.prod(shape) * dtype.itemsize > held:
+        raise UserError(
+            f"{file} is cut: its header tells of {member} of shape {shape}, and {held:,} bytes of it are there; "
+            "write or fetch it again"
+        )
+    return shape, dtype
 
 
 def parse_header(stream: IO[bytes]) -> tuple[tuple[int, ...], "np.dtype"]:
-    """Shape and dtype at the head of a stream in .npy format."""
+    """Shape and dtype at the head of a stream in .npy format. ValueError for a version that NumPy never wrote."""
     from numpy.lib import format as npy
 
     version = npy.read_magic(stream)
+    if version not in ((1, 0), (2, 0), (3, 0)):
+        raise ValueError(f"version {version[0]}.{version[1]} of the format")
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, _, dtype = read(stream)
     return shape, dtype
@@ -90,7 +127,10 @@ def read_labels(file: Path, rows: int) -> "np.ndarray":
         raise UserError(
             f"the labels y in {file} have shape {shape} and type {dtype}; save one integer for each of the {rows} rows"
         )
-    labels = np.load(file, allow_pickle=False)["y"]
+    with reading(file):
+        labels = np.load(file, allow_pickle=False)["y"]
     if labels.min() < 0:
         raise UserError(f"the labels y in {file} go down to {labels.min()}; number the classes from 0")
+    if labels.max() >= MAX_CLASSES:
+        raise UserError(f"the labels y in {file} go up to {labels.max()}; number the classes 0, 1, 2, ...")
     return labels

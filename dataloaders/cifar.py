@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dataloaders.augmentation import AugmentationOptions
-from dataloaders.download import fetch, require_whole
+from dataloaders.download import fetch, require_bare, require_whole
 from dataloaders.image_tensor import ImageTensor
 from dataloaders.plain_pickle import read_pickled
 from training.errors import UserError
@@ -44,10 +44,13 @@ class Cifar(ImageTensor):
         **augmentation: Unpack[AugmentationOptions],
     ):
         """root: where `archive`, or the `folder` unpacked from it, lies. download: fetch the archive from `url` otherwise.
-        md5: of the archive, None for no check. label_key: of a batch's labels. UserError for what is missing or unfit.
+        md5: of the archive, None for no check. label_key: of a batch's labels. UserError for what is missing or unfit, and
+        for names of files that lead elsewhere.
         """
         place = Path(root).expanduser()
-        remedy = f"put {archive} from {url}, or the folder {folder} in it, into {place.absolute()}"
+        for name in (archive, folder, *train_files, test_file):
+            require_bare(name)
+        remedy = f"put {archive}{url and f' from {url}'}, or the folder {folder} in it, into {place.absolute()}"
         if not (place / folder).is_dir():
             self.require_archive(place / archive, url, md5, download, remedy)
         parts = read_parts(place / folder, place / archive, [*train_files, test_file], remedy)

@@ -17,6 +17,12 @@ def md5_of(file: Path) -> str:
         return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
+def require_bare(name: str) -> None:
+    """UserError for the name of a file or folder that is a path: a configuration may be anyone's, and leads nowhere else."""
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise UserError(f"{name!r} is to name a file or folder in dataloaders.root, and is a path; give its bare name")
+
+
 def require_whole(file: Path, md5: str | None, remedy: str) -> None:
     """UserError when the file's MD5 sum is not the one published (None: not looked at)."""
     found = md5_of(file) if md5 else md5

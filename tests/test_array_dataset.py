@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,6 +78,72 @@ FILE_FAULTS: dict[str, tuple[Callable[[Path], str], str]] = {
     "no columns": (lambda folder: saved(folder, x=np.zeros((40, 0))), r"shape \(40, 0\)"),
     "few": (lambda folder: saved(folder, "data.npy", x=POINTS[:9]), "holds 9 rows"),
 }
+
+
+def headed(header: str, version: bytes = b"\1\0", rows: int = 20) -> bytes:
+    """A .npy file of so many rows of two numbers under that header."""
+    text = header.encode()
+    return b"\x93NUMPY" + version + len(text).to_bytes(2, "little") + text + bytes(16 * rows)
+
+
+def told(shape: str) -> str:
+    return "{'descr': '<f8', 'fortran_order': False, 'shape': %s, }   \n" % shape  # noqa: UP031
+
+
+GARBLED = {
+    "more rows than there are": (headed(told("(999999999, 2)")), "is cut: its header tells of x of shape"),
+    "sizes without end": (headed(told(f"({2**62}, {2**62})")), "is cut: its header tells of x of shape"),
+    "negative rows": (headed(told("(-20, 2)")), "holds -20 rows"),
+    "negative columns": (headed(told("(20, -2)")), r"shape \(20, -2\)"),
+    "a header cut": (headed(told("(20, 2)"))[:40], "damaged, cut or garbled"),
+    "a header that is no dict": (headed("{'descr': '<f8', 'shape': (20, \n"), "damaged, cut or garbled"),
+    "a header of other words": (headed("((((" * 40 + "\n"), "damaged, cut or garbled"),
+    "no header": (b"\x93NUMPY", "damaged, cut or garbled"),
+    "a version of no NumPy": (headed(told("(20, 2)"), b"\x09\0"), "version 9.0"),
+    "text": (b"hello", "damaged, cut or garbled|not in NumPy's"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", "y.npz"])
+@pytest.mark.parametrize("fault", GARBLED)
+def test_a_garbled_file_is_one_sentence_before_and_at_loading(tmp_path: Path, fault: str, suffix: str) -> None:
+    content, message = GARBLED[fault]
+    path = tmp_path / f"data{suffix}"
+    path.write_bytes(content)
+    if suffix != ".npy":
+        with zipfile.ZipFile(tmp_path / f"data{suffix}", "w") as archive:
+            archive.writestr("x.npy", content)
+            if suffix == "y.npz":
+                archive.writestr("y.npy", content)
+    for read in (array_shape, array_classes, ArrayDataset):
+        with pytest.raises(UserError, match=message) as refused:
+            read(str(path))
+        assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("of", ["x", "y"])
+def test_a_changed_byte_is_one_sentence(tmp_path: Path, of: str) -> None:
+    """Its checksum tells, whichever array it lies in, and however far from the header."""
+    states = np.random.RandomState(0).randn(20_000, 2)
+    path = Path(saved(tmp_path, x=states, y=np.arange(20_000)))
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo(f"{of}.npy").header_offset
+    content = bytearray(path.read_bytes())
+    content[start + 150_000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged, cut or garbled") as refused:
+        ArrayDataset(str(path))
+    assert str(path) in str(refused.value)
+
+
+def test_labels_that_are_no_numbers_of_classes_are_refused(tmp_path: Path) -> None:
+    for most in (10**6, 2**62, 2**64 - 1):
+        path = saved(tmp_path, x=POINTS, y=np.full(40, most, dtype=np.uint64))
+        for read in (array_classes, ArrayDataset):
+            with pytest.raises(UserError, match=f"go up to {most}"):
+                read(path)
+
+
 LABEL_FAULTS = {
     "short": (LABELS[:-1], r"shape \(39,\)"),
     "one-hot": (np.eye(4, dtype=int)[LABELS], r"shape \(40, 4\)"),

@@ -1,9 +1,12 @@
 """Files that lie or mean harm: each is refused in one sentence, and nothing of it is carried out."""
 
+import copy
 import io
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dataloaders.cifar import Cifar
 from evaluation.sample import load
+from training.assemble import assemble
+from training.build import build
 from training.checkpoint import FORMAT, KEYS, load_checkpoint
 from training.errors import UserError
+from training.launch import prepare
 
 PAYLOAD = {**dict.fromkeys(KEYS), "format": FORMAT, "step": 3, "network": {"w": torch.arange(64.0), "b": torch.ones(9)}}
 
@@ -156,6 +163,99 @@ def test_a_configuration_in_a_checkpoint_calls_nothing_but_what_configs_name(sma
         with pytest.raises(UserError, match="which no file in configs/ names"):
             small_run("y", words, "device=cpu")
     assert not (tmp_path / "harm").exists()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the checkpoint of a small run holds, before its first step."""
+    words = [f"output_dir={tmp_path_factory.mktemp('whole')}", "trackio.enabled=false", "callbacks=none", "device=cpu"]
+    return assemble(prepare(["run_name=x", *words, "model.width=16", "model.depth=2"])).payload()
+
+
+@pytest.fixture
+def changed(whole: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
+    """changed(change): a file of that checkpoint, changed; every byte of it is as torch.save wrote it."""
+
+    def write(change: Callable[[dict[str, Any]], object]) -> Path:
+        payload = copy.deepcopy(whole)
+        change(payload)
+        torch.save(payload, tmp_path / "changed.pt")
+        return tmp_path / "changed.pt"
+
+    return write
+
+
+def one_sentence(path: Path, act: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as refused:
+        act()
+    assert "\n" not in str(refused.value) and str(path) in str(refused.value)
+    return str(refused.value)
+
+
+def test_the_checkpoint_that_is_changed_below_is_good(changed):
+    assert load(changed(lambda payload: None), device="cpu").sample(3).shape == (3, 2)
+
+
+CALL = "_target_: training.provenance.subprocess.check_output, args: touch HARM, shell: true"
+CALLED = {"_target_": "training.provenance.subprocess.check_output", "args": "touch HARM", "shell": True}
+SMUGGLED = {
+    "in a text": ("model", "depth", "${oc.create:{%s}}" % CALL),  # noqa: UP031
+    "in a text in a list": ("model", "time_frequencies", ["${oc.create:{%s}}" % CALL]),  # noqa: UP031
+    "in a text of a nested node": ("evaluation", "metrics", {"a": {"b": "${oc.create:{%s}}" % CALL}}),  # noqa: UP031
+    "in a text of another node": ("ema", "decay", "${oc.create:{%s}}" % CALL),  # noqa: UP031
+    "in a list": ("model", "depth", [CALLED]),
+    "in a tuple": ("model", "depth", (CALLED,)),
+    "by no text": ("model", "depth", {"_target_": ["x"]}),
+    "in what is no plain value": ("model", "depth", {1: CALLED}),
+    "too deep to walk": ("model", "depth", eval("[" * 90 + "]" * 90)),
+    "in a tensor": ("model", "depth", torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize("way", SMUGGLED)
+def test_no_call_is_smuggled_past_the_check_of_targets(changed, tmp_path, monkeypatch, way):
+    monkeypatch.chdir(tmp_path)
+    part, key, value = SMUGGLED[way]
+    path = changed(lambda payload: payload["config"][part].__setitem__(key, value))
+    one_sentence(path, lambda: load(path, device="cpu"))
+    assert not (tmp_path / "HARM").exists()
+
+
+def test_no_text_is_worked_out_while_an_object_is_built(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is no value"):
+        build({"_target_": "torch.optim.SGD", "params": [], "lr": ["${oc.create:{%s}}" % CALL]})  # noqa: UP031
+    assert not (tmp_path / "HARM").exists()
+
+
+CIFAR: dict[str, Any] = {
+    "_target_": "dataloaders.cifar.Cifar", "root": "there", "archive": "a", "folder": "f", "train_files": ["b"],
+    "test_file": "t", "label_key": "labels", "url": "https://example.org/a", "md5": None, "num_classes": 10,
+    "download": True, "state_shape": [3, 32, 32],
+}  # fmt: skip
+
+
+def test_a_configuration_in_a_checkpoint_fetches_nothing(changed, tmp_path, monkeypatch):
+    """Neither as its data nor as any other part; typed anew, a download comes from where configs/ says, or not at all."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("fetched"))
+    path = changed(lambda payload: payload["config"]["model"].update(depth=CIFAR))
+    with pytest.raises(UserError, match="does not exist"):
+        load(path, device="cpu")
+    model = load(changed(lambda payload: payload["config"].update(dataloaders=CIFAR)), device="cpu")
+    with pytest.raises(UserError, match="does not exist"):
+        model.real(5)
+    with pytest.raises(UserError, match=r"dataloaders.url= is no web address"):
+        build(model.config["dataloaders"] | {"download": True})
+    assert not (tmp_path / "there").exists()
+
+
+@pytest.mark.parametrize("key", ["archive", "folder", "train_files", "test_file"])
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "..", ""])
+def test_the_files_of_a_data_set_lie_in_its_own_folder(tmp_path, key, name):
+    settings = CIFAR | {"root": str(tmp_path / "there"), key: [name] if key == "train_files" else name}
+    with pytest.raises(UserError, match="give its bare name"):
+        Cifar(**{name: value for name, value in settings.items() if name != "_target_"})
 
 
 def test_an_array_file_that_would_run_code_or_escape_is_refused(small_run, tmp_path):

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ from evaluation.metrics.base_metric import Decode
 from helpers_cfg import guided
 from losses.objective import FlowObjective, Objective
 from solvers.base_solver import BaseSolver
-from training.build import build
+from training.build import build, interpolation_in
 from training.checkpoint import CheckpointFolder, SilentCheckpointFolder, load_checkpoint
-from training.config import HANDED_ON, known_targets, parse_overrides
+from training.config import CONFIG_DIR, HANDED_ON, known_targets, parse_overrides
 from training.device import gradient_scaler, pick_device, set_numerics
 from training.errors import UserError
 from training.launch import run_folder_of
@@ -29,6 +31,7 @@ from training.trackers import NullTracker, tracker_from_config
 
 NEEDED_PARTS = ("model", "loss", "dataloaders", "source", "solver", "evaluation", "choices")
 BUILT_PARTS = (*NEEDED_PARTS, "guidance", "vae")
+AS_TYPED = ("command", "overrides", "changed")  # of a configuration: what the user typed, never built from
 
 
 def build_dataset(config: dict[str, Any], device: torch.device) -> FlowDataset:
@@ -85,13 +88,20 @@ def build_flow(objective: FlowObjective, config: dict[str, Any], device: torch.d
 
 
 def stored_config(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
-    """The configuration in a checkpoint, which may be anyone's: it builds what configs/ names, and calls nothing else.
+    """The configuration in a checkpoint, which may be anyone's: it builds what configs/ names, calls and fetches nothing.
 
-    UserError for a `_target_` that is in none of those files.
+    UserError for one with parts missing or of another kind, an interpolation, or a `_target_` in none of those files.
     """
-    config: Any = payload["config"]
-    if not isinstance(config, dict) or not all(isinstance(config.get(part), dict) for part in NEEDED_PARTS):
-        raise UserError(f"{path} holds no whole configuration, so its model cannot be built; use another save")
+    config: dict[str, Any] = payload["config"]
+    unfit = UserError(f"{path} holds no whole configuration, so its model cannot be built; use another save")
+    if not is_plain(config):
+        raise unfit
+    unresolved = interpolation_in({key: value for key, value in config.items() if key not in AS_TYPED})
+    if unresolved is not None:
+        raise UserError(
+            f"{path} has {unresolved[:80]!r} in its configuration, where a save of this project holds values only; "
+            "use a checkpoint you trust"
+        )
     for part in BUILT_PARTS:
         for target in targets_in(config.get(part)):
             if target not in known_targets():
@@ -99,14 +109,60 @@ def stored_config(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
                     f"{path} wants {target} called as its {part}, which no file in configs/ names; use a checkpoint you "
                     "trust, or add a file for it"
                 )
-    return config
+    if not is_whole(config):
+        raise unfit
+    kept = without_downloads(config)
+    assert isinstance(kept, dict)
+    return kept
 
 
-def targets_in(node: Any) -> Iterator[Any]:
-    """Every `_target_` of a nested configuration."""
+def is_whole(config: dict[str, Any]) -> bool:
+    """Whether it has every part a model is built from."""
+    parts, choices = [config.get(part) for part in NEEDED_PARTS], config.get("choices")
+    return (
+        all(isinstance(node, dict) and ("_target_" in node or node is choices) for node in parts)
+        and all(isinstance(config["choices"].get(group), str) for group in ("model", "loss", "dataloaders"))
+        and isinstance(config["dataloaders"].get("state_shape"), list)
+        and isinstance(config.get("seed"), int)
+        and "limit_data" in config
+    )
+
+
+def is_plain(node: Any, depth: int = 20) -> bool:
+    """Whether nothing but dicts by name, lists and scalars is nested there, and no deeper than any configuration is."""
+    if not isinstance(node, dict | list | tuple):
+        return node is None or isinstance(node, str | int | float)
+    named = not isinstance(node, dict) or all(isinstance(key, str) for key in node)
+    inner = node.values() if isinstance(node, dict) else node
+    return named and depth > 0 and all(is_plain(value, depth - 1) for value in inner)
+
+
+@cache
+def known_urls() -> set[str]:
+    """Every address that a file of configs/ has its data fetched from."""
+    files = CONFIG_DIR.rglob("*.yaml")
+    return {url for file in files for url in re.findall(r"\burl:\s*(\S+)", file.read_text(encoding="utf-8"))}
+
+
+def without_downloads(node: Any) -> Any:
+    """The nested configuration with every `download` off, and every `url` empty that no file of configs/ names."""
+    if isinstance(node, list | tuple):
+        return [without_downloads(inner) for inner in node]
+    if not isinstance(node, dict):
+        return node
+    kept = {key: without_downloads(value) for key, value in node.items()}
+    if "download" in kept:
+        kept["download"] = False
+    if "url" in kept and str(kept["url"]) not in known_urls():
+        kept["url"] = ""
+    return kept
+
+
+def targets_in(node: Any) -> Iterator[str]:
+    """Every `_target_` of a nested configuration, as text."""
     if isinstance(node, dict) and "_target_" in node:
-        yield node["_target_"]
-    for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield str(node["_target_"])
+    for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
         yield from targets_in(inner)
 
 

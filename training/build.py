@@ -1,5 +1,6 @@
 """Objects from configuration nodes."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from hydra.errors import HydraException
@@ -16,11 +17,27 @@ def without_handed_on(node: Any) -> Any:
     return node
 
 
+def words_in(node: Any) -> Iterator[str]:
+    """Every text among the values of a nested configuration."""
+    if isinstance(node, str):
+        yield node
+    for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
+        yield from words_in(inner)
+
+
+def interpolation_in(node: Any) -> str | None:
+    """A text that OmegaConf would work out, at which any `_target_` may appear; None in a resolved configuration."""
+    return next((word for word in words_in(node) if "${" in word), None)
+
+
 def build(node: dict[str, Any], **parts: Any) -> Any:
     """The object a node's `_target_` names, nested ones first, with `parts` as further arguments.
 
-    UserError when a constructor raises one, or does not know a setting.
+    UserError when a constructor raises one, or does not know a setting; and for an interpolation, never worked out here.
     """
+    unresolved = interpolation_in(node)
+    if unresolved is not None:
+        raise UserError(f"{node.get('_target_')} is given {unresolved!r}, which is no value; write the value itself there")
     try:
         return instantiate(without_handed_on(node), _convert_="all", **parts)
     except HydraException as error:
