@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from typing import Any
 
@@ -210,13 +211,17 @@ def end_epoch(run: Run) -> None:
 
 def evaluate(run: Run, final: bool) -> dict[str, float]:
     """The scores by name. What goes wrong with them is raised once the epoch is saved: it costs no training."""
-    try:
-        return run.evaluate(final)
-    except Exception:
-        run.save(epoch=None, best=False)
-        if run.rank == 0:
-            print(f"note: the evaluation after step {run.state.step:,} failed; {run.last_save()}", file=sys.stderr)
-        raise
+    with ExitStack() as otherwise:
+        otherwise.callback(save_unevaluated, run)
+        values = run.evaluate(final)
+        otherwise.pop_all()
+    return values
+
+
+def save_unevaluated(run: Run) -> None:
+    run.save(epoch=None, best=False)
+    if run.rank == 0:
+        print(f"note: the evaluation after step {run.state.step:,} failed; {run.last_save()}", file=sys.stderr)
 
 
 def judge(run: Run, values: dict[str, float]) -> bool:
