@@ -86,8 +86,8 @@ class RunFolder:
     def holds_its_path(self) -> bool:
         """Whether the open lock is still the file at its path."""
         assert self.lock_file is not None
-        path = self.path / ".lock"
-        return path.exists() and os.path.samestat(os.fstat(self.lock_file.fileno()), path.stat())
+        path, held = self.path / ".lock", os.fstat(self.lock_file.fileno())
+        return path.exists() and (path.stat().st_dev, path.stat().st_ino) == (held.st_dev, held.st_ino)
 
     def remove_temporaries(self) -> None:
         """Remove what killed processes of this run left half-written. The folder is locked."""
