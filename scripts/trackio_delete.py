@@ -9,20 +9,21 @@ The pattern is a regular expression that must match a run's whole name.
 
 import argparse
 import re
+import sqlite3
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training.errors import UserError
-from training.trackio_tracker import delete_run, run_names
+from training.trackio_tracker import delete_run, require_readable, require_writable, run_names
 
 
 def main(arguments: list[str] | None = None) -> int:
     try:
-        run(parse(arguments))
+        explained(parse(arguments))
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"trackio_delete.py: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -37,15 +38,29 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def explained(options: argparse.Namespace) -> None:
+    """Carry out the command. UserError also where another process holds the database, or it is damaged."""
+    try:
+        run(options)
+    except (RuntimeError, OSError, sqlite3.Error) as error:
+        what = str(error).splitlines()[0]
+        raise UserError(
+            f"trackio refuses the project {options.project}: {what}; --list shows what is left, try again when no other "
+            "program uses it"
+        ) from error
+
+
 def run(options: argparse.Namespace) -> None:
     if options.pattern is None and not options.list:
         raise UserError('say which runs: python scripts/trackio_delete.py "old_.*" --dry-run, or --list for their names.')
+    require_readable(options.project)
     names = matching(options.project, options.pattern)
     if options.list or options.dry_run:
         print("\n".join(names) if options.list else "would delete:\n" + indent(names))
         return
     if not options.yes and not confirmed(names):
         raise UserError("nothing was deleted.")
+    require_writable(options.project)
     for name in names:
         delete_run(options.project, name)
     print(f"deleted {len(names)} of the project {options.project}:\n{indent(names)}")

@@ -1,7 +1,10 @@
 """scripts/runs.py and scripts/trackio_delete.py: what they print, what they refuse, and from where they run."""
 
+import contextlib
 import io
 import os
+import re
+import sqlite3
 import subprocess
 import sys
 import time
@@ -153,6 +156,47 @@ def test_delete_refuses_in_one_sentence(
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
     assert len(run_names(project)) == 3
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../keep_test_3", ""])
+def test_delete_of_a_name_that_is_a_path_leaves_all_other_pictures(
+    name: str, project: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """trackio takes any name, its rows may come from anyone, and a run's pictures lie in a folder of its name."""
+    media = Path(os.environ["TRACKIO_DIR"]) / "media"
+    pictures = [media / project / "keep_test_3/0/a.png", media / f"{project}2/x/0/a.png"]
+    for picture in pictures:
+        picture.parent.mkdir(parents=True)
+        picture.write_bytes(b"x")
+    with contextlib.closing(sqlite3.connect(media.parent / f"{project}.db")) as database, database:
+        database.execute("UPDATE metrics SET run_name = ? WHERE run_name = 'test_1'", (name,))
+        database.execute("UPDATE configs SET run_name = ? WHERE run_name = 'test_1'", (name,))
+    assert trackio_delete.main([re.escape(name), "--yes", "--project", project]) == 0
+    assert "its pictures, if any, stay" in capsys.readouterr().err
+    assert run_names(project) == ["keep_test_3", "test_2"] and all(picture.exists() for picture in pictures)
+
+
+def test_delete_says_at_once_that_the_database_is_held(
+    project: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.trackio_tracker.LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(trackio_delete, "delete_run", lambda *_: pytest.fail("trackio would wait for half a minute"))
+    with contextlib.closing(sqlite3.connect(Path(os.environ["TRACKIO_DIR"]) / f"{project}.db")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert trackio_delete.main(["test_1", "--yes", "--project", project]) == 1
+        other.rollback()
+    err = capsys.readouterr().err
+    assert "database is locked" in err and err.count("\n") == 1 and len(run_names(project)) == 3
+
+
+@pytest.mark.parametrize("arguments", [["--list"], ["test_1", "--yes"]], ids=["list", "delete"])
+def test_delete_says_so_when_the_database_is_damaged(
+    arguments: list[str], project: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Path(os.environ["TRACKIO_DIR"]) / f"{project}.db").write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)
+    assert trackio_delete.main([*arguments, "--project", project]) == 1
+    err = capsys.readouterr().err
+    assert f"trackio refuses the project {project}: " in err and err.count("\n") == 1
 
 
 def test_delete_runs_from_any_folder_on_the_users_trackio_dir(project: str, tmp_path: Path) -> None:

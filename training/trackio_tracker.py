@@ -8,6 +8,7 @@ import contextlib
 import io
 import shutil
 import sqlite3
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,9 @@ def run_names(project: str) -> list[str]:
 def delete_run(project: str, run_name: str) -> int:
     """Delete every run of that name, rows and pictures; returns how many there were.
 
+    Only a folder of the project's own pictures is removed. Those of a run whose name is a path, which another program gave,
+    stay, and a line on stderr says so.
+
     Raises:
         RuntimeError: the database refused (another process holds it).
     """
@@ -101,7 +105,11 @@ def delete_run(project: str, run_name: str) -> int:
     for run in runs:
         if not run.delete():
             raise RuntimeError(f"trackio could not delete the run {run_name} of the project {project}")
-    shutil.rmtree(trackio.utils.project_media_dir(project) / run_name, ignore_errors=True)
+    media = trackio.utils.project_media_dir(project)
+    if run_name in ("", ".", "..") or Path(run_name).name != run_name:
+        print(f"note: {run_name!r} names no folder of its own in {media}; its pictures, if any, stay", file=sys.stderr)
+    else:
+        shutil.rmtree(media / run_name, ignore_errors=True)
     return len(runs)
 
 
@@ -131,6 +139,15 @@ def require_writable(project: str) -> None:
         database.execute("BEGIN IMMEDIATE")
         database.rollback()
     SQLiteStorage.init_db(project)
+
+
+def require_readable(project: str) -> None:
+    """Raise sqlite3.Error now for a project whose database is held by another process, or damaged; none is fine."""
+    from trackio.sqlite_storage import SQLiteStorage
+
+    if SQLiteStorage.get_project_db_path(project).is_file():
+        with contextlib.closing(open_database(project)) as database:
+            database.execute("SELECT count(*) FROM sqlite_master").fetchone()
 
 
 def open_database(project: str) -> sqlite3.Connection:
