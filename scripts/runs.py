@@ -7,11 +7,10 @@ python scripts/runs.py compare first second      # the settings that differ and 
 
 import argparse
 import difflib
-import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +162,9 @@ def best_scores(folder: RunFolder) -> dict[str, float]:
     return best
 
 
-def evaluations(folder: RunFolder) -> Iterator[dict[str, Any]]:
+def evaluations(folder: RunFolder) -> list[dict[str, Any]]:
     """The rows that hold an eval metric; the others, by far the most, are not parsed."""
-    return (json.loads(line) for line in folder.metric_lines() if '"eval/' in line)
+    return [row for _, row in folder.numbered_rows(holding='"eval/')]
 
 
 def last_metrics(folder: RunFolder) -> dict[str, float | None]:
@@ -183,9 +182,7 @@ def overrides(folder: RunFolder) -> str:
 
 def read_config(folder: RunFolder) -> dict[str, Any]:
     """The resolved configuration, empty where the run stored none."""
-    import yaml
-
-    return yaml.safe_load(folder.config_path.read_text(encoding="utf-8")) if folder.config_path.is_file() else {}
+    return folder.read_config() if folder.config_path.is_file() else {}
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:

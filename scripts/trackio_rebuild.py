@@ -15,8 +15,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from omegaconf import OmegaConf
-
 from training.errors import UserError
 from training.run_folder import RunFolder
 from training.trackio_tracker import TrackioTracker
@@ -59,14 +57,15 @@ def run(options: argparse.Namespace) -> None:
 
 def rebuild(folder: RunFolder, project: str | None) -> tuple[str, int]:
     """Write the run's rows and pictures anew; the project and the number of rows. UserError when trackio cannot."""
-    config = OmegaConf.to_container(OmegaConf.load(folder.config_path)) if folder.config_path.is_file() else {}
-    assert isinstance(config, dict)
-    project = project or str(config.get("trackio", {}).get("project", "denoising-zoo"))
+    config = folder.read_config() if folder.config_path.is_file() else {}
+    settings = config.get("trackio")
+    project = project or str(settings.get("project", "denoising-zoo") if isinstance(settings, dict) else "denoising-zoo")
     tracker, rows = TrackioTracker(project), folder.read_metrics()
     try:
-        tracker.start(folder.name, {str(key): value for key, value in config.items()}, folder.path, None, overwrite=True)
+        tracker.start(folder.name, config, folder.path, None, overwrite=True)
         for row in rows:
-            tracker.log({name: value for name, value in row.items() if name not in OWN and value is not None}, row["step"])
+            numbers = {name: value for name, value in row.items() if name not in OWN and isinstance(value, int | float)}
+            tracker.log(numbers, row["step"])
         for picture in sorted((folder.path / "samples").glob("step_*.png")):
             if step := int(picture.stem.removeprefix("step_")):
                 tracker.log_image("samples", picture, step)

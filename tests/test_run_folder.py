@@ -14,6 +14,7 @@ import pytest
 
 from training.errors import UserError
 from training.files import write_atomically
+from training.launch import prepare
 from training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,6 +76,58 @@ def test_trimmed_run_shows_each_step_once(folder: RunFolder, torn: str) -> None:
     append_steps(folder, 4, 5, 6)
     assert [row["step"] for row in folder.read_metrics()] == [1, 2, 3, 4, 5, 6]
     assert [path.name for path in folder.path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("bad", ['{"step": 3, "tr', "\0" * 300, "[1]", '{"epoch": 1}', '{"step": "a"}', "\xff", "[" * 10**5])
+@pytest.mark.parametrize("last", [True, False], ids=["as the last line", "in the middle"])
+def test_damaged_lines_cost_only_themselves(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str], bad: str, last: bool
+) -> None:
+    """A last one is as if torn. Before others it is told, and a resume keeps the file as it was beside the mended one."""
+    append_steps(folder, 1, 2, 3)
+    lines = folder.metrics_path.read_bytes().splitlines(keepends=True)
+    lines.insert(3 if last else 1, bad.encode("latin-1") + b"\n")
+    before = b"".join(lines)
+    folder.metrics_path.write_bytes(before)
+    for _ in range(2):
+        assert [row["step"] for row in folder.read_metrics()] == [1, 2, 3]
+    said = capsys.readouterr().err
+    assert said == ("" if last else f"note: {folder.metrics_path} is damaged; left out: line 2\n")
+    for copy in (".damaged", ".damaged.2"):
+        folder.metrics_path.write_bytes(before)
+        folder.trim_metrics(2)
+        kept = folder.metrics_path.with_name(f"metrics.jsonl{copy}")
+        assert kept.exists() is not last and (last or kept.read_bytes() == before)
+        append_steps(folder, 3)
+        assert [row["step"] for row in RunFolder(folder.path).read_metrics()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "bad", ["", "\0" * 40, '{"state": "run', "[1]", '{"scores": [1]}', '{"step": "a"}', '{"seconds": "b"}']
+)
+def test_a_damaged_status_is_an_unknown_one(folder: RunFolder, capsys: pytest.CaptureFixture[str], bad: str) -> None:
+    folder.write_status("running", 10, 1, 5.0, {"eval/loss": 0.5})
+    folder.status_path.write_text(bad)
+    assert folder.read_status() == {} == folder.read_status()
+    assert capsys.readouterr().err.count("is damaged; what became of the run is unknown") == 1
+    folder.write_status("finished", 20, 2, 9.0)
+    assert folder.read_status()["state"] == "finished"
+
+
+def test_scores_that_are_not_numbers_stay_so(folder: RunFolder) -> None:
+    folder.write_status("running", 1, 0, 0.0, {"eval/loss": float("nan")})
+    folder.write_status("running", 2, 0, 0.0)
+    assert folder.read_status()["scores"] == {"eval/loss": None}
+
+
+@pytest.mark.parametrize("bad", ["", "a: [1, 2", "[1, 2]", "word", "\0\0", "a: ${b", "run_name: x\nepochs: 3\n", "\xff"])
+def test_a_damaged_configuration_is_one_sentence_when_a_run_goes_on(folder: RunFolder, bad: str) -> None:
+    folder.path.mkdir(parents=True)
+    folder.config_path.write_bytes(bad.encode("latin-1"))
+    with pytest.raises(UserError) as refused:
+        prepare(["run_name=x", "resume=true", f"output_dir={folder.path.parents[1]}"])
+    assert str(folder.config_path) in str(refused.value) and "\n" not in str(refused.value)
+    assert "put back a copy of it" in str(refused.value)
 
 
 def test_trimming_before_the_first_row_is_nothing(folder: RunFolder) -> None:

@@ -126,6 +126,23 @@ def test_rebuilding_twice_gives_the_history_of_metrics_jsonl(
     assert "database is locked" in capsys.readouterr().err and stored_steps(project) == [2, 4, 6]
 
 
+def test_rebuilding_from_damaged_files(project: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A damaged line costs itself, a damaged configuration one sentence; provenance beside scores is no number."""
+    from scripts import trackio_rebuild
+
+    folder = RunFolder(tmp_path / "runs/x")
+    folder.write_config(f"trackio: {{project: {project}}}\n", [])
+    for step in (2, 4, 6):
+        folder.append_metrics(step, 0, 1.0, {SCORE: step / 10}, {SCORE: "of this and that"})
+    lines = folder.metrics_path.read_text().splitlines(keepends=True)
+    folder.metrics_path.write_text(lines[0] + lines[1][:30] + "\n" + lines[2])
+    assert trackio_rebuild.main(["--output-dir", str(tmp_path), "x"]) == 0
+    assert stored_steps(project) == [2, 6] and "left out: line 2" in capsys.readouterr().err
+    folder.config_path.write_text("trackio: {project")
+    assert trackio_rebuild.main(["--output-dir", str(tmp_path), "x"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1 and stored_steps(project) == [2, 6]
+
+
 def test_unwritable_folder_costs_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     script = SUBPROCESS_START + 'tracker.log({"a": 1.0}, 1); tracker.finish(); print("run goes on")'

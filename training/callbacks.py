@@ -7,8 +7,7 @@ from abc import ABC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
+from training.errors import UserError
 from training.experiment_log import ExperimentLog
 from training.telemetry import NoTelemetry, Telemetry, telemetry_for
 
@@ -187,7 +186,10 @@ def compared_table(run: Run) -> str:
         if path.parent != run.folder.path and status.get("state") == "finished" and folder.config_path.is_file():
             found.append((status["updated"], folder, status["scores"]))
     for _, folder, scores in sorted(found, key=lambda item: str(item[0]), reverse=True):
-        choices = OmegaConf.select(OmegaConf.load(folder.config_path), "choices", default={})
+        try:
+            choices = folder.read_config().get("choices", {})
+        except UserError:  # what is damaged there is not this run's to tell
+            continue
         if all(choices.get(group) == run.config["choices"][group] for group in same):
             lines = [f"| score | {folder.name} | here | difference |", "|---|---|---|---|"]
             for score in run.evaluation.scores:

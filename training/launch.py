@@ -14,7 +14,7 @@ from training.build import build
 from training.checks import check_contradictions, check_files, check_memory, check_run_is_new, check_values, has, lookup
 from training.config import compose_config, delete, is_group, parse_overrides, resolved
 from training.errors import UserError
-from training.run_folder import RunFolder
+from training.run_folder import CONFIG_REMEDY, RunFolder
 
 # What may differ when a run goes on: how long, where, how fast and what is shown, but nothing that is learned from.
 FREE = (
@@ -23,6 +23,9 @@ FREE = (
     "overwrite", "init_from", "eval_checkpoint", "show", "log", "trackio", "callbacks", "backend", "command", "changed",
     "overrides", "choices", "guidance",
 )  # fmt: skip
+
+# Of a whole config.yaml, from its first keys to its last.
+WRITTEN = ("run_name", "dataloaders", "model", "loss", "optimizer", "choices", "overrides", "changed")
 
 
 def submit(config: dict[str, Any]) -> float | None:
@@ -91,9 +94,10 @@ def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
             f"there is no run {config['run_name']} in {folder.path.parent} to resume; "
             "leave resume=true out to start it, or see `python scripts/runs.py list`"
         )
-    stored = OmegaConf.to_container(OmegaConf.load(folder.config_path))
-    assert isinstance(stored, dict)
-    before = {str(key): value for key, value in stored.items()}
+    before = folder.read_config()
+    lacking = [key for key in WRITTEN if key not in before]
+    if lacking:
+        raise UserError(f"{folder.config_path} is cut: it lacks {', '.join(lacking)}; {CONFIG_REMEDY}")
     now = {override.key_or_group.split(".")[0] for override in typed}
     before |= {key: value for key, value in config.items() if key not in before and key not in now}  # a key of later date
     merged = laid_over(before, config, typed)
@@ -186,9 +190,7 @@ def sweep_job(job: list[str], swept_keys: set[str]) -> list[str] | None:
     folder = RunFolder(Path(config["output_dir"]) / "runs" / name)
     if not folder.config_path.is_file():
         return overrides
-    stored = OmegaConf.to_container(OmegaConf.load(folder.config_path))
-    assert isinstance(stored, dict)
-    typed = [text for text in stored.get("overrides", []) if not re.match(r"(resume|overwrite)=", text)]
+    typed = [text for text in folder.read_config().get("overrides", []) if not re.match(r"(resume|overwrite)=", text)]
     if sorted(typed) != sorted(overrides):
         raise UserError(
             f"run {name} exists in {folder.path.parent} from another command; give this sweep another run_name, "

@@ -2,19 +2,27 @@
 
 import errno
 import fcntl
+import itertools
 import json
 import math
 import os
 import platform
+import sys
 from datetime import datetime
+from functools import cache
 from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
 from training.errors import UserError
-from training.files import remove_temporaries, write_atomically
+from training.files import remove_temporaries, share, write_atomically
 
 STATES = ("running", "finished", "failed", "interrupted")
+STATUS_KINDS = {
+    "state": str, "step": int, "epoch": int, "why": str, "started": str, "updated": str, "seconds": int | float,
+    "scores": dict, "pid": int, "host": str,
+}  # fmt: skip
+CONFIG_REMEDY = "put back a copy of it, or start the run anew with overwrite=true, which moves its files aside"
 
 
 class RunFolder:
@@ -140,11 +148,29 @@ class RunFolder:
         write_atomically(self.status_path, json.dumps(status | details, indent=2) + "\n")
 
     def read_status(self) -> dict[str, Any]:
-        """The content of status.json, empty before the first write."""
+        """The content of status.json, empty before the first write, and when it is damaged: a line on stderr says so."""
         if not self.status_path.is_file():
             return {}
-        status: dict[str, Any] = json.loads(self.status_path.read_text(encoding="utf-8"))
+        status = as_object(self.status_path.read_bytes().decode(errors="replace"))
+        if status is None or any(key in status and not isinstance(status[key], kind) for key, kind in STATUS_KINDS.items()):
+            tell_once(f"note: {self.status_path} is damaged; what became of the run is unknown until it goes on")
+            return {}
         return status
+
+    def read_config(self) -> dict[str, Any]:
+        """The content of config.yaml. UserError when it is missing, damaged or cut."""
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
+
+        try:
+            config = OmegaConf.to_container(OmegaConf.load(self.config_path))
+        except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError, OSError) as error:
+            first = str(error).splitlines()[0]
+            raise UserError(f"{self.config_path} cannot be read ({first}); {CONFIG_REMEDY}") from error
+        if not isinstance(config, dict) or not config:
+            raise UserError(f"{self.config_path} holds no settings; {CONFIG_REMEDY}")
+        return {str(key): value for key, value in config.items()}
 
     def append_metrics(
         self,
@@ -195,8 +221,21 @@ class RunFolder:
         return FileIO(self.metrics_path, "a")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl in order, a torn last line left out; none before the first."""
-        return [json.loads(line) for line in self.metric_lines()]
+        """The rows of metrics.jsonl in order, a torn last line left out; none before the first.
+
+        Damaged lines before it are left out too, and a line on stderr says which.
+        """
+        return [row for _, row in self.numbered_rows()]
+
+    def numbered_rows(self, holding: str = "") -> list[tuple[int, dict[str, Any]]]:
+        """(line, row) of the rows in whose line a text occurs; as read_metrics."""
+        lines = self.metric_lines()
+        rows = [(number, as_row(line)) for number, line in enumerate(lines, start=1) if holding in line]
+        damaged = [str(number) for number, row in rows if row is None and number < len(lines)]
+        if damaged:
+            where = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
+            tell_once(f"note: {self.metrics_path} is damaged; left out: line {where}")
+        return [(number, row) for number, row in rows if row is not None]
 
     def metric_lines(self) -> list[str]:
         """The whole lines of metrics.jsonl: what follows the last line break is torn."""
@@ -205,11 +244,20 @@ class RunFolder:
         return self.metrics_path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
 
     def trim_metrics(self, step: int) -> None:
-        """Drop the rows after `step`, which a run that continues from there will write again."""
+        """Drop the rows after `step`, which a run that continues from there will write again, and damaged lines.
+
+        Where a line is damaged that is not the last, the file as it was is kept beside as metrics.jsonl.damaged.
+        """
         self.close()
-        if self.metrics_path.is_file():
-            kept = [line for line in self.metric_lines() if json.loads(line)["step"] <= step]
-            write_atomically(self.metrics_path, "".join(f"{line}\n" for line in kept))
+        if not self.metrics_path.is_file():
+            return
+        lines, rows = self.metric_lines(), self.numbered_rows()
+        torn = 1 if lines and as_row(lines[-1]) is None else 0
+        if len(rows) + torn < len(lines):
+            kept = free_name(self.metrics_path.with_name("metrics.jsonl.damaged"))
+            share(self.metrics_path, kept)
+            print(f"note: the file as it was is kept as {kept}", file=sys.stderr)
+        write_atomically(self.metrics_path, "".join(f"{lines[number - 1]}\n" for number, row in rows if row["step"] <= step))
 
     def release(self) -> None:
         """Let the folder go: the run has ended."""
@@ -243,9 +291,36 @@ class SilentRunFolder(RunFolder):
     def trim_metrics(self, step: int) -> None: ...
 
 
-def json_number(value: float) -> float | None:
+def as_object(text: str) -> dict[str, Any] | None:
+    """The JSON object that a text is, or None where it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def as_row(line: str) -> dict[str, Any] | None:
+    """The row of metrics that a line is, or None where it is none. What this project writes is ASCII."""
+    row = as_object(line) if line.isascii() else None
+    return row if row is not None and isinstance(row.get("step"), int) else None
+
+
+def free_name(path: Path) -> Path:
+    """The path, or with the first of .2, .3, ... after it that no file has."""
+    names = (path if n == 1 else path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
+@cache
+def tell_once(note: str) -> None:
+    """A line on stderr, once in a process."""
+    print(note, file=sys.stderr)
+
+
+def json_number(value: float | None) -> float | None:
     """The value, or None (null in JSON) where it is not a finite number."""
-    return value if math.isfinite(value) else None
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def timestamp() -> str:
