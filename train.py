@@ -188,7 +188,8 @@ def explained_disk_errors(run: Run | None) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        what = f"{run.last_save()}; make room, then go on with resume=true" if run else "make room, and try again"
+        begun = run is not None and run.folder.config_path.is_file()
+        what = f"{run.last_save()}; make room, then go on with resume=true" if run and begun else "make room, and try again"
         raise UserError(f"{disk_sentence(error)}; {what}") from error
 
 

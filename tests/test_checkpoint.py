@@ -37,7 +37,8 @@ def test_foreign_and_broken_files_are_refused_in_one_sentence(tmp_path, capsys):
 
 
 def payload(step: int) -> dict[str, object]:
-    return {**dict.fromkeys(KEYS), "format": FORMAT, "step": step}
+    numbers = {"step": step, "best": 0.0, "waited": 0, "elapsed": 0.0}
+    return {key: {} for key in KEYS} | numbers | {"run_name": "x", "second_time": None, "format": FORMAT}
 
 
 def test_pruning_keeps_the_newest_of_this_run_only(tmp_path):
@@ -79,14 +80,14 @@ def test_a_save_in_the_background_holds_the_state_of_its_moment(tmp_path, monkey
 
     write = checkpoint.write_checkpoint
     monkeypatch.setattr(checkpoint, "write_checkpoint", slow_write)
-    folder.save(payload(1) | {"network": {"w": [weights]}}, 1, best=True)
+    folder.save(payload(1) | {"optimizer": {"w": [weights]}}, 1, best=True)
     assert folder.saved_step is None and not folder.last.exists()
     weights += 1
     threading.Timer(0.2, may_write.set).start()
-    folder.save(payload(2) | {"network": {"w": [weights]}}, 2, best=False)
-    assert folder.saved_step == 1 and load_checkpoint(folder.last)["network"]["w"][0].unique().tolist() == [0]
+    folder.save(payload(2) | {"optimizer": {"w": [weights]}}, 2, best=False)
+    assert folder.saved_step == 1 and load_checkpoint(folder.last)["optimizer"]["w"][0].unique().tolist() == [0]
     folder.settle()
-    assert folder.saved_step == 2 and load_checkpoint(folder.last)["network"]["w"][0].unique().tolist() == [1]
+    assert folder.saved_step == 2 and load_checkpoint(folder.last)["optimizer"]["w"][0].unique().tolist() == [1]
     assert load_checkpoint(folder.best)["step"] == 1 and max(most) == 1
 
 

@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def payload(step: int) -> dict[str, object]:
-    return {**dict.fromkeys(KEYS), "format": FORMAT, "step": step, "network": {"w": torch.arange(1000.0) + step}}
+    numbers = {"step": step, "best": 0.0, "waited": 0, "elapsed": 0.0, "network": {"w": torch.arange(1000.0) + step}}
+    return {key: {} for key in KEYS} | numbers | {"run_name": "x", "second_time": None, "format": FORMAT}
 
 
 class Fault:
@@ -175,16 +176,25 @@ def test_a_run_asked_to_go_on_without_a_disk_does_and_tells_so(small_run, tmp_pa
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(2, 25, 2))
 
 
+def test_a_disk_that_refuses_the_first_file_asks_for_no_resume(small_run, monkeypatch):
+    """There is no run to resume yet."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr("training.run_folder.write_atomically", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(UserError, match="make room, and try again"):
+        small_run("x")
+
+
 FULL_DISK = """
 import sys, torch
 from pathlib import Path
 from training.checkpoint import CheckpointFolder, load_checkpoint
 from training.checkpoint import FORMAT, KEYS
 folder = CheckpointFolder(Path(sys.argv[1]), "mlp", "x", keep=0)
-large = {"network": {"w": torch.randn(300_000)}}
+large = {key: {} for key in KEYS} | {"network": {"w": torch.randn(300_000)}}
+large |= {"best": 0.0, "waited": 0, "elapsed": 0.0, "run_name": "x", "second_time": None, "format": FORMAT}
 for step in range(1, 100):
     try:
-        folder.save(dict.fromkeys(KEYS) | {"format": FORMAT, "step": step, **large}, step, best=True)
+        folder.save({**large, "step": step}, step, best=True)
     except OSError as error:
         assert error.errno == 28, error
         break

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,10 @@ from training.checkpoint import FORMAT, KEYS, load_checkpoint
 from training.errors import UserError
 from training.launch import prepare
 
-PAYLOAD = {**dict.fromkeys(KEYS), "format": FORMAT, "step": 3, "network": {"w": torch.arange(64.0), "b": torch.ones(9)}}
+BLANK = {key: {} for key in KEYS} | {
+    "step": 0, "best": 0.0, "waited": 0, "elapsed": 0.0, "run_name": "x", "second_time": None, "format": FORMAT,
+}  # fmt: skip
+PAYLOAD: dict[str, Any] = BLANK | {"step": 3, "network": {"w": torch.arange(64.0), "b": torch.ones(9)}}
 
 
 def saved(payload: object) -> bytes:
@@ -194,6 +198,40 @@ def one_sentence(path: Path, act: Callable[[], object]) -> str:
 
 def test_the_checkpoint_that_is_changed_below_is_good(changed):
     assert load(changed(lambda payload: None), device="cpu").sample(3).shape == (3, 2)
+
+
+def weights(change: Callable[[torch.Tensor], object]) -> Callable[[dict[str, Any]], object]:
+    return lambda payload: payload["ema"].update({name: change(value) for name, value in payload["ema"].items()})
+
+
+CONTENTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "ema of no dict": (lambda payload: payload.update(ema=5), "as its ema"),
+    "ema of a list": (lambda payload: payload.update(ema=[1]), "as its ema"),
+    "ema of numbers": (weights(lambda _: 3.0), "something else than real numbers as 'layers.0.weight'"),
+    "sparse": (weights(lambda value: value.to_sparse()), "something else than real numbers"),
+    "meta": (weights(lambda value: value.to("meta")), "something else than real numbers"),
+    "complex": (weights(lambda value: value.to(torch.complex64)), "something else than real numbers"),
+    "whole numbers": (weights(lambda value: value.to(torch.int8)), r"as torch\.int8"),
+    "NaN": (weights(lambda value: value * torch.nan), "NaN or infinite"),
+    "infinite": (weights(lambda value: value + torch.inf), "NaN or infinite"),
+    "step of text": (lambda payload: payload.update(step="abc"), "as its step"),
+    "step below 0": (lambda payload: payload.update(step=-3), "as its step"),
+    "a second time of its own": (lambda payload: payload.update(second_time={"a": 1}), "as its second_time"),
+    "a name that is a list": (lambda payload: payload.update(run_name=["x"]), "as its run_name"),
+    "a name that is a path": (lambda payload: payload.update(run_name="../x"), "cannot name files"),
+    "configuration of text": (lambda payload: payload.update(config="x"), "as its config"),
+    "no choices": (lambda payload: payload["config"].update(choices={}), "no whole configuration"),
+    "a model of nothing": (lambda payload: payload["config"]["model"].pop("_target_"), "no whole configuration"),
+    "a seed of text": (lambda payload: payload["config"].update(seed="x"), "no whole configuration"),
+    "a shape of text": (lambda payload: payload["config"]["dataloaders"].update(state_shape="zz"), "no whole configuration"),
+}
+
+
+@pytest.mark.parametrize("contents", CONTENTS)
+def test_contents_of_another_kind_are_one_sentence(changed, contents):
+    change, said = CONTENTS[contents]
+    path = changed(change)
+    assert re.search(said, one_sentence(path, lambda: load(path, device="cpu")))
 
 
 CALL = "_target_: training.provenance.subprocess.check_output, args: touch HARM, shell: true"

@@ -216,15 +216,20 @@ def file_hash(path: Path) -> str:
 
 
 def load_network(network: torch.nn.Module, weights: dict[str, Any], path: Path) -> None:
-    """Copy saved weights into a network. UserError when they are of another shape."""
-    wrong = [
-        name for name, value in network.state_dict().items() if name not in weights or weights[name].shape != value.shape
-    ] + [name for name in weights if name not in network.state_dict()]
+    """Copy saved weights into a network. UserError when they are of another shape or kind, or not finite."""
+    ours = network.state_dict()
+    wrong = [name for name, value in ours.items() if name not in weights or weights[name].shape != value.shape]
+    wrong += [name for name in weights if name not in ours]
     if wrong:
         raise UserError(
             f"{path} holds another network than this model ({wrong[0]} differs); "
             "use the model and data settings it was trained with"
         )
+    for name, value in weights.items():
+        if value.is_floating_point() != ours[name].is_floating_point():
+            raise UserError(f"{path} holds {name} as {value.dtype}, and this model has {ours[name].dtype}; use another save")
+        if not value.isfinite().all():
+            raise UserError(f"{path} holds weights that are NaN or infinite (in {name}); use an earlier save")
     network.load_state_dict(weights)
 
 
@@ -330,10 +335,15 @@ def resume_state(state: TrainState, path: Path, payload: dict[str, Any], config:
     load_network(state.objective.network, payload["network"], path)
     load_network(state.ema_objective.network, payload["ema"], path)
     wanted = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
-    saved = payload["optimizer"]["param_groups"]
+    saved = payload["optimizer"].get("param_groups", [])
     if [group.keys() for group in wanted] != [group.keys() - {"params"} for group in saved]:
         raise UserError(
             f"{path} holds the state of another optimizer than {config['choices']['optimizer']}; leave optimizer as it was, "
+            "or start another run_name from these weights by init_from"
+        )
+    if state.schedule.state_dict().keys() - payload["schedule"].keys():
+        raise UserError(
+            f"{path} holds the state of another schedule than {config['choices']['schedule']}; leave schedule as it was, "
             "or start another run_name from these weights by init_from"
         )
     state.load_state_dict(payload)

@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 
+from training.checks import NAME
 from training.errors import UserError
 from training.files import remove_temporaries, replacing, share
 
 FORMAT = "denoising-zoo-checkpoint-1"
-KEYS = (
-    "network", "ema", "optimizer", "schedule", "scaler", "window", "step", "best", "waited", "elapsed", "run_name",
-    "second_time", "config",
-)  # fmt: skip
+KINDS: dict[str, Any] = {
+    "network": dict, "ema": dict, "optimizer": dict, "schedule": dict, "scaler": dict, "window": dict, "step": int,
+    "best": int | float, "waited": int, "elapsed": int | float, "run_name": str, "second_time": str | None, "config": dict,
+}  # fmt: skip
+KEYS = tuple(KINDS)
 
 ASYNC_BYTES = 64 * 2**20  # a smaller save is written in less time than a thread is worth
 
@@ -75,7 +77,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
 
 
 def check_payload(path: Path, payload: Any) -> None:
-    """UserError for what is no checkpoint of this project, or one of another version, or one with parts missing."""
+    """UserError for no checkpoint of this project, one of another version, or one with parts missing or of another kind."""
     name, _, version = FORMAT.rpartition("-")
     written = payload.get("format") if isinstance(payload, dict) else None
     if not isinstance(written, str) or not re.fullmatch(rf"{name}-\d+", written):
@@ -89,6 +91,22 @@ def check_payload(path: Path, payload: Any) -> None:
     lacking = [key for key in KEYS if key not in payload]
     if lacking:
         raise UserError(f"{path} lacks {', '.join(lacking)}, so it is no whole checkpoint; use another save")
+    for key, kind in KINDS.items():
+        if not isinstance(payload[key], kind) or (kind is int and payload[key] < 0):
+            raise UserError(f"{path} holds {str(payload[key])[:60]!r} as its {key}, which no save does; use another save")
+    if not NAME.fullmatch(payload["run_name"]):
+        raise UserError(f"{path} names its run {payload['run_name'][:60]!r}, which cannot name files; use another save")
+    for weights in (payload["network"], payload["ema"]):
+        for name, value in weights.items():
+            if not isinstance(name, str) or not is_stored_weight(value):
+                raise UserError(f"{path} holds something else than real numbers as {str(name)[:60]!r}; use another save")
+
+
+def is_stored_weight(value: Any) -> bool:
+    """Whether it is a tensor of real numbers that are there, each in its place."""
+    if not isinstance(value, torch.Tensor):
+        return False
+    return value.layout is torch.strided and not (value.is_meta or value.is_complex() or value.is_quantized)
 
 
 def tensor_bytes(node: Any) -> int:
