@@ -72,9 +72,9 @@ def with_flags_as_overrides(arguments: list[str]) -> list[str]:
 
     words, rest = [], iter(arguments)
     for word in rest:
-        flag, _, value = word.partition("=")
+        flag, equals, value = word.partition("=")
         if flag in FLAGS:
-            value = value or next(rest, "")
+            value = value if equals else next(rest, "")
             if not value or value.startswith("-"):
                 raise UserError(f"{flag} needs a value, such as {flag} {EXAMPLES[flag]}")
             word = f"{FLAGS[flag]}={value}" if flag != "--gpu" else f"backend.gpu='{value}'"  # H100! wants quotes
@@ -100,10 +100,14 @@ def launch(overrides: list[str]) -> float | None:
 
 def dry_run(words: list[str]) -> None:
     """Print what would run, and where, a sweep job by job. UserError for what is wrong with it."""
+    from training.errors import UserError
     from training.launch import describe, prepare
     from training.sweep import Sweep
 
     flags, overrides = ([w for w in words if w.startswith("-") is flag] for flag in (True, False))
+    other = [flag for flag in flags if flag not in ("-m", "--multirun")]
+    if other or os.environ.keys() >= RANK_VARIABLES:
+        raise UserError(f"--dry-run goes with a run or a sweep, not with {other[0] if other else 'torchrun'}")
     print(Sweep(overrides).describe() if {"-m", "--multirun"} & set(flags) else describe(prepare(overrides)))
 
 
@@ -185,7 +189,7 @@ def main(arguments: list[str]) -> int:
         if "--dashboard" in arguments:
             dashboard([word for word in arguments if word != "--dashboard"])
             return 0
-        words = with_flags_as_overrides([word for word in arguments if word != "--dry-run"])
+        words = [word for word in with_flags_as_overrides(arguments) if word != "--dry-run"]
         flag = unknown_flag(words)
         if flag is not None:
             raise UserError(f"there is no flag {flag}; `python launcher.py --help` lists them")

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,18 +38,18 @@ class TorchrunBackend(Backend):
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-        with tempfile.TemporaryDirectory(prefix="torchrun-") as place, environment(config, Path(place)), own_signals():
+        with temporary_folder() as place, environment(config, place), own_signals(place):
             settings = LaunchConfig(
                 min_nodes=1, max_nodes=1, nproc_per_node=config["devices"], max_restarts=0, run_id=uuid.uuid4().hex,
                 rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
-                logs_specs=DefaultLogsSpecs(log_dir=place), signals_to_handle=",".join(number.name for number in SIGNALS),
+                logs_specs=DefaultLogsSpecs(log_dir=str(place)), signals_to_handle="none",
             )  # fmt: skip
             try:
                 elastic_launch(settings, sys.executable)(str(LAUNCHER), *overrides)
             except SignalException as error:
                 raise SystemExit(128 + error.sigval) from None
             except ChildFailedError as error:
-                raise verdict(error, config, Path(place)) from None
+                raise verdict(error, config, place) from None
         return best_value(config)
 
     def describe(self, overrides: list[str], config: dict[str, Any]) -> dict[str, str]:
@@ -78,12 +78,20 @@ def check_devices_here(config: dict[str, Any]) -> None:
 
 
 @contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder that is gone after the block."""
+    with tempfile.TemporaryDirectory(prefix="torchrun-") as place:
+        yield Path(place)
+
+
+@contextmanager
 def environment(config: dict[str, Any], place: Path) -> Iterator[None]:
     """The variables that the processes find: the checked configuration, where to leave word, their share of the cores."""
-    from training.ranks import PREPARED, SENTENCE
+    from training.ranks import AGENT, PREPARED, SENTENCE
 
     threads = max(1, (os.cpu_count() or 1) // config["devices"])
     set_here = {
+        AGENT: str(os.getpid()),
         PREPARED: json.dumps(config),
         SENTENCE: str(place / "sentence"),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE),
@@ -100,9 +108,25 @@ def environment(config: dict[str, Any], place: Path) -> Iterator[None]:
 
 
 @contextmanager
-def own_signals() -> Iterator[None]:
-    """The agent takes over the signals and logs what it does; afterwards they are as they were, and it logs nothing."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+def own_signals(place: Path) -> Iterator[None]:
+    """A first signal has the agent pass it on and wait; a second one ends every process at once, one that hangs as well.
+
+    place: the folder where each process leaves its number. The agent logs nothing meanwhile.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    came: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        if came:
+            for path in place.glob("process-*"):
+                with suppress(ProcessLookupError):
+                    os.kill(int(path.read_text()), signal.SIGKILL)
+            os._exit(128 + number)
+        came.append(number)
+        raise SignalException(f"signal {number}", signal.Signals(number))
+
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
     logging.disable(logging.CRITICAL)
     try:
         yield

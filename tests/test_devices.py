@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 import launcher
 from losses.objective import FlowBatch
 from train import carry_out
+from training import loop
 from training.assemble import assemble
 from training.callbacks import Callback
 from training.checkpoint import load_checkpoint
@@ -180,6 +182,26 @@ def test_no_rank_draws_what_another_draws(job):
         assert len(torch.unique(both, dim=0)) == len(both), name
 
 
+def test_going_on_with_another_number_of_devices_repeats_no_random_number(tmp_path, monkeypatch):
+    """The numbers of the seeds: of two ranks for steps 0 to 9, then of one for 10 to 19."""
+    words = [*SMALL, "run_name=x", f"output_dir={tmp_path}", "batch_size=128", "dataloaders.epoch_size=12800"]
+    run, real, numbers = assemble(prepare(words)), loop.stream_seed, []
+    monkeypatch.setattr(loop, "stream_seed", lambda seed, name, index: (numbers.append(index), real(seed, name, index))[1])
+    for number, count, first in ((0, 2, 0), (1, 2, 0), (0, 1, 10)):
+        run.rank, run.world, run.state.step = number, count, first
+        assert len(list(islice(epoch_groups(run), 10))) == 10
+    assert len(numbers) == 30 == len(set(numbers))
+
+
+def test_a_resumed_runs_own_batch_is_what_its_devices_share(tmp_path):
+    """Not that of its recipe, 1,024 rows, which three could not share."""
+    words = ["run_name=x", f"output_dir={tmp_path}"]
+    launcher.run(*SMALL, *words, "batch_size=96", "max_steps=1")
+    assert prepare([*words, "resume=true", "devices=3", "max_steps=2"])["batch_size"] == 96
+    with pytest.raises(UserError, match="batch_size=96 rows cannot be shared evenly by devices=5"):
+        prepare([*words, "resume=true", "devices=5", "max_steps=2"])
+
+
 @pytest.mark.parametrize(("name", "words"), [("judged", []), ("adaptive", ["solver=dopri5"])])
 def test_evaluation_samples_are_those_of_one_process(job, name, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -280,6 +302,14 @@ def status(place: Path) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").is_file(), reason="finds the processes of ranks in /proc")
+def wait_until_gone(processes):
+    """What is killed may stay listed for a moment, without a command line."""
+    end = time.monotonic() + 10
+    while any(path.exists() and path.read_text() for path in (Path(f"/proc/{number}/cmdline") for number in processes)):
+        assert time.monotonic() < end, f"processes {processes} live on"
+        time.sleep(0.05)
+
+
 def test_a_run_of_two_is_stopped_killed_and_goes_on_with_one_and_with_two(tmp_path, monkeypatch):
     long = [*SMALL, "batch_size=128", "dataloaders.epoch_size=2560", "log_every=10", "max_steps=1000000"]
     process = launched(tmp_path, "--devices", "2", *long)
@@ -300,6 +330,17 @@ def test_a_run_of_two_is_stopped_killed_and_goes_on_with_one_and_with_two(tmp_pa
     assert time.monotonic() - killed < 30 and process.returncode == 1
     assert err.count("\n") == 1 and "rank 1 of 2 was killed by SIGKILL" in err and "resume=true" in err
     assert status(tmp_path)["state"] == "failed" and "rank 1 of 2" in status(tmp_path)["why"]
+
+    process = launched(tmp_path, "resume=true", "output_dir=.")
+    wait_for_step(tmp_path, process, status(tmp_path)["step"])
+    ranks = [process_of_rank(process.pid, number) for number in (0, 1)]
+    os.kill(ranks[1], signal.SIGSTOP)  # as one that hangs, for which the first signal would wait for ever
+    process.terminate()
+    time.sleep(1)
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == 143
+    wait_until_gone(ranks)
 
     saved = load_checkpoint(tmp_path / "ckpts/mlp/x_last.pt")
     assert saved["config"]["devices"] == 2 and not any("module" in key for key in saved["network"])

@@ -329,8 +329,8 @@ def resume_state(state: TrainState, path: Path, payload: dict[str, Any], config:
     before = payload["config"].get("devices", 1)
     if before != config["devices"]:
         print(
-            f"note: the run goes on with {config['devices']} devices instead of {before}: the batches are those of one "
-            "sitting, but noise and times are other draws"
+            f"note: the run goes on with {config['devices']} devices instead of {before}: rows of a fixed data set come in "
+            "the order of one sitting, but noise, times and data that is drawn afresh are other draws"
         )
     load_network(state.objective.network, payload["network"], path)
     load_network(state.ema_objective.network, payload["ema"], path)

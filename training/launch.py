@@ -11,7 +11,16 @@ from omegaconf import OmegaConf
 
 from backends.base_backend import Backend
 from training.build import build
-from training.checks import check_contradictions, check_files, check_memory, check_run_is_new, check_values, has, lookup
+from training.checks import (
+    check_contradictions,
+    check_devices,
+    check_files,
+    check_memory,
+    check_run_is_new,
+    check_values,
+    has,
+    lookup,
+)
 from training.config import compose_config, delete, is_group, parse_overrides, resolved
 from training.errors import UserError
 from training.run_folder import CONFIG_REMEDY, RunFolder
@@ -71,12 +80,15 @@ def prepare(overrides: list[str]) -> dict[str, Any]:
         "overrides": overrides,
         "changed": {},
     }
+    if not config["resume"]:
+        check_devices(config)  # else once it is known what the run was begun with
     backend: Backend = build(config["backend"])
     if backend.elsewhere:
         return config
     if config["resume"]:
         config = resumed(config, parse_overrides(overrides))
         check_values(config)
+        check_devices(config)
     check_memory(config)
     check_files(config)
     check_run_is_new(config, run_folder_of(config).path)

@@ -19,6 +19,7 @@ from training.run import Run
 from training.seeds import generator_for, seed_network, stream_seed
 from training.terms import named_terms
 
+MOST_STEPS = 2**24  # whose random numbers are distinct from those of another rank
 MOST_SKIPPED = 20  # steps in a row that on_nan=skip leaves out; more are no accident
 
 
@@ -51,7 +52,7 @@ def epoch_groups(run: Run) -> Iterator[list[Any]]:
     order = generator_for(seed, "order", 0 if fixed else epoch)
     batches = run.dataset.epoch(run.batch_size, order, generator, position * accumulate, run.rank, run.world)
     for step in range(run.state.step, (epoch + 1) * run.steps_per_epoch):
-        index = (0 if fixed else step) * run.world + run.rank
+        index = (0 if fixed else step) + run.rank * MOST_STEPS  # another number of ranks never comes to the same numbers
         if fixed:
             batches = run.dataset.epoch(run.batch_size, generator_for(seed, "order"), generator, 0, run.rank, run.world)
         generator.manual_seed(stream_seed(seed, "batch", index))

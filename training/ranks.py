@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -26,6 +27,7 @@ from training.errors import UserError
 from training.launch import prepare
 
 PREPARED = "DENOISING_ZOO_PREPARED"  # the launcher's checked configuration, for the processes it starts
+AGENT = "DENOISING_ZOO_AGENT"  # the launcher's process, which watches them
 SENTENCE = "DENOISING_ZOO_SENTENCE"  # the file in which it looks for what they found wrong
 LOST = 75  # exit status of a process that ends because another has
 START, PATIENCE = timedelta(minutes=15), timedelta(hours=24)  # to meet; to wait, as the others do for rank 0's scores
@@ -57,9 +59,14 @@ def together(work: Callable[[], Any]) -> NoReturn:
     started it. Status 0, that of a SystemExit, 130 after an early SIGINT, LOST where another has died, else 1.
     """
     global meeting
+    if SENTENCE in os.environ:
+        Path(os.environ[SENTENCE]).with_name(f"process-{os.getpid()}").write_text(str(os.getpid()))
+    met = threading.Event()
+    threading.Thread(target=leave_if_orphaned, args=(met,), daemon=True).start()
     meeting, number, count = next(dist.rendezvous("env://", timeout=START))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=meeting, rank=number, world_size=count, timeout=PATIENCE)
+    met.set()
     try:
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere if number else sys.stdout), explained_losses():
             status = status_of(work)
@@ -132,6 +139,9 @@ def configuration(overrides: list[str]) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(prepared) if prepared else prepare(overrides)
     if config["devices"] != world() and any(o.key_or_group == "devices" for o in parse_overrides(overrides)):
         raise UserError(f"torchrun has started {world()} processes, and devices={config['devices']}; leave devices out")
+    if config["choices"]["backend"] not in ("local", "torchrun"):
+        where = config["choices"]["backend"]
+        raise UserError(f"torchrun carries out a run here, and backend={where} elsewhere; leave one of them out")
     config["devices"] = world()
     check_devices(config)
     return config
@@ -195,4 +205,11 @@ def put_together(parts: Tensor) -> Tensor:
 
 def orphaned() -> bool:
     """Whether the agent that started this process, and watched it, is gone."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != PARENT
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != int(os.environ.get(AGENT, PARENT))
+
+
+def leave_if_orphaned(met: threading.Event) -> None:
+    """End this process if its agent dies before all have met: nothing is lost yet, and it would wait for long."""
+    while not met.wait(1):
+        if orphaned():
+            os._exit(LOST)
