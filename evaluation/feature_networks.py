@@ -159,16 +159,19 @@ def classifier_features(path: str) -> ClassifierFeatures:
 
     UserError when there is none, or it holds something else.
     """
+    from training.assemble import load_network, stored_config
+
     file = SHIPPED / f"{path}.safetensors" if "/" not in path and (SHIPPED / f"{path}.safetensors").is_file() else Path(path)
     if file.suffix == ".safetensors" and file.is_file():
         config, tensors = read_safetensors(file)
     else:
         payload = load_checkpoint(file)
         config, tensors = payload["config"], payload["ema"]
-    network = build(config["model"]) if "model" in config else None
+    config = stored_config(file, {"config": config})
+    network = build(config["model"])
     if not isinstance(network, Classifier):
         raise UserError(f"{file} holds no classifier; train one with loss=cross_entropy")
-    network.load_state_dict(tensors)
+    load_network(network, tensors, file)
     data = config["dataloaders"]
     low, high = data["value_range"] or (-1.0, 1.0)
     return ClassifierFeatures(network.eval().requires_grad_(False), config["run_name"], data["state_shape"], (low, high))

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataloaders.cifar import Cifar
+from evaluation.feature_networks import classifier_features
 from evaluation.sample import load
 from training.assemble import assemble
 from training.build import build
@@ -166,6 +167,8 @@ def test_a_configuration_in_a_checkpoint_calls_nothing_but_what_configs_name(sma
     for words in (f"eval_checkpoint={tmp_path / 'hostile.pt'}", f"init_from={tmp_path / 'hostile.pt'}"):
         with pytest.raises(UserError, match="which no file in configs/ names"):
             small_run("y", words, "device=cpu")
+    with pytest.raises(UserError, match="which no file in configs/ names"):
+        classifier_features(str(tmp_path / "hostile.pt"))
     assert not (tmp_path / "harm").exists()
 
 
