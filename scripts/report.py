@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 PICTURES = 4  # samples over time: the first, the last and what lies between at even spacing
+NEIGHBOURS = "_neighbours"  # end of the name of a picture that shows samples beside their nearest training images
 UNINTERESTING = ("command", "overrides", "changed", "run_name", "output_dir", "resume", "overwrite")
 NO_SCORES = ("_floor", "_floor_sd", "_se", "/seconds")  # ends of what stands beside a score
 FAR = 3.0  # standard deviations of its floor that a score may lie above it before it is told from real
@@ -77,6 +78,10 @@ class Told:
     @property
     def scores(self) -> dict[str, float | None]:
         return self.status.get("scores", {})
+
+    @property
+    def pictures(self) -> list[Path]:
+        return list((self.folder.path / "samples").glob("step_*.png"))
 
     @property
     def command(self) -> str:
@@ -139,16 +144,22 @@ def curve_figures(runs: list[Told]) -> list[str]:
 
 def sample_figures(run: Told) -> list[str]:
     """Some of the run's own pictures, in order of time."""
-    pictures = sorted((run.folder.path / "samples").glob("step_*.png"))
+    pictures = sorted(path for path in run.pictures if not path.stem.endswith(NEIGHBOURS))
     last = len(pictures) - 1
     chosen = sorted({round(last * i / (PICTURES - 1)) for i in range(PICTURES)}) if pictures else []
-    steps = [(pictures[i], int(pictures[i].stem.partition("_")[2])) for i in chosen]
-    return [
-        figure(
-            "png", path.read_bytes(), f"samples of {run.name} beside real data at step {step}", f"{run.name}, step {step:,}"
-        )
-        for path, step in steps
-    ]
+    return [picture_figure(run, pictures[i], "samples of {} beside real data") for i in chosen]
+
+
+def neighbour_figures(run: Told) -> list[str]:
+    """The newest picture of samples beside the training images nearest to them, or none."""
+    pictures = sorted(path for path in run.pictures if path.stem.endswith(NEIGHBOURS))
+    alt = "samples of {} that lie nearest to training images, each beside the five nearest"
+    return [picture_figure(run, path, alt) for path in pictures[-1:]]
+
+
+def picture_figure(run: Told, path: Path, alt: str) -> str:
+    step = int(path.stem.removesuffix(NEIGHBOURS).partition("_")[2])
+    return figure("png", path.read_bytes(), f"{alt.format(run.name)}, at step {step}", f"{run.name}, step {step:,}")
 
 
 def score_rows(run: Told) -> list[list[str]]:
@@ -251,8 +262,9 @@ def page(runs: list[Told], price: float | None) -> str:
     for run in runs:
         parts.append(f"<h2>{escape(run.name)}</h2><pre><code>{escape(run.command)}</code></pre>")
         parts.append(table(["fact", "value"], fact_rows(run, price), "What was run, where, for how long"))
-        pictures = sample_figures(run)
-        parts.append(f'<h3>Samples over time</h3><div class="cards pictures">{"".join(pictures)}</div>' if pictures else "")
+        copying = "Is it copying? Samples nearest to training images, beside those"
+        for heading, pictures in (("Samples over time", sample_figures(run)), (copying, neighbour_figures(run))):
+            parts.append(f'<h3>{heading}</h3><div class="cards pictures">{"".join(pictures)}</div>' if pictures else "")
         scores = score_rows(run)
         header = ["score", "value", "standard error", "noise floor", "above the floor by"]
         parts.append(

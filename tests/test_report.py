@@ -99,6 +99,17 @@ def test_pictures_have_words_and_decode(output: Path) -> None:
     Image.open(io.BytesIO(base64.b64decode((pngs[0]["src"] or "").partition(",")[2]))).verify()
 
 
+def test_the_newest_picture_of_neighbours_stands_by_itself(output: Path) -> None:
+    for step, color in ((0, "red"), (5, "blue")):
+        Image.new("RGB", (8, 8), color).save(output / f"runs/first/samples/step_{step:08d}_neighbours.png")
+    page = outline(report.report(["first", f"output_dir={output}"]))
+    pngs = [attributes for tag, attributes in page.tags if tag == "img" and "image/png" in (attributes["src"] or "")]
+    assert [re.search(r"step (\d)", image["alt"] or "")[1] for image in pngs] == ["0", "2", "3", "5", "5"]  # type: ignore[index]
+    shown = Image.open(io.BytesIO(base64.b64decode((pngs[-1]["src"] or "").partition(",")[2])))
+    assert shown.getpixel((0, 0)) == (0, 0, 255) and "nearest to training images" in (pngs[-1]["alt"] or "")
+    assert page.text.index("Samples over time") < page.text.index("Is it copying?")
+
+
 def test_several_runs_stand_side_by_side(output: Path) -> None:
     page = outline(report.report(["first", "second", f"output_dir={output}"]))
     assert page.text.index("What differs") < page.text.index("optimizer.lr") < page.text.index("Scores side by side")
