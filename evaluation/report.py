@@ -157,17 +157,16 @@ def draw_neighbours(path: Path, evaluation: Evaluation, name: str, rows: int = 1
         return False
     if not drawable(dataset.state_shape, decode) or dataset.train_size < k:
         return False
-    from visualizers.pictures import image_grid_picture
+    from visualizers.pictures import neighbours_picture
 
     train = dataset.train_states
     order = nearest(samples.flatten(1), train.flatten(1))[0].argsort()[:rows]
     index = squared_distances(samples[order].flatten(1), train.flatten(1)).topk(k, largest=False).indices
-    states = torch.cat([samples[order][:, None], train[index]], dim=1).flatten(0, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    image_grid_picture(
-        path, as_images(states, decode).cpu().numpy(),
-        (-1.0, 1.0) if decode is not None or dataset.value_range is None else dataset.value_range, k + 1,
-        title=f"{name}: samples (left), their nearest training images",
+    neighbours_picture(
+        path, as_images(samples[order], decode).cpu().numpy(), as_images(train[index].flatten(0, 1), decode).cpu().numpy(),
+        (-1.0, 1.0) if decode is not None or dataset.value_range is None else dataset.value_range,
+        f"{name}: the samples nearest to training images",
     )  # fmt: skip
     return True
 

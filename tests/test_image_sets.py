@@ -175,7 +175,7 @@ def test_images_of_another_size_are_refused_by_a_classifier(tmp_path: Path) -> N
 
 def test_neighbours_are_the_nearest_training_images_of_the_samples_nearest_to_any(tmp_path: Path, monkeypatch) -> None:
     drawn: list = []
-    monkeypatch.setattr("visualizers.pictures.image_grid_picture", lambda *words, **more: drawn.append((words, more)))
+    monkeypatch.setattr("visualizers.pictures.neighbours_picture", lambda *words: drawn.append(words))
     data = Digits()
     samples = torch.cat([0.5 * torch.randn(30, 1, 8, 8), data.train_states[700:701], data.train_states[3:4] + 0.01])
     samples[4] = float("nan")
@@ -185,10 +185,10 @@ def test_neighbours_are_the_nearest_training_images_of_the_samples_nearest_to_an
     )  # fmt: skip
     evaluation = GeneratorEvaluation([], [], {}, 0.0, made, samples)
     assert draw_neighbours(tmp_path / "x.png", evaluation, "x", rows=3, k=2)
-    ((_, images, value_range, columns), _) = drawn[0]
-    assert columns == 3 and images.shape == (9, 1, 8, 8) and value_range == (-1.0, 1.0)
-    assert (images[0] == images[1]).all() and (images[1] == data.train_states[700].numpy()).all()
-    assert (images[3] == samples[31].numpy()).all() and (images[4] == data.train_states[3].numpy()).all()
+    _, images, neighbours, value_range, _ = drawn[0]
+    assert images.shape == (3, 1, 8, 8) and neighbours.shape == (6, 1, 8, 8) and value_range == (-1.0, 1.0)
+    assert (images[0] == neighbours[0]).all() and (neighbours[0] == data.train_states[700].numpy()).all()
+    assert (images[1] == samples[31].numpy()).all() and (neighbours[2] == data.train_states[3].numpy()).all()
     made.final = False
     assert not draw_neighbours(tmp_path / "x.png", evaluation, "x")
 

@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from visualizers import pictures
 from visualizers.pictures import (
     by_class,
     class_layout,
@@ -182,6 +184,20 @@ def test_each_class_has_its_row_and_real_ones_stand_in_it(tmp_path: Path) -> Non
     assert rows_of(left) == rows_of(right) == [[0], [1], [3]]
     numbers = (pixels[:, :36] < 128).all(axis=-1).any(axis=1)  # ink at the left of the rows, one run of it for each
     assert np.flatnonzero(np.diff(numbers.astype(int)) == 1).size == 3
+
+
+def test_samples_stand_left_of_their_neighbours_each_under_its_own_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = Mock(wraps=pictures.draw_grids)
+    monkeypatch.setattr(pictures, "draw_grids", drawn)
+    samples, neighbours = class_images([0, 1, 2]), class_images([3, 4, 5, 6, 7, 8])
+    pictures.neighbours_picture(tmp_path / "x.png", samples, neighbours, (0.0, 1.0), "x")
+    generated, training = drawn.call_args.args[1].items()
+    assert generated[0] == "generated" and training[0] == "the 2 training images nearest to it"
+    row = read_png(tmp_path / "x.png")[-20, :, 0]  # the last row: sample 2, neighbours 7 and 8
+    levels = [round(level / 25.5) for level in row if level < 250]
+    assert list(dict.fromkeys(levels)) == [2, 7, 8] and levels.count(2) == levels.count(7) > 100
 
 
 def test_by_class_fills_rows_in_order_and_leaves_the_rest_white() -> None:

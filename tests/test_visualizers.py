@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,10 +21,10 @@ from losses.paths import LinearPath
 from solvers.flow_map import FlowMapSolver
 from solvers.runge_kutta import RK4, Euler
 from training.errors import UserError
-from visualizers import curves, denoising, particles, trajectories, velocity_field, vis_all
+from visualizers import curves, denoising, interpolation, particles, pictures, trajectories, velocity_field, vis_all
 from visualizers.films import FRAMES_A_SECOND, HOLD, HOLD_FIRST, write_film
 from visualizers.interpolation import slerp
-from visualizers.scene import interpolated, scene, walk
+from visualizers.scene import Scene, interpolated, scene, walk
 
 ROOT = Path(__file__).resolve().parents[1]
 POINTS = ["samples", "one_step", "particles", "trajectories", "velocity_field", "density", "interpolation"]
@@ -37,7 +38,7 @@ SMALL = [
     "batch_size=32",
     "~callbacks.pictures",
 ]
-ARCHS = {"points": "mlp", "images": "cnn", "latents": "cnn"}
+ARCHS = {"points": "mlp", "classes": "mlp", "images": "cnn", "latents": "cnn"}
 
 
 def tiny_vae(place: Path) -> Path:
@@ -59,6 +60,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("trained")
     log = f"log.file={folder / 'LOG.md'}"
     launcher.run("run_name=points", f"output_dir={folder}", log, *SMALL, "model.width=16", "loss=meanflow")
+    launcher.run("run_name=classes", f"output_dir={folder}", log, *SMALL, "model.width=16", "conditional=true")
     images = ["dataloaders=digits", "model=cnn", "conditional=true"]
     launcher.run("run_name=images", f"output_dir={folder}", log, *SMALL, *images)
     np.save(folder / "latents.npy", np.random.default_rng(0).normal(size=(64, 4, 2, 2)).astype("float32"))
@@ -140,6 +142,34 @@ def test_a_film_of_the_field_shows_the_density_of_noise_then_that_of_the_data(
         distance = np.linalg.norm(inside[:, None] - clusters, axis=-1)
         radius = 1.35 if index == 0 else 0.25
         assert (distance.min(1) < radius).all() and (np.bincount(distance.argmin(1), minlength=len(clusters)) > 20).all()
+
+
+def near(made: Scene, points: np.ndarray) -> np.ndarray:
+    """The index of the centroid of kmeans that is nearest to each point (N, 2)."""
+    centroids = np.array(made.model.config["dataloaders"]["centroids"])
+    return np.linalg.norm(points[:, None] - centroids, axis=-1).argmin(1)
+
+
+def test_one_class_is_held_against_its_own_data(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    words = [f"ckpt={checkpoints['classes']}", f"out={tmp_path}", "n=50"]
+    every, one = scene(words, n=1, frames=2), scene([*words, "label=3"], n=1, frames=2)
+    assert set(near(every, every.real(300))) == {0, 1, 2, 3, 4} and every.heading == "classes"
+    assert one.real(300).shape == (300, 2) and set(near(one, one.real(300))) == {3} and one.heading == "classes, class 3"
+
+
+@pytest.mark.parametrize("words, shown", [([], 0), (["label=2"], 2), (["label=all"], 0)])
+def test_a_field_and_its_states_are_of_one_class_that_the_title_names(
+    words: list[str], shown: int, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_figure, field_walk = Mock(wraps=pictures.new_figure), Mock(wraps=walk)
+    monkeypatch.setattr(pictures, "new_figure", new_figure)
+    monkeypatch.setattr(velocity_field, "walk", field_walk)
+    words = [f"ckpt={checkpoints['classes']}", f"out={tmp_path}", "format=png", "n=20", *words]
+    velocity_field.draw(scene(words, n=1, frames=2))
+    interpolation.draw(scene(words, n=1, frames=2))
+    assert (field_walk.call_args.args[3] == shown).all()
+    titles = [call.args[1].partition(":")[0] for call in new_figure.call_args_list]
+    assert titles == [f"classes, class {shown}"] * 2
 
 
 @pytest.mark.parametrize("name, kind", [("denoising", "points"), ("particles", "images"), ("density", "images")])

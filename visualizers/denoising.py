@@ -58,7 +58,7 @@ def draw(scene: Scene) -> list[Path]:
     rows = strips.permute(2, 0, 1, *range(3, strips.dim())).flatten(0, 2)
     path = scene.folder / "denoising.png"
     grid = enlarged(tile(as_bytes(scene, rows), COLUMNS), 900)
-    title = f"{scene.name}: from noise to data, t = 0 to 1 ({told(solver)})"
+    title = f"{scene.heading}: from noise to data, t = 0 to 1 ({told(solver)})"
     draw_grids(path, {"upper rows: states; below each: the data that the model expects of it": grid}, title)
     if scene.form == "png":
         return [path]

@@ -49,7 +49,7 @@ def draw(scene: Scene) -> list[Path]:
         density = truth.log_prob(fine, torch.tensor(1.0, dtype=torch.float64)).exp().numpy()
         theirs, named = density.reshape(CELLS, 3, CELLS, 3).mean((1, 3)), "data (exact)"
 
-    figure = new_figure(400, f"{scene.name}: density of the samples", "", 1300)
+    figure = new_figure(400, f"{scene.heading}: density of the samples", "", 1300)
     panels = figure.subplots(1, 3, sharex=True, sharey=True)
     top = max(float(np.quantile(theirs, 0.999)), 1e-12)
     extent = (low[0], high[0], low[1], high[1])

@@ -5,7 +5,7 @@
     python visualizers/interpolation.py n=6 seed=1 label=3
 
 Writes interpolation.png. Images: each row goes from one noise to another along the great circle between them. Points:
-circles in noise space, and what the flow makes of them.
+circles in noise space, and what the flow makes of them, for one class (label, or 0) of a conditional model.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def carried(scene: Scene, noise: Tensor, label: Tensor | None) -> Tensor:
 def draw(scene: Scene) -> list[Path]:
     path = scene.folder / "interpolation.png"
     if scene.shape == (2,):
+        scene.choose_one_class()
         draw_circles(scene, path)
     else:
         draw_rows(scene, path)
@@ -74,7 +75,7 @@ def draw_rows(scene: Scene, path: Path) -> None:
     label = None if labels is None else labels.repeat_interleave(COLUMNS)
     images = as_bytes(scene, carried(scene, between.flatten(0, 1), label))
     grid = enlarged(tile(images, COLUMNS), 900)
-    draw_grids(path, {"each row: from one noise to another": grid}, f"{scene.name}: between samples")
+    draw_grids(path, {"each row: from one noise to another": grid}, f"{scene.heading}: between samples")
 
 
 def draw_circles(scene: Scene, path: Path) -> None:
@@ -90,7 +91,7 @@ def draw_circles(scene: Scene, path: Path) -> None:
     ends = [carried(scene, ring, shared).cpu().numpy() for ring in rings]
     real = scene.real(2000)
     low, high = shared_limits(np.concatenate(ends), real)
-    figure = new_figure(450, f"{scene.name}: circles in noise space", "")
+    figure = new_figure(450, f"{scene.heading}: circles in noise space", "")
     left, right = figure.subplots(1, 2)
     right.scatter(*real.T, s=4, c="#d5d5d5", linewidths=0)
     from matplotlib import colormaps

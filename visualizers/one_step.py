@@ -36,7 +36,7 @@ def draw(scene: Scene) -> list[Path]:
     many = model.sample(scene.n, scene.seed, scene.label, solver)
     one = model.sample(scene.n, scene.seed, scene.label, evaluations=1)
     moved, apart = (root_mean_square(many - other) for other in (one, many.roll(scene.n // 2, 0)))
-    title = f"{scene.name}: one evaluation beside {told(solver)}"
+    title = f"{scene.heading}: one evaluation beside {told(solver)}"
     measured = f"distance between the two {moved:.3g}, between two samples {apart:.3g} (root mean square)"
     path = scene.folder / "one_step.png"
     if scene.shape == (2,):

@@ -79,7 +79,7 @@ def draw(scene: Scene) -> list[Path]:
     paths, real = ways(scene), scene.real(1500)
     ends = np.concatenate([states[[0, -1]].reshape(-1, 2) for states in paths.values()])
     low, high = shared_limits(ends, real)
-    title = f"{scene.name}: from noise to data"
+    title = f"{scene.heading}: from noise to data"
     path = scene.folder / "particles.png"
     still(paths, real, low, high, title).savefig(path)
     if scene.form == "png":

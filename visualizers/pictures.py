@@ -111,6 +111,27 @@ def image_grid_picture(
     draw_grids(path, {name: rescale(grid, scale) for name, grid in tiled.items()}, title, row_labels, score_line)
 
 
+def neighbours_picture(
+    path: Path, samples: np.ndarray, neighbours: np.ndarray, value_range: tuple[float, float], title: str
+) -> None:
+    """Generated images in a column, beside a grid whose row i holds the training images nearest to sample i.
+
+    Args:
+        path: the PNG file to write.
+        samples: (N, C, H, W), C = 1 (gray) or 3 (RGB).
+        neighbours: (N k, C, H, W), those of the first sample first.
+        value_range: the values shown as black and as full brightness.
+        title: what run this is.
+    """
+    k = len(neighbours) // len(samples)
+    column, grid = tile(to_bytes(samples, value_range), 1), tile(to_bytes(neighbours, value_range), k)
+    scale = min(
+        WIDTH / (grid.shape[1] + column.shape[1]), MAX_HEIGHT / grid.shape[0], max(MAX_IMAGE / samples.shape[2], 1.0)
+    )
+    grids = {"generated": rescale(column, scale), f"the {k} training images nearest to it": rescale(grid, scale)}
+    draw_grids(path, grids, title)
+
+
 def confusion_picture(path: Path, counts: np.ndarray, title: str = "") -> None:
     """A classifier's confusion matrix: each row a class, its columns what its images were taken for, darker for more.
 

@@ -24,7 +24,7 @@ def draw(scene: Scene) -> list[Path]:
     count = 2000 if scene.shape == (2,) else scene.n
     states = scene.model.sample(count, scene.seed, scene.label, scene.own_solver())
     path = scene.folder / "samples.png"
-    draw_states(path, states, scene.model.labels(count, scene.label), scene.model, f"{scene.name}: samples", True)
+    draw_states(path, states, scene.model.labels(count, scene.label), scene.model, f"{scene.heading}: samples", True)
     return [path]
 
 

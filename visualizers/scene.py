@@ -47,6 +47,11 @@ class Scene:
         return str(self.model.config["run_name"])
 
     @property
+    def heading(self) -> str:
+        """What the title begins with: the run, and the class where one alone is shown."""
+        return self.name + (f", class {self.label}" if isinstance(self.label, int) else "")
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.model.config["dataloaders"]["state_shape"])
 
@@ -72,8 +77,16 @@ class Scene:
         return fixed_noise(build_source(self.model.config, torch.device("cpu")), self.n, self.seed).to(self.model.device)
 
     def real(self, n: int) -> np.ndarray:
-        """At most n held-out states (n, ...)."""
-        return self.model.real(n, self.seed)[0].numpy()
+        """At most n held-out states (n, ...), of the class asked for where one is."""
+        if not isinstance(self.label, int):
+            return self.model.real(n, self.seed)[0].numpy()
+        states, own = self.model.real(2 * n * self.model.objective.network.num_classes, self.seed)
+        return (states if own is None else states[own == self.label])[:n].numpy()
+
+    def choose_one_class(self) -> None:
+        """For what shows a field: of a conditional model the class asked for, or the first; each has a field of its own."""
+        if self.model.objective.network.num_classes and not isinstance(self.label, int):
+            self.label = 0
 
     def exact(self) -> ExactFlow | str:
         """The exact flow, or why it is not known."""

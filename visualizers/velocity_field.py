@@ -5,7 +5,8 @@
     python visualizers/velocity_field.py ckpt=outputs/ckpts/mlp/first_flow_last.pt format=mp4
 
 Writes velocity_field.png (four times) and velocity_field.gif. Arrows have the same scale in every frame, and fade where
-states are rare: nothing was learned there. The relative error is sqrt(E|v - v*|^2 / E|v*|^2) over the states of that time.
+states are rare: nothing was learned there. Of a conditional model it is the field of one class: label, or 0. The relative
+error is sqrt(E|v - v*|^2 / E|v*|^2) over the states of that time.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Field:
         from visualizers.pictures import shared_limits
 
         model, clock = scene.model, torch.from_numpy(times).float()
-        flow, label = model.flow(), scene.labels
+        flow, label = model.flow(), scene.labels  # of one class, if any
         with torch.no_grad():
             from solvers.runge_kutta import RK4
 
@@ -195,7 +196,8 @@ def draw(scene: Scene) -> list[Path]:
     from visualizers.films import write_film
 
     scene.need_points("see denoising.py")
-    path, title = scene.folder / "velocity_field.png", f"{scene.name}: velocity field"
+    scene.choose_one_class()
+    path, title = scene.folder / "velocity_field.png", f"{scene.heading}: velocity field"
     field = Field(scene, frame_times(scene.frames).numpy())
     still(field, title).savefig(path)
     if scene.form == "png":
