@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 PICTURES = 4  # samples over time: the first, the last and what lies between at even spacing
 NEIGHBOURS = "_neighbours"  # end of the name of a picture that shows samples beside their nearest training images
 UNINTERESTING = ("command", "overrides", "changed", "run_name", "output_dir", "resume", "overwrite")
-NO_SCORES = ("_floor", "_floor_sd", "_se", "/seconds")  # ends of what stands beside a score
+NO_SCORES = ("_floor", "_floor_sd", "_se", "_train", "/seconds")  # ends of what stands beside a score
 FAR = 3.0  # standard deviations of its floor that a score may lie above it before it is told from real
 STYLE = """
 :root { color-scheme: light dark;
@@ -179,7 +179,8 @@ def floors(runs: list[Told], name: str) -> str:
     """What real data score against real: of runs on different data, each of them."""
     found = [(run.scores.get(f"{name}_floor"), run.scores.get(f"{name}_floor_sd")) for run in runs]
     known = [number(floor) + ("" if sd is None else f" ± {number(sd)}") for floor, sd in found if floor is not None]
-    return ", ".join(dict.fromkeys(known))
+    own = [value for run in runs if (value := run.scores.get(f"{name}_train")) is not None]
+    return ", ".join(dict.fromkeys([*known, *(f"training set {number(value)}" for value in own)]))
 
 
 def fact_rows(run: Told, price: float | None) -> list[list[str]]:

@@ -21,6 +21,7 @@ from losses.paths import LinearPath
 from solvers.flow_map import FlowMapSolver
 from solvers.runge_kutta import RK4, Euler
 from training.errors import UserError
+from training.run_folder import RunFolder
 from visualizers import curves, denoising, interpolation, particles, pictures, trajectories, velocity_field, vis_all
 from visualizers.films import FRAMES_A_SECOND, HOLD, HOLD_FIRST, write_film
 from visualizers.interpolation import slerp
@@ -332,6 +333,45 @@ def test_curves_show_what_a_run_logged(checkpoints: dict[str, Path], tmp_path: P
         curves.draw(["nobody", f"output_dir={checkpoints['root']}"])
     with pytest.raises(UserError, match="none of these runs logged eval/fid"):
         curves.draw(["points", "metrics=eval/fid", f"output_dir={checkpoints['root']}"])
+
+
+def evaluated(*floors: tuple[int, float]) -> list[dict[str, Any]]:
+    """Rows of a run that was evaluated at these steps with these floors."""
+    name = "eval/energy_distance"
+    return [{"step": step, name: 1.0, f"{name}_floor": floor, f"{name}_floor_sd": 0.25} for step, floor in floors]
+
+
+def band(rows: list[dict[str, Any]], at: float) -> tuple[float, float]:
+    """The lowest and highest value of the floor's band at a step, off the drawn outline."""
+    axes = pictures.new_figure(300, "", "").subplots()
+    curves.draw_metric(axes, "eval/energy_distance", {"x": rows})
+    (outline,) = axes.collections[0].get_paths()
+    inside = [level for level in np.linspace(-1, 3, 401) if outline.contains_point((at, level))]
+    return min(inside), max(inside)
+
+
+def test_the_floor_of_one_evaluation_reaches_across_the_panel() -> None:
+    for step in (1, 300, 599, 620):
+        assert band(evaluated((600, 1.0)), step) == pytest.approx((0.5, 1.5), abs=0.02)
+
+
+def test_each_evaluation_has_its_own_floor_without_a_slope_between() -> None:
+    rows = evaluated((100, 1.0), (200, 1.0), (300, 0.0))
+    for step, floor in ((1, 1.0), (200, 1.0), (245, 1.0), (255, 0.0), (310, 0.0)):
+        assert band(rows, step) == pytest.approx((floor - 0.5, floor + 0.5), abs=0.02), step
+
+
+def test_panels_that_are_left_out_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new_figure = Mock(wraps=pictures.new_figure)
+    monkeypatch.setattr(pictures, "new_figure", new_figure)
+    folder = RunFolder(tmp_path / "runs" / "many")
+    scores = {f"eval/score_{index:02}": 1.0 for index in range(14)}
+    folder.append_metrics(1, 1, 1.0, scores | {f"{name}_train": 0.5 for name in scores})
+    curves.draw([f"output_dir={tmp_path}"])
+    caption = " ".join(new_figure.call_args.args[2].split())
+    assert caption.endswith("Not drawn: eval/score_12, eval/score_13 (metrics=NAME,NAME draws them).")
+    curves.draw([f"output_dir={tmp_path}", "metrics=eval/score_13"])
+    assert "Not drawn" not in new_figure.call_args.args[2]
 
 
 def test_a_flow_map_walks_by_its_own_steps(checkpoints: dict[str, Path], tmp_path: Path) -> None:

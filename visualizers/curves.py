@@ -7,13 +7,14 @@
 
 Words: run names, or regular expressions for them; ckpt (a checkpoint, for its run); metrics (train/loss and whatever the
 runs scored), output_dir (outputs, or the checkpoint's), out (a folder or .png; outputs/pictures/curves.png). The band is the
-floor's mean and two standard deviations of it.
+floor's mean and two standard deviations of it. Of more than 12 metrics the caption names those that have no panel.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,12 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 STYLES = ("-", "--", ":", "-.")
 COLUMNS = 3
 MOST = 12  # panels
-BAND = "Band: noise floor of the score (real against real), mean ± 2 standard deviations"
-SIDE = ("_floor", "_floor_sd", "_se", "_exact_field", "_median", "seconds", "/nfe")  # what stands beside a score
+BAND = (
+    "Band: noise floor of the score (real against real) at each evaluation, mean ± 2 standard deviations. The last "
+    "evaluation of a run has more samples, and so a floor of its own."
+)
+SIDE = ("_floor", "_floor_sd", "_train", "_se", "_exact_field", "_median", "seconds", "/nfe")  # what stands beside a score
+LINE = 15  # pixels of a line of the caption
 
 
 def chosen_runs(words: list[str], runs: Path) -> list[RunFolder]:
@@ -71,9 +76,12 @@ def metrics_of(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def draw_metric(axes: Axes, metric: str, runs: dict[str, list[dict[str, Any]]]) -> None:
+    from matplotlib.ticker import NullFormatter
+
     from visualizers.pictures import INK
 
     lowest, highest = np.inf, -np.inf
+    right = 1.04 * max([row["step"] for rows in runs.values() for row in rows], default=1)
     for index, (name, rows) in enumerate(runs.items()):
         points = series(rows, metric)
         if not len(points):
@@ -85,12 +93,14 @@ def draw_metric(axes: Axes, metric: str, runs: dict[str, list[dict[str, Any]]]) 
         lowest, highest = min(lowest, points[:, 1].min()), max(highest, points[:, 1].max())
         floor, sd = series(rows, f"{metric}_floor"), series(rows, f"{metric}_floor_sd")
         if len(floor) and len(floor) == len(sd):
-            axes.fill_between(
-                floor[:, 0], floor[:, 1] - 2 * sd[:, 1], floor[:, 1] + 2 * sd[:, 1], color=color, alpha=0.15, linewidth=0
-            )
-    axes.set_xlim(0, 1.04 * max([row["step"] for rows in runs.values() for row in rows], default=1))
+            low, high = floor[:, 1] - 2 * sd[:, 1], floor[:, 1] + 2 * sd[:, 1]
+            steps = [0, *floor[:, 0], right]  # each floor reaches half of the way to the next evaluation, the outer ones on
+            edges = [[values[0], *values, values[-1]] for values in (low, high)]
+            axes.fill_between(steps, *edges, step="mid", color=color, alpha=0.15, linewidth=0)
+    axes.set_xlim(0, right)
     if lowest > 0 and highest > 10 * lowest:
         axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title(metric, color=INK, fontsize=10, pad=4)
     axes.set_xlabel("optimizer step", fontsize=9, color=INK)
     axes.grid(color="#e5e5e5", linewidth=0.6)
@@ -116,8 +126,13 @@ def draw(words: list[str]) -> Path:
             raise UserError(f"none of these runs logged {name}; they have {', '.join(every)}")
     columns = min(COLUMNS, len(wanted))
     lines = -(-len(wanted) // columns)
-    height, title = 90 + 240 * lines, ", ".join(runs) if len(runs) <= 3 else f"{len(runs)} runs"
-    figure = new_figure(height, title, BAND, 100 + 400 * columns)
+    left_out = [] if settings["metrics"] else list(every)[MOST:]
+    caption = BAND + (f" Not drawn: {', '.join(left_out)} (metrics=NAME,NAME draws them)." if left_out else "")
+    width, title = 100 + 400 * columns, ", ".join(runs) if len(runs) <= 3 else f"{len(runs)} runs"
+    wrapped = textwrap.wrap(caption, (width - 20) // 7)
+    head = 65 + LINE * len(wrapped)
+    height = head + 10 + 240 * lines
+    figure = new_figure(height, title, "\n".join(wrapped), width)
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for panel, name in zip(panels, wanted, strict=False):
         draw_metric(panel, name, runs)
@@ -125,8 +140,7 @@ def draw(words: list[str]) -> Path:
         panel.set_axis_off()
     if len(runs) > 1:
         panels[0].legend(fontsize=8, frameon=False)
-    left = 70 / (100 + 400 * columns)
-    figure.subplots_adjust(left=left, right=0.985, bottom=50 / height, top=1 - 80 / height, hspace=0.45)
+    figure.subplots_adjust(left=70 / width, right=0.985, bottom=50 / height, top=1 - head / height, hspace=0.45)
     path = Path(settings["out"] or output / folder)
     path = path if path.suffix == ".png" else path / "curves.png"
     path.parent.mkdir(parents=True, exist_ok=True)
