@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 from html import escape
@@ -34,6 +35,8 @@ PICTURES = 4  # samples over time: the first, the last and what lies between at 
 NEIGHBOURS = "_neighbours"  # end of the name of a picture that shows samples beside their nearest training images
 UNINTERESTING = ("command", "overrides", "changed", "run_name", "output_dir", "resume", "overwrite")
 NO_SCORES = ("_floor", "_floor_sd", "_se", "_train", "/seconds")  # ends of what stands beside a score
+SHORT = 200  # optimizer steps in which hardly any network has learned its data
+FAR_ERROR = 3.0  # times the solver's own flow-map error that a network's may be before it is named
 FAR = 3.0  # standard deviations of its floor that a score may lie above it before it is told from real
 STYLE = """
 :root { color-scheme: light dark;
@@ -209,18 +212,29 @@ def difference_rows(run: Told) -> list[list[str]]:
     return [row for row in rows if row[0].split(".")[0] not in (*UNINTERESTING, "choices")]
 
 
+def go_on(run: Told) -> str:
+    """The command that trains a finished run for as long again."""
+    from training.config import twice_as_long
+
+    place = run.config["output_dir"]
+    folder = "" if place == "outputs" else f" output_dir={shlex.quote(place)}"
+    return f"python launcher.py run_name={run.name} resume=true {twice_as_long(run.config)}{folder}"
+
+
 def advice(run: Told) -> list[str]:
     """What the numbers suggest, most urgent first."""
-    scores, name = run.scores, run.name
+    scores, name, steps = run.scores, run.name, run.status.get("step", 0)
     found = []
     if state(run.status) in ("interrupted", "failed", "lost"):
         found.append(f"It did not finish: python launcher.py run_name={name} resume=true goes on.")
+    elif state(run.status) == "finished" and steps < SHORT:
+        found.append(f"It ended after {steps:,} optimizer steps, too few for its scores to say much: train longer.")
     value, floor, sd = (scores.get(f"eval/energy_distance{suffix}") for suffix in ("", "_floor", "_floor_sd"))
     if value is not None and floor is not None and sd:
         if value - floor > FAR * sd:
             found.append(
-                f"The energy distance is {(value - floor) / sd:.0f} standard deviations above its floor: train longer "
-                f"(resume=true with more epochs), then try another optimizer.lr or a larger model."
+                f"The energy distance is {(value - floor) / sd:.0f} standard deviations above its floor: train longer, "
+                f"then try another optimizer.lr or a larger model."
             )
         else:
             found.append(
@@ -230,17 +244,24 @@ def advice(run: Told) -> list[str]:
     error, exact = scores.get("oracle/flow_map_error"), scores.get("oracle/flow_map_error_exact_field")
     if error is not None and exact is not None and exact > 0.5 * error:
         found.append("Most of the flow-map error is the solver's own: more solver.steps, or solver=rk4 or dopri5.")
+    elif error is not None and exact is not None and error > FAR_ERROR * exact:
+        found.append(
+            f"The flow-map error is {error / exact:.1f} times that of the same solver on the exact field: the rest is the "
+            "network's. Train longer, then try a larger model."
+        )
     one, four = scores.get("eval/energy_distance_1nfe"), scores.get("eval/energy_distance_4nfe")
     if one is not None and four is not None and sd and one - four > FAR * sd:
         found.append("One evaluation is still worse than four: train longer, or with a larger loss.time_sampler.ratio.")
     ratio = scores.get("eval/nearest_distance_ratio")
     if ratio is not None and ratio < 0.8:
         found.append(
-            "Samples are closer to the training data than held-out data is: model.dropout, fewer epochs, more data."
+            "Samples are closer to the training data than held-out data is: model.dropout, a shorter run, more data."
         )
     losses = [row["eval/loss"] for row in run.rows if row.get("eval/loss") is not None]
     if one is None and len(losses) > 2 and losses[-1] > 1.05 * min(losses):  # a learned map's loss moves with its targets
         found.append("eval/loss has risen from its best, which is saved as <run_name>_best.pt; patience=5 stops there.")
+    if run.config and state(run.status) == "finished" and "rain longer" in " ".join(found):
+        found.append(f"To go on to twice the length: {go_on(run)}")
     return found or ["Nothing stands out; the next seed tells how much of this is luck."]
 
 

@@ -42,7 +42,10 @@ def output(tmp_path: Path) -> Path:
     """Two finished runs with scores and pictures."""
     for name, lr, distance in (("first", 0.001, 0.05), ("second", 0.002, 0.0001)):
         folder = RunFolder(tmp_path / "runs" / name)
-        folder.write_config(f"run_name: {name}\nseed: 3\ncommand: {json.dumps(COMMAND)}\noptimizer: {{lr: {lr}}}\n", [])
+        folder.write_config(
+            f"run_name: {name}\noutput_dir: outputs\nepochs: 1\nmax_steps: null\nseed: 3\ncommand: {json.dumps(COMMAND)}\noptimizer: {{lr: {lr}}}\n",
+            [],
+        )
         for step in (10, 20, 30):
             folder.append_metrics(step, 1, step / 2, {"train/loss": 5 / step})
             folder.append_metrics(step, 1, step / 2, {"eval/energy_distance": distance, "eval/loss": 1.0 + step})
@@ -136,6 +139,30 @@ def test_text_stands_out_in_every_scheme() -> None:
             for ground in ("paper", "card"):
                 high, low = sorted((luminance(colors[text]), luminance(colors[ground])), reverse=True)
                 assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground, colors)
+
+
+def advised(output: Path, name: str, step: int = 2000, max_steps: int | None = None, **scores: float) -> str:
+    """What a run that ended at that step with these scores is told to try next."""
+    folder = RunFolder(output / "runs" / name)
+    limit = "null" if max_steps is None else max_steps
+    folder.write_config(f"run_name: {name}\noutput_dir: outputs\nepochs: 7\nmax_steps: {limit}\n", [])
+    folder.write_status("finished", step, 1, 1.0, {key.replace("__", "/"): value for key, value in scores.items()})
+    return " ".join(report.advice(report.told(output, name)))
+
+
+def test_who_is_to_train_longer_gets_the_command_that_does(tmp_path: Path) -> None:
+    far = {"eval__energy_distance": 1.0, "eval__energy_distance_floor": 0.0, "eval__energy_distance_floor_sd": 0.1}
+    assert "run_name=a resume=true epochs=14" in advised(tmp_path, "a", **far)
+    assert "run_name=b resume=true max_steps=1200" in advised(tmp_path, "b", 600, 600, **far)
+    assert "epochs" not in advised(tmp_path, "c", 600, 600, **far)
+
+
+def test_short_runs_and_errors_far_above_the_solvers_own_are_named(tmp_path: Path) -> None:
+    assert "after 20 optimizer steps" in advised(tmp_path, "short", 20, 20)
+    above = advised(tmp_path, "above", oracle__flow_map_error=0.5, oracle__flow_map_error_exact_field=0.04)
+    assert "12.5 times" in above and "optimizer steps" not in above
+    fine = advised(tmp_path, "fine", oracle__flow_map_error=0.1, oracle__flow_map_error_exact_field=0.04)
+    assert fine.startswith("Nothing stands out")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")

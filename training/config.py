@@ -275,6 +275,11 @@ def checked_type(key: str, value: Any, default: Any, text: str) -> Any:
     return value
 
 
+def twice_as_long(config: dict[str, Any]) -> str:
+    """The override with which a finished run goes on to twice its length."""
+    return f"max_steps={2 * config['max_steps']}" if config["max_steps"] else f"epochs={2 * config['epochs']}"
+
+
 def resolved(cfg: DictConfig) -> dict[str, Any]:
     """The configuration as plain values, every interpolation carried out. UserError for what is missing or impossible."""
     unset = OmegaConf.to_container(cfg)

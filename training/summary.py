@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from evaluation.report import print_scores
 from losses.objective import FlowObjective
-from training.config import CONFIG_DIR
+from training.config import CONFIG_DIR, twice_as_long
 from training.device import device_name
 from training.run import Run
 
@@ -109,8 +109,7 @@ def end_lines(run: Run, picture: Path | None, how: str) -> list[tuple[str, str]]
     if how == "interrupted":
         lines.append(("go on", f"{LAUNCH} run_name={name} resume=true{place}"))
     else:
-        longer = f"max_steps={2 * config['max_steps']}" if config["max_steps"] else f"epochs={2 * config['epochs']}"
-        lines.append(("go on", f"{LAUNCH} run_name={name} resume=true {longer}{place}"))
+        lines.append(("go on", f"{LAUNCH} run_name={name} resume=true {twice_as_long(config)}{place}"))
     if how != "interrupted" and isinstance(run.state.objective, FlowObjective):
         lines.append(("sample", f"{SAMPLE} ckpt={run.checkpoints.last} n=1000"))
     return [(key, str(value)) for key, value in lines]
