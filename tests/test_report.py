@@ -37,15 +37,17 @@ class Outline(HTMLParser):
         self.text += data
 
 
+def config_of(name: str, max_steps: int | None = None) -> str:
+    """What every run's config.yaml says."""
+    return f"run_name: {name}\noutput_dir: outputs\nepochs: 7\nmax_steps: {json.dumps(max_steps)}\n"
+
+
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
     """Two finished runs with scores and pictures."""
     for name, lr, distance in (("first", 0.001, 0.05), ("second", 0.002, 0.0001)):
         folder = RunFolder(tmp_path / "runs" / name)
-        folder.write_config(
-            f"run_name: {name}\noutput_dir: outputs\nepochs: 1\nmax_steps: null\nseed: 3\ncommand: {json.dumps(COMMAND)}\noptimizer: {{lr: {lr}}}\n",
-            [],
-        )
+        folder.write_config(config_of(name) + f"seed: 3\ncommand: {json.dumps(COMMAND)}\noptimizer: {{lr: {lr}}}\n", [])
         for step in (10, 20, 30):
             folder.append_metrics(step, 1, step / 2, {"train/loss": 5 / step})
             folder.append_metrics(step, 1, step / 2, {"eval/energy_distance": distance, "eval/loss": 1.0 + step})
@@ -144,8 +146,7 @@ def test_text_stands_out_in_every_scheme() -> None:
 def advised(output: Path, name: str, step: int = 2000, max_steps: int | None = None, **scores: float) -> str:
     """What a run that ended at that step with these scores is told to try next."""
     folder = RunFolder(output / "runs" / name)
-    limit = "null" if max_steps is None else max_steps
-    folder.write_config(f"run_name: {name}\noutput_dir: outputs\nepochs: 7\nmax_steps: {limit}\n", [])
+    folder.write_config(config_of(name, max_steps), [])
     folder.write_status("finished", step, 1, 1.0, {key.replace("__", "/"): value for key, value in scores.items()})
     return " ".join(report.advice(report.told(output, name)))
 
