@@ -1,10 +1,22 @@
 """What the small scripts share: words to settings, and the process boundary."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from training.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def outputs() -> Path:
+    """Where runs, checkpoints and pictures are looked for: outputs/ of the working folder, else the repository's."""
+    return Path("outputs") if Path("outputs").is_dir() else ROOT / "outputs"
+
+
+def unknown(word: str, keys: Iterable[str]) -> str:
+    """That a key=value word has no known key."""
+    return f"unknown key in {word!r}; the keys are {', '.join(keys)}"
 
 
 def split(words: list[str], settings: dict[str, str]) -> tuple[dict[str, str], list[str]]:

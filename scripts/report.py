@@ -4,14 +4,16 @@
     python scripts/report.py first_flow
     python scripts/report.py seeds_seed=0 seeds_seed=1 out=seeds.html price=2.5
 
-Words: run names; out (outputs/reports/<names>.html), output_dir (outputs), price (of an hour of the
-device, in your currency; adds the cost). The page needs no network, reads on a phone, in dark mode and on paper.
+Words: run names; out (outputs/reports/<names>.html), output_dir (outputs here, else the repository's), price (of an hour of
+the device, in your currency; adds the cost). The page needs no network, reads on a phone, in dark mode and on paper.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import math
 import re
 import shlex
 import sys
@@ -22,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.front import front, split
+from scripts.front import front, outputs, split, unknown
 from scripts.runs import find_run, flat, number, overrides, read_config, rows_that_differ, state
 from training.errors import UserError
 from training.run_folder import RunFolder
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
 
 PICTURES = 4  # samples over time: the first, the last and what lies between at even spacing
 NEIGHBOURS = "_neighbours"  # end of the name of a picture that shows samples beside their nearest training images
-UNINTERESTING = ("command", "overrides", "changed", "run_name", "output_dir", "resume", "overwrite")
+UNINTERESTING = ("command", "overrides", "changed", "run_name", "output_dir", "resume", "overwrite", "show", "log")
+SHOWN_CHOICES = ("choices.show", "choices.log")
+LONGEST = 100  # letters of the names of runs in the name of a file
 NO_SCORES = ("_floor", "_floor_sd", "_se", "_train", "/seconds")  # ends of what stands beside a score
 SHORT = 200  # optimizer steps in which hardly any network has learned its data
 FAR_ERROR = 3.0  # times the solver's own flow-map error that a network's may be before it is named
@@ -56,6 +60,9 @@ pre { background: var(--card); padding: .75rem; overflow-x: auto; white-space: p
 table { border-collapse: collapse }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem .3rem 0; text-align: left;
   vertical-align: top; font-variant-numeric: tabular-nums } th[scope=row] { min-width: 9rem } td { min-width: 4rem }
+.hint { display: none; color: var(--quiet); margin: 1rem 0 -.75rem }
+@media screen and (max-width: 40rem) { .hint { display: block } }
+td { overflow-wrap: normal; word-break: keep-all } .number { white-space: nowrap }
 .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) }
 .pictures { grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)) }
 figure { margin: 0 } figure img { width: 100%; height: auto; background: #ffffff; border: 1px solid var(--line) }
@@ -100,12 +107,19 @@ def table(header: list[str], rows: Iterable[list[str]], caption: str) -> str:
     """A table that scrolls by itself where the page is narrower; first cells are headings of their rows."""
     head = "".join(f'<th scope="col">{breakable(cell)}</th>' for cell in header)
     body = "".join(
-        f'<tr><th scope="row">{breakable(name)}</th>' + "".join(f"<td>{breakable(cell)}</td>" for cell in cells) + "</tr>"
+        f'<tr><th scope="row">{breakable(name)}</th>' + "".join(cell_of(cell) for cell in cells) + "</tr>"
         for name, *cells in rows
     )
     told = f"<caption>{escape(caption)}</caption>"
-    scroll = f'<div class="wide" role="region" tabindex="0" aria-label="{escape(caption)}">'
+    scroll = '<p class="hint">Scroll the table sideways for more columns.</p>' if len(header) > 3 else ""
+    scroll += f'<div class="wide" role="region" tabindex="0" aria-label="{escape(caption)}">'
     return f"{scroll}<table>{told}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def cell_of(text: str) -> str:
+    """A cell; one that is a number, perhaps with its error or unit, keeps to a line."""
+    numeric = re.fullmatch(r"[-+±]? ?[\d.,]+(e[-+]?\d+)?( ± [\d.e+-]+)?( \w+)?", text)
+    return f'<td class="number">{breakable(text)}</td>' if numeric else f"<td>{breakable(text)}</td>"
 
 
 def breakable(text: str) -> str:
@@ -208,8 +222,14 @@ def difference_rows(run: Told) -> list[list[str]]:
 
     base = resolved(compose_config([f"run_name={run.name}"]))
     columns = [flat(base), flat(run.config)]
-    rows = rows_that_differ(columns, str, ())
-    return [row for row in rows if row[0].split(".")[0] not in (*UNINTERESTING, "choices")]
+    return telling(rows_that_differ(columns, str, ()), "choices")
+
+
+def telling(rows: list[list[str]], *more: str) -> list[list[str]]:
+    """The rows of settings that say something of the training; a setting that one run lacks and another leaves empty does
+    not."""
+    kept = [row for row in rows if row[0].split(".")[0] not in (*UNINTERESTING, *more) and row[0] not in SHOWN_CHOICES]
+    return [row for row in kept if not set(row[1:]) <= {"None", "-"}]
 
 
 def go_on(run: Told) -> str:
@@ -271,7 +291,7 @@ def page(runs: list[Told], price: float | None) -> str:
     parts = [f"<h1>{escape(title)}</h1>"]
     if len(runs) > 1:
         columns = [flat(run.config) for run in runs]
-        rows = [row for row in rows_that_differ(columns, str, ()) if row[0].split(".")[0] not in UNINTERESTING]
+        rows = telling(rows_that_differ(columns, str, ()))
         parts.append("<h2>What differs</h2>")
         parts.append(table(["setting", *(run.name for run in runs)], rows, "Settings that are not the same in all runs"))
         names = [name for name in dict.fromkeys(n for run in runs for n in run.scores) if not name.endswith(NO_SCORES)]
@@ -287,6 +307,9 @@ def page(runs: list[Told], price: float | None) -> str:
         copying = "Is it copying? Samples nearest to training images, beside those"
         for heading, pictures in (("Samples over time", sample_figures(run)), (copying, neighbour_figures(run))):
             parts.append(f'<h3>{heading}</h3><div class="cards pictures">{"".join(pictures)}</div>' if pictures else "")
+        expected = (run.config.get("log") or {}).get("expect")
+        parts.append("<h3>Scores</h3>")
+        parts.append(f"<p>Expected before the run: <strong>{escape(str(expected))}</strong></p>" if expected else "")
         scores = score_rows(run)
         header = ["score", "value", "standard error", "noise floor", "above the floor by"]
         parts.append(
@@ -302,9 +325,16 @@ def page(runs: list[Told], price: float | None) -> str:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><main>{"".join(parts)}</main></body></html>\n'
 
 
+def file_name(runs: list[Told]) -> str:
+    """All names, or where those are long the first and a hash of all: other runs get another file."""
+    names = "_".join(run.name for run in runs)
+    digest = hashlib.sha256("\n".join(run.name for run in runs).encode()).hexdigest()[:8]
+    return names if len(names) <= LONGEST else f"{runs[0].name[:LONGEST]}_and_{len(runs) - 1}_{digest}"
+
+
 def report(words: list[str]) -> Path:
     """Carry out the command; returns the file written."""
-    settings, names = split(words, {"out": "", "output_dir": "outputs", "price": ""})
+    settings, names = split(words, {"out": "", "output_dir": str(outputs()), "price": ""})
     if not names:
         raise UserError(
             "name a run, such as `python scripts/report.py first_flow`; `python scripts/runs.py list` shows them"
@@ -313,12 +343,14 @@ def report(words: list[str]) -> Path:
         price = float(settings["price"]) if settings["price"] else None
     except ValueError as error:
         raise UserError(f"price takes a number, not {settings['price']!r}") from error
+    if price is not None and not 0 <= price < math.inf:
+        raise UserError(f"price takes a number of at least 0, not {settings['price']!r}")
     output_dir = Path(settings["output_dir"])
+    for name in names:
+        if "=" in name and not (output_dir / "runs" / name).is_dir():
+            raise UserError(unknown(name, settings) + "; and no run has that name")
     runs = [told(output_dir, name) for name in dict.fromkeys(names)]
-    default = (
-        output_dir / "reports" / (f"{runs[0].name}.html" if len(runs) == 1 else f"{runs[0].name}_and_{len(runs) - 1}.html")
-    )
-    path = Path(settings["out"]) if settings["out"] else default
+    path = Path(settings["out"]) if settings["out"] else output_dir / "reports" / f"{file_name(runs)}.html"
     if path.suffix != ".html":
         raise UserError(f"out={path} must end in .html")
     path.parent.mkdir(parents=True, exist_ok=True)

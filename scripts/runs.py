@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.front import outputs
 from training.errors import UserError
 from training.run_folder import RunFolder
 
@@ -37,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--output-dir", type=Path, default=Path("outputs"), help="folder of the runs (default: outputs)")
+    shared.add_argument(
+        "--output-dir", type=Path, default=outputs(), help="folder of the runs (outputs/ here or the repository's)"
+    )
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[shared]
     )

@@ -14,8 +14,8 @@
 
 Keys: ckpt (required), n (64), seed (0), label (a class, or all), nfe (so many steps of one evaluation each), device (auto),
 out (<checkpoint>_samples.png; .npz and .npy write numbers, a path ending in / a folder of PNGs), images (false; true: a .npz
-of images as bytes, arr_0, and classes, arr_1), real (true; false draws no real images beside those of a
-class), and any solver or guidance setting (guidance=none: not the run's own). Pictures of a latent model are decoded,
+of images as bytes, arr_0, and classes, arr_1), real (true; false draws no real images beside
+them), and any solver or guidance setting (guidance=none: not the run's own). Pictures of a latent model are decoded,
 numbers are its latents.
 """
 
@@ -150,15 +150,14 @@ def write(
 def draw(
     path: Path, states: "Tensor", labels: "Tensor | None", model: "TrainedModel", title: str, beside_real: bool
 ) -> None:
-    """Points beside real ones; images by class, beside real ones of the same classes; images alone without classes."""
+    """Points beside real ones; images beside real ones, by class where there are classes."""
     from evaluation.report import draw_images, drawable
     from training.assemble import build_decoder
     from visualizers.pictures import scatter_picture
 
     shape, decode = tuple(states.shape[1:]), build_decoder(model.config, model.device)
     if drawable(shape, decode):
-        known = labels is not None and beside_real
-        reference, reference_label = real_of(model, labels, len(states)) if known else (None, None)
+        reference, reference_label = real_of(model, labels, len(states)) if beside_real else (None, None)
         reference = None if reference is None else reference.to(model.device)
         low_high = model.config["dataloaders"]["value_range"]
         value_range = None if low_high is None else (low_high[0], low_high[1])

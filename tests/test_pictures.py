@@ -248,7 +248,9 @@ def test_a_thumbnail_shows_the_picture_in_every_form(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "tty, environment, form",
     [(False, {"TERM": "xterm-kitty"}, "ascii"), (True, {"TERM": "xterm-kitty"}, "kitty"), (True, {"TERM": "dumb"}, "ascii"),
-     (True, {"TERM": "xterm-256color"}, "blocks"), (True, {"TERM_PROGRAM": "iTerm.app", "TERM": "xterm"}, "iterm")],
+     (True, {"TERM": "xterm-256color"}, "blocks"), (True, {"TERM": "vt100"}, "ascii"), (True, {"TERM": "xterm"}, "ascii"),
+     (True, {"TERM": "xterm", "COLORTERM": "truecolor"}, "blocks"),
+     (True, {"TERM_PROGRAM": "iTerm.app", "TERM": "xterm"}, "iterm")],
 )  # fmt: skip
 def test_a_terminal_gets_what_it_understands(tty: bool, environment: dict[str, str], form: str) -> None:
     assert understood(tty, environment) == form

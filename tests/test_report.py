@@ -115,6 +115,23 @@ def test_the_newest_picture_of_neighbours_stands_by_itself(output: Path) -> None
     assert page.text.index("Samples over time") < page.text.index("Is it copying?")
 
 
+def test_what_was_expected_stands_above_what_came(output: Path) -> None:
+    config = output / "runs/first/config.yaml"
+    config.write_text(config.read_text() + "log: {expect: under 0.002, reason: null}\nguidance: null\n")
+    path = report.report(["first", "second", f"output_dir={output}"])
+    page = outline(path)
+    assert path.name == "first_second.html"
+    differs = page.text[page.text.index("What differs") : page.text.index("Scores side by side")]
+    assert "log.expect" not in differs and "guidance" not in differs and "optimizer.lr" in differs
+    assert page.text.index("Expected before the run: under 0.002") < page.text.rindex("eval/energy_distance")
+
+
+def test_numbers_keep_to_a_line() -> None:
+    for text in ("2.211e-05", "0.0001 ± 0.0004", "+49.9 sd", "-0.02", "± 0.01"):
+        assert report.cell_of(text).startswith('<td class="number">'), text
+    assert report.cell_of("cpu (test)") == "<td>cpu (test)</td>"
+
+
 def test_several_runs_stand_side_by_side(output: Path) -> None:
     page = outline(report.report(["first", "second", f"output_dir={output}"]))
     assert page.text.index("What differs") < page.text.index("optimizer.lr") < page.text.index("Scores side by side")
@@ -196,6 +213,8 @@ def browse(folder: Path, *words: str) -> str:
 @pytest.mark.parametrize(
     "words, sentence",
     [([], "name a run"), (["frist"], "did you mean first"), (["first", "price=cheap"], "price takes a number"),
+     (["first", "price=nan"], "of at least 0"), (["first", "price=-1"], "of at least 0"),
+     (["first", "prize=1"], "unknown key"),
      (["first", "out=report.pdf"], "must end in .html")],
 )  # fmt: skip
 def test_a_mistake_is_one_sentence(
@@ -219,6 +238,13 @@ def test_notes_go_under_observations_and_leave_all_else_alone(tmp_path: Path) ->
     assert [line for line in after.splitlines() if line in before.splitlines()] == before.splitlines()
     observations = after.index("Observations:")
     assert observations < after.index(added[0]) < after.index(added[1]) < after.index("Issues:") < after.index("## two")
+
+
+def test_a_note_needs_a_section_that_a_run_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "LOG.md"
+    path.write_text("# Log\n\n## Plans\n\nObservations:\n")
+    assert log.main(["note", "Plans", "words", f"file={path}"]) == 1
+    assert "has no section of a run Plans" in capsys.readouterr().err and "words" not in path.read_text()
 
 
 def test_a_note_on_nothing_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from scipy import stats
 from dataloaders.gaussian_mixture import GaussianMixture
 from evaluation.closed_forms import ExactFlow
 from losses.paths import LinearPath
+from scripts import front
 from solvers.flow_map import FlowMapSolver
 from solvers.runge_kutta import RK4, Euler
 from training.errors import UserError
@@ -25,7 +26,7 @@ from training.run_folder import RunFolder
 from visualizers import curves, denoising, interpolation, particles, pictures, trajectories, velocity_field, vis_all
 from visualizers.films import FRAMES_A_SECOND, HOLD, HOLD_FIRST, write_film
 from visualizers.interpolation import slerp
-from visualizers.scene import Scene, interpolated, scene, walk
+from visualizers.scene import Scene, interpolated, newest_checkpoint, scene, walk
 
 ROOT = Path(__file__).resolve().parents[1]
 POINTS = ["samples", "one_step", "particles", "trajectories", "velocity_field", "density", "interpolation"]
@@ -195,9 +196,10 @@ def test_particles_go_by_every_solver(solver: str, checkpoints: dict[str, Path],
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        (["colour=red"], "cannot use 'colour=red'"), (["n=0"], "n takes a whole number of at least 1"),
+        (["colour=red"], "unknown key in 'colour=red'"), (["n=0"], "n takes a whole number of at least 1"),
         (["frames=1"], "frames takes"), (["format=bmp"], "format takes png, gif, mp4"), (["label=3"], "knows no classes"),
         (["ckpt=nowhere.pt"], "no checkpoint"), (["solver=flow_map", "solver.renoise=true"], "have no path"),
+        (["out=picture.png"], "out takes a folder"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_sentence(
@@ -219,6 +221,33 @@ def test_scripts_run_from_any_folder_and_all_at_once(checkpoints: dict[str, Path
     assert done.returncode == 0, done.stderr
     assert "8 of 9 drawings" in done.stdout and "see particles.py" in done.stderr and "Traceback" not in done.stderr
     assert {path.stem for path in tmp_path.glob("*.png")} == {*POINTS, "curves"}
+
+
+def test_without_the_packages_all_at_once_says_so(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # -S hides site-packages
+    python.chmod(0o755)
+    told = [str(ROOT / "visualizers" / "vis_all.sh"), "x.pt"]
+    done = subprocess.run(told, env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True)
+    assert done.returncode == 1 and "lacks the packages" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_outputs_are_those_of_the_working_folder_or_else_the_repositorys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert front.outputs() == ROOT / "outputs"
+    (tmp_path / "outputs").mkdir()
+    assert front.outputs() == Path("outputs")
+    with pytest.raises(UserError, match="no checkpoint under outputs/ckpts"):
+        newest_checkpoint()
+
+
+def test_as_many_samples_as_asked_for(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    words = [f"ckpt={checkpoints['points']}", f"out={tmp_path}"]
+    assert scene([*words, "n=7"], 100, 2, 2000).n == 7 and scene(words, 100, 2, 2000).n == 2000
+    words[0] = f"ckpt={checkpoints['images']}"
+    assert scene(words, 100, 2, 2000).n == 100
 
 
 @dataclass
@@ -322,7 +351,7 @@ def test_all_at_once_says_once_what_is_wrong_for_all(
 ) -> None:
     assert vis_all.main([str(checkpoints["points"]), "colour=red"]) == 1
     error = capsys.readouterr().err
-    assert "cannot use 'colour=red'" in error and error.count("\n") == 1
+    assert "unknown key in 'colour=red'" in error and error.count("\n") == 1
 
 
 def test_curves_show_what_a_run_logged(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -104,7 +104,9 @@ class ExperimentLog:
     def add_note(self, run_name: str, line: str) -> None:
         """A person's line under Observations of a section there is; UserError without one."""
         text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
-        if not re.search(rf"^## {re.escape(run_name)}[ \t]*$", text, re.MULTILINE):
+        name = re.escape(run_name)
+        written = rf"^<!-- {name}: \w+, written by the run -->$"
+        if not all(re.search(line, text, re.MULTILINE) for line in (rf"^## {name}[ \t]*$", written)):
             raise UserError(f"{self.path} has no section of a run {run_name}; a run with log.expect=... writes one")
         with self.section(run_name) as section:
             section.note(line)

@@ -6,8 +6,9 @@
     python visualizers/curves.py "seeds_.*" metrics=train/loss,eval/energy_distance out=seeds.png
 
 Words: run names, or regular expressions for them; ckpt (a checkpoint, for its run); metrics (train/loss and whatever the
-runs scored), output_dir (outputs, or the checkpoint's), out (a folder or .png; outputs/pictures/curves.png). The band is the
-floor's mean and two standard deviations of it. Of more than 12 metrics the caption names those that have no panel.
+runs scored), output_dir (the checkpoint's, or outputs here, else the repository's), out (a folder or .png;
+outputs/pictures/curves.png). The band is the floor's mean and two standard deviations of it. Of more than 12 metrics the
+caption names those that have no panel.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from scripts.front import front, split
+from scripts.front import front, outputs, split, unknown
 from training.errors import UserError
 from training.run_folder import RunFolder
 from visualizers.scene import outputs_of
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 STYLES = ("-", "--", ":", "-.")
 COLUMNS = 3
+KEYS = ("metrics", "ckpt", "output_dir", "out")
 MOST = 12  # panels
 BAND = (
     "Band: noise floor of the score (real against real) at each evaluation, mean ± 2 standard deviations. The last "
@@ -57,6 +59,8 @@ def chosen_runs(words: list[str], runs: Path) -> list[RunFolder]:
         except re.error as error:
             raise UserError(f"{word!r} is not a regular expression: {error}") from error
         matching = [folder for folder in folders if folder.name == word or pattern.fullmatch(folder.name)]
+        if not matching and "=" in word:
+            raise UserError(unknown(word, KEYS) + "; and no run has that name")
         if not matching:
             raise UserError(f"no run in {runs} is called {word}; `python scripts/runs.py list` shows them")
         found += [folder for folder in matching if folder not in found]
@@ -95,8 +99,8 @@ def draw_metric(axes: Axes, metric: str, runs: dict[str, list[dict[str, Any]]]) 
         if len(floor) and len(floor) == len(sd):
             low, high = floor[:, 1] - 2 * sd[:, 1], floor[:, 1] + 2 * sd[:, 1]
             steps = [0, *floor[:, 0], right]  # each floor reaches half of the way to the next evaluation, the outer ones on
-            edges = [[values[0], *values, values[-1]] for values in (low, high)]
-            axes.fill_between(steps, *edges, step="mid", color=color, alpha=0.15, linewidth=0)
+            bottom, top = ([values[0], *values, values[-1]] for values in (low, high))
+            axes.fill_between(steps, bottom, top, step="mid", color=color, alpha=0.15, linewidth=0)
     axes.set_xlim(0, right)
     if lowest > 0 and highest > 10 * lowest:
         axes.set_yscale("log")
@@ -111,8 +115,9 @@ def draw(words: list[str]) -> Path:
     """Carry out the command; returns the file written."""
     from visualizers.pictures import new_figure
 
-    settings, names = split(words, {"metrics": "", "ckpt": "", "output_dir": "", "out": ""})
-    output, folder = Path(settings["output_dir"] or outputs_of(Path(settings["ckpt"]))), Path("pictures")
+    settings, names = split(words, dict.fromkeys(KEYS, ""))
+    default = outputs_of(Path(settings["ckpt"])) if settings["ckpt"] else outputs()
+    output, folder = Path(settings["output_dir"] or default), Path("pictures")
     if settings["ckpt"]:
         from training.checkpoint import load_checkpoint
 

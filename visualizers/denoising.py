@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COLUMNS = 10  # times of a strip
+CAPTION = 28  # pixels of the line below a frame
 STRIPS = 5  # samples in the PNG
 
 
@@ -58,13 +59,17 @@ def draw(scene: Scene) -> list[Path]:
     rows = strips.permute(2, 0, 1, *range(3, strips.dim())).flatten(0, 2)
     path = scene.folder / "denoising.png"
     grid = enlarged(tile(as_bytes(scene, rows), COLUMNS), 900)
-    title = f"{scene.heading}: from noise to data, t = 0 to 1 ({told(solver)})"
-    draw_grids(path, {"upper rows: states; below each: the data that the model expects of it": grid}, title)
+    title = f"{scene.heading}: from noise to data ({told(solver)})"
+    measured = "upper rows: states; below each: the data that the model expects of it"
+    draw_grids(path, {"": grid}, title, None, measured, [f"t = {t:.2f}" for t in strip_times.tolist()])
     if scene.form == "png":
         return [path]
 
     columns = max(1, round(scene.n**0.5))
-    frames = [even(enlarged(tile(as_bytes(scene, at[t]), columns), 480)) for t in film_times.tolist()]
+    frames = [
+        even(captioned(enlarged(tile(as_bytes(scene, at[t]), columns), 480), f"t = {t:.2f}; {told(solver)}"))
+        for t in film_times.tolist()
+    ]
     film = path.with_suffix(f".{scene.form}")
     write_film(film, frames)
     return [path, film]
@@ -88,6 +93,14 @@ def enlarged(grid: np.ndarray, width: int) -> np.ndarray:
     from visualizers.pictures import rescale
 
     return rescale(grid, width / grid.shape[1])
+
+
+def captioned(frame: np.ndarray, words: str) -> np.ndarray:
+    """A frame (H, W, 3) with a line of words below it."""
+    from visualizers.films import pixels
+    from visualizers.pictures import new_figure
+
+    return np.concatenate([frame, pixels(new_figure(CAPTION, words, "", frame.shape[1]))])
 
 
 def even(frame: np.ndarray) -> np.ndarray:

@@ -28,15 +28,13 @@ def draw(scene: Scene) -> list[Path]:
     from training.assemble import build_decoder
     from visualizers.pictures import image_grid_picture
 
-    if scene.shape == (2,):
-        scene.n *= 10
-    elif scene.label is None and scene.model.objective.network.num_classes:
+    if scene.shape != (2,) and scene.label is None and scene.model.objective.network.num_classes:
         scene.label = "all"
     solver, model = scene.own_solver(), scene.model
     many = model.sample(scene.n, scene.seed, scene.label, solver)
     one = model.sample(scene.n, scene.seed, scene.label, evaluations=1)
     moved, apart = (root_mean_square(many - other) for other in (one, many.roll(scene.n // 2, 0)))
-    title = f"{scene.heading}: one evaluation beside {told(solver)}"
+    title = f"{scene.heading}: one evaluation beside {told(solver)}, {scene.n:,} samples"
     measured = f"distance between the two {moved:.3g}, between two samples {apart:.3g} (root mean square)"
     path = scene.folder / "one_step.png"
     if scene.shape == (2,):
@@ -87,4 +85,4 @@ def draw_points(path: Path, one: np.ndarray, many: np.ndarray, real: np.ndarray,
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], __doc__ or "", draw, n=100))
+    sys.exit(main(sys.argv[1:], __doc__ or "", draw, n=100, points=1000))

@@ -95,11 +95,11 @@ def still(paths: dict[str, np.ndarray], real: np.ndarray, low: np.ndarray, high:
 
     frames = len(next(iter(paths.values())))
     colors, times = start_colors(next(iter(paths.values()))[0]), frame_times(frames).numpy()
-    height = 130 + 280 * len(paths)
-    figure = new_figure(height, title, LEGEND, 900)
-    axes = np.atleast_2d(figure.subplots(len(paths), 3, sharex=True, sharey=True))
+    height, shown = 130 + 280 * len(paths), sorted({0, (frames - 1) // 2, frames - 1})
+    figure = new_figure(height, title, LEGEND, 300 * len(shown))
+    axes = figure.subplots(len(paths), len(shown), sharex=True, sharey=True, squeeze=False)
     for row, (name, states) in zip(axes, paths.items(), strict=True):
-        for panel, index in zip(row, (0, (frames - 1) // 2, frames - 1), strict=True):
+        for panel, index in zip(row, shown, strict=True):
             draw_panel(panel, states[index], colors, real, low, high)
             panel.set_title(f"{name}, t = {times[index]:.2f}", color=INK, fontsize=10, pad=4)
             panel.set_xlabel("x₁" if name == list(paths)[-1] else "")

@@ -189,11 +189,17 @@ def matching(labels: np.ndarray, reference_labels: np.ndarray) -> np.ndarray:
 
 
 def draw_grids(
-    path: Path, grids: dict[str, np.ndarray], title: str, row_labels: np.ndarray | None = None, score_line: str = ""
+    path: Path,
+    grids: dict[str, np.ndarray],
+    title: str,
+    row_labels: np.ndarray | None = None,
+    score_line: str = "",
+    column_labels: list[str] | None = None,
 ) -> None:
     """Write byte grids (H, W, 3) side by side, pixel for pixel, under their names, the title and what was measured.
 
-    row_labels: written at the left of the rows; none where it is empty.
+    row_labels: written at the left of the rows; none where it is empty. column_labels: above the columns of each grid, in
+    the place of its name.
     """
     row_labels = np.zeros(0, dtype=int) if row_labels is None else row_labels
     header = (56 if title else 30) + (20 if score_line else 0)
@@ -211,6 +217,9 @@ def draw_grids(
         bottom = total_height - header - grid.shape[0]
         figure.figimage(grid, left, bottom, origin="upper")
         middle = (left + grid.shape[1] / 2) / total_width
+        for column, label in enumerate(column_labels or []):
+            place = (left + (column + 0.5) / len(column_labels or []) * grid.shape[1]) / total_width
+            figure.text(place, 1 - (header - 8) / total_height, label, ha="center", va="bottom", color=INK, fontsize=9)
         figure.text(middle, 1 - (header - 8) / total_height, name, ha="center", va="bottom", color=INK, fontsize=11)
         left += grid.shape[1] + GAP
     with replacing(path) as file:

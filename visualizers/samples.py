@@ -21,12 +21,11 @@ def draw(scene: Scene) -> list[Path]:
     from scripts.sample import draw as draw_states
 
     scene.label = "all" if scene.label is None and scene.model.objective.network.num_classes else scene.label
-    count = 2000 if scene.shape == (2,) else scene.n
-    states = scene.model.sample(count, scene.seed, scene.label, scene.own_solver())
+    states = scene.model.sample(scene.n, scene.seed, scene.label, scene.own_solver())
     path = scene.folder / "samples.png"
-    draw_states(path, states, scene.model.labels(count, scene.label), scene.model, f"{scene.heading}: samples", True)
+    draw_states(path, states, scene.model.labels(scene.n, scene.label), scene.model, f"{scene.heading}: samples", True)
     return [path]
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], __doc__ or "", draw, n=100))
+    sys.exit(main(sys.argv[1:], __doc__ or "", draw, n=100, points=2000))

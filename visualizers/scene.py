@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scripts.front import outputs, unknown
 from training.errors import UserError
 from visualizers.films import FORMS
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from losses.objective import FlowObjective
     from solvers.base_solver import BaseSolver
 
-ROOT = Path(__file__).resolve().parents[1]
-KEYS = """Keys: ckpt (a checkpoint; the newest under outputs/ckpts unless given), n (how many samples), seed (0), frames (of
+KEYS = """Keys: ckpt (a checkpoint; unless given the newest in outputs/ckpts of the working folder, or of the repository
+where that has no outputs), n (how many samples), seed (0), frames (of
 a film), format (gif; or mp4, or png for the still alone), out (the folder; outputs/pictures/<run_name> unless given), device
 (cpu), label (a class of a conditional model, or all), and any solver or guidance setting."""
 
@@ -162,15 +163,17 @@ def frame_times(frames: int) -> torch.Tensor:
 
 def newest_checkpoint() -> Path:
     """The newest save of any architecture. UserError when there is none."""
-    saves = sorted((ROOT / "outputs" / "ckpts").glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+    folder = outputs() / "ckpts"
+    saves = sorted(folder.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
     if not saves:
-        raise UserError(f"there is no checkpoint under {ROOT / 'outputs' / 'ckpts'}; train one, or give ckpt=<file>")
+        raise UserError(f"there is no checkpoint under {folder}; train one, or give ckpt=<file>")
     return saves[-1]
 
 
 def outputs_of(checkpoint: Path) -> Path:
-    """The output folder that a checkpoint lies in; the repository's where it lies in none."""
-    return next((folder.parent for folder in checkpoint.resolve().parents if folder.name == "ckpts"), ROOT / "outputs")
+    """The output folder that a checkpoint lies in; the usual one where it lies in none."""
+    found = next((folder.parent for folder in checkpoint.resolve().parents if folder.name == "ckpts"), None)
+    return outputs() if found is None else found
 
 
 def told(solver: BaseSolver) -> str:
@@ -186,9 +189,12 @@ def whole(key: str, text: str, least: int) -> int:
     return int(text)
 
 
-def scene(words: list[str], n: int, frames: int) -> Scene:
-    """The scene a command line asks for; n and frames: unless it says otherwise. UserError for what it cannot be."""
-    settings = {"ckpt": "", "n": str(n), "seed": "0", "frames": str(frames), "format": "gif", "out": "", "device": "cpu"}
+def scene(words: list[str], n: int, frames: int, points: int | None = None) -> Scene:
+    """The scene a command line asks for; n (points: that of points in the plane) and frames: unless it says otherwise.
+
+    UserError for what it cannot be.
+    """
+    settings = {"ckpt": "", "n": "", "seed": "0", "frames": str(frames), "format": "gif", "out": "", "device": "cpu"}
     settings |= {"label": ""}
     overrides = []
     for word in words:
@@ -198,15 +204,16 @@ def scene(words: list[str], n: int, frames: int) -> Scene:
         elif equals and key.split(".")[0].split("/")[0] in ("solver", "guidance"):
             overrides.append(word)
         else:
-            known = ", ".join(settings)
-            raise UserError(f"cannot use {word!r}; the keys are {known}, and solver and guidance settings, as key=value")
+            raise UserError(f"{unknown(word, settings)}, and solver and guidance settings, as key=value")
     n, seed, frames = (
-        whole("n", settings["n"], 1),
+        whole("n", settings["n"] or str(n), 1),
         whole("seed", settings["seed"], 0),
         whole("frames", settings["frames"], 2),
     )
     if settings["format"] not in FORMS:
         raise UserError(f"format takes {', '.join(FORMS)}, not {settings['format']!r}")
+    if Path(settings["out"]).suffix in (".png", ".gif", ".mp4") or Path(settings["out"]).is_file():
+        raise UserError(f"out takes a folder, which the files go to under their own names, not {settings['out']!r}")
     label = settings["label"] if settings["label"] in ("", "all") else whole("label", settings["label"], 0)
     checkpoint = Path(settings["ckpt"]) if settings["ckpt"] else newest_checkpoint()
 
@@ -215,6 +222,8 @@ def scene(words: list[str], n: int, frames: int) -> Scene:
     model = load(checkpoint, settings["device"])
     model.config |= settings_from_overrides(overrides)
     folder = Path(settings["out"] or outputs_of(checkpoint) / "pictures" / model.config["run_name"])
+    if not settings["n"] and points and list(model.config["dataloaders"]["state_shape"]) == [2]:
+        n = points
     made = Scene(model, n, seed, frames, settings["format"], folder, None if label == "" else label)
     if any(word.startswith("solver") for word in overrides):
         made.solver = made.own_solver()
@@ -223,7 +232,9 @@ def scene(words: list[str], n: int, frames: int) -> Scene:
     return made
 
 
-def main(words: list[str], doc: str, draw: Callable[[Scene], list[Path]], n: int, frames: int = 2) -> int:
+def main(
+    words: list[str], doc: str, draw: Callable[[Scene], list[Path]], n: int, frames: int = 2, points: int | None = None
+) -> int:
     """Run one drawing script: prints the files it wrote and the seconds it took; a user's mistake is one sentence."""
     if "--help" in words or "-h" in words:
         print(doc.strip() + "\n\n" + KEYS)
@@ -232,7 +243,7 @@ def main(words: list[str], doc: str, draw: Callable[[Scene], list[Path]], n: int
     begun = time.perf_counter()
     print(f"{program} ...", end="" if sys.stdout.isatty() else "\n", flush=True)
     try:
-        files = draw(scene(words, n, frames))
+        files = draw(scene(words, n, frames, points))
     except UserError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 1

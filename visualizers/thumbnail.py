@@ -11,6 +11,7 @@ from PIL import Image
 
 WIDEST = 100  # columns
 SHADES = " .:-=+*#%@"  # from paper to ink
+COLORFUL = ("-256color", "-direct", "-truecolor")  # ends of the names of terminals that show coloured blocks
 KITTY_CHUNK = 4096  # bytes of one escape sequence
 
 
@@ -37,7 +38,10 @@ def understood(tty: bool, environment: dict[str, str]) -> str:
         return "ascii"
     if environment.get("TERM_PROGRAM") in ("iTerm.app", "WezTerm"):
         return "iterm"
-    return "kitty" if environment.get("TERM") == "xterm-kitty" else "blocks"
+    if environment.get("TERM") == "xterm-kitty":
+        return "kitty"
+    colors = environment.get("COLORTERM") in ("truecolor", "24bit") or environment.get("TERM", "").endswith(COLORFUL)
+    return "blocks" if colors else "ascii"
 
 
 def inline(png: bytes, form: str, columns: int) -> str:

@@ -53,7 +53,7 @@ def draw(scene: Scene) -> list[Path]:
             paths["exact"] = torch.stack(seen[::2]).numpy()
 
     low, high = shared_limits(np.concatenate([p[[0, -1]].reshape(-1, 2) for p in paths.values()]), scene.real(1000))
-    legend = "grey: the noise; black: the samples; straightness 0: straight at an even pace"
+    legend = "grey: the noise; black: the samples; straightness: 0 is straight at an even pace, more is more bent"
     figure = new_figure(450, f"{scene.heading}: paths from noise to data", legend, max(60 + 400 * len(paths), 600))
     panels = np.atleast_1d(figure.subplots(1, len(paths), sharex=True, sharey=True))
     for panel, (name, states) in zip(panels, paths.items(), strict=True):

@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 ARROWS = 17  # a side
 CELLS = 90  # a side of the density
 SHADES = 12  # of the density: steps of colour make a film small, and its levels readable
+FILM_LEGEND = "blue: density relative to its highest now; arrows fade where states are rare"
 STILL = (0.0, 1 / 3, 2 / 3, 1.0)  # the times of the PNG, or the frames nearest to them
-LEGEND = "blue: density of the states; arrows: velocity, faint where there are hardly any states"
+LEGEND = "blue: density of the states, relative to its highest at that time; arrows: velocity, faint where states are rare"
 
 
 class Field:
@@ -126,6 +127,10 @@ class Field:
             *self.places.T, *velocities[index].T, color=self.ink(density), scale=self.scale, scale_units="width",
             width=0.005, pivot="mid",
         )  # fmt: skip
+        if axes is axes.figure.axes[0]:
+            speed = float(f"{1.6 * self.scale / ARROWS:.0e}")
+            axes.quiverkey(arrows, 0.95, 0.03, speed, f"{speed:g} data units per unit of time", coordinates="figure",
+                           labelpos="W", color=INK, fontproperties={"size": 9})  # fmt: skip
         axes.set(xlim=extent[:2], ylim=extent[2:], xlabel="x₁")
         axes.set_title(name, color=INK, fontsize=11, pad=5)
         axes.tick_params(colors=INK, labelsize=9)
@@ -148,17 +153,18 @@ def still(field: Field, title: str) -> Figure:
     """Both fields at some times, one above the other."""
     from visualizers.pictures import new_figure
 
-    height, last = 110 + 260 * len(field.kinds), list(field.kinds)[-1]
+    height, last = 130 + 260 * len(field.kinds), list(field.kinds)[-1]
+    shown = sorted({round(t * (len(field.times) - 1)) for t in STILL})
     figure = new_figure(height, title, LEGEND, 940)
-    axes = np.atleast_2d(figure.subplots(len(field.kinds), len(STILL), sharex=True, sharey=True))
+    axes = figure.subplots(len(field.kinds), len(shown), sharex=True, sharey=True, squeeze=False)
     for row, (kind, velocities) in zip(axes, field.kinds.items(), strict=True):
-        for panel, index in zip(row, np.rint(np.array(STILL) * (len(field.times) - 1)).astype(int), strict=True):
+        for panel, index in zip(row, shown, strict=True):
             known = None if kind == "exact" or field.errors is None else field.errors[index]
             error = "" if known is None else f"\nrelative error {known:.3f}"
             field.draw(panel, index, velocities, f"{kind}, t = {field.times[index]:.2f}{error}")
             panel.set_xlabel("x₁" if kind == last else "")
         row[0].set_ylabel("x₂")
-    figure.subplots_adjust(left=0.055, right=0.99, bottom=50 / height, top=1 - 100 / height, wspace=0.05, hspace=0.22)
+    figure.subplots_adjust(left=0.055, right=0.99, bottom=70 / height, top=1 - 100 / height, wspace=0.05, hspace=0.22)
     return figure
 
 
@@ -167,11 +173,11 @@ def film_figure(field: Field, title: str) -> tuple[Figure, list[tuple[AxesImage,
     from visualizers.pictures import new_figure
 
     two = len(field.kinds) == 2
-    figure = new_figure(500, title, "", 900 if two else 480)
+    figure = new_figure(520, title, "", 900 if two else 520)
     panels = np.atleast_1d(figure.subplots(1, len(field.kinds), sharex=True, sharey=True))
     drawn = [field.draw(panel, 0, v, kind) for panel, (kind, v) in zip(panels, field.kinds.items(), strict=True)]
     panels[0].set_ylabel("x₂")
-    figure.subplots_adjust(left=0.075 if two else 0.13, right=0.985, bottom=0.1, top=0.83, wspace=0.06)
+    figure.subplots_adjust(left=0.075 if two else 0.13, right=0.985, bottom=0.14, top=0.83, wspace=0.06)
     return figure, drawn
 
 
@@ -182,7 +188,7 @@ def filmed(figure: Figure, drawn: list[tuple[AxesImage, Quiver]], field: Field) 
     frames = []
     for index, t in enumerate(field.times):
         error = "" if field.errors is None else f", relative error of the learned field {field.errors[index]:.3f}"
-        figure.texts[1].set_text(f"t = {t:.2f}{error}; arrows fade where states are rare")
+        figure.texts[1].set_text(f"t = {t:.2f}{error}\n{FILM_LEGEND}")
         density = field.density(index)
         for (image, arrows), velocities in zip(drawn, field.kinds.values(), strict=True):
             image.set_data(density)

@@ -4,8 +4,8 @@
     visualizers/vis_all.sh                                        # of the newest checkpoint
     visualizers/vis_all.sh outputs/ckpts/mlp/x_last.pt format=png # of another; key=value words go to every script
 
-A drawing that does not fit the checkpoint's states (points or images) says so and is left out; the exit status is 1 when
-none was drawn.
+metrics=NAME,NAME chooses the curves. A drawing that does not fit the checkpoint's states (points or images) says so and is
+left out; the exit status is 1 when none was drawn.
 """
 
 from __future__ import annotations
@@ -44,12 +44,13 @@ def main(words: list[str]) -> int:
     try:
         if not any(word.startswith("ckpt=") for word in words):
             words = [f"ckpt={newest_checkpoint()}", *words]
-        scene(words, n=1, frames=2)  # what is wrong for every drawing is said once
+        about_samples = [word for word in words if not word.startswith("metrics=")]
+        scene(about_samples, n=1, frames=2)  # what is wrong for every drawing is said once
     except UserError as error:
         print(f"vis_all: {error}", file=sys.stderr)
         return 1
-    about_runs = [word for word in words if word.startswith(("ckpt=", "out="))]  # curves know no samples
-    drawn = sum(status(f"{name}.py", about_runs if name == "curves" else words) == 0 for name in DRAWINGS)
+    about_runs = [word for word in words if word.startswith(("ckpt=", "out=", "metrics="))]  # curves know no samples
+    drawn = sum(status(f"{name}.py", about_runs if name == "curves" else about_samples) == 0 for name in DRAWINGS)
     print(f"{drawn} of {len(DRAWINGS)} drawings")
     return 0 if drawn else 1
 
