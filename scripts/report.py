@@ -111,7 +111,7 @@ def table(header: list[str], rows: Iterable[list[str]], caption: str) -> str:
         for name, *cells in rows
     )
     told = f"<caption>{escape(caption)}</caption>"
-    scroll = '<p class="hint">Scroll the table sideways for more columns.</p>' if len(header) > 3 else ""
+    scroll = '<p class="hint">Scroll the table sideways for more columns.</p>' if len(header) > 2 else ""
     scroll += f'<div class="wide" role="region" tabindex="0" aria-label="{escape(caption)}">'
     return f"{scroll}<table>{told}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
