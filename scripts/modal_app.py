@@ -31,13 +31,12 @@ from yaml import YAMLError
 
 from backends.modal import explained, open_volume
 from scripts.runs import list_row, table
-from scripts.trackio_rebuild import rebuild
+from scripts.trackio_rebuild import is_whole, project_of, rebuild
 from training.checks import check_run_name
 from training.errors import UserError
 from training.experiment_log import PARTS, ExperimentLog, Section
 from training.files import replacing, write_atomically
 from training.run_folder import RunFolder
-from training.trackio_tracker import run_names
 
 FIRST = ("config.yaml", "status.json")  # what tells one run from another
 CONFIG_KEYS = ("run_name", "output_dir", "choices", "overrides", "command", "model", "trackio", "log")
@@ -299,7 +298,7 @@ def track(folder: RunFolder, config: dict[str, Any], news: bool) -> str:
                 section.replace(part, came.read(part))
     if not settings["enabled"] or not settings["_target_"].endswith("TrackioTracker"):
         return "brought" if news else "nothing new"
-    if not news and folder.name in run_names(settings["project"]):
+    if not news and is_whole(folder, project_of(config)):
         return "nothing new"
     project, rows = rebuild(folder, None)
     return f"{rows} rows in the tracker's project {project}"
