@@ -29,15 +29,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
-from backends.modal import explained, open_volume
+from backends.modal import explained, note_job, open_volume
 from scripts.runs import list_row, table
 from scripts.trackio_rebuild import is_whole, project_of, rebuild
 from training.checks import check_run_name
 from training.errors import UserError
 from training.experiment_log import PARTS, ExperimentLog, Section
 from training.files import replacing, write_atomically
-from training.run_folder import RunFolder
+from training.run_folder import RunFolder, timestamp
 
+MODAL_APP = (sys.executable, "-m", "modal", "app")
 FIRST = ("config.yaml", "status.json")  # what tells one run from another
 CONFIG_KEYS = ("run_name", "output_dir", "choices", "overrides", "command", "model", "trackio", "log")
 
@@ -329,18 +330,28 @@ def download(options: argparse.Namespace) -> list[str]:
 
 
 def show_logs(options: argparse.Namespace) -> list[str]:
-    return modal_command(options, "logs", *(["--follow"] if options.follow else []))
+    app = Remote(options.volume, options.output_dir).job(options.run)["app"]
+    words = ["logs", app, *(["--follow"] if options.follow else [])]
+    return complaint_of(words, subprocess.run([*MODAL_APP, *words], check=False).returncode)
 
 
 def stop(options: argparse.Namespace) -> list[str]:
-    return modal_command(options, "stop", "--yes")
+    """End a run, and note on the Volume that it has ended: its name is free for resume=true then."""
+    remote = Remote(options.volume, options.output_dir)
+    job = remote.job(options.run)
+    words = ["stop", job["app"], "--yes"]
+    done = subprocess.run([*MODAL_APP, *words], check=False, stderr=subprocess.PIPE, text=True)
+    print(done.stderr, end="", file=sys.stderr)
+    if done.returncode and "already stopped" not in " ".join(done.stderr.split()):
+        return complaint_of(words, done.returncode)
+    with explained(f"the run {options.run}"):
+        note_job(remote.volume, options.run, job | {"stopped": timestamp()})
+    return []
 
 
-def modal_command(options: argparse.Namespace, command: str, *flags: str) -> list[str]:
-    """`modal app <command>` for the App of a run; modal says itself what is wrong."""
-    app = Remote(options.volume, options.output_dir).job(options.run)["app"]
-    status = subprocess.run([sys.executable, "-m", "modal", "app", command, app, *flags], check=False).returncode
-    return [f"modal app {command} {app} ended with status {status}"] if status else []
+def complaint_of(words: list[str], status: int) -> list[str]:
+    """modal says itself what is wrong."""
+    return [f"modal app {' '.join(words)} ended with status {status}"] if status else []
 
 
 if __name__ == "__main__":
