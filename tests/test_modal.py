@@ -660,6 +660,49 @@ def test_broken_runs_get_a_sentence_each_and_the_others_come(volume: Path, capsy
     assert rows_of(Path("outputs/runs/torn")) == rows_of(volume / "outputs/runs/x")[:-1]
 
 
+BROKEN: dict[str, tuple[str, str, str]] = {
+    "b1": ("metrics.jsonl", '{"step": 1, "train/loss": "abc"}\n', "train/loss in line 1 of its metrics.jsonl is no number"),
+    "b2": ("metrics.jsonl", '{"step": 1, "eval/loss": {"a": 1}}\n', "eval/loss in line 1"),
+    "b3": ("metrics.jsonl", '{"step": "x"}\n', "line 1 of its metrics.jsonl is damaged"),
+    "b4": ("config.yaml", "trackio: null", "trackio in its config.yaml lacks"),
+    "b5": ("config.yaml", "log: null", "log in its config.yaml lacks"),
+    "b6": ("config.yaml", "[cut", "its config.yaml cannot be read"),
+    "b7": ("status.json", '"seconds": "x"', "its status.json has no usable seconds"),
+    "b8": ("status.json", '"step": "x"', "no usable step"),
+    "b9": ("status.json", '"step": null', "no usable step"),
+    "c1": ("status.json", '"updated": "x"', "does not say when it was updated"),
+    "c2": ("status.json", '"state": "odd"', "its status.json has the state odd"),
+    "c3": ("status.json", '"scores": {"eval/loss": "x"}', "a score in its status.json is no number"),
+    "c4": ("status.json", "[]", "its status.json is damaged"),
+    "c5": ("config.yaml", "overrides: null", "overrides in its config.yaml is no list"),
+}
+
+
+def test_every_damage_is_one_plain_sentence_and_nothing_of_it_comes(
+    volume: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, (file, words, _) in BROKEN.items():
+        path = add_run(volume, name).path / file
+        key, _, value = words.partition(": ")
+        if file == "metrics.jsonl" or not value:
+            path.write_text(words)
+        elif file == "status.json":
+            path.write_text(json.dumps(json.loads(path.read_text()) | json.loads("{" + words + "}")))
+        else:
+            path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {key: None}))
+    for command in ("list", "sync"):
+        assert modal_app.main([command]) == 1
+        said = capsys.readouterr()
+        lines = said.err.splitlines()
+        assert [line.split()[2] for line in lines] == list(BROKEN)
+        for line, (name, (_, _, why)) in zip(lines, BROKEN.items(), strict=True):
+            told = line.removeprefix(f"modal_app.py: run {name} on the Volume denoising-zoo is broken: ")
+            assert told != line and why in told and told.endswith(f"; it stays there, see `modal_app.py download {name}`")
+            assert str(Path.cwd().parent) not in line and ".sync-" not in line
+        assert "\ny" in said.out
+    assert sorted(path.name for path in Path("outputs/runs").iterdir()) == ["x", "y"]
+
+
 def test_checkpoints_logs_and_stop(
     volume: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
