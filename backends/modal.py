@@ -326,16 +326,20 @@ def check_ended(volume: Any, name: str, place: str) -> None:
 
 
 def is_pending(call: str) -> bool:
-    """Whether the service still carries out a call, or will again."""
-    import modal
+    """Whether the service still carries out a call, or will again. Its exceptions where it does not answer that."""
+    from modal import FunctionCall
+    from modal import exception as of_modal
 
     try:
-        modal.FunctionCall.from_id(call).get(timeout=0)
+        FunctionCall.from_id(call).get(timeout=0)
     except TimeoutError:  # no outcome yet; modal's own exceptions of such names are others
         return True
-    except modal.exception.ConnectionError:
+    except (
+        of_modal.ConnectionError, of_modal.ClientClosed, of_modal.AuthError, of_modal.PermissionDeniedError,
+        of_modal.ServiceError, of_modal.InternalError, of_modal.ResourceExhaustedError,
+    ):  # fmt: skip
         raise
-    except Exception:  # whatever the call ended with
+    except (Exception, of_modal.InputCancellation):  # whatever the call ended with
         return False
     return False
 

@@ -449,7 +449,11 @@ def test_a_run_that_may_still_be_carried_out_is_not_doubled(
     assert job.read_bytes() == before
     folder.write_config("batch_size: 30\n", [])
     folder.write_status("running", 5, 0, 1.0)
-    for outcome in ({"status": 1}, ChildProcessError("killed"), modal.exception.OutputExpiredError(), OSError("no such")):
+    ended_with(modal.exception.ServiceError("busy"), monkeypatch)
+    with pytest.raises(UserError, match="Modal, the run x: busy"):
+        submitted("resume=true")
+    kinds = modal.exception
+    for outcome in ({"status": 1}, ChildProcessError("killed"), kinds.OutputExpiredError(), kinds.InputCancellation()):
         ended_with(outcome, monkeypatch)
         submitted("resume=true")
     job.write_text('{"app": "ap-1"}')  # cut short before the call was noted
