@@ -7,15 +7,22 @@ Here a run is checked, an App is put together from pyproject.toml and this check
 import importlib.util
 import io
 import json
+import math
 import os
 import platform
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from backends.base_backend import Backend
 from backends.on_volume import carry_out_on
@@ -23,7 +30,7 @@ from training.checks import check_devices
 from training.config import nearest, parse_overrides
 from training.errors import UserError
 from training.provenance import COMMIT_VARIABLE, git_commit
-from training.run_folder import timestamp
+from training.run_folder import as_object, timestamp
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = PurePosixPath("/root")  # there: where modal looks for the modules of functions
@@ -32,9 +39,11 @@ MOST = {
     "T4": 8, "L4": 8, "A10": 4, "L40S": 8, "A100": 8, "A100-40GB": 8, "A100-80GB": 8, "RTX-PRO-6000": 8, "H100": 8,
     "H100!": 8, "H200": 8, "B200": 8, "B200+": 8,
 }  # fmt: skip   # how many of a GPU one container can have: Modal's GPU guide, November 2026
+CHECKPOINTS = ("init_from", "eval_checkpoint")  # keys of files that a run starts from
 NOT_SENT = ["**/__pycache__", "**/.*"]
 LONGEST_HOURS = 24.0  # that the service lets one attempt take
 MOST_RETRIES = 10
+LOST_AFTER = timedelta(hours=2)  # without a sign of life, a run whose call is not known counts as ended
 
 
 def on_modal(overrides: list[str], call_settings: dict[str, Any]) -> dict[str, Any]:
@@ -71,19 +80,22 @@ class ModalBackend(Backend):
         cpu: float, memory_gb: float, extras: list[str],
     ) -> None:  # fmt: skip
         self.gpu, self.count = parse_gpu(gpu)
-        self.detach, self.volume, self.retries, self.extras = detach, volume, retries, list(extras)
-        self.timeout_hours, self.commit_minutes, self.cpu, self.memory_gb = timeout_hours, commit_minutes, cpu, memory_gb
         rules: list[tuple[str, bool, str]] = [
-            ("timeout_hours", 0 < timeout_hours <= LONGEST_HOURS, f"a number of hours up to {LONGEST_HOURS:g}"),
-            ("retries", 0 <= retries <= MOST_RETRIES, f"a whole number from 0 to {MOST_RETRIES}"),
-            ("commit_minutes", commit_minutes > 0, "a number above 0"),
-            ("cpu", cpu > 0, "a number of cores above 0"),
-            ("memory_gb", memory_gb > 0, "a number of GiB above 0"),
-            ("volume", re.fullmatch(r"[A-Za-z0-9_.\-]{1,63}", volume) is not None, "letters, digits and . _ - (at most 63)"),
+            ("detach", isinstance(detach, bool), "true or false"),
+            ("timeout_hours", positive(timeout_hours, LONGEST_HOURS), f"a number of hours up to {LONGEST_HOURS:g}"),
+            ("retries", isinstance(retries, int) and 0 <= retries <= MOST_RETRIES, f"a whole number up to {MOST_RETRIES}"),
+            ("commit_minutes", positive(commit_minutes), "a number of minutes above 0"),
+            ("cpu", positive(cpu), "a number of cores above 0, such as 0.5"),
+            ("memory_gb", positive(memory_gb), "a number of GiB above 0"),
+            ("volume", bool(re.fullmatch(r"[A-Za-z0-9_.\-]{1,63}", volume or "")), "letters, digits and . _ - (at most 63)"),
+            ("extras", isinstance(extras, list), "a list such as [gpu]"),
         ]
+        given = locals()
         for key, holds, words in rules:
             if not holds:
-                raise UserError(f"backend.{key} takes {words}, not {getattr(self, key)!r}")
+                raise UserError(f"backend.{key} takes {words}, not {'null' if given[key] is None else repr(given[key])}")
+        self.detach, self.volume, self.retries, self.extras = detach, volume, retries, extras
+        self.timeout_hours, self.commit_minutes, self.cpu, self.memory_gb = timeout_hours, commit_minutes, cpu, memory_gb
 
     def submit(self, overrides: list[str], config: dict[str, Any]) -> float | None:
         words, gpu = self.checked(overrides, config)
@@ -92,24 +104,25 @@ class ModalBackend(Backend):
 
         name = config["run_name"]
         with explained(f"the run {name}"):
-            check_name_on_volume(volume, self.volume, config)
+            check_volume(volume, self.volume, config)
+            if config["resume"]:
+                check_stored(volume, config, words, gpu)
             app, function = self.app(gpu)
             job: dict[str, Any] = {"overrides": words, "gpu": gpu, "submitted": timestamp()}
             call = outcome = None
             with modal.enable_output(), app.run(detach=self.detach, name=f"denoising-zoo {name}"):
                 note_job(volume, name, job | {"app": app.app_id})
-                if self.detach:
-                    call = function.spawn(words, self.call_settings()).object_id
-                else:
-                    outcome = function.remote(words, self.call_settings())
+                call = function.spawn(words, self.call_settings())
+                note_job(volume, name, job | {"app": app.app_id, "call": call.object_id})
+                outcome = None if self.detach else call.get()
         if outcome is not None:
             return best_of(name, outcome)
-        if call is None:  # app.run ends at Ctrl-C without a word
+        if call is None or not self.detach:  # app.run ends at Ctrl-C without a word
             raise UserError(
                 f"stopped; what the run {name} on Modal had saved is on the Volume, and resume=true goes on from it"
             )
         print(
-            f"{name} runs on Modal ({call}), whatever this machine does now\n"
+            f"{name} runs on Modal ({call.object_id}), whatever this machine does now\n"
             f"  watch     python scripts/modal_app.py logs {name}\n"
             f"  bring     python scripts/modal_app.py sync\n"
             f"  end       python scripts/modal_app.py stop {name}"
@@ -133,24 +146,27 @@ class ModalBackend(Backend):
         }
 
     def checked(self, overrides: list[str], config: dict[str, Any]) -> tuple[list[str], str | None]:
-        """What the launcher is given there, and the GPUs as Modal writes them. UserError for what would be lost or idle."""
-        place = PurePosixPath(config["output_dir"])
-        if place.is_absolute() or ".." in place.parts or str(place).startswith("~"):
-            raise UserError(f"output_dir={place} would not be on the Volume; give a folder relative to it, such as outputs")
+        """What the launcher is given there, and the GPUs as Modal writes them. UserError for what would be lost or idle.
+
+        The number of devices is always said, so that a resumed run uses what is rented now.
+        """
+        check_on_volume("output_dir", str(config["output_dir"]), "give a folder relative to it, such as outputs")
+        for key in CHECKPOINTS:
+            if config[key] is not None:
+                check_on_volume(key, str(config[key]), "give the path it has there, such as outputs/ckpts/mlp/last.pt")
         packages(self.extras)
-        parsed = zip(overrides, parse_overrides(overrides), strict=True)
-        words = [word for word, override in parsed if override.key_or_group.split(".")[0] != "backend"]
-        typed = [word for word in words if word.startswith("devices=")]
-        devices = config["devices"]
-        if self.gpu is None:
-            return words, None
-        if typed and self.count not in (1, devices):
-            raise UserError(f"devices={devices} does not use {self.gpu}:{self.count}; leave devices out, or rent :{devices}")
-        count = devices if typed else self.count
-        check_count(self.gpu, count)
-        check_devices(config | {"devices": count})
-        more = [] if typed or count == 1 else [f"devices={count}"]
-        return [*words, *more], self.gpu if count == 1 else f"{self.gpu}:{count}"
+        check_device(self.gpu, config["device"])
+        keys = [override.key_or_group.split(".")[0] for override in parse_overrides(overrides)]
+        words = [word for word, key in zip(overrides, keys, strict=True) if key not in ("backend", "devices")]
+        typed, count = "devices" in keys, config["devices"]
+        if self.gpu is not None:
+            if typed and self.count not in (1, count):
+                raise UserError(f"devices={count} does not use {self.gpu}:{self.count}; leave devices out, or rent :{count}")
+            count = count if typed else self.count
+            check_count(self.gpu, count)
+        if not config["resume"] or "batch_size" in keys:
+            check_devices(config | {"devices": count})
+        return [*words, f"devices={count}"], self.gpu if self.gpu is None or count == 1 else f"{self.gpu}:{count}"
 
     def call_settings(self) -> dict[str, Any]:
         return {"volume": self.volume, "commit_minutes": self.commit_minutes, "git_commit": git_commit()}
@@ -178,9 +194,29 @@ class ModalBackend(Backend):
         return app, app.function(image=image(self.extras), **self.function_settings(gpu))(on_modal)
 
 
+def positive(value: Any, most: float = math.inf) -> bool:
+    """Whether it is a finite number above 0, and not above `most`."""
+    return isinstance(value, int | float) and 0 < value <= most and math.isfinite(value)
+
+
+def check_on_volume(key: str, place: str, remedy: str) -> None:
+    """UserError for a path that is not relative to the Volume, or leaves it."""
+    path = PurePosixPath(place)
+    if path.is_absolute() or ".." in path.parts or place.startswith("~"):
+        raise UserError(f"{key}={place} is no path inside the Volume; {remedy}")
+
+
+def check_device(gpu: str | None, device: str) -> None:
+    """UserError for a GPU that would be paid for and idle, and for a GPU that is not there."""
+    if gpu is not None and device in ("cpu", "mps"):
+        raise UserError(f"device={device} would leave the rented {gpu} idle; say device=auto, or rent none by --gpu null")
+    if gpu is None and device not in ("auto", "cpu"):
+        raise UserError(f"device={device} is not in a container without a GPU; say device=auto, or rent one by --gpu L4")
+
+
 def parse_gpu(text: str | None) -> tuple[str | None, int]:
-    """Name and count of "H100:4". UserError for a GPU that Modal does not have, or not so many of."""
-    if text is None:
+    """Name and count of "H100:4"; None for null. UserError for a GPU that Modal does not have, or not so many of."""
+    if text is None or text.lower() == "null":
         return None, 1
     name, _, number = text.upper().partition(":")
     if name not in MOST:
@@ -222,6 +258,7 @@ def open_volume(name: str) -> Any:
     require_access()
     import modal
 
+    print("connecting to Modal ...", file=sys.stderr, flush=True)  # which takes a minute where there is no network
     return modal.Volume.from_name(name, create_if_missing=True)
 
 
@@ -242,10 +279,11 @@ def note_job(volume: Any, name: str, job: dict[str, Any]) -> None:
         batch.put_file(io.BytesIO(json.dumps(job, indent=2).encode()), f"/jobs/{name}.json")
 
 
-def check_name_on_volume(volume: Any, volume_name: str, config: dict[str, Any]) -> None:
-    """UserError where the run there makes this one impossible, before a GPU is paid for to find out."""
-    name, place = config["run_name"], f"{config['output_dir']}/runs/{config['run_name']}/config.yaml"
-    there = on_volume(volume, place)
+def check_volume(volume: Any, volume_name: str, config: dict[str, Any]) -> None:
+    """UserError where what is on the Volume makes the run impossible, before a GPU is paid for to find out."""
+    name, place = config["run_name"], run_place(config)
+    there = on_volume(volume, f"{place}/config.yaml")
+    check_ended(volume, name, place)
     if config["resume"] and not there:
         raise UserError(f"there is no run {name} on the Volume {volume_name} to resume; leave resume=true out to start it")
     if there and not (config["resume"] or config["overwrite"] or config["eval_checkpoint"]):
@@ -253,6 +291,90 @@ def check_name_on_volume(volume: Any, volume_name: str, config: dict[str, Any]) 
             f"run_name={name} exists already on the Volume {volume_name}; go on with it by resume=true, replace it (the old "
             "run is moved aside) by overwrite=true, or choose another name"
         )
+    for key in () if config["resume"] else CHECKPOINTS:
+        if config[key] is not None and not on_volume(volume, str(PurePosixPath(config[key]))):
+            raise UserError(
+                f"{key}={config[key]} is not on the Volume {volume_name}; `python scripts/modal_app.py ckpts` lists what "
+                f"is, and `modal volume put {volume_name} FILE PATH` brings more"
+            )
+
+
+def run_place(config: dict[str, Any]) -> str:
+    """The run's folder on the Volume."""
+    return str(PurePosixPath(config["output_dir"]) / "runs" / config["run_name"])
+
+
+def check_ended(volume: Any, name: str, place: str) -> None:
+    """UserError where the run may still be carried out: two containers would train one run.
+
+    The service knows of the call that the job notes. Where none is noted (the command was cut short, or another version
+    sent it), the run counts as ended when nothing was heard of it for LOST_AFTER.
+    """
+    job, status = read_object(volume, f"jobs/{name}.json"), read_object(volume, f"{place}/status.json")
+    if "stopped" in job:
+        return
+    if "call" in job:
+        alive = is_pending(job["call"])
+    else:
+        signs = [job.get("submitted", ""), status.get("updated", "") if status.get("state") == "running" else ""]
+        alive = any(is_recent(sign) for sign in signs)
+    if alive:
+        raise UserError(
+            f"the run {name} may still be running on Modal; wait for it, or say `python scripts/modal_app.py stop {name}`, "
+            "which ends it, or notes that it has ended, and go on with it by resume=true"
+        )
+
+
+def is_pending(call: str) -> bool:
+    """Whether the service still carries out a call, or will again. Its exceptions where it does not answer that."""
+    from modal import FunctionCall
+    from modal import exception as of_modal
+
+    try:
+        FunctionCall.from_id(call).get(timeout=0)
+    except TimeoutError:  # no outcome yet; modal's own exceptions of such names are others
+        return True
+    except (
+        of_modal.ConnectionError, of_modal.ClientClosed, of_modal.AuthError, of_modal.PermissionDeniedError,
+        of_modal.ServiceError, of_modal.InternalError, of_modal.ResourceExhaustedError,
+    ):  # fmt: skip
+        raise
+    except (Exception, of_modal.InputCancellation):  # whatever the call ended with
+        return False
+    return False
+
+
+def is_recent(moment: str) -> bool:
+    """Whether a time stamp is younger than LOST_AFTER; what is none is not."""
+    try:
+        return datetime.now().astimezone() - datetime.fromisoformat(moment).astimezone() < LOST_AFTER
+    except ValueError:
+        return False
+
+
+def read_object(volume: Any, path: str) -> dict[str, Any]:
+    """The JSON object in a file of the Volume; empty where there is none."""
+    text = b"".join(volume.read_file(path)).decode(errors="replace") if on_volume(volume, path) else ""
+    return as_object(text) or {}
+
+
+def check_stored(volume: Any, config: dict[str, Any], words: list[str], gpu: str | None) -> None:
+    """UserError where the stored settings of a run to resume do not fit what is rented now."""
+    path = f"{run_place(config)}/config.yaml"
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(io.BytesIO(b"".join(volume.read_file(path)))))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError):
+        loaded = None
+    if not isinstance(loaded, dict):
+        raise UserError(
+            f"the config.yaml of the run {config['run_name']} on the Volume is damaged; start it anew by overwrite=true"
+        )
+    parsed = parse_overrides(words)
+    typed = {override.key_or_group for override in parsed}
+    stored = {key: loaded[key] for key in ("device", "batch_size") if key in loaded and key not in typed}
+    now = config | stored | {"devices": parsed[-1].value()}
+    check_device(gpu, now["device"])
+    check_devices(now)
 
 
 def on_volume(volume: Any, path: str) -> bool:

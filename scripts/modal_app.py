@@ -26,20 +26,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from omegaconf import OmegaConf
-from yaml import YAMLError
-
-from backends.modal import explained, open_volume
+from backends.modal import explained, note_job, open_volume
 from scripts.runs import list_row, table
-from scripts.trackio_rebuild import rebuild
+from scripts.trackio_rebuild import is_whole, project_of, rebuild
 from training.checks import check_run_name
 from training.errors import UserError
 from training.experiment_log import PARTS, ExperimentLog, Section
 from training.files import replacing, write_atomically
-from training.run_folder import RunFolder
-from training.trackio_tracker import run_names
+from training.run_folder import STATES, STATUS_KINDS, RunFolder, as_object, as_row, timestamp
 
+MODAL_APP = (sys.executable, "-m", "modal", "app")
 FIRST = ("config.yaml", "status.json")  # what tells one run from another
+STATUS_KEYS = {"state", "step", "started", "updated"}
+SECTIONS = {"trackio": ("_target_", "enabled", "project"), "log": ("expect", "file")}  # of config.yaml, and what they hold
 CONFIG_KEYS = ("run_name", "output_dir", "choices", "overrides", "command", "model", "trackio", "log")
 
 
@@ -157,22 +156,69 @@ def read_run(remote: Remote, name: str, paths: list[PurePosixPath], to: RunFolde
     for file in (*FIRST, "metrics.jsonl"):
         if file in there:
             remote.fetch(there[file], to.path / file)
-    try:
-        loaded, status = OmegaConf.to_container(OmegaConf.load(to.config_path)), to.read_status()
-        config = {str(key): value for key, value in loaded.items()} if isinstance(loaded, dict) else {}
-        rows = [json.loads(line) for line in to.metric_lines()]
-        whole = all("step" in row for row in rows) and {"state", "step", "started", "updated"} <= set(status)
-        datetime.fromisoformat(status.get("updated", "0001-01-01"))
-    except (ValueError, TypeError, AttributeError, YAMLError) as error:
-        raise UserError(
-            f"{where} is broken: {' '.join(str(error).split())}; it stays there, see `download {name}`"
-        ) from error
+    broken = damage(to)
+    if broken:
+        raise UserError(f"{where} is broken: {broken}; it stays there, see `modal_app.py download {name}`")
+    config, status = to.read_config(), to.read_status()
     lacking = [key for key in CONFIG_KEYS if key not in config]
-    if lacking or not whole:
-        what = f"its config.yaml lacks {', '.join(lacking)}" if lacking else "its status.json or metrics.jsonl lacks keys"
+    if lacking or STATUS_KEYS - set(status):
+        what = f"its config.yaml lacks {', '.join(lacking)}" if lacking else "its status.json lacks keys"
         raise UserError(f"{where} was written by another version of the project ({what}); use that version for it")
+    odd = oddity(config, status)
+    if odd:
+        raise UserError(f"{where} is broken: {odd}; it stays there, see `modal_app.py download {name}`")
     write_atomically(to.metrics_path, "".join(f"{line}\n" for line in to.metric_lines()))  # a torn last line stays there
     return config
+
+
+def damage(folder: RunFolder) -> str | None:
+    """What cannot be read of a run's small files, in words."""
+    status = as_object(folder.status_path.read_bytes().decode(errors="replace"))
+    if status is None:
+        return "its status.json is damaged"
+    wrong = next((key for key, kind in STATUS_KINDS.items() if key in status and not isinstance(status[key], kind)), None)
+    if wrong:
+        return f"its status.json has no usable {wrong}"
+    try:
+        folder.read_config()
+    except UserError:
+        return "its config.yaml cannot be read"
+    for number, line in enumerate(folder.metric_lines(), start=1):
+        row = as_row(line)
+        if row is None:
+            return f"line {number} of its metrics.jsonl is damaged"
+        wrong = next((key for key, value in row.items() if key != "provenance" and not is_number(value)), None)
+        if wrong:
+            return f"{wrong} in line {number} of its metrics.jsonl is no number"
+    return None
+
+
+def oddity(config: dict[str, Any], status: dict[str, Any]) -> str | None:
+    """What a run's configuration or status has of another kind than a run writes, in words."""
+    for key, inner in SECTIONS.items():
+        lacking = [name for name in inner if not isinstance(config[key], dict) or name not in config[key]]
+        if lacking:
+            return f"{key} in its config.yaml lacks {', '.join(lacking)}"
+    if not isinstance(config["overrides"], list):
+        return "overrides in its config.yaml is no list"
+    if status["state"] not in STATES:
+        return f"its status.json has the state {status['state']}"
+    if not all(is_number(value) for value in status.get("scores", {}).values()):
+        return "a score in its status.json is no number"
+    return None if moment(status["updated"]) else "its status.json does not say when it was updated"
+
+
+def is_number(value: Any) -> bool:
+    """A number, or null for what was none."""
+    return value is None or isinstance(value, int | float)
+
+
+def moment(text: str) -> datetime | None:
+    """The time of a time stamp; None for what is none."""
+    try:
+        return datetime.fromisoformat(text).astimezone()
+    except (ValueError, OverflowError):
+        return None
 
 
 def list_runs(options: argparse.Namespace) -> list[str]:
@@ -274,13 +320,16 @@ def is_newer(fetched: RunFolder, here: RunFolder) -> bool:
     if not ours and here.config_path.read_bytes() == fetched.config_path.read_bytes():
         return True  # the sync before was cut short
     if ours.get("started") != theirs["started"]:
-        config = OmegaConf.to_container(OmegaConf.load(here.config_path))
-        command = config.get("command", "another command") if isinstance(config, dict) else "another command"
+        command = here.read_config().get("command", "another command")
         raise UserError(
             f"run {name} here is another one, by `{command}`, and was left alone with all its files; "
             f"`modal_app.py download {name}` copies that of the Volume elsewhere"
         )
-    then, now = datetime.fromisoformat(ours["updated"]), datetime.fromisoformat(theirs["updated"])
+    then, now = moment(ours["updated"]), moment(theirs["updated"])
+    if then is None or now is None:
+        raise UserError(
+            f"{here.status_path} does not say when the run {name} was updated, and it was left alone; mend or move it"
+        )
     if then > now:
         raise UserError(
             f"run {name} is newer here (step {ours['step']}, on the Volume {theirs['step']}) and was left alone; "
@@ -293,13 +342,13 @@ def track(folder: RunFolder, config: dict[str, Any], news: bool) -> str:
     """Give the tracker and EXPERIMENT_LOG.md here what the run gave those there, if that is new; says so in words."""
     log, settings = config["log"], config["trackio"]
     if news and log.get("expect") and folder.log_path.is_file():
-        came = Section(folder.log_path.read_text(encoding="utf-8"), folder.name)
+        came = Section(folder.log_path.read_text(encoding="utf-8", errors="replace"), folder.name)
         with ExperimentLog(Path(log["file"])).section(folder.name) as section:
             for part in PARTS:
                 section.replace(part, came.read(part))
     if not settings["enabled"] or not settings["_target_"].endswith("TrackioTracker"):
         return "brought" if news else "nothing new"
-    if not news and folder.name in run_names(settings["project"]):
+    if not news and is_whole(folder, project_of(config)):
         return "nothing new"
     project, rows = rebuild(folder, None)
     return f"{rows} rows in the tracker's project {project}"
@@ -330,18 +379,28 @@ def download(options: argparse.Namespace) -> list[str]:
 
 
 def show_logs(options: argparse.Namespace) -> list[str]:
-    return modal_command(options, "logs", *(["--follow"] if options.follow else []))
+    app = Remote(options.volume, options.output_dir).job(options.run)["app"]
+    words = ["logs", app, *(["--follow"] if options.follow else [])]
+    return complaint_of(words, subprocess.run([*MODAL_APP, *words], check=False).returncode)
 
 
 def stop(options: argparse.Namespace) -> list[str]:
-    return modal_command(options, "stop", "--yes")
+    """End a run, and note on the Volume that it has ended: its name is free for resume=true then."""
+    remote = Remote(options.volume, options.output_dir)
+    job = remote.job(options.run)
+    words = ["stop", job["app"], "--yes"]
+    done = subprocess.run([*MODAL_APP, *words], check=False, stderr=subprocess.PIPE, text=True)
+    print(done.stderr, end="", file=sys.stderr)
+    if done.returncode and "already stopped" not in " ".join(done.stderr.split()):
+        return complaint_of(words, done.returncode)
+    with explained(f"the run {options.run}"):
+        note_job(remote.volume, options.run, job | {"stopped": timestamp()})
+    return []
 
 
-def modal_command(options: argparse.Namespace, command: str, *flags: str) -> list[str]:
-    """`modal app <command>` for the App of a run; modal says itself what is wrong."""
-    app = Remote(options.volume, options.output_dir).job(options.run)["app"]
-    status = subprocess.run([sys.executable, "-m", "modal", "app", command, app, *flags], check=False).returncode
-    return [f"modal app {command} {app} ended with status {status}"] if status else []
+def complaint_of(words: list[str], status: int) -> list[str]:
+    """modal says itself what is wrong."""
+    return [f"modal app {' '.join(words)} ended with status {status}"] if status else []
 
 
 if __name__ == "__main__":

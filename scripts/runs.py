@@ -135,13 +135,15 @@ def state(status: dict[str, Any]) -> str:
     """The state as stored, or `lost` where a run of this machine says running and its process is gone."""
     stored = str(status.get("state", "-"))
     here = status.get("host") == platform.node()
-    return "lost" if stored == "running" and here and not process_lives(status["pid"]) else stored
+    return "lost" if stored == "running" and here and not process_lives(status.get("pid", 0)) else stored
 
 
 def process_lives(pid: int) -> bool:
+    if pid <= 0:  # which would ask about groups of processes
+        return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # it lives, and is another user's
         return True
@@ -159,7 +161,7 @@ def best_scores(folder: RunFolder) -> dict[str, float]:
     best: dict[str, float] = {}
     for scores in (folder.read_status().get("scores", {}), *evaluations(folder)):
         for name, value in scores.items():
-            if name.startswith("eval/") and value is not None:
+            if name.startswith("eval/") and isinstance(value, int | float):
                 pick = max if any(word in name for word in HIGHER_IS_BETTER) else min
                 best[name] = pick(best.get(name, value), value)
     return best
@@ -176,7 +178,7 @@ def last_metrics(folder: RunFolder) -> dict[str, float | None]:
     for row in folder.read_metrics():
         last |= row
     last |= folder.read_status().get("scores", {})
-    return {name: value for name, value in last.items() if name not in NO_METRICS}
+    return {name: v for name, v in last.items() if name not in NO_METRICS and (v is None or isinstance(v, int | float))}
 
 
 def overrides(folder: RunFolder) -> str:

@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from training.config import parse_overrides
 from training.errors import UserError
 from training.launch import prepare
 from training.run_folder import RunFolder
+from training.sweep import JobFailedError, Sweep
+from training.trackio_tracker import TrackioTracker
 
 modal = pytest.importorskip("modal")
 ROOT = Path(__file__).resolve().parents[1]
@@ -235,10 +238,11 @@ def test_overrides_arrive_unchanged(texts: list[str]) -> None:
 
     words = ["run_name=x", "backend=modal", *(f"log.source='{text}'" for text in texts), "betas=[1, {a: 'b c'}]"]
     assume(all(readable(word) for word in words))
+    plain = {"output_dir": "outputs", "devices": 1, "batch_size": 8, "device": "auto", "resume": False}
     sent = build({"_target_": "backends.modal.ModalBackend", **MODAL}).checked(
-        words, {"output_dir": "outputs", "devices": 1, "batch_size": 8, "device": "auto"}
+        words, plain | {"init_from": None, "eval_checkpoint": None}
     )[0]
-    assert sent == [word for word in words if word != "backend=modal"]
+    assert sent == [*(word for word in words if word != "backend=modal"), "devices=1"]
     assert deserialize(serialize(sent), None) == sent
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(on_volume.subprocess, "Popen", lambda command, **_: command)
@@ -281,8 +285,14 @@ def test_whoever_interrupts_the_wait_lets_the_run_save(tmp_path: Path) -> None:
     "words, sentence",
     [(["--gpu", "H1000"], "Modal has no GPU H1000 (did you mean H100?)"), (["--gpu=A10:5"], "has 1 to 4 of A10, not 5"),
      (["--gpu=H100:x"], "write H100:2 for two"), (["backend.timeout_hours=25"], "takes a number of hours up to 24, not 25"),
-     (["backend.extras=[gpo]"], "has no extra gpo"), (["output_dir=/tmp/y"], "would not be on the Volume"),
-     (["output_dir=../y"], "would not be on the Volume"), (["epochs=0"], "epochs takes"), (["modle=cnn"], "mean model"),
+     (["backend.extras=[gpo]"], "has no extra gpo"), (["output_dir=/tmp/y"], "is no path inside the Volume"),
+     (["output_dir=../y"], "is no path inside the Volume"), (["device=cpu"], "device=cpu would leave the rented L4 idle"),
+     (["--gpu", "H100:2", "device=mps", "batch_size=8"], "idle; say device=auto, or rent none by --gpu null"),
+     (["--gpu", "null", "device=cuda"], "a container without a GPU"), (["--gpu", "null"], "no token of Modal"),
+     (["++devices=4", "--gpu", "H100:2"], "devices=4 does not use H100:2"), (["init_from=/w.pt"], "init_from=/w.pt is no"),
+     (["eval_checkpoint=../w.pt"], "is no path inside the Volume"), (["backend.cpu=null"], "takes a number of cores"),
+     (["backend.volume=null"], "at most 63), not null"), (["backend.memory_gb=inf"], "a number of GiB above 0, not inf"),
+     (["epochs=0"], "epochs takes"), (["modle=cnn"], "mean model"),
      ([], "no token of Modal; `modal token new`"), (["resume=true", "--no-detach"], "`modal token new`")],
 )  # fmt: skip
 def test_what_is_wrong_is_one_sentence_before_anything_is_sent(
@@ -328,7 +338,10 @@ def test_app_image_and_volume_build_and_the_dry_run_tells_of_them(monkeypatch: p
     assert given["gpu"] == "H100!:4" and given["timeout"] == 86400 and given["memory"] == 16384 and given["cpu"] == 4
     assert given["retries"].max_retries == 10 and list(given["volumes"]) == ["/volume"]
     assert isinstance(given["volumes"]["/volume"], modal.Volume)
-    assert service.checked(["run_name=x", "devices=4"], config | {"devices": 4}) == (["run_name=x", "devices=4"], "H100!:4")
+    assert service.checked(["run_name=x", "++devices=4"], config | {"devices": 4}) == (
+        ["run_name=x", "devices=4"],
+        "H100!:4",
+    )
     with pytest.raises(UserError, match="leave devices out, or rent :2"):
         service.checked(["run_name=x", "devices=2"], config | {"devices": 2})
     with pytest.raises(UserError, match="batch_size=30 rows cannot be shared evenly by devices=4"):
@@ -346,7 +359,7 @@ def test_the_stand_in_has_the_methods_of_a_volume() -> None:
 
 
 class FakeApp:
-    """An App whose one function says what it is told to."""
+    """An App whose one function, and the call of it, says what it is told to."""
 
     app_id, object_id = "ap-1", "fc-1"
 
@@ -363,11 +376,20 @@ class FakeApp:
         self.calls.append(arguments)
         return self
 
-    def remote(self, *arguments: Any) -> Any:
-        self.calls.append(arguments)
+    def get(self, timeout: float | None = None) -> Any:
         if isinstance(self.outcome, BaseException):
             raise self.outcome
         return self.outcome
+
+
+def ended_with(outcome: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the service says of the call fc-1 when it is asked later."""
+
+    def asked(call: str) -> FakeApp:
+        assert call == "fc-1"
+        return FakeApp(outcome)
+
+    monkeypatch.setattr(modal.FunctionCall, "from_id", asked)
 
 
 @pytest.fixture
@@ -383,22 +405,28 @@ def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 
 def test_submitting_notes_the_job_and_knows_the_names_on_the_volume(
-    submitted: Callable[..., FakeApp], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    submitted: Callable[..., FakeApp],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    ended_with({"status": 0}, monkeypatch)
     app = submitted("seed=3")
     assert (
         app.calls[0] is True
-        and app.calls[1][0] == ["run_name=x", "seed=3"]
+        and app.calls[1][0] == ["run_name=x", "seed=3", "devices=1"]
         and "modal_app.py logs x" in capsys.readouterr().out
     )
     assert json.loads((tmp_path / "jobs/x.json").read_text())["app"] == "ap-1"
     with pytest.raises(UserError, match="no run x on the Volume denoising-zoo to resume"):
         submitted("resume=true")
+    with pytest.raises(UserError, match="is not on the Volume denoising-zoo"):
+        submitted("init_from=w.pt")
     RunFolder(tmp_path / "outputs/runs/x").write_config("a: 1\n", [])
     with pytest.raises(UserError, match="exists already on the Volume"):
         submitted()
     waited = submitted("resume=true", "backend.detach=false", outcome={"status": 0, "why": "", "best": 0.5})
-    assert waited.best == 0.5 and waited.calls == [False, (["run_name=x", "resume=true"], waited.calls[1][1])]  # type: ignore[attr-defined]
+    assert waited.best == 0.5 and waited.calls == [False, (["run_name=x", "resume=true", "devices=1"], waited.calls[1][1])]  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="ended with status 1 \\(no memory\\)"):
         submitted("overwrite=true", "backend.detach=false", outcome={"status": 1, "why": "no memory", "best": None})
     with pytest.raises(UserError, match="stopped; what the run x on Modal had saved"):
@@ -406,6 +434,88 @@ def test_submitting_notes_the_job_and_knows_the_names_on_the_volume(
     for error in (modal.exception.ConnectionError("no\n network"), ChildProcessError("killed")):
         with pytest.raises(UserError, match="Modal, the run x: "):
             submitted("overwrite=true", "backend.detach=false", outcome=error)
+
+
+def test_a_run_that_may_still_be_carried_out_is_not_doubled(
+    submitted: Callable[..., FakeApp], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, job = RunFolder(tmp_path / "outputs/runs/x"), tmp_path / "jobs/x.json"
+    submitted()
+    ended_with(TimeoutError(), monkeypatch)
+    before = job.read_bytes()
+    for words in ((), ("resume=true",), ("overwrite=true",), ("backend.detach=false",)):
+        with pytest.raises(UserError, match=r"may still be running on Modal; .* `python scripts/modal_app\.py stop x`"):
+            submitted(*words)
+    assert job.read_bytes() == before
+    folder.write_config("batch_size: 30\n", [])
+    folder.write_status("running", 5, 0, 1.0)
+    ended_with(modal.exception.ServiceError("busy"), monkeypatch)
+    with pytest.raises(UserError, match="Modal, the run x: busy"):
+        submitted("resume=true")
+    kinds = modal.exception
+    for outcome in ({"status": 1}, ChildProcessError("killed"), kinds.OutputExpiredError(), kinds.InputCancellation()):
+        ended_with(outcome, monkeypatch)
+        submitted("resume=true")
+    job.write_text('{"app": "ap-1"}')  # cut short before the call was noted
+    with pytest.raises(UserError, match="may still be running"):
+        submitted("resume=true")
+    monkeypatch.setattr(modal_app, "open_volume", lambda _: FolderVolume(tmp_path))
+    stopped = subprocess.CompletedProcess("modal", 1, stderr="App is already\n stopped. (Finished at noon).\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: stopped)
+    assert modal_app.main(["stop", "x"]) == 0
+    with pytest.raises(UserError, match="batch_size=30 rows cannot be shared evenly by devices=4"):
+        submitted("resume=true", "backend.gpu=H100:4")
+    folder.write_config("device: cpu\n", [])
+    with pytest.raises(UserError, match="device=cpu would leave the rented L4 idle"):
+        submitted("resume=true")
+    submitted("resume=true", "device=auto")
+    job.unlink()
+    folder.write_status("running", 5, 0, 1.0)
+    with pytest.raises(UserError, match="may still be running"):
+        submitted("overwrite=true", "backend.detach=false", outcome={"status": 0, "why": "", "best": None})
+    monkeypatch.setattr(backend, "LOST_AFTER", timedelta(0))
+    submitted("overwrite=true")
+
+
+def test_numbers_of_the_backend_need_not_be_whole() -> None:
+    words = [f"backend.{key}=0.5" for key in ("timeout_hours", "commit_minutes", "cpu", "memory_gb")]
+    given = build(prepare(["run_name=x", "backend=modal", *words])["backend"]).function_settings(None)
+    assert (given["timeout"], given["cpu"], given["memory"]) == (1800, 0.5, 512)
+
+
+def test_a_sweep_run_again_skips_what_came_home_and_leaves_what_is_on_the_volume(
+    submitted: Callable[..., FakeApp], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sweep() -> list[Any]:
+        told = []
+        jobs = Sweep(words)
+        for job in jobs.prepared:
+            app.calls.clear()
+            with contextlib.suppress(JobFailedError):
+                jobs.run(job)
+            told.append(app.calls[1][0][-1] if app.calls else None)
+        return told
+
+    ended_with({"status": 0}, monkeypatch)
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    app, words = submitted(), ["run_name=s", "backend=modal", "backend.gpu='H100:2'", "seed=0,1"]
+    assert sweep() == ["devices=2", "devices=2"]
+    stored = "overrides: [seed=0, \"run_name='s_seed=0'\", devices=2]\n"
+    for place in (tmp_path, Path.cwd()):
+        if place == Path.cwd():  # after sync
+            capsys.readouterr()
+            assert sweep() == [None, "devices=2"]
+            assert capsys.readouterr().err.count("run_name=s_seed=0 exists already on the Volume") == 1
+        folder = RunFolder(place / "outputs/runs/s_seed=0")
+        folder.write_config(stored, [])
+        folder.write_status("finished", 5, 1, 1.0)
+    assert sweep() == [None, "devices=2"]
+    said = capsys.readouterr()
+    assert not said.err and "seed=0: has finished, skipped" in said.out
+    folder.write_config(stored.replace("seed=0,", "seed=0, epochs=2,"), [])
+    with pytest.raises(UserError, match="from another command"):
+        sweep()
 
 
 def test_the_function_that_runs_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -502,6 +612,32 @@ def test_a_sync_cut_short_is_done_again(volume: Path, monkeypatch: pytest.Monkey
     assert RunFolder(Path("outputs/runs/x")).read_status()["step"] == 48
 
 
+def test_a_tracker_cut_short_loses_no_row_and_the_next_sync_completes_it(
+    volume: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rows of scores carry their provenance, which is no number."""
+    place = volume / "outputs/runs/y/metrics.jsonl"
+    rows = [row | {"provenance": {"eval/loss": "weights 1a2b"}} for row in rows_of(place.parent)]
+    place.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    steps = [row["step"] for row in rows]
+    assert modal_app.main(["sync", "y"]) == 0 and tracked_steps("y") == steps
+    with contextlib.closing(sqlite3.connect(Path(os.environ["TRACKIO_DIR"]) / f"{PROJECT}.db")) as database, database:
+        database.execute("DELETE FROM metrics WHERE run_name = 'y' AND step = ?", steps[-1:])
+    left = set(tracked_steps("y"))
+
+    def fails(tracker: TrackioTracker, metrics: dict[str, float], step: int) -> None:
+        raise OSError("the disk is full")  # at the first row: those before it would be written late, by trackio's thread
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrackioTracker, "log", fails)
+        assert modal_app.main(["sync", "y"]) == 1
+    assert "the disk is full; nothing is lost, try again" in capsys.readouterr().err
+    assert len(left) > 4 and left <= set(tracked_steps("y"))
+    for told in (f"{len(steps)} rows in the tracker's project {PROJECT}", "nothing new"):
+        assert modal_app.main(["sync", "y"]) == 0
+        assert capsys.readouterr().out == f"y: step 48, {told}\n" and tracked_steps("y") == steps
+
+
 def test_broken_runs_get_a_sentence_each_and_the_others_come(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torn, headless, old, damaged, halved = (
         add_run(volume, name) for name in ("torn", "headless", "old", "damaged", "halved")
@@ -525,6 +661,49 @@ def test_broken_runs_get_a_sentence_each_and_the_others_come(volume: Path, capsy
     assert rows_of(Path("outputs/runs/torn")) == rows_of(volume / "outputs/runs/x")[:-1]
 
 
+BROKEN: dict[str, tuple[str, str, str]] = {
+    "b1": ("metrics.jsonl", '{"step": 1, "train/loss": "abc"}\n', "train/loss in line 1 of its metrics.jsonl is no number"),
+    "b2": ("metrics.jsonl", '{"step": 1, "eval/loss": {"a": 1}}\n', "eval/loss in line 1"),
+    "b3": ("metrics.jsonl", '{"step": "x"}\n', "line 1 of its metrics.jsonl is damaged"),
+    "b4": ("config.yaml", "trackio: null", "trackio in its config.yaml lacks"),
+    "b5": ("config.yaml", "log: null", "log in its config.yaml lacks"),
+    "b6": ("config.yaml", "[cut", "its config.yaml cannot be read"),
+    "b7": ("status.json", '"seconds": "x"', "its status.json has no usable seconds"),
+    "b8": ("status.json", '"step": "x"', "no usable step"),
+    "b9": ("status.json", '"step": null', "no usable step"),
+    "c1": ("status.json", '"updated": "x"', "does not say when it was updated"),
+    "c2": ("status.json", '"state": "odd"', "its status.json has the state odd"),
+    "c3": ("status.json", '"scores": {"eval/loss": "x"}', "a score in its status.json is no number"),
+    "c4": ("status.json", "[]", "its status.json is damaged"),
+    "c5": ("config.yaml", "overrides: null", "overrides in its config.yaml is no list"),
+}
+
+
+def test_every_damage_is_one_plain_sentence_and_nothing_of_it_comes(
+    volume: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, (file, words, _) in BROKEN.items():
+        path = add_run(volume, name).path / file
+        key, _, value = words.partition(": ")
+        if file == "metrics.jsonl" or not value:
+            path.write_text(words)
+        elif file == "status.json":
+            path.write_text(json.dumps(json.loads(path.read_text()) | json.loads("{" + words + "}")))
+        else:
+            path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {key: None}))
+    for command in ("list", "sync"):
+        assert modal_app.main([command]) == 1
+        said = capsys.readouterr()
+        lines = said.err.splitlines()
+        assert [line.split()[2] for line in lines] == list(BROKEN)
+        for line, (name, (_, _, why)) in zip(lines, BROKEN.items(), strict=True):
+            told = line.removeprefix(f"modal_app.py: run {name} on the Volume denoising-zoo is broken: ")
+            assert told != line and why in told and told.endswith(f"; it stays there, see `modal_app.py download {name}`")
+            assert str(Path.cwd().parent) not in line and ".sync-" not in line
+        assert "\ny" in said.out
+    assert sorted(path.name for path in Path("outputs/runs").iterdir()) == ["x", "y"]
+
+
 def test_checkpoints_logs_and_stop(
     volume: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -542,9 +721,9 @@ def test_checkpoints_logs_and_stop(
     (volume / "jobs/y.json").write_text('{"app": "ap-1"}')
     commands: list[list[str]] = []
 
-    def called(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+    def called(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         commands.append(command[1:])
-        return subprocess.CompletedProcess(command, len(commands) // 3)
+        return subprocess.CompletedProcess(command, len(commands) // 3, stderr="")
 
     monkeypatch.setattr(subprocess, "run", called)
     assert [modal_app.main([*words, "y"]) for words in (["logs", "--follow"], ["stop"], ["stop"])] == [0, 0, 1]

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import platform
 import re
 import sqlite3
 import subprocess
@@ -71,6 +72,22 @@ def test_run_whose_process_is_gone_is_lost(
     monkeypatch.undo()
     _, lines, _ = run_main(capsys, "list", "--output-dir", output_dir)
     assert [cells(lines, name)[1] for name in ("alive", "killed", "away")] == ["running", "lost", "running"]
+
+
+def test_values_of_another_kind_are_left_out(output_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = RunFolder(output_dir / "runs" / "odd")
+    odd.path.mkdir()
+    odd.metrics_path.write_text('{"step": 1, "eval/loss": {"a": 1}, "eval/fid": "x", "eval/accuracy": 0.5}\n')
+    odd.status_path.write_text(f'{{"state": "running", "host": "{platform.node()}", "scores": {{"eval/loss": "x"}}}}')
+    worse = RunFolder(output_dir / "runs" / "worse")
+    for text in ('{"seconds": "x"}', '{"step": null}', '{"state": "running", "seconds": 60.0'):
+        worse.path.mkdir(exist_ok=True)
+        worse.status_path.write_text(text)
+        code, lines, _ = run_main(capsys, "list", "--output-dir", output_dir)
+        assert code == 0 and cells(lines, "worse")[1] == "-" and cells(lines, "moons_mlp")[1] == "finished"
+        assert cells(lines, "odd") == ["odd", "lost", "-", "-", "0.0", "accuracy", "0.5"]
+    assert run_main(capsys, "show", "odd", "--output-dir", output_dir)[0] == 0
+    assert run_main(capsys, "compare", "odd", "moons_mlp", "--output-dir", output_dir)[0] == 0
 
 
 def test_show_tells_overrides_metrics_and_files(output_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

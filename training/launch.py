@@ -202,8 +202,7 @@ def sweep_job(job: list[str], swept_keys: set[str]) -> list[str] | None:
     folder = RunFolder(Path(config["output_dir"]) / "runs" / name)
     if not folder.config_path.is_file():
         return overrides
-    typed = [text for text in folder.read_config().get("overrides", []) if not re.match(r"(resume|overwrite)=", text)]
-    if sorted(typed) != sorted(overrides):
+    if settings_of(folder.read_config().get("overrides", [])) != settings_of(overrides):
         raise UserError(
             f"run {name} exists in {folder.path.parent} from another command; give this sweep another run_name, "
             "or remove that run"
@@ -212,3 +211,10 @@ def sweep_job(job: list[str], swept_keys: set[str]) -> list[str] | None:
     if status.get("state") == "finished":
         return None
     return [*overrides, "resume=true" if status.get("step") else "overwrite=true"]
+
+
+def settings_of(overrides: list[str]) -> list[str]:
+    """The overrides that say what a run is, sorted: without where it is carried out, and whether it goes on."""
+    keys = [override.key_or_group.split(".")[0] for override in parse_overrides(overrides)]
+    elsewhere = ("resume", "overwrite", "backend", "devices")
+    return sorted(text for text, key in zip(overrides, keys, strict=True) if key not in elsewhere)
