@@ -204,7 +204,7 @@ def test_a_weaker_checkpoint_guides_and_the_truth_is_then_no_measure(small_run, 
     weak = folder / "ckpts/mlp/weak_last.pt"
     small_run("x", "guidance=autoguidance", f"guidance.checkpoint={weak}", "guidance.scale=2", *SCORED)
     assert not [name for name in scores(folder, "x") if name.startswith("oracle/")]
-    assert "guidance leads away from the data's own law" in capsys.readouterr().out
+    assert "guidance leads away from the data's own law" in " ".join(capsys.readouterr().out.split())
     model, guide = load(folder / "ckpts/mlp/x_last.pt"), load(weak)
     x, t = noise(7, 2), torch.tensor(0.4)
     torch.testing.assert_close(model.flow().velocity(x, t), 2 * model.velocity(x, t) - guide.velocity(x, t))

@@ -164,7 +164,7 @@ def test_a_sweep_names_each_job_and_skips_what_has_finished(tmp_path):
 @pytest.mark.parametrize("backend", sorted(path.stem for path in (ROOT / "configs/backend").glob("*.yaml")))
 def test_a_dry_run_says_what_would_run_where_and_writes_nothing(backend, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = [f"backend={backend}", "run_name=x", "seed=0,1", "-m", "--dry-run", "device=cpu", "dataloaders=moons"]
+    words = [f"backend={backend}", "run_name=x", "seed=0,1", "-m", "--dry-run", "dataloaders=moons"]
     assert launcher.main(words) == 0
     said = capsys.readouterr().out
     assert said.count("mlp learns moons by mse") == 2 and f"backend      {backend}" in said and "where " in said

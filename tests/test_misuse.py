@@ -98,8 +98,9 @@ def test_an_interrupt_is_one_whatever_error_becomes_of_it(monkeypatch, capsys) -
     assert capsys.readouterr().err == "launcher.py: stopped before anything was begun\n"
 
 
-def test_whether_the_class_is_told_cannot_change(small_run) -> None:
+def test_what_a_resumed_run_cannot_change_even_by_force(small_run) -> None:
     small_run("x", "epochs=1", "max_steps=2")
     with pytest.raises(UserError, match="leave conditional out"):
         small_run("x", "resume=force", "conditional=true", "max_steps=4")
-    small_run("x", "resume=force", "schedule=plateau", "max_steps=4")
+    with pytest.raises(UserError, match="holds the state of another schedule than plateau"):
+        small_run("x", "resume=force", "schedule=plateau", "max_steps=4")

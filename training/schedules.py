@@ -122,5 +122,4 @@ class Plateau(Schedule):
         return {"best": self.best, "waited": self.waited, "drops": self.drops}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:  # empty, where the run went on with another schedule
-            self.best, self.waited, self.drops = state["best"], state["waited"], state["drops"]
+        self.best, self.waited, self.drops = state["best"], state["waited"], state["drops"]
