@@ -221,7 +221,7 @@ def evaluate(run: Run, final: bool) -> dict[str, float]:
 
 def save_unevaluated(run: Run) -> None:
     run.save(epoch=None, best=False)
-    if run.rank == 0:
+    if run.world == 1:  # else it may be another rank that failed, and the launcher says what
         print(f"note: the evaluation after step {run.state.step:,} failed; {run.last_save()}", file=sys.stderr)
 
 
