@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 PICTURES = 4  # samples over time: the first, the last and what lies between at even spacing
-NEIGHBOURS = "_neighbours"  # end of the name of a picture that shows samples beside their nearest training images
 UNINTERESTING = ("command", "overrides", "changed", "run_name", "output_dir", "resume", "overwrite", "show", "log")
 SHOWN_CHOICES = ("choices.show", "choices.log")
 LONGEST = 100  # letters of the names of runs in the name of a file
@@ -89,9 +88,9 @@ class Told:
     def scores(self) -> dict[str, float | None]:
         return self.status.get("scores", {})
 
-    @property
-    def pictures(self) -> list[Path]:
-        return list((self.folder.path / "samples").glob("step_*.png"))
+    def pictures(self, kind: str) -> list[tuple[Path, int]]:
+        """Of that kind, samples or neighbours, with their steps and in their order."""
+        return [(path, step) for name, path, step in self.folder.pictures() if name == kind]
 
     @property
     def command(self) -> str:
@@ -161,21 +160,19 @@ def curve_figures(runs: list[Told]) -> list[str]:
 
 def sample_figures(run: Told) -> list[str]:
     """Some of the run's own pictures, in order of time."""
-    pictures = sorted(path for path in run.pictures if not path.stem.endswith(NEIGHBOURS))
+    pictures = run.pictures("samples")
     last = len(pictures) - 1
     chosen = sorted({round(last * i / (PICTURES - 1)) for i in range(PICTURES)}) if pictures else []
-    return [picture_figure(run, pictures[i], "samples of {} beside real data") for i in chosen]
+    return [picture_figure(run, *pictures[i], "samples of {} beside real data") for i in chosen]
 
 
 def neighbour_figures(run: Told) -> list[str]:
     """The newest picture of samples beside the training images nearest to them, or none."""
-    pictures = sorted(path for path in run.pictures if path.stem.endswith(NEIGHBOURS))
     alt = "samples of {} that lie nearest to training images, each beside the five nearest"
-    return [picture_figure(run, path, alt) for path in pictures[-1:]]
+    return [picture_figure(run, *newest, alt) for newest in run.pictures("neighbours")[-1:]]
 
 
-def picture_figure(run: Told, path: Path, alt: str) -> str:
-    step = int(path.stem.removesuffix(NEIGHBOURS).partition("_")[2])
+def picture_figure(run: Told, path: Path, step: int, alt: str) -> str:
     return figure("png", path.read_bytes(), f"{alt.format(run.name)}, at step {step}", f"{run.name}, step {step:,}")
 
 

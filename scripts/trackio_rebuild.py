@@ -72,8 +72,8 @@ def rebuild(folder: RunFolder, project: str | None) -> tuple[str, int]:
         tracker.start(folder.name, config, folder.path, None)
         for numbers, step in rows:
             tracker.log(numbers, step)
-        for picture, step in drawn:
-            tracker.log_image("samples", picture, step)
+        for name, picture, step in drawn:
+            tracker.log_image(name, picture, step)
         tracker.finish()
         for run in earlier:
             if not run.delete():
@@ -102,10 +102,9 @@ def numbers_of(folder: RunFolder) -> list[tuple[dict[str, float], int]]:
     return [({k: v for k, v in row.items() if k not in OWN and isinstance(v, int | float)}, row["step"]) for row in rows]
 
 
-def pictures_of(folder: RunFolder) -> list[tuple[Path, int]]:
-    """(picture, step) of the pictures that were drawn on the way."""
-    found = [(path, int(path.stem.removeprefix("step_"))) for path in sorted((folder.path / "samples").glob("step_*.png"))]
-    return [(path, step) for path, step in found if step]
+def pictures_of(folder: RunFolder) -> list[tuple[str, Path, int]]:
+    """(name, picture, step) of the pictures that a run logs: those of its beginning it does not."""
+    return [(name, path, step) for name, path, step in folder.pictures() if step]
 
 
 def runs_named(project: str, name: str) -> list[Any]:
@@ -128,7 +127,7 @@ def is_whole(folder: RunFolder, project: str) -> bool:
         return False
     with contextlib.closing(open_database(project)) as database:
         found = database.execute("SELECT step FROM metrics WHERE run_name = ?", (folder.name,)).fetchall()
-    wanted = [step for _, step in numbers_of(folder)] + [step for _, step in pictures_of(folder)]
+    wanted = [step for _, step in numbers_of(folder)] + [step for *_, step in pictures_of(folder)]
     return sorted(step for (step,) in found) == sorted(wanted)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from training.errors import UserError
 from training.run_folder import RunFolder
@@ -124,6 +125,25 @@ def test_rebuilding_twice_gives_the_history_of_metrics_jsonl(
         patch.setattr("training.trackio_tracker.LOCK_SECONDS", 0.1)
         assert trackio_rebuild.main(["--output-dir", str(tmp_path), "x"]) == 1
     assert "database is locked" in capsys.readouterr().err and stored_steps(project) == [2, 4, 6]
+
+
+def test_rebuilding_brings_both_kinds_of_pictures(project: str, tmp_path: Path) -> None:
+    """As a run on finite image data leaves them: of samples at each evaluation, and of their neighbours at the last."""
+    from scripts import trackio_rebuild
+
+    folder = RunFolder(tmp_path / "runs/x")
+    folder.write_config(f"trackio: {{project: {project}}}\n", [])
+    folder.append_metrics(6, 0, 1.0, {SCORE: 0.6})
+    paths = [folder.sample_picture(0), folder.sample_picture(6), folder.neighbours_picture(6)]
+    paths[0].parent.mkdir()
+    for path in paths:
+        Image.new("RGB", (4, 4)).save(path)
+    for _ in range(2):
+        assert trackio_rebuild.main(["--output-dir", str(tmp_path), "x"]) == 0
+    with contextlib.closing(sqlite3.connect(Path(os.environ["TRACKIO_DIR"]) / f"{project}.db")) as database:
+        rows = database.execute("SELECT step, metrics FROM metrics WHERE run_name = 'x'").fetchall()
+    assert [step for step, _ in rows] == [6, 6, 6]
+    assert {name for _, metrics in rows for name in json.loads(metrics)} >= {SCORE, "samples", "neighbours"}
 
 
 def test_rebuilding_from_damaged_files(project: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,7 +91,7 @@ class SamplePictures(Callback):
         title = f"{run.config['run_name']}, step {run.state.step}"
         if draw_picture(path, run.evaluation, title, self.images) and run.state.step:
             run.tracker.log_image("samples", path, run.state.step)
-        beside = path.with_name(f"{path.stem}_neighbours.png")
+        beside = run.folder.neighbours_picture(run.state.step)
         if draw_neighbours(beside, run.evaluation, run.config["run_name"]) and run.state.step:
             run.tracker.log_image("neighbours", beside, run.state.step)
 

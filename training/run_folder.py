@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 from datetime import datetime
 from functools import cache
@@ -70,6 +71,16 @@ class RunFolder:
     def sample_picture(self, step: int) -> Path:
         """Where the picture of a step goes; whoever draws it makes the folder."""
         return self.path / "samples" / f"step_{step:08d}.png"
+
+    def neighbours_picture(self, step: int) -> Path:
+        """Where the picture of samples beside their nearest training images goes."""
+        return self.path / "samples" / f"step_{step:08d}_neighbours.png"
+
+    def pictures(self) -> list[tuple[str, Path, int]]:
+        """What was drawn on the way, by step: ("samples" or "neighbours", picture, step)."""
+        found = [(re.fullmatch(r"step_(\d+)(_neighbours)?", path.stem), path) for path in self.path.glob("samples/*.png")]
+        named = [("neighbours" if match[2] else "samples", path, int(match[1])) for match, path in found if match]
+        return sorted(named, key=lambda picture: (picture[2], picture[0]))
 
     def lock(self) -> None:
         """Make the folder and hold it until this process ends, however it ends.

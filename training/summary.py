@@ -98,8 +98,8 @@ def print_end(run: Run, picture: Path | None) -> None:
 def end_lines(run: Run, picture: Path | None, how: str) -> list[tuple[str, str]]:
     config, name = run.config, run.config["run_name"]
     lines: list[tuple[str, Any]] = [("picture", picture)] if picture else []
-    beside = picture and picture.with_name(f"{picture.stem}_neighbours.png")
-    lines += [("copies?", f"{beside} (samples beside their nearest training images)")] if beside and beside.exists() else []
+    beside = run.folder.neighbours_picture(run.state.step)
+    lines += [("copies?", f"{beside} (samples beside their nearest training images)")] if beside.exists() else []
     files = run.checkpoints.all_files()
     if files:
         lines.append(("checkpoint", f"{run.checkpoints.last} ({len(files)} saves, {megabytes(files)})"))
