@@ -9,6 +9,7 @@
     python scripts/benchmark.py --preset jvp --and compile=true   # words for every row
     python scripts/benchmark.py --preset data --steps 5 --rounds 3   # what feeding a step costs: device, files, latents
     python scripts/benchmark.py --preset devices --steps 4   # two processes against one, a thread each, as real runs
+    python scripts/benchmark.py --preset saves --rounds 3    # how long a save holds training up, two ways
 
 Each argument is one row: launcher overrides in quotes. Rounds are interleaved (row 1, row 2, row 1, ...), so a machine that
 slows down slows all rows; figures are medians over rounds. gflop: floating-point operations of a step (matrix products and
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.devices_benchmark import devices_rates
 from scripts.loader_benchmark import data_preset, loader_rates
+from scripts.saves_benchmark import SAVED_RUN, saves_seconds
 from training.errors import UserError
 
 COLUMNS = ("step_ms", "data_ms", "data_share", "train_samples_per_second", "generated_per_second", "peak_memory_mb", "gflop")
@@ -51,8 +53,8 @@ def tables_of(preset: str | None, rows: list[str], place: Path) -> dict[str, lis
     """The rows of each table, by its title; files that a preset needs are written below `place`."""
     if preset == "data":
         return data_preset(place)
-    if preset == "devices":
-        return {}  # its rows are runs of their own
+    if preset in ("devices", "saves"):
+        return {}  # their figures are no rows of steps
     return jvp_preset() if preset else {"": rows}
 
 
@@ -171,11 +173,16 @@ def markdown(results: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, *(f"| `{r['row']}` | " + " | ".join(f"{r[c]:.4g}" for c in columns) + " |" for r in results)])
 
 
+def two_columns(title: str, figures: dict[str, float]) -> str:
+    """Figures by name, as a table."""
+    return "\n".join([f"| {title} | |", "|---|---|", *(f"| {name} | {value:,.4g} |" for name, value in figures.items())])
+
+
 def main(words: list[str]) -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", default=[""], help="launcher overrides, one quoted argument a row")
-    parser.add_argument("--preset", choices=["jvp", "data", "devices"], help="rows made ready, instead of your own")
+    parser.add_argument("--preset", choices=["jvp", "data", "devices", "saves"], help="rows made ready, instead of your own")
     parser.add_argument("--and", dest="common", default="", help="launcher overrides that every row gets")
     parser.add_argument("--rounds", type=int, default=10, help="counted rounds of each row")
     parser.add_argument("--steps", type=int, default=20, help="training steps in a round")
@@ -191,7 +198,13 @@ def main(words: list[str]) -> int:
             if options.preset == "devices":
                 rates = devices_rates(Path(place), (1, 2), options.rounds, options.steps, options.common)
                 results.append({"row": "samples a second, one thread a process", **rates})
-                print("\n".join(["| samples a second | |", "|---|---|", *(f"| {k} | {v:.4g} |" for k, v in rates.items())]))
+                print(two_columns("samples a second", rates))
+            if options.preset == "saves":
+                saved = Contestant(f"{SAVED_RUN} output_dir={place} {options.common}".strip())
+                saved.round(1)  # the optimizer has its state after a step
+                found_seconds = saves_seconds(saved.run.payload(), Path(place), options.rounds)
+                results.append({"row": "saves of the large U-Net", **found_seconds})
+                print(two_columns("saves of the large U-Net", found_seconds))
             for title, rows in tables_of(options.preset, options.rows, Path(place)).items():
                 found = benchmark([f"{row} {options.common}".strip() for row in rows], options.rounds, options.steps)
                 print((f"\n{title}\n" if title else "") + markdown(found), flush=True)
@@ -199,8 +212,7 @@ def main(words: list[str]) -> int:
             if options.preset == "data":
                 rates = loader_rates(Path(place))
                 results.append({"row": "loaders alone, rows a second on one core", **rates})
-                print("\nloaders alone, one core\n| rows a second | |\n|---|---|")
-                print("\n".join(f"| {name} | {value:,.0f} |" for name, value in rates.items()), flush=True)
+                print("\n" + two_columns("loaders alone, rows a second on one core", rates), flush=True)
     except UserError as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 1

@@ -63,7 +63,7 @@ th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem .3rem 0; tex
 @media screen and (max-width: 40rem) { .hint { display: block } }
 td { overflow-wrap: normal; word-break: keep-all } .number { white-space: nowrap }
 .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) }
-.pictures { grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)) }
+.pictures { grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)) }
 figure { margin: 0 } figure img { width: 100%; height: auto; background: #ffffff; border: 1px solid var(--line) }
 @media print {
   :root { color-scheme: light; --ink: #000000; --quiet: #333333; --paper: #ffffff; --card: #ffffff; --line: #999999 }

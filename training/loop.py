@@ -180,7 +180,8 @@ def check_finite(run: Run, weights: bool = False) -> None:
         parts = (("weights", state.objective.network), ("EMA weights", state.ema_objective.network))
         term = next((name for name, network in parts if not all_finite(network)), None)
     if term is not None:
-        first = state.window.broken_step(state.step)
+        # Under fp16 gradients may overflow without harm, so the first such step names no culprit.
+        first = None if state.scaler.is_enabled() else state.window.broken_step(state.step)
         when = f"at step {first}" if first else f"within the steps up to {state.step}"
         raise UserError(
             f"train/{term} became NaN or infinite {when}; {run.last_save()}; "
