@@ -64,7 +64,7 @@ def test_factors_stay_in_the_unit_interval_and_end_where_documented(name: str, t
 @settings(max_examples=25, deadline=None)
 @given(total=st.integers(2, 200), warmup=st.integers(1, 60))
 def test_warmup_rises_linearly_to_where_the_schedule_starts(name: str, total: int, warmup: int) -> None:
-    schedule, start = configured(name, warmup_steps=warmup), configured(name).factor(0, total)
+    schedule, start = configured(name, warmup_steps=warmup), configured(name).factor(0, max(1, total - warmup))
     rise = [schedule.factor(step, total) for step in range(warmup + 1)]
     assert rise[:-1] == pytest.approx([start * (step + 1) / warmup for step in range(warmup)])
     assert rise[-1] == pytest.approx(start), "the first step after warm-up is the schedule's first"
@@ -104,14 +104,15 @@ def test_cosine_is_torchs(final: float) -> None:
     assert factors(Cosine(final), 80) == pytest.approx(expected, abs=1e-12)
 
 
-def test_one_cycle_is_torchs() -> None:
-    """torch counts the turns as steps: N + 1 of them, the peak being number pct_start (N + 1) - 1."""
-    driven, total, rise = optimizer(), 100, 0.3
-    scheduler = OneCycleLR(driven, RATE, total_steps=total + 1, pct_start=(rise * total + 1) / (total + 1), div_factor=25)
-    expected = torch_factors(scheduler, driven, total)
-    ours = factors(configured("one_cycle"), total)
-    assert ours == pytest.approx(expected, abs=1e-9)
-    assert max(ours) == ours[30] == 1.0
+@pytest.mark.parametrize("rise", [0.12, 0.3, 0.75])
+@pytest.mark.parametrize("total", [3, 7, 10, 50, 101, 1960])
+def test_one_cycle_is_torchs(total: int, rise: float) -> None:
+    driven = optimizer()
+    scheduler = OneCycleLR(driven, RATE, total_steps=total, pct_start=rise, div_factor=25)
+    expected = torch_factors(scheduler, driven, total - 1)
+    ours = factors(configured("one_cycle", rise=rise), total)
+    assert ours[:-1] == pytest.approx(expected, abs=1e-12)
+    assert ours[-2] == ours[-1] == 4e-6, "the last step of the run has the final rate"
 
 
 @settings(max_examples=60, deadline=None)

@@ -86,16 +86,24 @@ class Exponential(Linear):
 
 
 class OneCycle(Schedule):
-    """Rises from `start` to 1 over `rise` of the run, then falls to `final`, along half cosines (Smith & Topin 2017)."""
+    """Rises from `start` to 1 over `rise` of the run, then falls to `final`, along half cosines (Smith & Topin 2017).
+
+    As torch.optim.lr_scheduler.OneCycleLR: of N steps, numbers 0 to N - 1, the peak is at rise N - 1 and the last one has
+    `final`. torch's own peak may lie between two steps, and in very short runs before the first.
+    """
 
     def __init__(self, rise: float = 0.3, start: float = 0.04, final: float = 4e-6, warmup_steps: int = 0):
         super().__init__(warmup_steps)
         self.rise, self.start, self.final = rise, start, final
 
     def shape(self, share: float, step: int, total_steps: int) -> float:
-        low, part = (
-            (self.start, share / self.rise) if share < self.rise else (self.final, (1 - share) / max(1 - self.rise, 1e-12))
-        )
+        steps = max(1, total_steps - self.warmup_steps)
+        peak, last = self.rise * steps - 1, steps - 1
+        now = min(max(0, step - self.warmup_steps), last)
+        if now <= peak:
+            low, part = self.start, now / max(peak, 1e-12)
+        else:
+            low, part = self.final, (last - now) / max(last - peak, 1e-12)
         return low + (1 - low) * 0.5 * (1 - math.cos(math.pi * part))
 
 
