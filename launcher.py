@@ -11,7 +11,10 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from training.launch import RunResult
 
 # Threads that wait sleep soon instead of spinning: no slower on an idle machine, twice as fast on a shared one.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -87,8 +90,8 @@ def unknown_flag(arguments: list[str]) -> str | None:
     return next((w for w in arguments if w.startswith("-") and w.split("=")[0] not in HYDRA_FLAGS), None)
 
 
-def launch(overrides: list[str]) -> float | None:
-    """Check and carry out one run, or this process's part in it; returns its best monitored value, if known."""
+def launch(overrides: list[str]) -> "RunResult":
+    """Check and carry out one run, or this process's part in it; returns what came of it."""
     if os.environ.keys() >= RANK_VARIABLES:
         from train import take_part
 
@@ -111,8 +114,12 @@ def dry_run(words: list[str]) -> None:
     print(Sweep(overrides).describe() if {"-m", "--multirun"} & set(flags) else describe(prepare(overrides)))
 
 
-def run(*overrides: str) -> float | None:
-    """From Python: `from launcher import run; run("run_name=x", "epochs=2")`. Raises UserError for bad settings."""
+def run(*overrides: str) -> "RunResult":
+    """Carry out a run from Python: `from launcher import run; result = run("run_name=x", "epochs=2")`.
+
+    The result is a number, the best monitored value (infinite where none was found), with .scores, .state, .path and
+    .checkpoint. Raises UserError for bad settings.
+    """
     return launch(list(overrides))
 
 
@@ -132,13 +139,17 @@ def through_hydra(arguments: list[str]) -> None:
     sweep = Sweep(words) if {"-m", "--multirun"} & set(arguments) else None
 
     @hydra.main(version_base=None, config_path="configs", config_name="train")
-    def job(_: Any) -> float | None:
+    def job(_: Any) -> "RunResult":
         assert sweep is not None
         return sweep.run(HydraConfig.get().overrides.task)
 
     many = [word for word in arguments if word in ("-m", "--multirun")]  # argparse wants the flag before or after all words
     sys.argv[1:] = [*many[:1], *(word for word in arguments if word not in many)]
-    job()
+    try:
+        job()
+    finally:
+        if sweep is not None and sweep.results:
+            print(sweep.closing_table())
 
 
 def dashboard(words: list[str]) -> None:

@@ -1,5 +1,6 @@
 """A trained model, away from its run: load it, sample it, score it, draw it."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,8 +45,10 @@ from training.config import compose_config, parse_overrides, resolved
 from training.device import pick_device
 from training.ema import weights_in_words
 from training.errors import UserError
-from training.launch import laid_over
+from training.files import write_atomically
+from training.launch import laid_over, scores_file
 from training.ranks import rank
+from training.run_folder import json_number
 from training.seeds import generator_for
 
 Label = int | Literal["all"] | Tensor | None
@@ -140,6 +143,21 @@ class TrainedModel:
         """The learned velocity, unguided, at states x (B, ...) and times t, a number or (B,)."""
         return self.objective.velocity(x, torch.as_tensor(t, device=x.device), label)
 
+    def __call__(self, z: Tensor, r: Tensor | float, t: Tensor | float, label: Tensor | None = None) -> Tensor:
+        """Return the learned mean velocity u(z, r, t), unguided, of states z (B, ...) at times r headed to t >= r.
+
+        r, t: numbers or (B,). `noise + model(noise, r=0, t=1)` are samples in one evaluation. UserError for a model that
+        learned the velocity at an instant alone.
+        """
+        self.objective.check_learns_flow_map()
+        r, t = (torch.as_tensor(time, device=z.device) for time in (r, t))
+        return self.objective.mean_velocity(z, r, t, label)
+
+    def flow_map(self, z: Tensor, r: Tensor | float, t: Tensor | float, label: Tensor | None = None) -> Tensor:
+        """Return the states z (B, ...), at times r, carried to times t by one evaluation: z + (t - r) u(z, r, t)."""
+        r, t = (torch.as_tensor(time, device=z.device) for time in (r, t))
+        return self.objective.flow_map(z, r, t, label)
+
 
 def check_guides_a_step(flow: FlowObjective, evaluations: int) -> None:
     """UserError when guidance lies in an interval that none of so many equal steps starts in."""
@@ -209,7 +227,7 @@ def trained_model(payload: dict[str, Any], config: dict[str, Any], path: Path, d
 def evaluate_checkpoint(config: dict[str, Any]) -> None:
     """Score a checkpoint with its own configuration, typed overrides laid over it, and draw its samples.
 
-    No tracker run; the picture goes to outputs/evaluations/<run_name>.png.
+    No tracker run; scores and picture go to outputs/evaluations/<run_name>.json and .png.
     """
     path = Path(config["eval_checkpoint"])
     payload = load_checkpoint(path)
@@ -235,7 +253,11 @@ def evaluate_checkpoint(config: dict[str, Any]) -> None:
         return
     evaluation = evaluator.evaluate(*arguments)
     print_scores(evaluation, solver.evaluations)
-    picture = Path(config["output_dir"]) / "evaluations" / f"{config['run_name']}.png"
+    scores = scores_file(config)
+    scores.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(scores, json.dumps({name: json_number(value) for name, value in evaluation.values.items()}) + "\n")
+    print(f"  scores   {scores}")
+    picture = scores.with_suffix(".png")
     if draw_picture(picture, evaluation, f"{payload['run_name']}, step {payload['step']}"):
         print(f"  picture  {picture}")
     beside = picture.with_name(f"{picture.stem}_neighbours.png")

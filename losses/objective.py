@@ -212,12 +212,16 @@ class FlowObjective(Objective, ABC):
 
         UserError when the objective does not teach the network such maps.
         """
+        self.check_learns_flow_map()
+        return x + expand_time(t - r, x) * self.mean_velocity(x, r, t, label)
+
+    def check_learns_flow_map(self) -> None:
+        """UserError when the objective does not teach the network maps from one time to another."""
         if not self.learns_flow_map:
             raise UserError(
                 "this model knows only the velocity at an instant, not a map from one time to another; "
                 "sample it with an ODE solver, or train one with loss=meanflow"
             )
-        return x + expand_time(t - r, x) * self.mean_velocity(x, r, t, label)
 
     @abstractmethod
     def forward(self, batch: FlowBatch, teacher: "FlowObjective | None" = None) -> dict[str, Tensor]: ...

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.front import outputs
 from training.errors import UserError
-from training.run_folder import RunFolder
+from training.run_folder import RunFolder, table
 
 HIGHER_IS_BETTER = ("accuracy", "inception_score", "precision", "recall", "density", "coverage")
 HEADLINES = ("eval/energy_distance", "eval/fid", "eval/accuracy", "eval/kid", "eval/loss")  # in order of preference
@@ -230,12 +230,6 @@ def describe(path: Path) -> str:
 
 def indent(text: str) -> str:
     return "\n".join(f"  {line}" for line in text.split("\n"))
-
-
-def table(rows: list[list[str]]) -> str:
-    """Columns as wide as their widest cell, the last as it comes."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 if __name__ == "__main__":

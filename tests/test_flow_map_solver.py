@@ -11,6 +11,7 @@ from torch import Tensor
 from dataloaders.base_dataloaders import split_unified_flow_matching_input
 from dataloaders.sources import GaussianSource
 from evaluation.evaluator import CHUNK, few_steps, fixed_noise, fresh_noise, generate
+from evaluation.sample import TrainedModel, load
 from losses.couplings import IndependentCoupling
 from losses.flow_matching_loss import FlowMatchingLoss
 from losses.meanflow_loss import MeanFlowLoss
@@ -141,6 +142,10 @@ def test_few_steps_are_maps_where_maps_are_learned_and_euler_elsewhere() -> None
 def test_what_has_no_flow_map_is_said_in_one_sentence() -> None:
     with pytest.raises(UserError, match="only the velocity at an instant"):
         generate(objective(FlowMatchingLoss), FlowMapSolver(), normal(3), None)
+    model = TrainedModel(objective(FlowMatchingLoss), {}, torch.device("cpu"), step=0)
+    for ask in (model, model.flow_map):
+        with pytest.raises(UserError, match="only the velocity at an instant"):
+            ask(normal(3), r=0, t=1)
     with pytest.raises(UserError, match="cannot integrate a velocity"):
         FlowMapSolver().solve(lambda x, t: x, normal(3))
 
@@ -159,6 +164,11 @@ def test_a_run_is_scored_by_its_flow_map_and_by_its_renoising_variant(small_run,
     assert "oracle/flow_map_error" in scores and "oracle/flow_map_error_exact_field" not in scores
     capsys.readouterr()
     path = folder / "ckpts/mlp/m_last.pt"
+    model, noise = load(path), torch.randn(5, 2)
+    torch.testing.assert_close(noise + model(noise, r=0, t=1), model.flow_map(noise, r=0, t=1))
+    r, t = torch.full((5,), 0.25), torch.full((5,), 0.75)
+    torch.testing.assert_close(model.flow_map(noise, r, t), noise + 0.5 * model(noise, 0.25, t))
+    torch.testing.assert_close(model(noise, 0.5, 0.5), model.velocity(noise, 0.5))
     small_run("e", f"eval_checkpoint={path}", "solver=flow_map", "solver.steps=2", "solver.renoise=true")
     said = capsys.readouterr().out
     assert "2 evaluations each" in said and "oracle/flow_map_error: this solver adds fresh noise" in said

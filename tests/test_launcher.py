@@ -1,5 +1,6 @@
 """The front door: every mistake is one sentence, exit status 1, and nothing written."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -147,13 +148,19 @@ def test_a_sweep_names_each_job_and_skips_what_has_finished(tmp_path):
         sys.executable, "launcher.py", "run_name=s", "-m", "seed=0,1", f"output_dir={tmp_path}", *small.split(),
         "evaluation=loss_only",
     ]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert names == ["s_seed=0", "s_seed=1"]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("status.json")}
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("status.json")}
     assert again.stdout.count("has finished") == 2
+    tables = [said.stdout.partition("sweep: 2 jobs")[2].splitlines()[1:] for said in (first, again)]
+    scores = [json.loads((tmp_path / f"runs/{name}/status.json").read_text())["scores"]["eval/loss"] for name in names]
+    assert tables[0] == tables[1] and tables[0][0].split()[:3] == ["run", "seed", "state"]
+    for name, row, score in zip(names, tables[0][1:], scores, strict=True):
+        mark = ["*"] if score == min(scores) else []
+        assert row.split() == [*mark, name, name[-1], "finished", f"{score:.4g}", f"{score:.4g}"]
     status = tmp_path / "runs/s_seed=1/status.json"
     status.write_text(status.read_text().replace('"finished"', '"running"').replace('"step": 2', '"step": 1'))
     for _ in ("goes on with the one that was killed", "skips both"):

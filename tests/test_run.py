@@ -1,12 +1,15 @@
 """A run end to end, small: determinism, exact resume, accumulation, guards, and the files it leaves."""
 
 import json
+import math
+import pickle
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+import launcher
 from evaluation.evaluator import GeneratorEvaluator
 from evaluation.sample import load
 from training.assemble import assemble
@@ -323,6 +326,20 @@ def test_a_run_leaves_its_files(small_run, tmp_path):
     names = set().union(*metric_rows(folder, "x"))
     assert {"train/loss", "train/grad_norm", "train/lr", "epoch", "eval/loss", "eval/nfe"} <= names
     assert "the loss falls below 5" in (tmp_path / "EXPERIMENT_LOG.md").read_text()
+
+
+def test_a_run_from_python_is_a_number_with_scores_and_paths(small_run, tmp_path, capsys):
+    folder = small_run("x", "optimizer.lr=0.5", "schedule=constant")
+    words = [f"output_dir={folder}", "trackio.enabled=false"]
+    again = launcher.run("run_name=x", "resume=true", *words)  # has nothing left to do
+    evaluated = [row["eval/loss"] for row in metric_rows(folder, "x") if "eval/loss" in row]
+    assert again == min(evaluated) < again.scores["eval/loss"] == evaluated[-1] and again.state == "finished"
+    assert again.path == folder / "runs/x" and again.checkpoint == folder / "ckpts/mlp/x_last.pt"
+    scored = launcher.run("run_name=any", f"eval_checkpoint={again.checkpoint}", *words)
+    assert scored == scored.scores["eval/loss"] == pytest.approx(evaluated[-1]) and scored.checkpoint == again.checkpoint
+    assert json.loads(scored.path.read_text()) == scored.scores and scored.path == folder / "evaluations/any.json"
+    other = launcher.run("run_name=any", f"eval_checkpoint={again.checkpoint}", "monitor=eval/fid", *words)
+    assert other == math.inf and pickle.loads(pickle.dumps(other)).scores == other.scores
 
 
 def test_a_finished_run_is_extended_by_more_epochs(small_run):

@@ -1,6 +1,8 @@
 """From typed overrides to a configuration that is checked and ready to run: new, resumed, or one job of a sweep."""
 
 import hashlib
+import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -37,10 +39,50 @@ FREE = (
 WRITTEN = ("run_name", "dataloaders", "model", "loss", "optimizer", "choices", "overrides", "changed")
 
 
-def submit(config: dict[str, Any]) -> float | None:
-    """Hand a prepared configuration to its backend; returns the run's best monitored value, if known."""
+class RunResult(float):
+    """What a run came to. As a number it is the best monitored value, infinite where none is known.
+
+    scores: the last value of each metric of its evaluations; state: as in its status.json, or "submitted" where nothing of
+    it is on this machine; path: its folder (of a scored checkpoint: the file of its scores); checkpoint: its newest save,
+    None before the first.
+    """
+
+    name: str
+    monitor: str
+    scores: dict[str, float]
+    state: str
+    path: Path
+    checkpoint: Path | None
+
+
+def submit(config: dict[str, Any]) -> RunResult:
+    """Hand a prepared configuration to its backend; returns what came of it."""
     backend: Backend = build(config["backend"])
-    return backend.submit(config["overrides"], config)
+    return result_of(config, backend.submit(config["overrides"], config))
+
+
+def result_of(config: dict[str, Any], best: float | None = None) -> RunResult:
+    """What the files of a run say of it; best: its best monitored value where that is known, else that of its metrics."""
+    folder, outputs, name = run_folder_of(config), Path(config["output_dir"]), config["run_name"]
+    if config["eval_checkpoint"]:
+        path, checkpoint = scores_file(config), Path(config["eval_checkpoint"])
+        scores = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        state, logged = "finished" if scores else "submitted", [scores]
+    else:
+        path, checkpoint = folder.path, outputs / "ckpts" / config["choices"]["model"] / f"{name}_last.pt"
+        status = folder.read_status()
+        scores, state, logged = status.get("scores", {}), status.get("state", "submitted"), folder.read_metrics()
+    if best is None:
+        best = min((row[config["monitor"]] for row in logged if row.get(config["monitor"]) is not None), default=math.inf)
+    result = RunResult(best)
+    result.name, result.monitor, result.scores, result.state, result.path = name, config["monitor"], scores, state, path
+    result.checkpoint = checkpoint if checkpoint.exists() else None
+    return result
+
+
+def scores_file(config: dict[str, Any]) -> Path:
+    """Where the scores of a checkpoint (eval_checkpoint) go, beside their picture."""
+    return Path(config["output_dir"]) / "evaluations" / f"{config['run_name']}.json"
 
 
 def describe(config: dict[str, Any]) -> str:
@@ -186,8 +228,8 @@ def sweep_name(run_name: str, swept: list[tuple[str, str]]) -> str:
     return "_".join([run_name, *parts])
 
 
-def sweep_job(job: list[str], swept_keys: set[str]) -> list[str] | None:
-    """The overrides of one job of a sweep under its own run_name, resuming what was begun; None if it has finished.
+def sweep_job(job: list[str], swept_keys: set[str]) -> list[str] | RunResult:
+    """The overrides of one job of a sweep under its own run_name, resuming what was begun; its result if it has finished.
 
     UserError when a run of that name exists that another command made.
     """
@@ -209,7 +251,7 @@ def sweep_job(job: list[str], swept_keys: set[str]) -> list[str] | None:
         )
     status = folder.read_status()
     if status.get("state") == "finished":
-        return None
+        return result_of(config | {"run_name": name})
     return [*overrides, "resume=true" if status.get("step") else "overwrite=true"]
 
 

@@ -334,6 +334,12 @@ def json_number(value: float | None) -> float | None:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
+def table(rows: list[list[str]]) -> str:
+    """Columns as wide as their widest cell, the last as it comes."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
 def timestamp() -> str:
     """Local time with its offset from UTC, to the second."""
     return datetime.now().astimezone().isoformat(timespec="seconds")

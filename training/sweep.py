@@ -1,5 +1,6 @@
 """A sweep is checked whole before its first job, and its jobs fail one by one without ending it."""
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,14 @@ from hydra.errors import CompactHydraException
 
 from training.config import parse_overrides
 from training.errors import UserError
-from training.launch import describe, prepare, submit, sweep_job
+from training.launch import RunResult, describe, prepare, result_of, submit, sweep_job
+from training.run_folder import table
+
+SHOWN = 3  # scores in the closing table, beside the monitored one
+HEADLINES = (
+    "eval/energy_distance_1nfe", "eval/energy_distance", "eval/fid", "eval/accuracy", "oracle/velocity_error",
+    "eval/nearest_distance_ratio", "eval/loss",
+)  # fmt: skip
 
 
 class JobFailedError(CompactHydraException):
@@ -36,32 +44,55 @@ class Sweep:
 
     def __init__(self, words: list[str]) -> None:
         overrides = parse_overrides(words)
+        self.results: dict[tuple[str, ...], RunResult] = {}
         self.swept = {o.key_or_group for o in overrides if o.is_sweep_override()}
-        self.prepared: dict[tuple[str, ...], dict[str, Any] | None] = {}
+        self.prepared: dict[tuple[str, ...], dict[str, Any] | RunResult] = {}
         if not any(word.startswith("hydra/sweeper") for word in words):
             (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
             self.prepared = {tuple(job): self.prepare(job) for job in jobs}
 
-    def prepare(self, job: Sequence[str]) -> dict[str, Any] | None:
-        """The checked configuration of a job, or None when it has finished."""
-        overrides = sweep_job(list(job), self.swept)
-        return None if overrides is None else prepare(overrides)
+    def prepare(self, job: Sequence[str]) -> dict[str, Any] | RunResult:
+        """The checked configuration of a job, or its result when it has finished."""
+        made = sweep_job(list(job), self.swept)
+        return made if isinstance(made, RunResult) else prepare(made)
 
     def describe(self) -> str:
         """What the sweep would do, job by job. UserError for a sweeper that chooses its jobs as it goes."""
         if not self.prepared:
             raise UserError("--dry-run lists a sweep's jobs, and this hydra/sweeper chooses them as it goes; leave it out")
         return "\n".join(
-            f"{' '.join(job)}: has finished, would be skipped" if config is None else describe(config)
+            f"{' '.join(job)}: has finished, would be skipped" if isinstance(config, RunResult) else describe(config)
             for job, config in self.prepared.items()
         )
 
-    def run(self, job: Sequence[str]) -> float | None:
+    def run(self, job: Sequence[str]) -> RunResult:
         """Carry out a job unless it has finished; its failure is said at once and reported to Hydra."""
         key = tuple(job)
         config = self.prepared[key] if key in self.prepared else self.prepare(job)
-        if config is None:
-            print(f"{' '.join(job)}: has finished, skipped")
-            return None
-        with JobFailedError.from_user_errors():
-            return submit(config)
+        if isinstance(config, RunResult):
+            print(f"{config.name}: has finished, skipped")
+            self.results[key] = config
+            return config
+        try:
+            with JobFailedError.from_user_errors():
+                self.results[key] = submit(config)
+        except BaseException:
+            self.results[key] = failed = result_of(config)
+            failed.state = failed.state if failed.state == "interrupted" else "failed"
+            raise
+        return self.results[key]
+
+    def closing_table(self) -> str:
+        """The jobs that have been begun or skipped, a line each: run, what varies, state, scores; the best is marked."""
+        results = list(self.results.values())
+        shown = [name for name in HEADLINES if any(name in result.scores for result in results)][:SHOWN]
+        keys = sorted(self.swept)
+        rows = [["", "run", *keys, "state", f"best {results[0].monitor}", *shown]]
+        best = min((result for result in results if result.state == "finished"), default=math.inf)
+        for job, result in self.results.items():
+            values = dict(word.partition("=")[::2] for word in job)
+            scores = [f"{result.scores[name]:.4g}" if result.scores.get(name) is not None else "-" for name in shown]
+            monitored = f"{float(result):.4g}" if math.isfinite(result) else "-"
+            mark = "*" if result == best and math.isfinite(best) else ""
+            rows.append([mark, result.name, *(values.get(key, "-") for key in keys), result.state, monitored, *scores])
+        return f"sweep: {len(results)} jobs, * the lowest {results[0].monitor} of those that finished\n{table(rows)}"
