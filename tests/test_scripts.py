@@ -16,6 +16,7 @@ from evaluation.report import draw_images, draw_picture, drawable
 from evaluation.sample import load
 from scripts import benchmark, sample
 from solvers.runge_kutta import Euler
+from training import assemble
 from training.assemble import build_dataset, build_source, dataset_key
 from training.errors import UserError
 
@@ -98,6 +99,24 @@ def test_sample_i_depends_on_its_label_the_seed_and_i_alone(small_run):
         torch.testing.assert_close(everything[labels == label], alone[labels == label])
     torch.testing.assert_close(model.sample(23, seed=2, label=labels), everything)
     torch.testing.assert_close(model.sample(300, seed=2, label=3)[:9], model.sample(9, seed=2, label=3))
+
+
+def test_data_beside_the_run_are_found_from_any_folder(tmp_path, monkeypatch):
+    import launcher
+
+    words = ["run_name=x", "trackio.enabled=false", "evaluation=loss_only", "max_steps=1", "callbacks=none", "model.width=8"]
+    rows, shown = torch.randn(300, 2, dtype=torch.float32), {}
+    for place, data, output_dir in (("made", "made/data", "outputs"), ("elsewhere", "checkout/data", tmp_path / "away")):
+        for folder in (tmp_path / place / "below", tmp_path / data):
+            folder.mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / data / "own.npy", rows)
+        monkeypatch.chdir((tmp_path / data).parent)
+        launcher.run(*words, "dataloaders=array", "dataloaders.path=data/own.npy", f"output_dir={output_dir}")
+        monkeypatch.setattr(assemble, "CONFIG_DIR", tmp_path / "checkout/configs")
+        monkeypatch.chdir(tmp_path / place / "below")
+        here = Path("../outputs" if output_dir == "outputs" else output_dir)
+        shown[place] = load(here / "ckpts/mlp/x_last.pt").real(5)[0]
+    assert torch.isin(shown["made"], rows).all() and shown["made"].equal(shown["elsewhere"])
 
 
 def test_numbers_come_with_their_classes(small_run, tmp_path):

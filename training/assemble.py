@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -31,6 +32,7 @@ from training.trackers import NullTracker, tracker_from_config
 
 NEEDED_PARTS = ("model", "loss", "dataloaders", "source", "solver", "evaluation", "choices")
 BUILT_PARTS = (*NEEDED_PARTS, "guidance", "vae")
+FILE_KEYS = ("path", "root", "held_out_root", "teacher", "checkpoint", "network")  # of settings that may name files
 AS_TYPED = ("command", "overrides", "changed")  # of a configuration: what the user typed, never built from
 
 
@@ -113,7 +115,29 @@ def stored_config(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
         raise unfit
     kept = without_downloads(config)
     assert isinstance(kept, dict)
-    return kept
+    return with_files_found(kept, places_of(path, kept))
+
+
+def places_of(path: Path, config: dict[str, Any]) -> list[Path]:
+    """Where relative paths in a checkpoint's configuration may start: the run's working folder, this one, the checkout.
+
+    The first is known by where the run's output_dir lies, unless that was absolute.
+    """
+    outputs = next((folder.parent for folder in path.resolve().parents if folder.name in ("ckpts", "runs")), None)
+    below = Path(str(config.get("output_dir", "outputs")))
+    relative = outputs and not below.is_absolute() and outputs.parts[-len(below.parts) :] == below.parts
+    made_in = outputs.parents[len(below.parts) - 1] if outputs and relative else Path.cwd()
+    return [*([made_in] if made_in != Path.cwd() else []), Path(), CONFIG_DIR.parent]
+
+
+def with_files_found(node: Any, places: list[Path], key: str = "") -> Any:
+    """A configuration whose relative paths of files and folders lead there from the working folder, where there is one."""
+    if isinstance(node, dict):
+        return {name: with_files_found(inner, places, name) for name, inner in node.items()}
+    if key not in FILE_KEYS or not isinstance(node, str) or not node:
+        return node
+    found = (place / node for place in places if os.path.exists(place / node))  # noqa: PTH110  False for what no path can be
+    return str(next(found, node))
 
 
 def is_whole(config: dict[str, Any]) -> bool:
