@@ -14,7 +14,7 @@ from evaluation.evaluator import Evaluation, Evaluator, flat_values
 from evaluation.metrics.base_metric import Decode, Score
 from losses.cross_entropy_loss import CrossEntropyLoss
 from losses.objective import FlowObjective, Objective
-from solvers.base_solver import BaseSolver
+from solvers.base_solver import Sampler
 from training.errors import UserError
 from training.seeds import generator_for
 
@@ -59,7 +59,7 @@ class ClassifierEvaluator(Evaluator):
         objective: Objective,
         dataset: FlowDataset,
         source: Source,
-        solver: BaseSolver,
+        solver: Sampler,
         seed: int,
         dataset_key: str,
         cache: Path,

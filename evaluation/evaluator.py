@@ -15,7 +15,7 @@ from dataloaders.sources import Source
 from evaluation.metrics.base_metric import Absent, Decode, Generation, Metric, Score
 from helpers_cfg import Guidance
 from losses.objective import FlowObjective, Objective
-from solvers.base_solver import BaseSolver
+from solvers.base_solver import Sampler
 from solvers.flow_map import FlowMapSolver
 from solvers.runge_kutta import Euler
 from training.errors import UserError
@@ -70,7 +70,7 @@ class Evaluator(ABC):
         objective: Objective,
         dataset: FlowDataset,
         source: Source,
-        solver: BaseSolver,
+        solver: Sampler,
         seed: int,
         dataset_key: str,
         cache: Path,
@@ -117,17 +117,17 @@ def data_labels(dataset: FlowDataset, num_classes: int, count: int, generator: t
 
 
 def generate(
-    flow: FlowObjective, solver: BaseSolver, noise: Tensor, label: Tensor | None, fresh: Fresh | None = None
+    flow: FlowObjective, solver: Sampler, noise: Tensor, label: Tensor | None, fresh: Fresh | None = None
 ) -> Tensor:
     """Noise (N, ...) carried to data by what the objective has learned, in chunks.
 
     label (N,) or None. fresh: as fresh_noise gives it; only re-noising solvers need it.
     """
-    return torch.cat([carry_chunk(flow, solver, noise, label, fresh, first) for first in range(0, len(noise), CHUNK)])
+    return torch.cat([sample_chunk(flow, solver, noise, label, fresh, first) for first in range(0, len(noise), CHUNK)])
 
 
 def generate_together(
-    flow: FlowObjective, solver: BaseSolver, noise: Tensor, label: Tensor | None, fresh: Fresh | None = None
+    flow: FlowObjective, solver: Sampler, noise: Tensor, label: Tensor | None, fresh: Fresh | None = None
 ) -> Tensor:
     """`generate`, its chunks shared out among the ranks, all of which call this: the same samples, exactly, on every rank.
 
@@ -135,12 +135,12 @@ def generate_together(
     """
     samples, firsts = torch.zeros_like(noise), range(0, len(noise), CHUNK)
     for first in firsts[(len(firsts) - 1 - rank()) % world() :: world()]:
-        samples[first : first + CHUNK] = carry_chunk(flow, solver, noise, label, fresh, first)
+        samples[first : first + CHUNK] = sample_chunk(flow, solver, noise, label, fresh, first)
     return put_together(samples)
 
 
-def carry_chunk(
-    flow: FlowObjective, solver: BaseSolver, noise: Tensor, label: Tensor | None, fresh: Fresh | None, first: int
+def sample_chunk(
+    flow: FlowObjective, solver: Sampler, noise: Tensor, label: Tensor | None, fresh: Fresh | None, first: int
 ) -> Tensor:
     """Samples number `first` to `first` + CHUNK."""
     x0 = noise[first : first + CHUNK]
@@ -149,7 +149,7 @@ def carry_chunk(
         assert fresh is not None, "a re-noising solver needs fresh noise"
         return fresh(k, first, len(x0)).to(x0)
 
-    return solver.carry(flow, x0, None if label is None else label[first : first + CHUNK], added)
+    return solver.sample(flow, x0, None if label is None else label[first : first + CHUNK], added)
 
 
 def few_steps(objective: FlowObjective, noise: Tensor, label: Tensor | None, evaluations: int) -> Tensor:
@@ -168,7 +168,7 @@ def few_step_words(objective: FlowObjective, evaluations: int | None = None) -> 
     return steps + guidance_words(objective)
 
 
-def solver_words(flow: FlowObjective, solver: BaseSolver) -> str:
+def solver_words(flow: FlowObjective, solver: Sampler) -> str:
     """How samples were made by a solver, after it has solved, for provenance."""
     return f"{solver.evaluations} evaluations by {type(solver).__name__}" + guidance_words(flow)
 
@@ -209,7 +209,7 @@ class GeneratorEvaluator(Evaluator):
         objective: Objective,
         dataset: FlowDataset,
         source: Source,
-        solver: BaseSolver,
+        solver: Sampler,
         seed: int,
         dataset_key: str,
         cache: Path,
@@ -252,7 +252,7 @@ class GeneratorEvaluator(Evaluator):
         objective: Objective,
         dataset: FlowDataset,
         source: Source,
-        solver: BaseSolver,
+        solver: Sampler,
         seed: int,
         dataset_key: str,
         cache: Path,
@@ -267,7 +267,7 @@ class GeneratorEvaluator(Evaluator):
         self.samples_of((flow or objective).eval(), dataset, source, solver, seed, count)
 
     def samples_of(
-        self, flow: FlowObjective, dataset: FlowDataset, source: Source, solver: BaseSolver, seed: int, count: int
+        self, flow: FlowObjective, dataset: FlowDataset, source: Source, solver: Sampler, seed: int, count: int
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Noise, labels and samples, on the dataset's device; all ranks call this."""
         device = next(flow.network.parameters()).device

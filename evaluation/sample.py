@@ -23,7 +23,7 @@ from evaluation.metrics.base_metric import Generation, as_images
 from evaluation.report import draw_neighbours, draw_picture, print_scores
 from helpers_cfg import ClassifierFreeGuidance, Guidance, guided
 from losses.objective import FlowObjective, Objective
-from solvers.base_solver import BaseSolver
+from solvers.base_solver import BaseSolver, Sampler
 from solvers.dopri5 import Dopri5
 from solvers.likelihood import log_likelihood
 from training.assemble import (
@@ -69,7 +69,7 @@ class TrainedModel:
         n: int,
         seed: int = 0,
         label: Label = None,
-        solver: BaseSolver | None = None,
+        solver: Sampler | None = None,
         evaluations: int | None = None,
         guidance: Guidance | float | None = None,
     ) -> Tensor:

@@ -1,4 +1,4 @@
-"""The solver contract: carry a state along a velocity field over given intervals of time."""
+"""Two contracts: a sampler carries noise to data by what a model has learned; a solver integrates any velocity field."""
 
 from __future__ import annotations
 
@@ -20,16 +20,14 @@ StepCallback = Callable[[Tensor, Tensor], None]  # callback(x (B, ...), t ()) at
 FreshNoise = Callable[[int], Tensor]  # fresh(k) -> source noise (B, ...) of step k, for solvers that add noise again
 
 
-class BaseSolver(ABC):
-    """Integrates dx/dt = field(x, t) over the intervals of a time grid, and ends exactly at its last time.
+class Sampler(ABC):
+    """Carries noise to data by what an objective has learned, over the intervals of a time grid that ends at t = 1.
 
-    evaluations: how often the last solve called the field (NFE); an evaluation under guidance costs two forward passes.
-    follows_velocity: whether any field can be solved; a solver that walks an objective's own flow map has `carry` alone.
+    evaluations: network evaluations a sample took last time (NFE); one under guidance costs two forward passes.
     renoises: whether a sample depends on fresh noise besides its x0, so that it has no one true end.
     Raises UserError when `steps` is not a whole number of at least 1.
     """
 
-    follows_velocity: bool = True
     renoises: bool = False
 
     def __init__(self, steps: int = 25, grid: TimeGrid | None = None):
@@ -40,22 +38,14 @@ class BaseSolver(ABC):
         self.evaluations = 0
 
     @abstractmethod
-    def solve(self, field: Field, x0: Tensor, times: Tensor | None = None, callback: StepCallback | None = None) -> Tensor:
-        """The state at times[-1] of the path that is at x0 (B, ...) at times[0].
-
-        times: (N + 1,) monotone, increasing (noise to data) or decreasing (data to noise); None means `steps` intervals
-        of the solver's grid from 0 to 1. callback sees (state, time) at every point of the grid.
-        """
+    def sample(self, flow: FlowObjective, x0: Tensor, label: Tensor | None, fresh: FreshNoise) -> Tensor:
+        """Return samples (B, ...) from the noise x0 (B, ...), for label (B,) or None."""
 
     def check(self, flow: FlowObjective) -> None:
-        """UserError when this solver cannot carry by what the objective learns; asked before a run trains."""
-
-    def carry(self, flow: FlowObjective, x0: Tensor, label: Tensor | None, fresh: FreshNoise) -> Tensor:
-        """Samples (B, ...) from the noise x0 (B, ...) by what the objective has learned, for label (B,) or None."""
-        return self.solve(lambda x, t: flow.velocity(x, t, label), x0)
+        """Raise UserError when this sampler cannot use what the objective learns; called before a run trains."""
 
     def times(self, x0: Tensor, times: Tensor | None = None) -> Tensor:
-        """The grid to walk, `times` or else the solver's own: (N + 1,) on x0's device, in x0's precision or fp32.
+        """Return `times`, or else the solver's own grid: (N + 1,) on x0's device, in x0's precision or fp32.
 
         Raises UserError when the solver's own grid is too dense for that precision to tell its times apart.
         """
@@ -69,7 +59,22 @@ class BaseSolver(ABC):
             )
         return grid.to(x0.device)
 
+
+class BaseSolver(Sampler, ABC):
+    """Integrates an ODE dx/dt = field(x, t), and samples by integrating the objective's velocity."""
+
+    @abstractmethod
+    def solve(self, field: Field, x0: Tensor, times: Tensor | None = None, callback: StepCallback | None = None) -> Tensor:
+        """Return the state at times[-1] of the path that is at x0 (B, ...) at times[0].
+
+        times: (N + 1,) monotone, increasing (noise to data) or decreasing (data to noise); None means `steps` intervals
+        of the solver's grid from 0 to 1. callback sees (state, time) at every point of the grid.
+        """
+
+    def sample(self, flow: FlowObjective, x0: Tensor, label: Tensor | None, fresh: FreshNoise) -> Tensor:
+        return self.solve(lambda x, t: flow.velocity(x, t, label), x0)
+
     def evaluate(self, field: Field, x: Tensor, t: Tensor) -> Tensor:
-        """field(x, t), counted."""
+        """Return field(x, t), and count the evaluation."""
         self.evaluations += 1
         return field(x, t)

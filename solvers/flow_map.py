@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from solvers.base_solver import BaseSolver, Field, FreshNoise, StepCallback
+from solvers.base_solver import FreshNoise, Sampler
 from solvers.time_grids import TimeGrid
 from training.errors import UserError
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from losses.objective import FlowObjective
 
 
-class FlowMapSolver(BaseSolver):
+class FlowMapSolver(Sampler):
     """Walks the grid's intervals with the objective's map X(x, r, t) = x + (t - r) u(x, r, t), one evaluation each.
 
     renoise: each step jumps to data, X(x, r, 1), and unless it was the last returns to the next time t of the grid with
@@ -23,26 +23,18 @@ class FlowMapSolver(BaseSolver):
     2303.01469, algorithm 1), which forgets the errors of earlier steps. Either way the exact map gives the data exactly.
     """
 
-    follows_velocity = False
-
     def __init__(self, steps: int = 4, grid: TimeGrid | None = None, renoise: bool = False):
         super().__init__(steps, grid)
         self.renoise = self.renoises = renoise
 
-    def solve(self, field: Field, x0: Tensor, times: Tensor | None = None, callback: StepCallback | None = None) -> Tensor:
-        """UserError: a field has no flow map."""
-        raise UserError(
-            "solver=flow_map walks the map a model has learned and cannot integrate a velocity; use solver=midpoint"
-        )
-
     def check(self, flow: FlowObjective) -> None:
         if not flow.learns_flow_map:
             raise UserError(
-                "solver=flow_map walks a learned flow map, and this loss teaches only the velocity at an instant; "
+                "solver=flow_map samples with a learned flow map, and this loss teaches only the velocity at an instant; "
                 "use solver=midpoint, or train with loss=meanflow"
             )
 
-    def carry(self, flow: FlowObjective, x0: Tensor, label: Tensor | None, fresh: FreshNoise) -> Tensor:
+    def sample(self, flow: FlowObjective, x0: Tensor, label: Tensor | None, fresh: FreshNoise) -> Tensor:
         """UserError when the objective learns no flow map."""
         self.check(flow)
         self.evaluations = 0

@@ -280,7 +280,7 @@ def test_every_config_builds_a_solver(choice: str, grid: str, kind: type[TimeGri
     assert type(solver).__name__.lower().removesuffix("solver") == choice.replace("_", "")
     assert isinstance(solver.grid, kind)
     assert solver.times(torch.zeros(1)).shape == (8,)
-    carried = solver.carry(GaussianFlow(), points(2, 1), None, lambda k: points(2, 1))
+    carried = solver.sample(GaussianFlow(), points(2, 1), None, lambda k: points(2, 1))
     assert (carried - gaussian_flow_map(points(2, 1), 0, 1)).abs().max() < 0.15
 
 

@@ -17,7 +17,7 @@ from dataloaders.sources import Source
 from evaluation.metrics.base_metric import Decode
 from helpers_cfg import guided
 from losses.objective import FlowObjective, Objective
-from solvers.base_solver import BaseSolver
+from solvers.base_solver import Sampler
 from training.build import build, interpolation_in
 from training.checkpoint import CheckpointFolder, SilentCheckpointFolder, load_checkpoint
 from training.config import CONFIG_DIR, HANDED_ON, known_targets, parse_overrides
@@ -52,8 +52,8 @@ def build_source(config: dict[str, Any], device: torch.device) -> Source:
     return source.to(device)
 
 
-def build_solver(config: dict[str, Any]) -> BaseSolver:
-    solver: BaseSolver = build(config["solver"])
+def build_solver(config: dict[str, Any]) -> Sampler:
+    solver: Sampler = build(config["solver"])
     return solver
 
 

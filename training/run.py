@@ -19,7 +19,7 @@ from dataloaders.sources import Source
 from evaluation.evaluator import Evaluation, Evaluator
 from evaluation.metrics.base_metric import Decode
 from losses.objective import FlowObjective, Objective
-from solvers.base_solver import BaseSolver
+from solvers.base_solver import Sampler
 from training.callbacks import Callback
 from training.checkpoint import FORMAT, CheckpointFolder
 from training.device import device_name
@@ -54,7 +54,7 @@ class Run:
     dataset: FlowDataset
     source: Source
     state: TrainState
-    solver: BaseSolver
+    solver: Sampler
     evaluator: Evaluator
     forward: Callable[[Any, Objective | None], LossOutput]  # the objective, possibly compiled, under DDP if ranks are many
     folder: RunFolder

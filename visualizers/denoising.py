@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from visualizers.scene import Scene, frame_times, main, told, walk
+from visualizers.scene import Scene, frame_times, main, solver_label, walk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,7 @@ def draw(scene: Scene) -> list[Path]:
     rows = strips.permute(2, 0, 1, *range(3, strips.dim())).flatten(0, 2)
     path = scene.folder / "denoising.png"
     grid = enlarged(tile(as_bytes(scene, rows), COLUMNS), 900)
-    title = f"{scene.heading}: from noise to data ({told(solver)})"
+    title = f"{scene.heading}: from noise to data ({solver_label(solver)})"
     measured = "upper rows: states; below each: the data that the model expects of it"
     draw_grids(path, {"": grid}, title, None, measured, [f"t = {t:.2f}" for t in strip_times.tolist()])
     if scene.form == "png":
@@ -67,7 +67,7 @@ def draw(scene: Scene) -> list[Path]:
 
     columns = max(1, round(scene.n**0.5))
     frames = [
-        even(captioned(enlarged(tile(as_bytes(scene, at[t]), columns), 480), f"t = {t:.2f}; {told(solver)}"))
+        even(captioned(enlarged(tile(as_bytes(scene, at[t]), columns), 480), f"t = {t:.2f}; {solver_label(solver)}"))
         for t in film_times.tolist()
     ]
     film = path.with_suffix(f".{scene.form}")

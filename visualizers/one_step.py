@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from visualizers.scene import Scene, main, told
+from visualizers.scene import Scene, main, solver_label
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ def draw(scene: Scene) -> list[Path]:
     many = model.sample(scene.n, scene.seed, scene.label, solver)
     one = model.sample(scene.n, scene.seed, scene.label, evaluations=1)
     moved, apart = (root_mean_square(many - other) for other in (one, many.roll(scene.n // 2, 0)))
-    title = f"{scene.heading}: one evaluation beside {told(solver)}, {scene.n:,} samples"
+    title = f"{scene.heading}: one evaluation beside {solver_label(solver)}, {scene.n:,} samples"
     measured = f"distance between the two {moved:.3g}, between two samples {apart:.3g} (root mean square)"
     path = scene.folder / "one_step.png"
     if scene.shape == (2,):

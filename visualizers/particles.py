@@ -18,14 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from visualizers.scene import Scene, frame_times, main, told, walk
+from visualizers.scene import Scene, frame_times, main, solver_label, walk
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import PathCollection
     from matplotlib.figure import Figure
 
-    from solvers.base_solver import BaseSolver
+    from solvers.base_solver import Sampler
 
 
 LEGEND = "grey: the data; a particle keeps its colour"
@@ -40,13 +40,13 @@ def ways(scene: Scene) -> dict[str, np.ndarray]:
 
     flow, label, noise, times = scene.model.flow(), scene.labels, scene.noise(), frame_times(scene.frames)
     if scene.solver is not None:
-        solvers: list[BaseSolver] = [scene.solver]
+        solvers: list[Sampler] = [scene.solver]
     else:
         solvers = [Euler(10), RK4(24)]
     solvers.append(FlowMapSolver(1) if flow.learns_flow_map else Euler(1))
     with torch.no_grad():
         walks = [walk(solver, flow, noise, label, times).cpu().numpy() for solver in solvers]
-    return dict(zip(map(told, solvers), walks, strict=True))
+    return dict(zip(map(solver_label, solvers), walks, strict=True))
 
 
 def start_colors(start: np.ndarray) -> np.ndarray:

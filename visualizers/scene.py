@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from evaluation.closed_forms import ExactFlow
     from evaluation.sample import TrainedModel
     from losses.objective import FlowObjective
-    from solvers.base_solver import BaseSolver
+    from solvers.base_solver import Sampler
 
 KEYS = """Keys: ckpt (a checkpoint; unless given the newest in outputs/ckpts of the working folder, or of the repository
 where that has no outputs), n (how many samples), seed (0), frames (of
@@ -41,7 +41,7 @@ class Scene:
     form: str
     folder: Path
     label: Any = None
-    solver: BaseSolver | None = None  # the one typed, else None
+    solver: Sampler | None = None  # the one typed, else None
 
     @property
     def name(self) -> str:
@@ -62,7 +62,7 @@ class Scene:
         labels = self.model.labels(self.n, self.label)
         return None if labels is None else labels.to(self.model.device)
 
-    def own_solver(self) -> BaseSolver:
+    def own_solver(self) -> Sampler:
         """The solver typed, or the run's own."""
         from training.assemble import build_solver
 
@@ -116,7 +116,7 @@ class Scene:
             raise UserError(f"draws images, and {self.name} makes states of shape {list(self.shape)}; {instead}")
 
 
-def walk(solver: BaseSolver, flow: FlowObjective, noise: Tensor, label: Tensor | None, times: Tensor) -> Tensor:
+def walk(solver: Sampler, flow: FlowObjective, noise: Tensor, label: Tensor | None, times: Tensor) -> Tensor:
     """Where samples (N, ...) are at `times` (T,), ascending in [0, 1], on their way through a solver: (T, N, ...).
 
     Between two points of the solver's grid a state is taken to move straight, as Euler's does. A flow map's step is one
@@ -124,6 +124,7 @@ def walk(solver: BaseSolver, flow: FlowObjective, noise: Tensor, label: Tensor |
     """
     import torch
 
+    from solvers.base_solver import BaseSolver
     from solvers.flow_map import FlowMapSolver
 
     grid, states = [torch.zeros(())], [noise]
@@ -136,6 +137,7 @@ def walk(solver: BaseSolver, flow: FlowObjective, noise: Tensor, label: Tensor |
             states.append(flow.flow_map(states[-1], r, t, label))
         grid = list(points.cpu())
     else:
+        assert isinstance(solver, BaseSolver)
         seen: list[tuple[Tensor, Tensor]] = []
         solver.solve(
             lambda x, t: flow.velocity(x, t, label), noise, callback=lambda x, t: seen.append((x.clone(), t.cpu().clone()))
@@ -176,10 +178,12 @@ def outputs_of(checkpoint: Path) -> Path:
     return outputs() if found is None else found
 
 
-def told(solver: BaseSolver) -> str:
-    """A solver that has solved, and what a sample cost by it."""
+def solver_label(solver: Sampler) -> str:
+    """Return the name of a solver and the evaluations a sample took, for a legend."""
     count = solver.evaluations or solver.steps
-    name = type(solver).__name__ if solver.follows_velocity else "learned map"
+    from solvers.base_solver import BaseSolver
+
+    name = type(solver).__name__ if isinstance(solver, BaseSolver) else "learned map"
     return f"{name}, {count} evaluation{'s' * (count > 1)}"
 
 

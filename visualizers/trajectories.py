@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from visualizers.scene import Scene, frame_times, main, told, walk
+from visualizers.scene import Scene, frame_times, main, solver_label, walk
 
 SHOWN = 250  # paths drawn; the number is of all n
 
@@ -33,6 +33,7 @@ def draw(scene: Scene) -> list[Path]:
     import torch
     from matplotlib.collections import LineCollection
 
+    from solvers.base_solver import BaseSolver
     from solvers.runge_kutta import RK4
     from visualizers.pictures import INK, new_figure, shared_limits
 
@@ -41,8 +42,9 @@ def draw(scene: Scene) -> list[Path]:
     solver = scene.own_solver()
     with torch.no_grad():
         walked = walk(solver, flow, noise, scene.labels, times).cpu().numpy()
-        paths = {f"learned field, {told(solver)}" if solver.follows_velocity else told(solver): walked}
-        if flow.learns_flow_map and solver.follows_velocity:
+        is_ode = isinstance(solver, BaseSolver)
+        paths = {("learned field, " if is_ode else "") + solver_label(solver): walked}
+        if flow.learns_flow_map and is_ode:
             maps = [flow.flow_map(noise, times[0], t, scene.labels) for t in times]
             paths["learned map from the start"] = torch.stack(maps).cpu().numpy()
         truth = scene.exact()

@@ -14,7 +14,7 @@ from dataloaders.sources import Source
 from evaluation.data_hash import data_hash
 from helpers_cfg import Guidance
 from losses.objective import FlowObjective
-from solvers.base_solver import BaseSolver
+from solvers.base_solver import Sampler
 
 Decode = Callable[[Tensor], Tensor]  # latent states (B, ...) -> images (B, C, H, W) in [-1, 1]
 DECODE_CHUNK = 50  # states decoded at once
@@ -75,7 +75,7 @@ class Generation:
     label: Tensor | None
     objective: FlowObjective
     field: Callable[[Tensor, Tensor], Tensor]
-    solver: BaseSolver
+    solver: Sampler
     dataset: FlowDataset
     source: Source
     dataset_key: str  # names the dataset, all its settings and the autoencoder that decodes it
