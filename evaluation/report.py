@@ -13,7 +13,10 @@ from evaluation.evaluator import Evaluation, GeneratorEvaluation
 from evaluation.metrics.base_metric import Absent, Decode, Score, as_images
 from evaluation.metrics.distances import nearest, squared_distances
 
-SHOWN_EXTRA = ("oracle/flow_map_error_median", "oracle/flow_map_error_exact_field", "oracle/log_prob_error_exact_field")
+SHOWN_EXTRA = (
+    "oracle/flow_map_error_median", "oracle/flow_map_error_exact_field", "oracle/log_prob_error_exact_field",
+    "oracle/log_prob_error_probes",
+)  # fmt: skip
 
 
 def number(value: float) -> str:

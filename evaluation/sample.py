@@ -25,7 +25,7 @@ from helpers_cfg import ClassifierFreeGuidance, Guidance, guided
 from losses.objective import FlowObjective, Objective
 from solvers.base_solver import BaseSolver, Sampler
 from solvers.dopri5 import Dopri5
-from solvers.likelihood import log_likelihood
+from solvers.likelihood import LogLikelihood, log_likelihood
 from training.assemble import (
     build_dataset,
     build_decoder,
@@ -124,15 +124,22 @@ class TrainedModel:
         return as_images(states.to(self.device), build_decoder(self.config, self.device)).cpu()
 
     def log_prob(self, x: Tensor, label: Tensor | None = None, solver: BaseSolver | None = None) -> Tensor:
-        """Log density in nats (B,) of states x (B, *state_shape) under the unguided model, by the change of variables.
+        """Log density in nats (B,) of states x (B, *state_shape); above 16 dimensions an estimate, see log_likelihood."""
+        return self.log_likelihood(x, label, solver).log_prob
 
-        Exact divergence up to 16 dimensions, else Hutchinson's estimate; solver: dopri5 unless given.
+    def log_likelihood(self, x: Tensor, label: Tensor | None = None, solver: BaseSolver | None = None) -> LogLikelihood:
+        """Log density in nats of states x (B, *state_shape) under the unguided model, by the change of variables.
+
+        On the CPU. Exact divergence up to 16 dimensions, else Hutchinson's estimate, with its standard_error (B,) in nats;
+        solver: dopri5 unless given.
         """
         source = build_source(self.config, self.device)
         label = None if label is None else label.to(self.device)
         x = x.to(self.device)
         field = lambda z, t: self.objective.velocity(z, t, label)  # noqa: E731
-        return log_likelihood(field, x, source.log_prob, solver or Dopri5()).log_prob.cpu()
+        found = log_likelihood(field, x, source.log_prob, solver or Dopri5())
+        error = None if found.standard_error is None else found.standard_error.cpu()
+        return LogLikelihood(found.log_prob.cpu(), error, found.x0.cpu())
 
     def real(self, n: int, seed: int = 0) -> Batch:
         """At most n held-out states of the data the model learned, on the CPU, with their labels or None."""

@@ -85,8 +85,13 @@ def test_energy_distance_ignores_order_and_a_common_shift(seed: int, shift: floa
     value = energy_distance(x, y)
     assert energy_distance(x[order], y) == pytest.approx(value, abs=1e-5)
     assert energy_distance(y, x) == pytest.approx(value, abs=1e-5)
-    tolerance = 2e-5 if dim <= 8 else 2e-3  # the matrix product loses |shift|^2 / 2^24
-    assert energy_distance(x + shift, y + shift) == pytest.approx(value, abs=tolerance)
+    assert energy_distance(x + shift, y + shift) == pytest.approx(value, abs=2e-5)
+
+
+@pytest.mark.parametrize("dim", [2, 16])
+def test_energy_distance_far_from_the_origin_keeps_its_digits(dim: int) -> None:
+    x, y = normal(300, dim) + 1000, normal(300, dim, seed=1) + 1000
+    assert energy_distance(x, y) == pytest.approx(energy_distance(x.double(), y.double()), abs=1e-6)
 
 
 def test_energy_distance_wants_two_states() -> None:

@@ -22,11 +22,12 @@ from evaluation.metrics.two_sample import TwoSampleMetric
 from evaluation.metrics.wasserstein import Wasserstein
 from evaluation.threads import one_thread
 from losses.couplings import Coupling, IndependentCoupling, MinibatchOTCoupling
-from losses.objective import FlowBatch, FlowObjective, SecondTime
+from losses.flow_matching_loss import FlowMatchingLoss
+from losses.objective import FlowObjective, SecondTime
 from losses.paths import CosinePath, LinearPath, ProbabilityPath, VariancePreservingPath
 from losses.predictions import VelocityPrediction
-from losses.time_samplers import UniformTimes
-from losses.weightings import UniformWeighting
+from losses.time_samplers import LogitNormalTimes, UniformTimes
+from losses.weightings import AdaptiveWeighting, UniformWeighting
 from models.velocity_model import VelocityModel
 from solvers.base_solver import BaseSolver, Field, StepCallback
 from training.errors import UserError
@@ -57,8 +58,7 @@ class OffsetField(VelocityModel):
 class Plain(FlowObjective):
     """An objective that is only read."""
 
-    def forward(self, batch: FlowBatch, teacher: FlowObjective | None = None) -> dict[str, Tensor]:
-        raise NotImplementedError
+    forward = FlowMatchingLoss.forward  # type: ignore[assignment]
 
 
 class EulerSteps(BaseSolver):
@@ -117,18 +117,18 @@ PATHS = [LinearPath(), CosinePath(), VariancePreservingPath()]
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
 def test_exact_field_has_no_velocity_error(tmp_path: Path, path: ProbabilityPath) -> None:
-    error, excess = compute(OracleVelocity(4000), generation(tmp_path, path=path))
-    assert (error.name, excess.name) == ("oracle/velocity_error", "oracle/excess_loss")
+    error, squared, excess = compute(OracleVelocity(4000), generation(tmp_path, path=path))
+    assert [error.name, squared.name, excess.name] == OracleVelocity().names()
     assert error.value < 1e-6
-    assert excess.value < 1e-10
+    assert excess.value == squared.value < 1e-10
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
 def test_constant_offset_is_measured_as_such(tmp_path: Path, path: ProbabilityPath) -> None:
     made = generation(tmp_path, path=path, offset=OFFSET)
     metric = OracleVelocity(20_000)
-    error, excess = compute(metric, made)
-    assert excess.value == pytest.approx(0.25, rel=1e-5)  # |c|^2, summed over dimensions
+    error, squared, excess = compute(metric, made)
+    assert excess.value == squared.value == pytest.approx(0.25, rel=1e-5)  # |c|^2, summed over dimensions
     # E|v*|^2 from fresh conditional draws: E|v_c|^2 - E|v_c - v*|^2
     g = torch.Generator().manual_seed(7)
     x1, x0 = KMeans().held_out(100_000, g)[0], 0.9 * torch.randn(100_000, 2, generator=g)
@@ -143,6 +143,36 @@ def test_constant_offset_is_measured_as_such(tmp_path: Path, path: ProbabilityPa
     assert error.spread is not None and 0 < error.spread < 0.02 * error.value
 
 
+def test_excess_loss_is_over_the_times_the_loss_draws(tmp_path: Path) -> None:
+    """A velocity that is wrong in the second half of time alone, under a loss that hardly looks there."""
+    made = generation(tmp_path)
+    network = made.objective.network
+    assert isinstance(network, OffsetField)
+
+    def late(unified: Tensor, label: Tensor | None = None) -> Tensor:
+        t = unified[:, 2]
+        return network.flow(unified[:, :2].double(), t) + (t > 0.5).double()[:, None] * OFFSET
+
+    made.objective.network.forward = late  # type: ignore[method-assign]
+    made.objective.time_sampler = LogitNormalTimes(-1.0, 1.0)  # t > .5 with probability 1 - Phi(1) = .1587
+    _, squared, excess = compute(OracleVelocity(20_000), made)
+    assert squared.value == pytest.approx(0.25 * 0.5, rel=0.05)
+    assert excess.value == pytest.approx(0.25 * 0.1587, rel=0.08)
+
+
+@pytest.mark.parametrize("what", ["loss", "weighting"])
+def test_excess_loss_is_absent_where_the_least_loss_is_unknown(tmp_path: Path, what: str) -> None:
+    made = generation(tmp_path, offset=OFFSET)
+    if what == "loss":
+        made.objective.__class__ = type("OtherLoss", (Plain,), {"forward": lambda self, batch, teacher=None: {}})
+    else:
+        made.objective.weighting = AdaptiveWeighting()
+    _, squared, absent = OracleVelocity(2000).compute(made)
+    assert isinstance(squared, Score) and squared.value == pytest.approx(0.25, rel=1e-4)
+    assert absent.name == "oracle/excess_loss" and isinstance(absent, Absent)
+    assert ("OtherLoss" if what == "loss" else "weighted") in absent.reason
+
+
 def test_velocity_spread_is_the_scatter_over_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = generation(tmp_path)
     network = made.objective.network
@@ -151,7 +181,7 @@ def test_velocity_spread_is_the_scatter_over_draws(tmp_path: Path, monkeypatch: 
     for i in range(40):
         monkeypatch.setattr("evaluation.metrics.oracles.generator_for", lambda seed, name, i=i: generator_for(i, name))
         scores.append(compute(OracleVelocity(500), made))
-    for k in range(2):
+    for k in range(3):
         values = torch.tensor([score[k].value for score in scores])
         spread = torch.tensor([score[k].spread for score in scores]).mean()
         assert spread.item() == pytest.approx(values.std().item(), rel=0.35)
@@ -221,7 +251,7 @@ def test_absent_where_the_truth_is_unknown(tmp_path: Path, metric: Metric) -> No
         with torch.no_grad():
             results = metric.compute(made)
         assert all(isinstance(result, Absent) and reason in result.reason for result in results), results
-        assert len(results) == (2 if isinstance(metric, OracleVelocity) else 1)
+        assert len(results) == (3 if isinstance(metric, OracleVelocity) else 1)
 
 
 def test_diverged_samples_have_no_flow_map_error(tmp_path: Path) -> None:
@@ -247,6 +277,15 @@ def test_log_prob_error_of_another_gaussians_field_is_the_difference_of_their_de
     assert wrong.mixture is not None and right.mixture is not None
     expected = (wrong.mixture.log_prob(points) - right.mixture.log_prob(points)).abs().mean().item()
     assert score.value == pytest.approx(expected, rel=1e-3) and expected > 0.1
+
+
+def test_log_prob_of_many_dimensions_comes_with_the_error_of_its_probes(tmp_path: Path) -> None:
+    wide = Gaussian(mean=0.7, std=0.4, state_shape=[20])
+    made = replace(generation(tmp_path, dataset=wide, source=GaussianSource([20]), offset=torch.zeros(20)), final=True)
+    mixing = torch.randn(20, 20, generator=torch.Generator().manual_seed(0))
+    made.objective.network.forward = lambda unified, label=None: 0.1 * unified[:, :20] @ mixing  # type: ignore[method-assign]
+    (score,) = compute(OracleLogProbError(8), made)
+    assert score.extra is not None and score.extra["oracle/log_prob_error_probes"] > 0.1
 
 
 def test_log_prob_is_left_to_the_final_evaluation(tmp_path: Path) -> None:

@@ -40,7 +40,17 @@ BAND = (
     "Band: noise floor of the score (real against real) at each evaluation, mean ± 2 standard deviations. The last "
     "evaluation of a run has more samples, and so a floor of its own."
 )
-SIDE = ("_floor", "_floor_sd", "_train", "_se", "_exact_field", "_median", "seconds", "/nfe")  # what stands beside a score
+SIDE = (
+    "_floor",
+    "_floor_sd",
+    "_train",
+    "_se",
+    "_exact_field",
+    "_probes",
+    "_median",
+    "seconds",
+    "/nfe",
+)  # what stands beside a score
 LINE = 15  # pixels of a line of the caption
 
 

@@ -17,10 +17,13 @@ def rows_at_once(points: Tensor) -> int:
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """|x_i - y_j|^2 (N, M) of x (N, D) and y (M, D), by matrix product; rounding may leave small ones off by 1e-6 |x|^2.
+    """|x_i - y_j|^2 (N, M) of x (N, D) and y (M, D), by matrix product.
 
-    In float64 on CUDA, where a float32 product is a TF32 one with 10 bits.
+    Rounding may leave small ones off by 1e-6 |x - c|^2, c being the mean of y, wherever the origin lies. In float64 on CUDA,
+    where a float32 product is a TF32 one with 10 bits.
     """
+    center = y.mean(0)
+    x, y = x - center, y - center
     if x.device.type == "cuda":
         x, y = x.double(), y.double()
     return torch.addmm(x.square().sum(1, keepdim=True) + y.square().sum(1), x, y.T, alpha=-2).clamp_(min=0)

@@ -14,10 +14,13 @@ from evaluation.metrics.cache import cached_tensor
 from evaluation.metrics.two_sample import not_finite
 from evaluation.threads import one_thread
 from losses.couplings import IndependentCoupling
+from losses.flow_matching_loss import FlowMatchingLoss
 from losses.objective import FlowObjective, expand_time
+from losses.time_samplers import TimeSampler, UniformTimes
+from losses.weightings import UniformWeighting
 from solvers.base_solver import BaseSolver, Field
 from solvers.dopri5 import Dopri5
-from solvers.likelihood import log_likelihood
+from solvers.likelihood import LogLikelihood, log_likelihood
 from training.seeds import generator_for
 
 CHUNK = 8192  # states the network sees at once
@@ -48,42 +51,69 @@ def standard_error(terms: Tensor) -> float:
     return (terms.std() / len(terms) ** 0.5).item()
 
 
-class OracleVelocity(Metric):
-    """oracle/velocity_error = sqrt(E|v - v*|^2 / E|v*|^2) and oracle/excess_loss = E|v_c - v|^2 - E|v_c - v*|^2.
+def why_no_least_loss(objective: FlowObjective) -> str | None:
+    """Why the least possible value of this objective's loss is not known; None for the plain squared error."""
+    if type(objective).forward is not FlowMatchingLoss.forward:
+        name = type(objective).__name__
+        return f"the least possible {name} is not known in closed form; oracle/squared_velocity_error is of any loss"
+    if type(objective.weighting) is not UniformWeighting:
+        return "the least possible loss is not known where rows are weighted by their own error"
+    return None
 
-    z_t is drawn afresh along the path, t uniform on [0, path.last_time], the same draws in every run. v* = E[v_c | z_t], so
-    the excess over the Bayes-optimal loss is E|v - v*|^2: the paired difference of losses has the same mean, and the noise
-    of v_c on top. Sums over dimensions, as in the losses. draws, final_draws: states during the run / at its end.
+
+class OracleVelocity(Metric):
+    """How far the velocity v is from v* = E[v_c | z_t]: three scores, sums over dimensions, as in the losses.
+
+    oracle/velocity_error = sqrt(E|v - v*|^2 / E|v*|^2) and oracle/squared_velocity_error = E|v - v*|^2, z_t drawn afresh
+    along the path, t uniform on [0, path.last_time], the same draws in every run. oracle/excess_loss is the loss minus the
+    least possible one, E|v_c - v|^2 - E|v_c - v*|^2 = E|v - v*|^2 over the times the loss draws; only for the unweighted
+    squared error. draws, final_draws: states during the run / at its end.
     """
 
     def __init__(self, draws: int = 10_000, final_draws: int = 100_000):
         self.draws, self.final_draws = draws, final_draws
 
+    def names(self) -> list[str]:
+        return ["oracle/velocity_error", "oracle/squared_velocity_error", "oracle/excess_loss"]
+
     def compute(self, generation: Generation) -> list[Score | Absent]:
         flow = exact_flow(generation)
         if isinstance(flow, str):
-            return [Absent("oracle/velocity_error", flow), Absent("oracle/excess_loss", flow)]
-        with one_thread():
-            z, t = self.states(generation, flow, self.final_draws if generation.final else self.draws)
-            chunks = zip(z.double().split(CHUNK), t.split(CHUNK), strict=True)
-            exact = torch.cat([flow(states, times) for states, times in chunks])
-        error = (self.model_velocity(generation, z, t) - exact).flatten(1).square().sum(1)
-        size = exact.flatten(1).square().sum(1)
+            return [Absent(name, flow) for name in self.names()]
+        error, size = self.squares(generation, flow, UniformTimes())
         relative = (error.mean() / size.mean()).sqrt().item()
         spread = 0.5 * relative * standard_error(error / error.mean().clamp(min=1e-300) - size / size.mean())
-        note = f"{len(z):,} states on the path"
+        note = f"{len(error):,} states on the path"
+        velocity, squared, _ = self.names()
         return [
-            Score("oracle/velocity_error", relative, spread, note=note),
-            Score("oracle/excess_loss", error.mean().item(), standard_error(error), note=note),
+            Score(velocity, relative, spread, note=note),
+            Score(squared, error.mean().item(), standard_error(error), note=note),
+            self.excess_loss(generation, flow, error, note),
         ]
 
-    def states(self, generation: Generation, flow: ExactFlow, count: int) -> tuple[Tensor, Tensor]:
-        """z (count, ...) and t (count,), fp32 on the CPU."""
-        generator = generator_for(0, "oracle/velocity")
-        x1 = flow.mixture.to(dtype=torch.float32).sample(count, generator)[0].reshape(-1, *generation.dataset.state_shape)
-        x0 = flow.source_std * torch.randn(x1.shape, generator=generator)
-        t = flow.path.last_time * torch.rand(count, generator=generator)
-        return flow.path.state(x0, x1, expand_time(t, x1)), t
+    def excess_loss(self, generation: Generation, flow: ExactFlow, error: Tensor, note: str) -> Score | Absent:
+        """error (N,): |v - v*|^2 at uniform times."""
+        name, reason, sampler = self.names()[2], why_no_least_loss(generation.objective), generation.objective.time_sampler
+        if reason is not None:
+            return Absent(name, reason)
+        if type(sampler) is not UniformTimes or sampler.ratio:
+            error = self.squares(generation, flow, sampler)[0]
+        return Score(name, error.mean().item(), standard_error(error), note=note)
+
+    def squares(self, generation: Generation, flow: ExactFlow, sampler: TimeSampler) -> tuple[Tensor, Tensor]:
+        """|v - v*|^2 and |v*|^2 (N,) at states on the path."""
+        count, generator = self.final_draws if generation.final else self.draws, generator_for(0, "oracle/velocity")
+        with one_thread():
+            x1 = (
+                flow.mixture.to(dtype=torch.float32).sample(count, generator)[0].reshape(-1, *generation.dataset.state_shape)
+            )
+            x0 = flow.source_std * torch.randn(x1.shape, generator=generator)
+            t = flow.path.last_time * sampler.sample(count, generator)[0]
+            z = flow.path.state(x0, x1, expand_time(t, x1))
+            chunks = zip(z.double().split(CHUNK), t.split(CHUNK), strict=True)
+            exact = torch.cat([flow(states, times) for states, times in chunks])
+        error = self.model_velocity(generation, z, t) - exact
+        return error.flatten(1).square().sum(1), exact.flatten(1).square().sum(1)
 
     def model_velocity(self, generation: Generation, z: Tensor, t: Tensor) -> Tensor:
         """The network's velocity (count, ...) in float64 on the CPU."""
@@ -147,7 +177,9 @@ class OracleLogProbError(Metric):
     """oracle/log_prob_error = mean |log p_model(x) - log p(x)| in nats over fixed held-out points, at the final evaluation.
 
     The model's density by the change of variables along its own flow, integrated adaptively (solver=dopri5, rtol 1e-6);
-    extra oracle/log_prob_error_exact_field is what the same integration makes of the exact field.
+    extra oracle/log_prob_error_exact_field is what the same integration makes of the exact field. Above 16 dimensions the
+    densities are estimates by random probes, and oracle/log_prob_error_probes, the mean standard error of one, is part of
+    the error.
     """
 
     name = "oracle/log_prob_error"
@@ -163,11 +195,14 @@ class OracleLogProbError(Metric):
             return []
         points = generation.dataset.held_out(self.points, generation.generator("log_prob"))[0]
         exact = generation.dataset.mixture.to("cpu", torch.float64).log_prob(points.cpu().double())  # type: ignore[union-attr]
-        error = (self.log_prob(generation, generation.objective.velocity, points) - exact).abs()
-        own = (self.log_prob(generation, flow, points.cpu().double()) - exact).abs()
+        found = self.likelihood(generation, generation.objective.velocity, points)
+        error = (found.log_prob.cpu().double() - exact).abs()
+        own = (self.likelihood(generation, flow, points.cpu().double()).log_prob.cpu().double() - exact).abs()
         extra = {f"{self.name}_exact_field": own.mean().item()}
+        if found.standard_error is not None:
+            extra[f"{self.name}_probes"] = found.standard_error.mean().item()
         return [Score(self.name, error.mean().item(), standard_error(error), extra=extra, note=f"{len(points)} points")]
 
-    def log_prob(self, generation: Generation, field: Field, points: Tensor) -> Tensor:
-        """Log density in nats (N,) of the points under the flow of `field`, in float64 on the CPU."""
-        return log_likelihood(field, points, generation.source.log_prob, Dopri5()).log_prob.cpu().double()
+    def likelihood(self, generation: Generation, field: Field, points: Tensor) -> LogLikelihood:
+        """Of the points (N, ...) under the flow of `field`."""
+        return log_likelihood(field, points, generation.source.log_prob, Dopri5())
