@@ -4,6 +4,7 @@ quadrature, and is not once a sign, the order of the times or the side of the st
 import inspect
 import math
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -199,6 +200,35 @@ def test_a_displaced_velocity_is_not(name):
     else:
         wrong = Exact(lambda z, r, t: exact_mean_velocity(z, r, t) + 0.1 * z)
     assert max(abs(gradient_at(name, point, wrong)) for point in POINTS) > 0.05
+
+
+def readme_loss(old: str = "", new: str = "") -> FlowObjective:
+    """The README's example of a loss, or a change of it, around the exact velocity."""
+    section = (Path(__file__).resolve().parents[1] / "README.md").read_text().partition("## Adding a loss")[2]
+    space: dict[str, Any] = {"__name__": "losses.late_loss", "torch": torch}
+    code = section.partition("```python\n")[2].partition("```")[0]
+    assert old in code
+    exec(code.replace(old, new), space)
+    parts = (LinearPath(), IndependentCoupling(), UniformTimes(0.0), VelocityPrediction(), UniformWeighting())
+    return space["LateLoss"](Exact(lambda z, r, t: velocity(z, r)), *parts)
+
+
+def test_the_readmes_loss_is_least_at_the_exact_velocity_and_hubers_is_not():
+    def gradients(loss: FlowObjective) -> list[float]:
+        found = []
+        for point in POINTS:
+            batch, chance = rows_at("mse", point)
+            rows = [batch.split(i + 1)[0].split(i)[1] for i in range(len(batch))]
+            expected = sum(p * loss(row)["loss"] for p, row in zip(chance, rows, strict=True))
+            found.append(abs(float(torch.autograd.grad(expected, [loss.network.shift])[0])))
+        return found
+
+    assert max(gradients(readme_loss())) < 1e-6
+    squared, huber = (
+        "(v - batch.conditional_velocity).square()",
+        "huber_loss(v, batch.conditional_velocity, reduction='none')",
+    )
+    assert max(gradients(readme_loss(squared, f"torch.nn.functional.{huber}"))) > 0.05
 
 
 @pytest.mark.parametrize("name", [n for n in STATIONARY if n != "mse"])
