@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import UserError
+from training.experiment_log import ExperimentLog
+from training.files import end_of
 
 COPIES = 5  # of a row's state at once: noise, data, what is between, its velocity, and the network's input
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+\-]{0,199}")
@@ -45,6 +47,11 @@ def times_in_order(value: Any) -> bool:
     )
 
 
+def numbers_by_name(value: Any) -> bool:
+    named = isinstance(value, dict) and all(isinstance(name, str) for name in value)
+    return named and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value.values())
+
+
 RULES: list[Rule] = [
     ("epochs", whole(1), "a whole number of at least 1"),
     ("max_steps", optional(whole(1)), "a whole number of at least 1, or null"),
@@ -74,6 +81,7 @@ RULES: list[Rule] = [
     ("eval_checkpoint", optional(lambda v: isinstance(v, str)), "the path of a checkpoint, or null"),
     ("show", one_of(True, False), "true or false"),
     ("monitor", lambda v: isinstance(v, str) and v != "", "the name of an evaluation metric such as eval/loss"),
+    ("log.targets", numbers_by_name, "numbers by the names of metrics, such as {eval/accuracy: 0.98}"),
     ("optimizer.lr", positive, "a number above 0"),
     ("optimizer.weight_decay", lambda v: v == 0 or positive(v), "a number of at least 0"),
     ("ema.decay", lambda v: isinstance(v, (int, float)) and 0 <= v < 1, "a number from 0 up to, not including, 1"),
@@ -224,14 +232,18 @@ def check_files(config: dict[str, Any]) -> None:
         raise UserError(f"guidance.checkpoint={guide} is not a file; give the path of a weaker model's checkpoint")
     check_writable("output_dir", Path(config["output_dir"]))
     if config["log"]["expect"]:
-        check_writable("log.file", Path(config["log"]["file"]).absolute().parent)
+        log = ExperimentLog(Path(config["log"]["file"]))
+        log.read()
+        check_writable("log.file", end_of(log.path).parent)
 
 
 def check_writable(key: str, folder: Path) -> None:
     """UserError unless `folder` is there, or can be made, and can be written to."""
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not existing.is_dir() or not takes_folders(existing):
-        raise UserError(f"{key}={folder} cannot be written: {existing} is not a folder this user may write to")
+        raise UserError(
+            f"{key}={folder} cannot be written: {existing} is not a folder this user may write to; give another {key}"
+        )
 
 
 def takes_folders(folder: Path) -> bool:
