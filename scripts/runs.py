@@ -9,6 +9,7 @@ import argparse
 import difflib
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,8 @@ from scripts.front import outputs
 from training.errors import UserError
 from training.run_folder import RunFolder, table
 
-HIGHER_IS_BETTER = ("accuracy", "inception_score", "precision", "recall", "density", "coverage")
+HIGHER_IS_BETTER = ("accuracy", "inception_score", "precision", "recall", "density", "coverage", "class_share_min")
+NO_SCORE = re.compile(r"_floor\w*$|_se$|_ratio$|^eval/(nfe|seconds)$")  # of these none is the best
 HEADLINES = ("eval/energy_distance", "eval/fid", "eval/accuracy", "eval/kid", "eval/loss")  # in order of preference
 HEADLINES_SHOWN = 2
 NO_METRICS = ("step", "epoch", "elapsed_seconds", "provenance")  # keys of a row of metrics.jsonl
@@ -161,7 +163,7 @@ def best_scores(folder: RunFolder) -> dict[str, float]:
     best: dict[str, float] = {}
     for scores in (folder.read_status().get("scores", {}), *evaluations(folder)):
         for name, value in scores.items():
-            if name.startswith("eval/") and isinstance(value, int | float):
+            if name.startswith("eval/") and not NO_SCORE.search(name) and isinstance(value, int | float):
                 pick = max if any(word in name for word in HIGHER_IS_BETTER) else min
                 best[name] = pick(best.get(name, value), value)
     return best
