@@ -8,7 +8,7 @@ from typing import Self, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset
+from dataloaders.base_dataloaders import Batch, FlowDataset
 from dataloaders.gaussian_mixture import GaussianMixture
 from training.errors import UserError
 
@@ -47,11 +47,19 @@ class SyntheticDataset(FlowDataset):
             self.mixture = self.mixture.to(device)
         return self
 
-    def epoch(self, plan: EpochPlan) -> Iterator[Batch]:
-        """Yield fresh draws; plan.order is unused. A rank draws as many rows as rank::world of the batch would hold."""
-        for first in range(plan.start * plan.batch_size, self.epoch_size, plan.batch_size):
-            rows = range(plan.rank, min(plan.batch_size, self.epoch_size - first), plan.world)
-            x, label = self.draw(max(len(rows), 1), plan.generator)
+    def epoch(
+        self,
+        batch_size: int,
+        order: torch.Generator,
+        generator: torch.Generator,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[Batch]:
+        """As FlowDataset.epoch. `order` is unused; a rank draws as many rows as rank::world of the batch would hold."""
+        for first in range(start * batch_size, self.epoch_size, batch_size):
+            rows = range(rank, min(batch_size, self.epoch_size - first), world)
+            x, label = self.draw(max(len(rows), 1), generator)
             yield x[: len(rows)], label[: len(rows)]
 
     def held_out(self, count: int, generator: torch.Generator) -> Batch:
@@ -85,20 +93,17 @@ class MixtureDataset(SyntheticDataset):
     def __init__(
         self,
         means: Tensor,
-        std: float,
+        std: float | Sequence[float],
         weights: Sequence[float] | None,
         num_classes: int,
         **common: Unpack[CommonOptions],
     ):
-        """means: (K, D). weights: K positive numbers, normalised here; None weighs all alike."""
+        """means: (K, D). std: of every component, or one for each. weights: normalised here; None weighs all alike."""
         super().__init__(num_classes, **common)
         self.require_shape((means.shape[1],))
         self.require_classes(len(means))
-        require_above_zero("std", std)
-        shares = torch.ones(len(means)) if weights is None else torch.tensor([float(weight) for weight in weights])
-        if len(shares) != len(means) or not bool((shares > 0).all()):
-            raise UserError(f"dataloaders.weights must be {len(means)} positive numbers, one for each component")
-        self.mixture = GaussianMixture(shares / shares.sum(), means, torch.full((len(means),), float(std)))
+        shares = for_each("weights", 1.0 if weights is None else weights, len(means))
+        self.mixture = GaussianMixture(shares / shares.sum(), means, for_each("std", std, len(means)))
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return self.mixture.sample(count, generator)
@@ -110,12 +115,12 @@ class KMeans(MixtureDataset):
     def __init__(
         self,
         centroids: Sequence[Sequence[float]] = KMEANS_CENTROIDS,
-        std: float = 0.1,
+        std: float | Sequence[float] = 0.1,
         weights: Sequence[float] | None = None,
         num_classes: int = 5,
         **common: Unpack[CommonOptions],
     ):
-        """centroids: K points m_k of one dimension."""
+        """centroids: K points m_k of one dimension. std: of every blob, or one for each."""
         if len({len(centroid) for centroid in centroids}) != 1:
             raise UserError("dataloaders.centroids must be a list of points of one dimension, e.g. [[1, 2], [0, -1]]")
         means = torch.tensor([[float(value) for value in centroid] for centroid in centroids])
@@ -145,11 +150,30 @@ class Gaussian(MixtureDataset):
 class EightGaussians(MixtureDataset):
     """Blobs on a circle: x = radius (cos a_k, sin a_k) + std eps, a_k = pi k / 4, k = 0..7, eps ~ N(0, I)."""
 
-    def __init__(self, radius: float = 2.0, std: float = 0.2, num_classes: int = 8, **common: Unpack[CommonOptions]):
+    def __init__(
+        self,
+        radius: float = 2.0,
+        std: float | Sequence[float] = 0.2,
+        weights: Sequence[float] | None = None,
+        num_classes: int = 8,
+        **common: Unpack[CommonOptions],
+    ):
+        """std: of every blob, or one for each, counterclockwise from the right, as are the weights."""
         require_above_zero("radius", radius)
         angles = torch.arange(8) * (math.pi / 4)
         means = radius * torch.stack([angles.cos(), angles.sin()], dim=1)
-        super().__init__(means, std, None, num_classes, **common)
+        super().__init__(means, std, weights, num_classes, **common)
+
+
+def for_each(knob: str, value: float | Sequence[float], count: int) -> Tensor:
+    """One number for each of `count` components (count,), the same for all where one is given. UserError unless above 0."""
+    numbers = [float(value)] * count if isinstance(value, int | float) else [float(number) for number in value]
+    if len(numbers) != count or not all(0 < number < math.inf for number in numbers):
+        raise UserError(
+            f"dataloaders.{knob} takes {count} numbers above 0, one for each component"
+            f"{' (or one for all)' * (knob == 'std')}, not {value}"
+        )
+    return torch.tensor(numbers)
 
 
 def require_above_zero(knob: str, value: float) -> None:

@@ -1,32 +1,40 @@
 #!/usr/bin/env python
-"""Command lines that are wrong by construction, each given to a real process: what does the launcher say?
+"""Command lines that are wrong by construction, each given to the launcher in a process of its own: what does it say?
 
-    python scripts/invalid_commands.py                 # 500 of them; needs the extra `dev`
+    python scripts/invalid_commands.py                 # 700 of them; needs the extra `dev`
     python scripts/invalid_commands.py --count 40 --jobs 2
+    python scripts/invalid_commands.py -- run_name=x epochs=0      # this one
 
-Each must end with a status other than 0, within a second of processor time, in at most four lines without a traceback,
-and leave the folder it runs in, an earlier run included, as it was.
+Each must end with status 1 within ten seconds of processor time, in at most four lines without a traceback, and leave the
+folder it runs in, an earlier run included, as it was. The processes are forks of this one, which has imported what every
+command needs, so that 700 take a minute; one that imports torch as well is counted as late.
 """
 
 import argparse
 import os
-import subprocess
+import resource
+import signal
 import sys
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_origin
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
+import launcher
 from training.config import CONFIG_DIR, groups
+from training.launch import prepare  # noqa: F401  for the forks
+from training.sweep import Sweep  # noqa: F401
+from training.values import ANY, SETTINGS, Setting, declared, kinds_in, options_of
 
-ROOT = Path(__file__).resolve().parents[1]
-SECONDS, LINES = 1.0, 4
+LATE, HANG, WALL, LINES = 1.0, 10, 300, 4  # seconds of processor time, twice, and of the clock; lines
 INTEGERS = (
     "epochs", "batch_size", "gradient_accumulation_steps", "num_workers", "seed", "eval_every", "save_every", "log_every",
     "keep_saves", "solver.steps", "model.width", "model.depth", "evaluation.samples", "evaluation.final_samples",
@@ -48,6 +56,43 @@ CONTRADICTIONS = (
 )  # fmt: skip
 
 Command = list[str]
+PACKAGES = {"tracker": "trackio"}  # groups whose settings have another name
+
+
+def settings_of_parts() -> Iterator[tuple[Command, str, Setting]]:
+    """Each declared setting of each choice: the words that choose it, its key, and what it may be."""
+    for group, choices in groups().items():
+        for choice in choices:
+            node = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / group / f"{choice}.yaml"))
+            for name in node if isinstance(node, dict) and "_target_" in node else ():
+                key = f"{PACKAGES.get(group, group).replace('/', '.')}.{name}"
+                setting = declared(key, node["_target_"])
+                if setting is not None and group != "vae":
+                    yield [f"{group}={choice}"], key, setting
+
+
+def wrong_values(setting: Setting) -> list[str]:
+    """Texts of values that the setting may not have."""
+    kinds, options, allowed = kinds_in(setting.kind), options_of(setting.kind), setting.range
+    wrong = [] if dict in kinds or any(get_origin(k) is dict for k in kinds) else ["{a: 1}"]
+    wrong += [] if type(None) in kinds else ["null"]
+    lists = any(get_origin(option) in (list, tuple) for option in options)
+    if str not in kinds:
+        wrong += ["words", "[words]", "''"]
+    if not lists:
+        wrong += ["[1]", "[]", "[[1]]"]
+    if any(get_origin(option) is Literal for option in options):
+        return wrong
+    if {int, float} & kinds:
+        numbers = ["nan", "inf", "-1e400", "1e300"] + ["1.5"] * (float not in kinds)
+        numbers += (
+            [f"{allowed.low - 1:.0f}"] * (allowed.low > -1e9) + ["-1"] * (allowed != ANY) + [f"{10**30}"] * (int in kinds)
+        )
+        wrong += ["true", *([f"[{number}]" for number in numbers] if lists else numbers)]
+        wrong += ["[]"] * (lists and allowed != ANY)
+    return wrong
+
+
 odd = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12)
 letters = st.text("abcdefghijklmnopqrstuvwxyz_", min_size=3, max_size=14)
 huge = st.integers(10**19, 10**40)
@@ -69,6 +114,31 @@ not_a_number = st.one_of(
     made_up,
     st.sampled_from(["", "1e", "0x", "--1", "1_", "[1]", "[]", "{}", "{a: 1}", "true", "'1 2'", "1.5.2", "1,", "NULL?"]),
 )
+PARTS = [(words, key, value) for words, key, setting in settings_of_parts() for value in wrong_values(setting)]
+OWN = [(key, value) for key, setting in SETTINGS.items() if key != "guidance.checkpoint" for value in wrong_values(setting)]
+EXTREMES = [
+    "dataloaders.state_shape=[0]", "dataloaders.state_shape=[-1]", "dataloaders.state_shape=[]",
+    "dataloaders.state_shape=[1000000000000]", "dataloaders.state_shape=[1e9]",
+    "evaluation.batch_size=-1", "evaluation.batch_size=0", "source.std=-1",
+    "schedule.final=-1", "dataloaders.std=[]", "dataloaders.std=[.1,.2]", "dataloaders.weights=[1,2]",
+    "dataloaders.weights=[1,1,1,1,-1]", "dataloaders.std=[.1,.1,.1,.1,0]", "optimizer.lr=1e300", "+optimizer.eps=-1",
+    "model.time_frequencies=[abc]", "model.time_frequencies=3", "batch_size=1000000000000000000", "max_steps=1e18",
+    "epochs=1000000000000000000", "evaluation.samples=900000000000", "solver.steps=100000000000", "model.width=10000000",
+    "model.depth=1000000000", "seed=9223372036854775808", "dataloaders.epoch_size=0", "dataloaders.centroids=[[1],[1,2]]",
+    "dataloaders.centroids=[]", "dataloaders.centroids=[[]]", "loss_weights={a: b}", "log.targets={eval/loss: abc}",
+    "loss_weights=[1]", "tracker.enabled=false", "optimizer.betas=[0.9,0.99,0.999]", "optimizer.betas=0.9",
+]  # fmt: skip
+EXTREMES_OF_CHOICES = [
+    ["solver=dopri5", "solver.rtol=1e-300", "solver.atol=1e-300"], ["solver=dopri5", "solver.rtol=0"],
+    ["optimizer=sgd", "+optimizer.momentum=-5"], ["optimizer=sgd", "optimizer.momentum=-5"],
+    ["dataloaders=gaussian", "dataloaders.mean=[a,b]"], ["dataloaders=gaussian", "dataloaders.mean=[[1]]"],
+    ["dataloaders=gaussian", "dataloaders.mean=null"], ["dataloaders=gaussian", "dataloaders.state_shape=[100000000000]"],
+    ["dataloaders=checkerboard", "dataloaders.cells=null"], ["solver/grid=dense", "solver.grid.power=0.5"],
+    ["solver/grid=dense", "solver.grid.dense=middle"], ["schedule=step", "schedule.milestones=[a]"],
+    ["schedule=step", "schedule.milestones=0.5"], ["loss=meanflow", "loss.jvp=magic"],
+    ["-m", "optimizer.lr=interval(1e-4,1e-2)"], ["-m", "seed=glob(*)"], ["-m", "seed=interval(1,3)"],
+    ["model=unet", "dataloaders=digits", "model.multipliers=[]"],
+]  # fmt: skip
 mistakes: dict[str, st.SearchStrategy[Command]] = {
     "an unknown key": st.tuples(made_up, st.sampled_from(["1", "true", "x", "[1]"])).map(lambda p: [f"{p[0]}={p[1]}"]),
     "an unknown key of a group": st.tuples(st.sampled_from(["model", "optimizer", "solver", "loss"]), made_up).map(
@@ -100,6 +170,11 @@ mistakes: dict[str, st.SearchStrategy[Command]] = {
     "a flag without its value": st.sampled_from([["--device"], ["--backend"], ["--device="], ["--backend", "--device"]]),
     "a sweep with a wrong job": set_to(("seed", "epochs"), st.just("1,two")).map(lambda words: ["-m", *words]),
     "a contradiction": st.sampled_from(CONTRADICTIONS),
+    "a value that a part may not have": st.sampled_from(PARTS).map(lambda p: [*p[0], f"{p[1]}={p[2]}"]),
+    "a part's value among others": st.sampled_from(PARTS).map(lambda p: [*p[0], f"{p[1]}={p[2]}"]),
+    "a value that a key may not have": st.sampled_from(OWN).map(lambda p: [f"{p[0]}={p[1]}"]),
+    "an extreme": st.sampled_from(EXTREMES).map(lambda word: [word]),
+    "an extreme of a choice": st.sampled_from(EXTREMES_OF_CHOICES),
 }  # fmt: skip
 
 
@@ -139,27 +214,52 @@ class Outcome:
     def faults(self) -> list[str]:
         """What the launcher should not have done, in words."""
         found = {
-            f"status {self.status}": self.status != 1,
+            f"status {self.status}": self.status != 1,  # -24 or -14: a hang
             f"{self.said.count(chr(10))} lines": not 1 <= self.said.count("\n") <= LINES,
             "a traceback": "Traceback" in self.said,
         }
         return [name for name, holds in found.items() if holds]
 
 
-def run_command(words: Command, folder: Path) -> Outcome:
-    """The launcher in a process of its own, in `folder`."""
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "launcher.py"), *words],
-            cwd=folder,
-            stdout=output,
-            stderr=output,
-            stdin=subprocess.DEVNULL,
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        output.seek(0)
-        return Outcome(words, process.returncode, output.read(), usage.ru_utime + usage.ru_stime)
+def launch_in(folder: Path, words: Command, said: Path) -> int:
+    """The process id of a fork that carries out the launcher in `folder` and writes what it says to `said`."""
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        os.chdir(folder)
+        output = os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.argv = ["launcher.py", *words]
+        resource.setrlimit(resource.RLIMIT_CPU, (HANG, HANG))
+        signal.alarm(WALL)
+        status = launcher.main(words)
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def outcomes_of(commands: list[Command], folder: Path, jobs: int) -> Iterator[Outcome]:
+    """What becomes of each command, in the order in which they end; so many at a time."""
+    waiting, running = list(enumerate(commands)), dict[int, tuple[Command, Path]]()
+    with tempfile.TemporaryDirectory() as outputs:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                number, words = waiting.pop(0)
+                said = Path(outputs) / str(number)
+                running[launch_in(folder, words, said)] = words, said
+            process, status, usage = os.wait4(-1, 0)
+            words, said = running.pop(process)
+            seconds = usage.ru_utime + usage.ru_stime
+            yield Outcome(words, os.waitstatus_to_exitcode(status), said.read_text(errors="replace"), seconds)
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
@@ -175,38 +275,39 @@ def earlier_run(folder: Path) -> None:
         path.write_text("precious\n")
 
 
-def try_all(count: int, jobs: int, tell: Callable[[Outcome], None] = lambda _: None) -> list[Outcome]:
-    """The outcome of each command. AssertionError when one of them changed a file."""
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as pool:
+def try_all(commands: list[Command], jobs: int, tell: Callable[[Outcome], None]) -> tuple[list[Outcome], set[str]]:
+    """The outcome of each command, and the paths that they changed."""
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         earlier_run(folder)
-        before = contents(folder)
-        outcomes = []
-        for outcome in pool.map(lambda words: run_command(words, folder), drawn(count)):
+        before, outcomes = contents(folder), []
+        for outcome in outcomes_of(commands, folder, jobs):
             tell(outcome)
             outcomes.append(outcome)
-        assert contents(folder) == before, f"files changed: {contents(folder).keys() ^ before.keys()}"
-    return outcomes
+        after = contents(folder)
+    return outcomes, {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--count", type=int, default=700)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
+    parser.add_argument("words", nargs="*", help="after --, the words of one command")
     options = parser.parse_args(arguments)
+    commands = [options.words] if options.words else drawn(options.count)
 
     def tell(outcome: Outcome) -> None:
-        slow = [f"{outcome.seconds:.1f} s"] if outcome.seconds > SECONDS else []
-        if found := outcome.faults() + slow:
+        late = [f"{outcome.seconds:.1f} s"] if outcome.seconds > LATE else []
+        if (found := outcome.faults() + late) or options.words:
             print(f"{', '.join(found)}: {outcome.words}\n{outcome.said}", flush=True)
 
-    outcomes = try_all(options.count, options.jobs, tell)
-    seconds = sorted(outcome.seconds for outcome in outcomes)
+    outcomes, changed = try_all(commands, options.jobs, tell)
     bad = sum(bool(outcome.faults()) for outcome in outcomes)
-    slow = sum(second > SECONDS for second in seconds)
-    print(f"{len(outcomes)} commands: {bad} answered badly, {slow} in more than {SECONDS:g} s of processor time; "
-          f"median {seconds[len(seconds) // 2]:.2f} s, slowest {seconds[-1]:.2f} s; no file changed")  # fmt: skip
-    return int(bad + slow > 0)
+    late = sum(outcome.seconds > LATE for outcome in outcomes)
+    slowest = max(outcome.seconds for outcome in outcomes)
+    print(f"{len(outcomes)} commands: {bad} answered badly, {late} late (more than {LATE:g} s of processor time, slowest "
+          f"{slowest:.2f} s), {len(changed)} files changed")  # fmt: skip
+    return int(bad > 0 or bool(changed))
 
 
 if __name__ == "__main__":

@@ -53,12 +53,13 @@ from scripts.leaderboard_table import (
 from training.config import compose_config, groups, nearest, resolved
 from training.errors import UserError
 from training.files import write_atomically
-from training.launch import FREE, differences, flat
+from training.launch import differences, flat
 from training.run_folder import RunFolder
+from training.values import NEUTRAL
 
 ROOT = Path(__file__).resolve().parents[1]
 # Settings that neither change what a run learns nor how it is scored.
-MEANINGLESS = {*FREE, "run_name", "seed", "evaluation.samples"} - {"epochs", "max_steps", "init_from", "device", "compile"}
+MEANINGLESS = {*NEUTRAL, "run_name", "seed", "evaluation.samples"}
 
 
 @dataclass(frozen=True)

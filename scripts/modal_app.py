@@ -29,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from backends.modal import explained, note_job, open_volume
 from scripts.runs import list_row, table
 from scripts.trackio_rebuild import is_whole, project_of, rebuild
-from training.checks import check_run_name
 from training.errors import UserError
 from training.experiment_log import PARTS, ExperimentLog, Section
 from training.files import replacing, write_atomically
 from training.run_folder import STATES, STATUS_KINDS, RunFolder, as_object, as_row, timestamp
+from training.values import check_run_name
 
 MODAL_APP = (sys.executable, "-m", "modal", "app")
 FIRST = ("config.yaml", "status.json")  # what tells one run from another

@@ -41,19 +41,26 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument(
-        "--output-dir", type=Path, default=outputs(), help="folder of the runs (outputs/ here or the repository's)"
+        "--output-dir",
+        type=Path,
+        metavar="FOLDER",
+        default=outputs(),
+        help="of the runs (outputs/ here or the repository's)",
     )
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[shared]
+        usage="runs.py [-h] [--output-dir FOLDER] (list | show NAME | compare A B ...)",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[shared],
     )
-    commands = parser.add_subparsers(required=True, metavar="list | show NAME | compare A B ...")
+    commands = parser.add_subparsers(required=True, metavar="list, show or compare", prog="runs.py")
     listing = commands.add_parser("list", help="every run in a line")
     showing = commands.add_parser("show", help="one run in full")
     comparing = commands.add_parser("compare", help="two runs or more, side by side")
     showing.add_argument("names", nargs=1, metavar="NAME")
     comparing.add_argument("names", nargs="+", metavar="NAME")
     for command, report in ((listing, list_runs), (showing, show_run), (comparing, compare_runs)):
-        command.add_argument("--output-dir", type=Path, default=argparse.SUPPRESS, help="folder of the runs")
+        command.add_argument("--output-dir", type=Path, metavar="FOLDER", default=argparse.SUPPRESS, help="of the runs")
         command.set_defaults(report=report)
     return parser.parse_args(arguments)
 

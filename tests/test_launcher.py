@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import launcher
-from training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,6 +62,28 @@ MISTAKES = [
     (["run_name=x", "solver.steps=0"], "solver.steps takes"),
     (["run_name=x", "model.width=abc"], "model.width takes a whole number"),
     (["-m", "run_name=x", "seed=1,two"], "seed takes a whole number"),
+    (["-m", "run_name=x", "optimizer.lr=interval(1e-4,1e-2)"], "lists no values"),
+    (["-m", "run_name=x", "model=glob(*)"], "lists no values"),
+    (["run_name=übung"], "cannot name files"),
+    (["run_name=x", "tracker.enabled=false"], "trackio.enabled"),
+    (["run_name=x", "epochs=null"], "epochs takes a whole number of at least 1, not null"),
+    (["run_name=x", "max_steps=10000000000"], "at most 1,000,000,000"),
+    (["run_name=x", "evaluation.batch_size=0"], "evaluation.batch_size takes a whole number of at least 1"),
+    (["run_name=x", "dataloaders.state_shape=[0]"], "a list of whole numbers of at least 1, not [0]"),
+    (["run_name=x", "dataloaders.state_shape=[]"], "a list of whole numbers of at least 1, not []"),
+    (["run_name=x", "source.std=-1"], "source.std takes a number above 0"),
+    (["run_name=x", "schedule.final=-1"], "schedule.final takes a number from 0 to 1"),
+    (["run_name=x", "solver=dopri5", "solver.rtol=1e-300"], "solver.rtol takes a number of at least 1e-12"),
+    (["run_name=x", "optimizer.lr=1e300"], "at most 3.4e+38"),
+    (["run_name=x", "+optimizer.eps=-1"], "optimizer.eps takes a number above 0"),
+    (["run_name=x", "optimizer=sgd", "optimizer.momentum=-5"], "optimizer.momentum takes"),
+    (["run_name=x", "model.time_frequencies=[abc]"], "model.time_frequencies takes a list of numbers, or null"),
+    (["run_name=x", "dataloaders=gaussian", "dataloaders.mean=[a]"], "takes a number or a list of numbers"),
+    (["run_name=x", "dataloaders.std=[.1,.2]"], "dataloaders.std takes 5 numbers above 0"),
+    (["run_name=x", "dataloaders.weights=[1,2]"], "dataloaders.weights takes 5 numbers above 0"),
+    (["run_name=x", "log.targets={eval/loss: abc}"], "log.targets takes a group of numbers by name"),
+    (["run_name=x", "optimizer=5", "loss.path.x=1"], "optimizer=5 does not exist"),
+    (["run_name=x", "dataloaders.training=5"], "dataloaders.training takes a group of settings"),
 ]  # fmt: skip
 
 
@@ -139,16 +160,6 @@ def test_overwrite_moves_the_old_run_aside(small_run):
     assert len(moved) == 1 and (moved[0] / "metrics.jsonl").read_text() == old_metrics
     assert len(list((folder / "ckpts/mlp").glob("x.old-*_last.pt"))) == 1
     assert (folder / "runs/x/metrics.jsonl").read_text() != old_metrics
-
-
-def test_runs_moved_aside_in_one_second_lose_nothing(small_run, monkeypatch):
-    monkeypatch.setattr("time.strftime", lambda _: "20300101-000000")
-    for seed in range(4):
-        folder = small_run("x", "overwrite=true", "max_steps=2", f"seed={seed}")
-    names = ["x", *(f"x.old-20300101-000000{n}" for n in ("", ".2", ".3"))]
-    assert sorted(path.name for path in (folder / "runs").iterdir()) == names
-    seeds = [load_checkpoint(folder / f"ckpts/mlp/{name}_last.pt")["config"]["seed"] for name in names]
-    assert seeds == [3, 0, 1, 2] and len(list(folder.rglob("x.old-*.pt"))) == 9
 
 
 def test_a_sweep_names_each_job_and_skips_what_has_finished(tmp_path):

@@ -16,6 +16,8 @@ COUNT = 20_000
 MIXTURES = [
     KMeans(),
     KMeans(weights=[1, 2, 3, 4, 10], std=0.5),
+    KMeans(std=[0.1, 0.2, 0.3, 0.4, 0.5]),
+    EightGaussians(std=[0.1, 0.2] * 4, weights=[1, 3] * 4),
     Gaussian(),
     Gaussian([1.0, -2.0, 0.5], 1.5, state_shape=[3]),
     EightGaussians(),
@@ -38,7 +40,7 @@ def test_mixture_moments(dataset: MixtureDataset) -> None:
     mixture, (x, label) = dataset.mixture.to(dtype=torch.float64), draw(dataset)
     mean = mixture.weights @ mixture.means
     spread = mixture.means - mean
-    covariance = (mixture.weights * spread.T) @ spread + mixture.stds[0] ** 2 * torch.eye(len(mean))
+    covariance = (mixture.weights * spread.T) @ spread + mixture.weights @ mixture.stds**2 * torch.eye(len(mean))
     bound = 5 / math.sqrt(COUNT)
     assert ((x.mean(0) - mean).abs() < bound * covariance.diagonal().sqrt()).all()
     assert ((x.T.cov() - covariance).abs() < 2 * bound * covariance.diagonal().max()).all()

@@ -4,104 +4,13 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from training.errors import UserError
-from training.experiment_log import ExperimentLog
-from training.files import end_of
+from training.values import check_all, check_run_name
 
 COPIES = 5  # of a row's state at once: noise, data, what is between, its velocity, and the network's input
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+\-]{0,199}")
-
-Rule = tuple[str, Callable[[Any], bool], str]
-
-
-def whole(least: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def optional(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or rule(value)
-
-
-def positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
-
-
-def one_of(*words: Any) -> Callable[[Any], bool]:
-    return lambda value: any(value is word or (value == word and type(value) is type(word)) for word in words)
-
-
-def two_shares(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, int | float) and 0 <= v < 1 for v in value)
-
-
-def times_in_order(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and all(v == 0 or positive(v) for v in value)
-        and value[0] <= value[1] <= 1
-    )
-
-
-def numbers_by_name(value: Any) -> bool:
-    named = isinstance(value, dict) and all(isinstance(name, str) for name in value)
-    return named and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value.values())
-
-
-RULES: list[Rule] = [
-    ("epochs", whole(1), "a whole number of at least 1"),
-    ("max_steps", optional(whole(1)), "a whole number of at least 1, or null"),
-    ("devices", whole(1), "a whole number of at least 1"),
-    ("batch_size", whole(1), "a whole number of at least 1"),
-    ("gradient_accumulation_steps", whole(1), "a whole number of at least 1"),
-    ("limit_data", optional(whole(1)), "a whole number of at least 1, or null"),
-    ("num_workers", whole(0), "a whole number of at least 0"),
-    ("optimizer.betas", two_shares, "two numbers of at least 0 and below 1"),
-    ("trackio.project", lambda v: isinstance(v, str) and v != "", "a name"),
-    ("seed", lambda v: whole(0)(v) and v < 2**63, "a whole number from 0 to 2^63 - 1"),
-    ("device", one_of("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda or mps"),
-    ("precision", one_of("fp32", "bf16", "fp16"), "fp32, bf16 or fp16"),
-    ("compile_mode", one_of("default", "reduce-overhead", "max-autotune"), "default, reduce-overhead or max-autotune"),
-    ("grad_clip", optional(positive), "a number above 0, or null"),
-    ("eval_every", whole(1), "a whole number of epochs, at least 1"),
-    ("save_every", whole(1), "a whole number of epochs, at least 1"),
-    ("log_every", whole(1), "a whole number of steps, at least 1"),
-    ("on_nan", one_of("stop", "skip"), "stop or skip"),
-    ("async_save", one_of("auto", "always", "never"), "auto, always or never"),
-    ("on_save_error", one_of("stop", "continue"), "stop or continue"),
-    ("keep_saves", whole(0), "a whole number, 0 for all"),
-    ("patience", optional(whole(1)), "a whole number of at least 1, or null"),
-    ("resume", one_of(True, False, "force"), "true, false or force"),
-    ("output_dir", lambda v: isinstance(v, str) and v != "", "the path of a folder"),
-    ("init_from", optional(lambda v: isinstance(v, str)), "the path of a checkpoint, or null"),
-    ("eval_checkpoint", optional(lambda v: isinstance(v, str)), "the path of a checkpoint, or null"),
-    ("show", one_of(True, False), "true or false"),
-    ("monitor", lambda v: isinstance(v, str) and v != "", "the name of an evaluation metric such as eval/loss"),
-    ("log.targets", numbers_by_name, "numbers by the names of metrics, such as {eval/accuracy: 0.98}"),
-    ("optimizer.lr", positive, "a number above 0"),
-    ("optimizer.weight_decay", lambda v: v == 0 or positive(v), "a number of at least 0"),
-    ("ema.decay", lambda v: isinstance(v, (int, float)) and 0 <= v < 1, "a number from 0 up to, not including, 1"),
-    ("evaluation.samples", whole(2), "a whole number of at least 2"),
-    ("evaluation.final_samples", whole(2), "a whole number of at least 2"),
-    ("loss.label_dropout", lambda v: isinstance(v, (int, float)) and 0 <= v <= 1, "a number from 0 to 1"),
-    ("loss.time_sampler.ratio", lambda v: isinstance(v, (int, float)) and 0 <= v <= 1, "a number from 0 to 1"),
-    ("loss.weighting.p", lambda v: isinstance(v, (int, float)) and 0 <= v <= 2, "a number from 0 to 2"),
-    ("loss.weighting.c", positive, "a number above 0"),
-    ("loss.time_sampler.std", positive, "a number above 0"),
-    ("model.width", whole(1), "a whole number of at least 1"),
-    ("model.depth", whole(1), "a whole number of at least 1"),
-    ("model.dropout", lambda v: isinstance(v, (int, float)) and 0 <= v < 1, "a number from 0 up to, not including, 1"),
-    ("dataloaders.epoch_size", optional(whole(1)), "a whole number of at least 1, or null for the data's own"),
-    ("dataloaders.std", positive, "a number above 0"),
-    ("dataloaders.noise", lambda v: v == 0 or positive(v), "a number of at least 0"),
-    ("solver.steps", whole(1), "a whole number of at least 1"),
-    ("guidance.scale", lambda v: v == 0 or positive(v), "a number of at least 0 (1 is no guidance)"),
-    ("guidance.interval", times_in_order, "two times such as [0.2,0.9], rising from 0 (noise) to 1 (data)"),
-]
 
 
 def lookup(config: dict[str, Any], key: str) -> Any:
@@ -122,23 +31,9 @@ def has(config: dict[str, Any], key: str) -> bool:
 
 
 def check_values(config: dict[str, Any]) -> None:
-    """UserError for the first value out of its range."""
+    """UserError for the first value that may not stand where it does."""
     check_run_name(config["run_name"])
-    for key, holds, words in RULES:
-        if has(config, key) and not holds(lookup(config, key)):
-            raise UserError(f"{key} takes {words}, not {lookup(config, key)!r}")
-    for key, value in leaves(config):
-        if isinstance(value, int) and abs(value) >= 2**63:
-            raise UserError(f"{key} takes a whole number below 2^63, not {value}")
-
-
-def leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """What a nested dict holds, by dotted keys."""
-    if not isinstance(node, dict):
-        yield key, node
-        return
-    for name, inner in node.items():
-        yield from leaves(inner, f"{key}.{name}".strip("."))
+    check_all(config)
 
 
 def check_devices(config: dict[str, Any]) -> None:
@@ -209,15 +104,6 @@ def check_memory(config: dict[str, Any]) -> None:
             )
 
 
-def check_run_name(name: Any) -> None:
-    """UserError for a run_name that cannot name files safely."""
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise UserError(
-            f"run_name={str(name)[:60]!r} cannot name files; use letters, digits and . _ = + - only, "
-            "beginning with a letter or digit, at most 200 characters"
-        )
-
-
 def check_files(config: dict[str, Any]) -> None:
     """UserError for a file that should be there, or an output folder that cannot be written."""
     for key in ("init_from", "eval_checkpoint"):
@@ -232,18 +118,14 @@ def check_files(config: dict[str, Any]) -> None:
         raise UserError(f"guidance.checkpoint={guide} is not a file; give the path of a weaker model's checkpoint")
     check_writable("output_dir", Path(config["output_dir"]))
     if config["log"]["expect"]:
-        log = ExperimentLog(Path(config["log"]["file"]))
-        log.read()
-        check_writable("log.file", end_of(log.path).parent)
+        check_writable("log.file", Path(config["log"]["file"]).absolute().parent)
 
 
 def check_writable(key: str, folder: Path) -> None:
     """UserError unless `folder` is there, or can be made, and can be written to."""
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not existing.is_dir() or not takes_folders(existing):
-        raise UserError(
-            f"{key}={folder} cannot be written: {existing} is not a folder this user may write to; give another {key}"
-        )
+        raise UserError(f"{key}={folder} cannot be written: {existing} is not a folder this user may write to")
 
 
 def takes_folders(folder: Path) -> bool:

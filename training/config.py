@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dataloaders.array_header import array_classes, array_shape
 from dataloaders.picture_files import attribute_classes, folder_classes, imagenet_classes, latent_classes, latent_shape
 from training.errors import UserError
+from training.values import as_typed, check_run_name, check_value, declared
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 AUGMENT_PARAMETERS = 9  # of dataloaders.augmentation.parameters
@@ -120,6 +121,8 @@ def parse_overrides(overrides: list[str]) -> list[Override]:
             override = parser.parse_override(text)
         except HydraException:
             override = None
+        if override is None and text.startswith("run_name="):
+            check_run_name(text.removeprefix("run_name="))
         if override is None or not override.key_or_group:
             raise UserError(
                 f"cannot read {text!r}: write key=value or group=choice, and quote spaces and special characters "
@@ -200,6 +203,10 @@ def lay_over(cfg: DictConfig, override: Override) -> None:
     key, known = override.key_or_group, flat_keys(cfg)
     if not override.is_add() and not override.is_force_add() and key not in known:
         group = key.split(".")[0]
+        if group == "tracker":
+            raise UserError(
+                f"there is no setting {key}; a tracker's settings are those of trackio: trackio{key[len(group) :]}"
+            )
         if group in groups() and group not in cfg:
             raise UserError(f"{key} is a setting of a chosen {group}; add {group}={groups()[group][0]} or another choice")
         owners = [choice for choice in groups().get(group, []) if has_setting(group, choice, key)]
@@ -212,9 +219,7 @@ def lay_over(cfg: DictConfig, override: Override) -> None:
             raise UserError(f"{key} cannot be left out, every run has one; set it, as in {key}={cfg._get_node(key)}")
         delete(cfg, key)
         return
-    value = override.value()
-    if key in known:
-        value = checked_type(key, value, default_of(cfg, key), raw_text(override))
+    value = checked(cfg, key, override.value(), raw_text(override))
     OmegaConf.update(cfg, key, value, merge=isinstance(value, dict), force_add=True)
 
 
@@ -235,43 +240,25 @@ def raw_text(override: Override) -> str:
     return str(override.input_line).partition("=")[2].strip("'\"")
 
 
-def default_of(cfg: DictConfig, key: str) -> Any:
-    """What the key holds unless overridden; None where that is missing or cannot be told yet."""
-    if any(OmegaConf.is_missing(cfg, k) for k in (key,) if "." not in key):
-        return ""
+def held(cfg: DictConfig, key: str) -> Any:
+    """What a dotted key holds; None where that is missing or cannot be told yet."""
     try:
         return OmegaConf.select(cfg, key, throw_on_missing=False)
     except OmegaConfBaseException:
         return None
 
 
-MIXED = ("resume",)  # true, false or a word: training.checks knows
-TYPE_WORDS: list[tuple[type, tuple[type, ...], str]] = [
-    (bool, (bool,), "true or false"),
-    (int, (int,), "a whole number"),
-    (float, (int, float), "a number"),
-    (DictConfig, (dict,), "a group of settings: set one of its keys"),
-]
-
-
-def checked_type(key: str, value: Any, default: Any, text: str) -> Any:
-    """`value` if it is of the kind of `default`; text keys take any scalar as typed. UserError otherwise."""
-    if key in MIXED or (isinstance(value, str) and value.startswith("${")):
+def checked(cfg: DictConfig, key: str, value: Any, text: str) -> Any:
+    """The value that was typed as `text`, for the key. UserError unless it may stand there; ${...} is left for later."""
+    if isinstance(value, str) and value.startswith("${"):
         return value
-    if isinstance(default, str):
-        if isinstance(value, (dict, list)):
-            raise UserError(f"{key} takes a single word, not {text!r}")
-        return None if value is None else text
-    if value is None or default is None:
-        return value
-    for kind, accepted, words in TYPE_WORDS:
-        if isinstance(default, kind):
-            if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)):
-                return value
-            hint = f"such as {default}" if kind is not DictConfig else f"such as {key}.{[*flat_keys(default), 'x'][0]}"
-            raise UserError(f"{key} takes {words}, {hint}, not {text!r}")
-    if not isinstance(value, list):
-        raise UserError(f"{key} takes a list such as {list(default)}, not {text!r}")
+    setting, before = declared(key, held(cfg, f"{key.rpartition('.')[0]}._target_")), held(cfg, key)
+    if setting is not None:
+        value = as_typed(value, text, setting)
+        check_value(key, value, setting)
+    elif isinstance(before, DictConfig) and value is not None and not isinstance(value, dict):
+        inner = [*flat_keys(before), "x"][0]
+        raise UserError(f"{key} takes a group of settings: set one of its keys, such as {key}.{inner}, not {text!r}")
     return value
 
 

@@ -26,14 +26,7 @@ from training.checks import (
 from training.config import compose_config, delete, is_group, parse_overrides, resolved
 from training.errors import UserError
 from training.run_folder import CONFIG_REMEDY, RunFolder
-
-# What may differ when a run goes on: how long, where, how fast and what is shown, but nothing that is learned from.
-FREE = (
-    "epochs", "max_steps", "device", "devices", "compile", "compile_mode", "output_dir", "num_workers", "log_every",
-    "save_every", "async_save", "on_save_error", "on_nan", "wait", "keep_saves", "monitor", "patience", "resume",
-    "overwrite", "init_from", "eval_checkpoint", "show", "log", "trackio", "callbacks", "backend", "command", "changed",
-    "overrides", "choices", "guidance",
-)  # fmt: skip
+from training.values import FREE
 
 # Of a whole config.yaml, from its first keys to its last.
 WRITTEN = ("run_name", "dataloaders", "model", "loss", "optimizer", "choices", "overrides", "changed")

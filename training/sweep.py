@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.types import Glob
 from hydra.errors import CompactHydraException
 
 from training.config import parse_overrides
@@ -48,6 +49,12 @@ class Sweep:
         self.swept = {o.key_or_group for o in overrides if o.is_sweep_override()}
         self.prepared: dict[tuple[str, ...], dict[str, Any] | RunResult] = {}
         if not any(word.startswith("hydra/sweeper") for word in words):
+            for override in overrides:
+                if override.is_interval_sweep() or isinstance(override.value(), Glob):
+                    raise UserError(
+                        f"{override.input_line} lists no values; a sweep tries those it is given, as in "
+                        f"{override.key_or_group}=FIRST,SECOND (it does not search an interval yet)"
+                    )
             (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
             self.prepared = {tuple(job): self.prepare(job) for job in jobs}
 

@@ -1,5 +1,6 @@
 """Numbers that are costly to find and the same in every run: kept as small files that may be deleted at any time."""
 
+import fcntl
 import hashlib
 import io
 import json
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, from_numpy
 
-from training.files import locked, replacing
+from training.files import remove_temporaries, replacing
 
 
 def cache_file(cache: Path, name: str, key: dict[str, object], suffix: str) -> Path:
@@ -21,8 +22,12 @@ def cache_file(cache: Path, name: str, key: dict[str, object], suffix: str) -> P
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write beside the path, then move over it: nobody ever reads half a file."""
-    with locked(path), replacing(path) as file:  # other runs write it too
-        file.write(content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / ".lock").open("w") as lock:  # other runs write here too
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_temporaries(path.parent)
+        with replacing(path) as file:
+            file.write(content)
 
 
 def cached_numbers(cache: Path, name: str, key: dict[str, object], compute: Callable[[], list[float]]) -> list[float]:
