@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import islice
 from typing import Any
@@ -14,9 +14,9 @@ from torch import Tensor
 from dataloaders.base_dataloaders import Batch
 from training.device import autocast
 from training.errors import UserError
-from training.ranks import agreed
 from training.run import Run
 from training.seeds import generator_for, seed_network, stream_seed
+from training.step_hooks import total_norm
 from training.terms import named_terms
 
 MOST_STEPS = 2**24  # whose random numbers are distinct from those of another rank
@@ -26,6 +26,7 @@ MOST_SKIPPED = 20  # steps in a row that on_nan=skip leaves out; more are no acc
 def fit(run: Run) -> None:
     """Train until the last step, an early stop or an interruption; evaluate and save on the way."""
     run.notify("fit_begin")
+    run.state.objective.train()
     run.clock = time.perf_counter()
     run.split_time()
     while run.state.step < run.total_steps and run.agreed_stop() is None:
@@ -72,64 +73,34 @@ def with_a_row(x1: Tensor, label: Tensor | None) -> Batch:
 
 
 def train_step(run: Run, group: list[Any]) -> dict[str, Tensor]:
-    """One optimizer step over a group of batches. Returns its losses and gradient norm as scalars on the device; on a step
-    whose line is written, also update_ratio, |change of the weights| / |weights|.
-
-    With on_nan=skip, a loss or gradient that is not finite costs the step: weights, buffers, average and optimizer stay as
-    they are, and nothing is returned.
-    """
-    state, skips = run.state, run.config["on_nan"] == "skip"
-    state.objective.train()
-    buffers = list(state.objective.network.buffers())
-    kept = [buffer.clone() for buffer in buffers] if skips else []
+    """Take one optimizer step over a group of batches; return its mean losses and grad_norm, scalars on the device."""
+    state, parameters = run.state, run.state.trainable()
+    # Set the learning rate.
     for settings in state.optimizer.param_groups:
         settings["lr"] = settings["initial_lr"] * state.schedule.factor(state.step, run.total_steps)
-
-    # Accumulate gradients: each batch weighs by its rows, so a ragged last one counts rightly. The last pass averages them
-    # over the ranks.
-    totals: dict[str, Tensor] = {}
+    # Accumulate gradients: each batch weighs by its rows; the last backward pass averages them over the ranks.
+    run.hook.begin(state)
+    values: dict[str, Tensor] = {}
     for i, (batch, share) in enumerate(zip(group, run.shares(group), strict=True)):
-        with run.gradients_meet(last=i == len(group) - 1):
+        with run.gradient_sync(last=i == len(group) - 1):
             with autocast(run.device, run.config["precision"]):
                 terms = named_terms(run.forward(batch, run.teacher), run.config["loss_weights"])
             state.scaler.scale(terms["loss"] * share).backward()
         for name, term in terms.items():
-            totals[name] = totals.get(name, 0.0) + share * term.detach()
-
-    # Update weights and their average.
+            values[name] = values.get(name, 0.0) + share * term.detach()
+    # Clip gradients.
     state.scaler.unscale_(state.optimizer)
-    parameters = [p for p in state.objective.network.parameters() if p.requires_grad]
-    totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, run.config["grad_clip"] or math.inf)
+    values["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, run.config["grad_clip"] or math.inf)
+    # Update the weights.
     state.step += 1
-    if skips and agreed(broken(totals)):
-        for buffer, old in zip(buffers, kept, strict=True):
-            buffer.copy_(old)
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-        return {}
-    state.skipped_in_a_row = 0
-    measured = state.step % run.config["log_every"] == 0
-    before = [p.detach().clone() for p in parameters] if measured else []
-    state.scaler.step(state.optimizer)
+    if run.hook.accepts(state, values):
+        state.scaler.step(state.optimizer)
+        # Update their average.
+        state.ema.update(state.ema_objective.network, state.objective.network, state.step)
+        run.hook.end(state, values)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    state.ema.update(state.ema_objective.network, state.objective.network, state.step)
-    if measured:
-        changes = torch._foreach_sub([p.detach() for p in parameters], before)
-        totals["update_ratio"] = total_norm(changes) / total_norm(before)
-    return totals
-
-
-def broken(values: dict[str, Tensor]) -> bool | None:
-    """True when a value is not finite, else None."""
-    return None if torch.stack([value.float() for value in values.values()]).isfinite().all() else True
-
-
-def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all the numbers in `tensors`."""
-    return torch.stack(torch._foreach_norm(list(tensors))).norm()
+    return values
 
 
 def all_finite(network: torch.nn.Module) -> bool:

@@ -187,6 +187,15 @@ def agreed(own: T | None) -> T | None:
     return next(value for value in values if value is not None)
 
 
+def any_rank(flag: bool) -> bool:
+    """Return whether `flag` holds on any rank. Between the CPUs: no device waits."""
+    if world() == 1:
+        return flag
+    some = torch.tensor([float(flag)])
+    dist.all_reduce(some)
+    return bool(some)
+
+
 def averaged(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Means over the ranks of scalars of the same names."""
     if world() == 1 or not values:

@@ -29,6 +29,7 @@ from training.provenance import git_commit, package_versions
 from training.ranks import agreed, from_first, orphaned
 from training.run_folder import RunFolder
 from training.state import TrainState
+from training.step_hooks import SkipNonFinite, StepHook
 from training.terms import LossOutput
 from training.trackers import Tracker
 
@@ -76,6 +77,9 @@ class Run:
     split_clock: float = 0.0
     split_step: int = 0
     steps_since_split: int = 0
+
+    def __post_init__(self) -> None:
+        self.hook = (SkipNonFinite if self.config["on_nan"] == "skip" else StepHook)(self.config["log_every"])
 
     @property
     def batch_size(self) -> int:
@@ -149,8 +153,8 @@ class Run:
         rows = [min(self.batch_size, self.dataset.epoch_size - first - i * self.batch_size) for i in range(len(group))]
         return [len(range(self.rank, count, self.world)) * self.world / sum(rows) for count in rows]
 
-    def gradients_meet(self, last: bool) -> AbstractContextManager[None]:
-        """Ranks average their gradients in the last backward pass of a step alone."""
+    def gradient_sync(self, last: bool) -> AbstractContextManager[None]:
+        """Return a context in which backward passes average gradients over the ranks only if it is the step's last."""
         if last or not isinstance(self.forward, DistributedDataParallel):
             return nullcontext()
         return self.forward.no_sync()

@@ -37,6 +37,10 @@ class TrainState:
     skipped: int = 0
     skipped_in_a_row: int = 0
 
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """Return the weights that the optimizer changes."""
+        return [p for p in self.objective.network.parameters() if p.requires_grad]
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors only. Networks are saved bare."""
         return {
