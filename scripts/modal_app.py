@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from backends.modal import explained, note_job, open_volume
 from scripts.runs import list_row, table
-from scripts.trackio_rebuild import is_whole, project_of, rebuild
+from scripts.trackio_rebuild import rebuild
 from training.errors import UserError
 from training.experiment_log import PARTS, ExperimentLog, Section
 from training.files import replacing, write_atomically
@@ -257,11 +257,11 @@ def sync(options: argparse.Namespace) -> list[str]:
 def bring(remote: Remote, name: str, paths: list[PurePosixPath], output_dir: Path) -> str:
     """Bring one run home: what was done, in words. UserError where nothing may be; then nothing here has changed."""
     here = RunFolder(output_dir / "runs" / name)
+    pending = here.path / ".untracked"  # there until tracker and log have what came, so that the next sync completes it
     with staging(output_dir) as place:
         fetched = RunFolder(place / "runs" / name)
         config = read_run(remote, name, paths, fetched)
-        news = is_newer(fetched, here)
-        if news:
+        if is_newer(fetched, here):
             for path, entry in {**dict.fromkeys(paths), **saves_of(name, remote.checkpoints())}.items():
                 target = path.relative_to(remote.output_dir)
                 kept = "archive" in path.parts and same_size(output_dir / target, entry)  # an epoch's save never changes
@@ -270,10 +270,11 @@ def bring(remote: Remote, name: str, paths: list[PurePosixPath], output_dir: Pat
             read_run(remote, name, paths, fetched)  # again: rows newer than the saves are redone, missing ones are not
             here.lock()
             try:
+                pending.touch()
                 move_home(fetched, here, place, output_dir)
             finally:
                 here.release()
-    return f"step {here.read_status()['step']}, {track(here, config, news)}"
+    return f"step {here.read_status()['step']}, {track(here, config, pending)}"
 
 
 def same_size(path: Path, entry: Any) -> bool:
@@ -338,20 +339,21 @@ def is_newer(fetched: RunFolder, here: RunFolder) -> bool:
     return then < now
 
 
-def track(folder: RunFolder, config: dict[str, Any], news: bool) -> str:
-    """Give the tracker and EXPERIMENT_LOG.md here what the run gave those there, if that is new; says so in words."""
-    log, settings = config["log"], config["trackio"]
-    if news and log.get("expect") and folder.log_path.is_file():
+def track(folder: RunFolder, config: dict[str, Any], pending: Path) -> str:
+    """Give the tracker and EXPERIMENT_LOG.md here what the run gave those there, while that is pending; says so in words."""
+    if not pending.exists():
+        return "nothing new"
+    log, settings, done = config["log"], config["trackio"], "brought"
+    if log.get("expect") and folder.log_path.is_file():
         came = Section(folder.log_path.read_text(encoding="utf-8", errors="replace"), folder.name)
         with ExperimentLog(Path(log["file"])).section(folder.name) as section:
             for part in PARTS:
                 section.replace(part, came.read(part))
-    if not settings["enabled"] or not settings["_target_"].endswith("TrackioTracker"):
-        return "brought" if news else "nothing new"
-    if not news and is_whole(folder, project_of(config)):
-        return "nothing new"
-    project, rows = rebuild(folder, None)
-    return f"{rows} rows in the tracker's project {project}"
+    if settings["enabled"] and settings["_target_"].endswith("TrackioTracker"):
+        project, rows = rebuild(folder, None)
+        done = f"{rows} rows in the tracker's project {project}"
+    pending.unlink()
+    return done
 
 
 def list_checkpoints(options: argparse.Namespace) -> list[str]:

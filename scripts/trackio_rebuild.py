@@ -5,24 +5,19 @@ python scripts/trackio_rebuild.py my_run other_run
 python scripts/trackio_rebuild.py --all --output-dir outputs
 TRACKIO_DIR=/elsewhere python scripts/trackio_rebuild.py my_run
 
-What the dashboard has under a run's name is replaced once the new rows are all there, so doing it twice changes nothing, and
-whatever interrupts it loses nothing; pictures come from samples/.
+What the dashboard has under a run's name is replaced, so doing it twice changes nothing; pictures come from samples/.
 """
 
 import argparse
-import contextlib
 import sqlite3
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training.errors import UserError
 from training.run_folder import RunFolder
-from training.trackio_tracker import TrackioTracker, open_database, require_readable, run_names
-
-OWN = ("step", "elapsed_seconds", "provenance")  # columns that metrics.jsonl has for itself
+from training.trackio_tracker import TrackioTracker
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,76 +54,23 @@ def run(options: argparse.Namespace) -> None:
 
 
 def rebuild(folder: RunFolder, project: str | None) -> tuple[str, int]:
-    """Write the run's rows and pictures anew, then remove what was there before; the project and the number of rows.
+    """Write the run's rows and pictures anew, as its resume from the last row would; the project and the number of rows.
 
-    UserError when trackio cannot; what was there before is then there still.
+    UserError when trackio cannot.
     """
     config = folder.read_config() if folder.config_path.is_file() else {}
-    project = project or project_of(config)
-    tracker, rows, drawn = TrackioTracker(project), numbers_of(folder), pictures_of(folder)
+    settings = config.get("trackio")
+    project = project or str(settings.get("project", "denoising-zoo") if isinstance(settings, dict) else "denoising-zoo")
+    steps = [row["step"] for row in folder.read_metrics()]
+    tracker = TrackioTracker(project)
     try:
-        require_readable(project)
-        earlier, files = runs_named(project, folder.name), media_of(project, folder.name)
-        tracker.start(folder.name, config, folder.path, None)
-        for numbers, step in rows:
-            tracker.log(numbers, step)
-        for name, picture, step in drawn:
-            tracker.log_image(name, picture, step)
+        tracker.start(folder.name, config, folder.path, max(steps, default=0), overwrite=True)
         tracker.finish()
-        for run in earlier:
-            if not run.delete():
-                raise RuntimeError("the rows of before could not be removed")
-        for file in files:
-            file.unlink()
-        if not is_whole(folder, project):
-            raise RuntimeError("it did not keep every row")
-    except (RuntimeError, OSError, sqlite3.Error) as error:
-        tracker.abandon()
+    except (RuntimeError, ValueError, OSError, sqlite3.Error) as error:
         raise UserError(
             f"trackio did not take {folder.name}: {str(error).splitlines()[0]}; nothing is lost, try again"
         ) from error
-    return project, len(rows)
-
-
-def project_of(config: dict[str, Any]) -> str:
-    """The run's own project."""
-    settings = config.get("trackio")
-    return str(settings.get("project", "denoising-zoo") if isinstance(settings, dict) else "denoising-zoo")
-
-
-def numbers_of(folder: RunFolder) -> list[tuple[dict[str, float], int]]:
-    """(metrics, step) of each row; what is no number, such as the provenance of scores, is left out."""
-    rows = folder.read_metrics()
-    return [({k: v for k, v in row.items() if k not in OWN and isinstance(v, int | float)}, row["step"]) for row in rows]
-
-
-def pictures_of(folder: RunFolder) -> list[tuple[str, Path, int]]:
-    """(name, picture, step) of the pictures that a run logs: those of its beginning it does not."""
-    return [(name, path, step) for name, path, step in folder.pictures() if step]
-
-
-def runs_named(project: str, name: str) -> list[Any]:
-    """What the project has under the name, each with a method that deletes it."""
-    import trackio
-
-    return [run for run in trackio.Api().runs(project) if run.name == name] if name in run_names(project) else []
-
-
-def media_of(project: str, name: str) -> list[Path]:
-    """The files of the run's pictures in the dashboard."""
-    import trackio
-
-    return [path for path in (trackio.utils.project_media_dir(project) / name).rglob("*") if path.is_file()]
-
-
-def is_whole(folder: RunFolder, project: str) -> bool:
-    """Whether the dashboard has exactly the rows and pictures of the run, by their steps."""
-    if folder.name not in run_names(project):
-        return False
-    with contextlib.closing(open_database(project)) as database:
-        found = database.execute("SELECT step FROM metrics WHERE run_name = ?", (folder.name,)).fetchall()
-    wanted = [step for _, step in numbers_of(folder)] + [step for *_, step in pictures_of(folder)]
-    return sorted(step for (step,) in found) == sorted(wanted)
+    return project, len(steps)
 
 
 if __name__ == "__main__":

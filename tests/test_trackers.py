@@ -3,11 +3,13 @@
 import contextlib
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,13 +31,18 @@ from training.trackio_tracker import TrackioTracker, delete_run, run_names
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORE = "eval/energy_distance"
-SUBPROCESS_START = """
-import sys
+BEGIN = """
+import os, signal, sys
 from pathlib import Path
+from training.run_folder import RunFolder
 from training.trackers import GuardedTracker
 from training.trackio_tracker import TrackioTracker
-tracker = GuardedTracker(TrackioTracker("p"))
-tracker.start("x", {}, Path("."), None)
+project, folder = sys.argv[1], RunFolder(Path(sys.argv[2]))
+tracker = GuardedTracker(TrackioTracker(project))
+tracker.start("x", {}, folder.path, None)
+for step in range(1, 6):
+    folder.append_metrics(step, 0, 1.0, {"a": 1.0})
+    tracker.log({"a": 1.0}, step)
 """
 
 
@@ -44,17 +51,42 @@ def project() -> str:
     return f"project-{uuid.uuid4().hex[:8]}"
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """trackio gives a held database up after a moment instead of half a minute."""
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda path, **keys: connect(path, **(keys | {"timeout": 0.1})))
+
+
 def run_tracker(tracker: Tracker, folder: Path, steps: range, resume_step: int | None = None, **start: bool) -> None:
+    """The tracker's part of a run, and its record in metrics.jsonl."""
+    record = RunFolder(folder)
+    record.trim_metrics(-1 if resume_step is None else resume_step)
     tracker.start("x", {"epochs": 3, "_hidden": 1}, folder, resume_step, **start)
     for step in steps:
-        tracker.log({SCORE: step / 10, "train/loss": 1.0}, step)
+        metrics = {SCORE: step / 10, "train/loss": 1.0}
+        record.append_metrics(step, 0, 1.0, metrics)
+        tracker.log(metrics, step)
     tracker.finish()
+    record.close()
+
+
+def stored(project: str) -> list[tuple[int, set[str]]]:
+    """(step, names of the metrics) of each row that the dashboard has of the run x, in the order of their coming."""
+    path = Path(os.environ["TRACKIO_DIR"]) / f"{project}.db"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        rows = database.execute("SELECT step, metrics FROM metrics WHERE run_name = 'x' ORDER BY id").fetchall()
+    return [(step, set(json.loads(metrics))) for step, metrics in rows]
 
 
 def stored_steps(project: str) -> list[int]:
-    path = Path(os.environ["TRACKIO_DIR"]) / f"{project}.db"
-    with contextlib.closing(sqlite3.connect(path)) as database:
-        return [row[0] for row in database.execute("SELECT step FROM metrics WHERE run_name = 'x' ORDER BY id")]
+    return [step for step, _ in stored(project)]
+
+
+def draw(folder: Path, *steps: int, kind: str = "") -> None:
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    for step in steps:
+        Image.new("RGB", (4, 4)).save(folder / f"samples/step_{step:08d}{kind}.png")
 
 
 def test_trackio_command_reads_what_was_logged_and_the_console_stays_quiet(
@@ -68,82 +100,67 @@ def test_trackio_command_reads_what_was_logged_and_the_console_stays_quiet(
     assert values == [(0, 0.0), (1, 0.1), (2, 0.2)]
 
 
-def test_resumed_history_shows_each_step_once(project: str, tmp_path: Path) -> None:
+def test_resumed_history_shows_each_step_and_picture_once_and_is_deleted_with_them(project: str, tmp_path: Path) -> None:
+    """Step 0 has a picture that no run logs; that of step 5 is of a step which the resume has taken back."""
+    media = Path(os.environ["TRACKIO_DIR"]) / "media" / project / "x"
     run_tracker(GuardedTracker(TrackioTracker(project)), tmp_path, range(1, 6))
-    run_tracker(GuardedTracker(TrackioTracker(project)), tmp_path, range(4, 8), resume_step=3)
-    assert stored_steps(project) == [1, 2, 3, 4, 5, 6, 7]
-    assert delete_run(project, "x") == 1
+    draw(tmp_path, 0, 2, 5)
+    for _ in range(2):
+        run_tracker(GuardedTracker(TrackioTracker(project)), tmp_path, range(4, 8), resume_step=3)
+        assert sorted(stored_steps(project)) == [1, 2, 2, 3, 4, 5, 6, 7]
+        assert (2, {"samples"}) in stored(project) and len(list(media.rglob("*.png"))) == 1
+    delete_run(project, "x")
+    assert not media.exists() and run_names(project) == []
 
 
-def test_resume_of_a_run_the_tracker_never_saw_starts_one(project: str, tmp_path: Path) -> None:
-    run_tracker(GuardedTracker(TrackioTracker(project)), tmp_path, range(4, 6), resume_step=3)
-    assert stored_steps(project) == [4, 5]
+def test_a_run_killed_before_its_rows_reached_the_dashboard_shows_them_after_its_resume(
+    project: str, tmp_path: Path
+) -> None:
+    killed = subprocess.run(
+        [sys.executable, "-c", f"{BEGIN}os.kill(os.getpid(), signal.SIGKILL)", project, tmp_path],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert killed.returncode == -signal.SIGKILL
+    run_tracker(GuardedTracker(TrackioTracker(project)), tmp_path, range(4, 7), resume_step=3)
+    assert stored_steps(project) == [1, 2, 3, 4, 5, 6]
 
 
-def test_overwriting_run_replaces_the_old_one_and_only_that(project: str, tmp_path: Path) -> None:
-    run_tracker(GuardedTracker(TrackioTracker(project)), tmp_path, range(5))
+def test_a_resume_leaves_an_older_run_of_its_name_alone_and_overwriting_replaces_all(project: str, tmp_path: Path) -> None:
+    run_tracker(GuardedTracker(TrackioTracker(project)), tmp_path, range(3))
+    run_tracker(GuardedTracker(TrackioTracker(project)), tmp_path, range(2))
+    assert stored_steps(project) == [0, 1, 2, 0, 1]
+    run_tracker(GuardedTracker(TrackioTracker(project)), tmp_path, range(1, 3), resume_step=0)
+    assert stored_steps(project) == [0, 1, 2, 0, 1, 2]
     run_tracker(GuardedTracker(TrackioTracker(project)), tmp_path, range(2), overwrite=True)
     assert stored_steps(project) == [0, 1]
-    run_tracker(GuardedTracker(TrackioTracker(project)), tmp_path, range(2))
-    assert stored_steps(project) == [0, 1, 0, 1]
-    assert delete_run(project, "x") == 2
-    assert run_names(project) == []
 
 
-def test_pictures_are_stored_and_go_with_their_run(project: str, tmp_path: Path) -> None:
-    from PIL import Image
-
-    Image.new("RGB", (8, 8)).save(tmp_path / "grid.png")
-    tracker = TrackioTracker(project)
-    tracker.start("x", {}, tmp_path, None)
-    tracker.log_image("samples", tmp_path / "grid.png", 7)
-    tracker.finish()
-    media = Path(os.environ["TRACKIO_DIR"]) / "media" / project / "x"
-    assert len(list(media.rglob("*.png"))) == 1
-    delete_run(project, "x")
-    assert not media.exists()
-
-
-def test_rebuilding_twice_gives_the_history_of_metrics_jsonl(
-    project: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_rebuilding_twice_gives_the_history_of_the_folder(
+    project: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], impatient: None
 ) -> None:
+    """Pictures as a run on finite image data leaves them: of samples at each evaluation, of their neighbours at the last."""
     from scripts import trackio_rebuild
 
     folder = RunFolder(tmp_path / "runs/x")
     folder.write_config(f"trackio: {{project: {project}}}\n", [])
     for step in (2, 4, 6):
         folder.append_metrics(step, 0, 1.0, {SCORE: step / 10, "nan": float("nan")})
-    run_tracker(GuardedTracker(TrackioTracker(project)), tmp_path, range(1, 9))
+    draw(folder.path, 0, 6)
+    draw(folder.path, 6, kind="_neighbours")
+    history = [*((step, {"epoch", SCORE}) for step in (2, 4, 6)), (6, {"neighbours"}), (6, {"samples"})]
+    for _ in range(2):
+        run_tracker(GuardedTracker(TrackioTracker(project)), tmp_path, range(1, 9))
     for _ in range(2):
         assert trackio_rebuild.main(["--output-dir", str(tmp_path), "x"]) == 0
-        assert stored_steps(project) == [2, 4, 6]
+        assert stored(project) == history
     assert capsys.readouterr().out == f"x: 3 rows in the project {project}\n" * 2
     assert trackio_rebuild.main(["--output-dir", str(tmp_path), "x", "nobody"]) == 1
     assert trackio_rebuild.main(["--output-dir", str(tmp_path / "none"), "--all"]) == 1
-    assert capsys.readouterr().err.count("\n") == 2
-    with held_database(project), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.trackio_tracker.LOCK_SECONDS", 0.1)
+    assert trackio_rebuild.main(["--output-dir", str(tmp_path), "x", "--project", "registry-x"]) == 1
+    assert capsys.readouterr().err.count("\n") == 3
+    with held_database(project):
         assert trackio_rebuild.main(["--output-dir", str(tmp_path), "x"]) == 1
-    assert "database is locked" in capsys.readouterr().err and stored_steps(project) == [2, 4, 6]
-
-
-def test_rebuilding_brings_both_kinds_of_pictures(project: str, tmp_path: Path) -> None:
-    """As a run on finite image data leaves them: of samples at each evaluation, and of their neighbours at the last."""
-    from scripts import trackio_rebuild
-
-    folder = RunFolder(tmp_path / "runs/x")
-    folder.write_config(f"trackio: {{project: {project}}}\n", [])
-    folder.append_metrics(6, 0, 1.0, {SCORE: 0.6})
-    paths = [folder.sample_picture(0), folder.sample_picture(6), folder.neighbours_picture(6)]
-    paths[0].parent.mkdir()
-    for path in paths:
-        Image.new("RGB", (4, 4)).save(path)
-    for _ in range(2):
-        assert trackio_rebuild.main(["--output-dir", str(tmp_path), "x"]) == 0
-    with contextlib.closing(sqlite3.connect(Path(os.environ["TRACKIO_DIR"]) / f"{project}.db")) as database:
-        rows = database.execute("SELECT step, metrics FROM metrics WHERE run_name = 'x'").fetchall()
-    assert [step for step, _ in rows] == [6, 6, 6]
-    assert {name for _, metrics in rows for name in json.loads(metrics)} >= {SCORE, "samples", "neighbours"}
+    assert "trackio did not take x: " in capsys.readouterr().err and stored(project) == history
 
 
 def test_rebuilding_from_damaged_files(project: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,9 +182,8 @@ def test_rebuilding_from_damaged_files(project: str, tmp_path: Path, capsys: pyt
 
 def test_unwritable_folder_costs_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    script = SUBPROCESS_START + 'tracker.log({"a": 1.0}, 1); tracker.finish(); print("run goes on")'
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", f"{BEGIN}tracker.finish(); print('run goes on')", "p", tmp_path],
         env={**os.environ, "TRACKIO_DIR": str(tmp_path / "file" / "trackio"), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -186,60 +202,70 @@ def held_database(project: str) -> Iterator[None]:
         other.rollback()
 
 
+@pytest.mark.parametrize("resume_step", [None, 0])
 def test_database_locked_at_the_start_costs_one_line(
-    project: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    resume_step: int | None, project: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], impatient: None
 ) -> None:
-    monkeypatch.setattr("training.trackio_tracker.LOCK_SECONDS", 0.2)
-    start = time.monotonic()
+    run_tracker(TrackioTracker(project), tmp_path, range(3))
     with held_database(project):
-        run_tracker(GuardedTracker(TrackioTracker(project)), tmp_path, range(3))
-    assert time.monotonic() - start < 10, "trackio's own retries take minutes"
+        run_tracker(GuardedTracker(TrackioTracker(project)), tmp_path, range(3), resume_step)
     out, err = capfd.readouterr()
-    assert out == "" and err.count("\n") == 1 and "database is locked" in err
+    assert out == "" and err.count("\n") == 1 and err.startswith("tracker off: RuntimeError: trackio")
+    assert stored_steps(project) == [0, 1, 2]
 
 
 def test_database_locked_during_the_run_costs_one_line(
-    project: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    project: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], impatient: None
 ) -> None:
-    from trackio import context_vars
-    from trackio.sqlite_storage import SQLiteStorage
+    import trackio
 
     tracker = GuardedTracker(TrackioTracker(project))
     tracker.start("x", {}, tmp_path, None)
-    connect = SQLiteStorage._get_connection
-    monkeypatch.setattr(SQLiteStorage, "_get_connection", lambda path, **keys: connect(path, **(keys | {"timeout": 0.1})))
+    tracker.log({"a": 1.0}, 0)
+    wait_until(lambda: run_names(project) == ["x"])
     with held_database(project):
-        deadline = time.monotonic() + 20
-        while tracker.on and time.monotonic() < deadline:
-            tracker.log({"a": 1.0}, 1)
-            time.sleep(0.02)
-        assert not tracker.on, "the failure of the background writer was not noticed"
+        wait_until(lambda: tracker.log({"a": 1.0}, 1) or not tracker.on)  # type: ignore[func-returns-value]
         tracker.finish()
-    assert context_vars.current_run.get() is None, "trackio would finish it once more, and wait, when Python exits"
     out, err = capfd.readouterr()
     assert out == "" and err.count("\n") == 1 and "database is locked" in err
+    with pytest.raises(RuntimeError, match="init"):
+        trackio.finish()  # what it calls when Python exits finds no run, and does not wait
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_warnings_of_others_are_shown_as_before(project: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_, **__: shown.append(str(message)))
+    before, tracker = warnings.showwarning, TrackioTracker(project)
+    tracker.start("x", {}, tmp_path, None)
+    warnings.warn("of another library", stacklevel=1)
+    tracker.finish()
+    assert shown == ["of another library"] and warnings.showwarning is before
 
 
 class Failing(NullTracker):
     def __init__(self, error: Exception) -> None:
-        self.error, self.calls, self.abandoned = error, 0, 0
+        self.error, self.calls = error, 0
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
+    def log(self, *_: object) -> None:
         self.calls += 1
         raise self.error
 
-    def start(self, *positional: object, **keys: object) -> None:
+    def start(self, *_: object, **__: object) -> None:
         if isinstance(self.error, UserError):
             raise self.error
-
-    def abandon(self) -> None:
-        self.abandoned += 1
 
 
 def test_first_failure_turns_the_tracker_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     failing = Failing(ValueError("two\nlines"))
     run_tracker(GuardedTracker(failing), tmp_path, range(5))
-    assert (failing.calls, failing.abandoned) == (1, 1)
+    assert failing.calls == 1
     assert capsys.readouterr().err == "tracker off: ValueError: two lines; metrics.jsonl has everything\n"
 
 
@@ -278,7 +304,6 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
 
 def test_tensorboard_stores_pictures(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     Image.new("RGB", (8, 4)).save(tmp_path / "grid.png")

@@ -28,8 +28,8 @@ class Tracker(ABC):
             run_name: name the run is shown under.
             config: resolved configuration of plain values.
             folder: outputs/runs/<run_name>/, where a tracker that keeps files puts them.
-            resume_step: step of the checkpoint the run continues from; everything logged after it is forgotten, so that
-                each step is seen once. None for a run that starts anew.
+            resume_step: step of the checkpoint the run continues from: the history up to it is what metrics.jsonl in
+                `folder` has, so that each step is seen once. None for a run that starts anew.
             overwrite: a run that starts anew replaces the earlier ones of its name instead of standing beside them.
 
         Raises:
@@ -48,26 +48,17 @@ class Tracker(ABC):
     def finish(self) -> None:
         """Write out what is pending and close the run."""
 
-    def abandon(self) -> None:
-        """Let go without writing: called once, when the tracker has failed."""
-
 
 class NullTracker(Tracker):
     """trackio.enabled=false, and every process of a run but the first."""
 
-    def start(
-        self, run_name: str, config: dict[str, Any], folder: Path, resume_step: int | None, overwrite: bool = False
-    ) -> None:
-        pass
+    def start(self, *_: Any, **__: Any) -> None: ...
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        pass
+    def log(self, *_: Any) -> None: ...
 
-    def log_image(self, name: str, picture: Path, step: int) -> None:
-        pass
+    def log_image(self, *_: Any) -> None: ...
 
-    def finish(self) -> None:
-        pass
+    def finish(self) -> None: ...
 
 
 class TensorboardTracker(Tracker):
@@ -153,33 +144,30 @@ class GuardedTracker(Tracker):
         self.tracker = tracker
         self.on = True
 
-    def start(
-        self, run_name: str, config: dict[str, Any], folder: Path, resume_step: int | None, overwrite: bool = False
-    ) -> None:
-        self.guard(lambda: self.tracker.start(run_name, config, folder, resume_step, overwrite))
+    def start(self, *given: Any, **keys: Any) -> None:
+        self.guard(self.tracker.start, *given, **keys)
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        self.guard(lambda: self.tracker.log(metrics, step))
+    def log(self, *given: Any) -> None:
+        self.guard(self.tracker.log, *given)
 
-    def log_image(self, name: str, picture: Path, step: int) -> None:
-        self.guard(lambda: self.tracker.log_image(name, picture, step))
+    def log_image(self, *given: Any) -> None:
+        self.guard(self.tracker.log_image, *given)
 
     def finish(self) -> None:
         self.guard(self.tracker.finish)
         self.on = False
 
-    def guard(self, call: Callable[[], None]) -> None:
-        """Run `call` while the tracker is on; turn it off, once and for all, when that fails."""
+    def guard(self, call: Callable[..., None], *given: Any, **keys: Any) -> None:
+        """Make the call while the tracker is on; turn it off, once and for all, when that fails."""
         if not self.on:
             return
         try:
-            call()
+            call(*given, **keys)
         except UserError:
             raise
         except Exception as error:
             self.on = False
             print(f"tracker off: {one_line(error)}; metrics.jsonl has everything", file=sys.stderr)
-            self.tracker.abandon()
 
 
 def tracker_from_config(settings: dict[str, Any]) -> Tracker:
