@@ -40,7 +40,7 @@ from training.assemble import (
 )
 from training.build import build
 from training.checkpoint import load_checkpoint
-from training.checks import check_values
+from training.checks import check_rows_fit, check_values
 from training.config import compose_config, parse_overrides, resolved
 from training.device import pick_device
 from training.ema import weights_in_words
@@ -77,7 +77,9 @@ class TrainedModel:
 
         label: as in `labels`. solver, guidance: instead of the run's own; a number is a scale of classifier-free guidance,
         and 1 is none. evaluations: so many equal steps of one evaluation each instead of a solver, see few_steps.
+        UserError for more samples than this machine's memory holds.
         """
+        check_rows_fit("n", n, self.config["dataloaders"]["state_shape"])
         source = build_source(self.config, torch.device("cpu"))
         noise = fixed_noise(source, n, seed).to(self.device)
         labels, flow = self.labels(n, label), self.flow(guidance)

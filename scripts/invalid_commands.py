@@ -118,13 +118,13 @@ PARTS = [(words, key, value) for words, key, setting in settings_of_parts() for 
 OWN = [(key, value) for key, setting in SETTINGS.items() if key != "guidance.checkpoint" for value in wrong_values(setting)]
 EXTREMES = [
     "dataloaders.state_shape=[0]", "dataloaders.state_shape=[-1]", "dataloaders.state_shape=[]",
-    "dataloaders.state_shape=[1000000000000]", "dataloaders.state_shape=[1e9]",
-    "evaluation.batch_size=-1", "evaluation.batch_size=0", "source.std=-1",
-    "schedule.final=-1", "dataloaders.std=[]", "dataloaders.std=[.1,.2]", "dataloaders.weights=[1,2]",
-    "dataloaders.weights=[1,1,1,1,-1]", "dataloaders.std=[.1,.1,.1,.1,0]", "optimizer.lr=1e300", "+optimizer.eps=-1",
-    "model.time_frequencies=[abc]", "model.time_frequencies=3", "batch_size=1000000000000000000", "max_steps=1e18",
-    "epochs=1000000000000000000", "evaluation.samples=900000000000", "solver.steps=100000000000", "model.width=10000000",
-    "model.depth=1000000000", "seed=9223372036854775808", "dataloaders.epoch_size=0", "dataloaders.centroids=[[1],[1,2]]",
+    "dataloaders.state_shape=[1000000000000]", "dataloaders.state_shape=[1e9]", "evaluation.batch_size=-1",
+    "evaluation.batch_size=0", "source.std=-1", "schedule.final=-1", "dataloaders.std=[]", "dataloaders.std=[.1,.2]",
+    "dataloaders.weights=[1,2]", "+model.colour=red", "+optimizer.fused=yes", "dataloaders.weights=[1,1,1,1,-1]",
+    "dataloaders.std=[.1,.1,.1,.1,0]", "optimizer.lr=1e300", "+optimizer.eps=-1", "model.time_frequencies=[abc]",
+    "model.time_frequencies=3", "batch_size=1000000000000000000", "max_steps=1e18", "epochs=1000000000000000000",
+    "evaluation.samples=900000000000", "solver.steps=100000000000", "model.width=10000000", "model.depth=1000000000",
+    "model.width=90000", "seed=9223372036854775808", "dataloaders.epoch_size=0", "dataloaders.centroids=[[1],[1,2]]",
     "dataloaders.centroids=[]", "dataloaders.centroids=[[]]", "loss_weights={a: b}", "log.targets={eval/loss: abc}",
     "loss_weights=[1]", "tracker.enabled=false", "optimizer.betas=[0.9,0.99,0.999]", "optimizer.betas=0.9",
 ]  # fmt: skip
@@ -136,6 +136,7 @@ EXTREMES_OF_CHOICES = [
     ["dataloaders=checkerboard", "dataloaders.cells=null"], ["solver/grid=dense", "solver.grid.power=0.5"],
     ["solver/grid=dense", "solver.grid.dense=middle"], ["schedule=step", "schedule.milestones=[a]"],
     ["schedule=step", "schedule.milestones=0.5"], ["loss=meanflow", "loss.jvp=magic"],
+    ["optimizer=sgd", "optimizer.momentum=0"], ["optimizer=sgd", "+optimizer.dampening=-1"],
     ["-m", "optimizer.lr=interval(1e-4,1e-2)"], ["-m", "seed=glob(*)"], ["-m", "seed=interval(1,3)"],
     ["model=unet", "dataloaders=digits", "model.multipliers=[]"],
 ]  # fmt: skip

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training.errors import UserError
+from training.values import COUNT, NOT_NEGATIVE, RANGES, Setting, check_value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "ckpt": None, "n": 64, "seed": 0, "label": None, "nfe": None, "device": "auto", "out": None, "real": "true",
     "images": "false",
 }  # fmt: skip
+NUMBERS = {"n": COUNT, "seed": NOT_NEGATIVE, "label": NOT_NEGATIVE, "nfe": RANGES["evaluations"]}
 GROUPS = ("solver", "guidance")
 MOST_REAL = 10_000  # real states looked through for some of each class
 SUFFIXES = (".png", ".npz", ".npy")
@@ -54,13 +56,11 @@ def read_words(words: list[str]) -> tuple[dict[str, Any], list[str]]:
             overrides.append(word)
         elif (isinstance(DEFAULTS[key], int) or key in ("label", "nfe")) and word != "label=all":
             settings[key] = whole_number(key, value, ", or all" if key == "label" else "")
+            check_value(key, settings[key], Setting(int, NUMBERS[key]))
         else:
             settings[key] = value
     if settings["ckpt"] is None:
         raise UserError("ckpt is missing; add it to the command, such as ckpt=outputs/ckpts/mlp/last.pt")
-    for key in ("n", "nfe"):
-        if settings[key] == 0:
-            raise UserError(f"{key} takes a whole number of at least 1, not 0")
     for key in ("real", "images"):
         if settings[key] not in ("true", "false"):
             raise UserError(f"{key} takes true or false, not {settings[key]!r}")

@@ -20,6 +20,7 @@ from losses.objective import FlowObjective, Objective
 from solvers.base_solver import Sampler
 from training.build import build, interpolation_in
 from training.checkpoint import CheckpointFolder, SilentCheckpointFolder, load_checkpoint
+from training.checks import check_fits
 from training.config import CONFIG_DIR, HANDED_ON, known_targets, parse_overrides
 from training.device import gradient_scaler, pick_device, set_numerics
 from training.errors import UserError
@@ -58,7 +59,13 @@ def build_solver(config: dict[str, Any]) -> Sampler:
 
 
 def build_objective(config: dict[str, Any], device: torch.device) -> Objective:
-    """The objective around a freshly initialised network, the same for the same seed on every rank."""
+    """The objective around a freshly initialised network, the same for the same seed on every rank.
+
+    UserError for a network that cannot fit: four fp32 numbers for each weight, its average and the optimizer's two included.
+    """
+    with torch.device("meta"):
+        weights = build(config["model"]).parameter_count()
+    check_fits(f"the {weights:,} weights of this model", 16 * weights, "a smaller model")
     torch.manual_seed(stream_seed(config["seed"], "weights"))
     network = build(config["model"])
     network.init_weights()

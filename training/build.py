@@ -42,11 +42,11 @@ def build(node: dict[str, Any], **parts: Any) -> Any:
         return instantiate(without_handed_on(node), _convert_="all", **parts)
     except HydraException as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, (UserError, TypeError, RuntimeError, MemoryError)):
+        while cause is not None and not isinstance(cause, (UserError, TypeError, ValueError, RuntimeError, MemoryError)):
             cause = cause.__cause__
         if isinstance(cause, UserError):
             raise cause from None
-        if isinstance(cause, TypeError):
+        if isinstance(cause, (TypeError, ValueError)):
             raise UserError(f"{node.get('_target_')} does not take these settings: {cause}") from error
         if cause is not None:
             raise cause from error

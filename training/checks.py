@@ -4,6 +4,7 @@ import math
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,26 +83,32 @@ def check_contradictions(config: dict[str, Any]) -> None:
 
 
 def check_memory(config: dict[str, Any]) -> None:
-    """UserError for a batch, or samples, that cannot fit: better a sentence now than the system killing the process.
+    """UserError for a batch, or samples, that cannot fit: better a sentence now than the system killing the process."""
+    shape = config["dataloaders"].get("state_shape") or [1]
+    epoch = config["dataloaders"].get("epoch_size") or float("inf")
+    check_rows_fit("batch_size", min(config["batch_size"], epoch), shape)
+    for key in ("evaluation.samples", "evaluation.final_samples"):
+        check_rows_fit(key, lookup(config, key), shape)
+
+
+def check_rows_fit(key: str, count: int, shape: Sequence[int]) -> None:
+    """UserError for so many rows that they cannot fit.
 
     The estimate is low on purpose: COPIES fp32 states for each row, and no network, against all the memory there is.
     """
-    shape = config["dataloaders"].get("state_shape") or [1]
-    epoch = config["dataloaders"].get("epoch_size") or float("inf")
-    rows = {
-        "batch_size": min(config["batch_size"], epoch),
-        "evaluation.samples": lookup(config, "evaluation.samples"),
-        "evaluation.final_samples": lookup(config, "evaluation.final_samples"),
-    }
+    remedy = ", with gradient_accumulation_steps to make up for it" if key == "batch_size" else ""
+    check_fits(
+        f"{key}={count} rows of shape {list(shape)}", 4 * COPIES * math.prod(shape) * count, f"a smaller {key}{remedy}"
+    )
+
+
+def check_fits(what: str, needed: float, remedy: str) -> None:
+    """UserError when so many bytes are more than all the memory of this machine."""
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for key, count in rows.items():
-        needed = 4 * COPIES * math.prod(shape) * count
-        if needed > there:
-            raise UserError(
-                f"{key}={count} rows of shape {list(shape)} need at least {needed / 2**30:,.0f} GiB, and this machine "
-                f"has {there / 2**30:,.0f}; use a smaller {key}"
-                + (", with gradient_accumulation_steps to make up for it" if key == "batch_size" else "")
-            )
+    if needed > there:
+        raise UserError(
+            f"{what} need at least {needed / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f}; use {remedy}"
+        )
 
 
 def check_files(config: dict[str, Any]) -> None:

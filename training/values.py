@@ -124,11 +124,8 @@ RANGES: dict[str, Range] = {
             COUNT,
             "state_shape crops held_out_crops held_out_most count batch_size projections draws final_draws every images",
         ),
-        (
-            SIZE,
-            "size channels centre width depth inner_width inner_blocks embedding multipliers blocks patch_size hidden_size",
-        ),
-        (SIZE, "heads mlp_ratio"),
+        (SIZE, "size channels centre width inner_width embedding multipliers patch_size hidden_size heads mlp_ratio"),
+        (Range(1, most=1000), "depth blocks inner_blocks"),
         (Range(0, most=10**5), "crop_padding attention_up_to num_classes k"),
         (Range(0, most=10**9), "warmup_steps patience skip"),
         (Range(1, most=10**6), "steps evaluations"),
