@@ -44,6 +44,7 @@ flags (anywhere on the line)
   --dashboard                  open the tracker's pages for the project of these runs, until Ctrl-C
   --cfg job                    print the composed configuration and stop (every key there can be set)
   -sc install=bash             shell completion: eval "$(python launcher.py -sc install=bash)"
+                               (of `python launcher.py`; with uv: after `source .venv/bin/activate`)
 
 groups and choices
 {groups}

@@ -4,7 +4,7 @@ import os
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -54,13 +54,20 @@ class Reader(Dataset[Read], ABC):
         return "rows"
 
 
+class Loader(DataLoader[Any]):
+    """A DataLoader that does not warn of more workers than cores: these wait for disks, and were asked for."""
+
+    def check_worker_number_rationality(self) -> None:
+        pass
+
+
 class ReadAhead:
     """Batches of a reader in the order asked for, by `workers` processes that stay for later epochs; 0: by this one."""
 
     def __init__(self, reader: Reader, workers: int, pin_memory: bool = False):
         self.reader, self.plan = reader, list[Rows]()
         self.turn = 0
-        self.loader = None if workers == 0 else DataLoader(
+        self.loader = None if workers == 0 else Loader(
             reader, batch_size=None, sampler=self.plan, num_workers=workers, prefetch_factor=AHEAD, persistent_workers=True,
             pin_memory=pin_memory, worker_init_fn=leave_signals_to_the_parent,
             collate_fn=unchanged,  # type: ignore[arg-type]

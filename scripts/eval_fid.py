@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training.errors import UserError
+from training.values import NOT_NEGATIVE, RANGES, whole_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,10 +53,9 @@ def read_words(words: list[str]) -> tuple[dict[str, str | None], list[str]]:
         raise UserError("give either ckpt=<a checkpoint> or samples=<a folder of pictures, or a .npz>")
     if settings["samples"] and settings["reference"] is None:
         raise UserError("samples= need something to be compared with; give reference=<a folder, or a .npz>")
-    for key, least in (("n", 2), ("seed", 0), ("nfe", 1), ("replicates", 2)):
-        text = settings[key]
-        if text is not None and (not text.isascii() or not text.isdigit() or int(text) < least):
-            raise UserError(f"{key} takes a whole number of at least {least}, not {text!r}")
+    for key, name in (("n", "samples"), ("nfe", "evaluations"), ("replicates", "replicates")):
+        whole_number(key, "2" if settings[key] is None else str(settings[key]), RANGES[name])
+    whole_number("seed", str(settings["seed"]), NOT_NEGATIVE)
     return settings, overrides
 
 
@@ -76,9 +76,7 @@ def label_of(text: str | None) -> "Label":
     """UserError for what is neither a class nor all."""
     if text is None or text == "all":
         return "all" if text else None
-    if not text.isascii() or not text.isdigit():
-        raise UserError(f"label takes a whole number of at least 0, or all, not {text!r}")
-    return int(text)
+    return whole_number("label", text, NOT_NEGATIVE, ", or all")
 
 
 def network_of(spec: str) -> "FeatureNetwork":

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training.errors import UserError
-from training.values import COUNT, NOT_NEGATIVE, RANGES, Setting, check_value
+from training.values import COUNT, NOT_NEGATIVE, RANGES, whole_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,8 +55,7 @@ def read_words(words: list[str]) -> tuple[dict[str, Any], list[str]]:
         if key not in DEFAULTS:
             overrides.append(word)
         elif (isinstance(DEFAULTS[key], int) or key in ("label", "nfe")) and word != "label=all":
-            settings[key] = whole_number(key, value, ", or all" if key == "label" else "")
-            check_value(key, settings[key], Setting(int, NUMBERS[key]))
+            settings[key] = whole_number(key, value, NUMBERS[key], ", or all" if key == "label" else "")
         else:
             settings[key] = value
     if settings["ckpt"] is None:
@@ -72,12 +71,6 @@ def read_words(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     if alone and not any(word.startswith("guidance=") for word in overrides):
         raise UserError(f"{alone[0]} needs to know which guidance; add guidance=cfg or guidance=autoguidance")
     return settings, overrides
-
-
-def whole_number(key: str, text: str, otherwise: str = "") -> int:
-    if not text.isascii() or not text.isdigit():
-        raise UserError(f"{key} takes a whole number of at least 0{otherwise}, not {text!r}")
-    return int(text)
 
 
 def is_folder(settings: dict[str, Any]) -> bool:

@@ -81,6 +81,8 @@ MISTAKES = [
     (["run_name=x", "dataloaders=gaussian", "dataloaders.mean=[a]"], "takes a number or a list of numbers"),
     (["run_name=x", "dataloaders.std=[.1,.2]"], "dataloaders.std takes 5 numbers above 0"),
     (["run_name=x", "dataloaders.weights=[1,2]"], "dataloaders.weights takes 5 numbers above 0"),
+    (["run_name=x", "optimizer=sgd", "optimizer.momentum=0"], "torch.optim.SGD does not take these settings: Nesterov"),
+    (["run_name=x", "model.width=90000", "model.depth=50"], "weights of this model need at least"),
     (["run_name=x", "log.targets={eval/loss: abc}"], "log.targets takes a group of numbers by name"),
     (["run_name=x", "optimizer=5", "loss.path.x=1"], "optimizer=5 does not exist"),
     (["run_name=x", "dataloaders.training=5"], "dataloaders.training takes a group of settings"),

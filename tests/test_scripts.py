@@ -57,6 +57,9 @@ def test_sample_runs_from_any_folder(checkpoint, tmp_path):
         (["ckpt=/nowhere.pt"], "no checkpoint at /nowhere.pt"),
         (["ckpt={c}", "n=0"], "n takes"),
         (["ckpt={c}", "n=many"], "n takes"),
+        (["ckpt={c}", "n=100000000000"], "at most 1,000,000,000"),
+        (["ckpt={c}", "nfe=100000000000"], "nfe takes a whole number of at least 1 and at most 1,000,000"),
+        (["ckpt={c}", "solver.steps=100000000000"], "solver.steps takes"),
         (["ckpt={c}", "out=x.txt"], "must end in"),
         (["ckpt={c}", "out=/nowhere/x.png"], "does not exist"),
         (["ckpt={c}", "label=3"], "knows no classes"),
@@ -79,6 +82,12 @@ def test_a_mistake_is_one_sentence(words, sentence, checkpoint, capsys):
     assert sample.main([word.format(c=checkpoint) for word in words]) == 1
     said = capsys.readouterr().err
     assert sentence in said and said.count("\n") == 1
+
+
+def test_more_samples_than_memory_holds_are_refused_before_they_are_drawn(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: 4096)  # 16 MiB
+    assert sample.main([f"ckpt={checkpoint}", "n=1000000"]) == 1
+    assert "n=1000000 rows of shape [2] need at least" in capsys.readouterr().err
 
 
 def test_a_conditional_model_is_sampled_by_class(small_run, tmp_path):

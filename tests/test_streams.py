@@ -110,6 +110,11 @@ def test_workers_serve_what_no_workers_serve_and_a_begun_epoch_can_be_left(worke
         next(left)
 
 
+def test_more_workers_than_cores_are_not_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    ReadAhead(Counting(10), 500)
+    assert not recwarn.list
+
+
 def test_readers_hold_nothing_that_grows_with_use() -> None:
     ahead = ReadAhead(Counting(10), 0)
     assert [read.stored[:, 0].tolist() for read in ahead.batches([Rows([1, 2], 0), Rows([3], 0)])] == [[1, 2], [3]]

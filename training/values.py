@@ -178,6 +178,15 @@ def check_value(key: str, value: Any, setting: Setting) -> None:
     raise UserError(f"{key} takes {words(kind, ends)}{example}, not {shown(value)}")
 
 
+def whole_number(key: str, text: str, allowed: Range = COUNT, otherwise: str = "") -> int:
+    """The whole number that a script's key=text gives. UserError for another text, or a number out of range."""
+    number = int(text) if re.fullmatch(r"-?[0-9]{1,50}", text) else text
+    if not isinstance(number, int) and otherwise:
+        raise UserError(f"{key} takes {words(int, allowed.words())}{otherwise}, not {text!r}")
+    check_value(key, number, Setting(int, allowed))
+    return int(number)
+
+
 def numbers_in(value: Any) -> Iterator[float]:
     """Every number of nested lists and dicts."""
     if isinstance(value, int | float) and not isinstance(value, bool):

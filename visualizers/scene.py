@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from scripts.front import outputs, unknown
 from training.errors import UserError
+from training.values import NOT_NEGATIVE, RANGES, whole_number
 from visualizers.films import FORMS
 
 if TYPE_CHECKING:
@@ -187,12 +188,6 @@ def solver_label(solver: Sampler) -> str:
     return f"{name}, {count} evaluation{'s' * (count > 1)}"
 
 
-def whole(key: str, text: str, least: int) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) >= least):
-        raise UserError(f"{key} takes a whole number of at least {least}, not {text!r}")
-    return int(text)
-
-
 def scene(words: list[str], n: int, frames: int, points: int | None = None) -> Scene:
     """The scene a command line asks for; n (points: that of points in the plane) and frames: unless it says otherwise.
 
@@ -210,15 +205,15 @@ def scene(words: list[str], n: int, frames: int, points: int | None = None) -> S
         else:
             raise UserError(f"{unknown(word, settings)}, and solver and guidance settings, as key=value")
     n, seed, frames = (
-        whole("n", settings["n"] or str(n), 1),
-        whole("seed", settings["seed"], 0),
-        whole("frames", settings["frames"], 2),
+        whole_number("n", settings["n"] or str(n)),
+        whole_number("seed", settings["seed"], NOT_NEGATIVE),
+        whole_number("frames", settings["frames"], RANGES["samples"]),
     )
     if settings["format"] not in FORMS:
         raise UserError(f"format takes {', '.join(FORMS)}, not {settings['format']!r}")
     if Path(settings["out"]).suffix in (".png", ".gif", ".mp4") or Path(settings["out"]).is_file():
         raise UserError(f"out takes a folder, which the files go to under their own names, not {settings['out']!r}")
-    label = settings["label"] if settings["label"] in ("", "all") else whole("label", settings["label"], 0)
+    label = settings["label"] if settings["label"] in ("", "all") else whole_number("label", settings["label"], NOT_NEGATIVE)
     checkpoint = Path(settings["ckpt"]) if settings["ckpt"] else newest_checkpoint()
 
     from evaluation.sample import load, settings_from_overrides
