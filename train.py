@@ -4,6 +4,7 @@ Called by a backend with a resolved, checked configuration; `python launcher.py`
 `torchrun ... train.py run_name=...` is `torchrun ... launcher.py run_name=...`.
 """
 
+import itertools
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 
 from evaluation.sample import evaluate_checkpoint
 from training.assemble import assemble
-from training.checkpoint import CheckpointFolder
+from training.checkpoint import saves_of
 from training.checks import check_run_is_new
 from training.device import wait_for_device
 from training.errors import UserError
@@ -213,12 +214,13 @@ def move_aside(run: Run) -> None:
 
     The saves go first: a kill in between leaves a folder that asks for overwrite=true again, never saves without one.
     """
+    name, output_dir = run.config["run_name"], Path(run.config["output_dir"])
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    new_name = f"{run.config['run_name']}.old-{stamp}"
-    for arch in (run.checkpoints.folder.parent).glob("*"):
-        checkpoints = CheckpointFolder(Path(run.config["output_dir"]), arch.name, run.config["run_name"], keep=0)
-        for path in checkpoints.all_files():
-            path.rename(path.with_name(path.name.replace(run.config["run_name"], new_name, 1)))
+    numbered = (f"{name}.old-{stamp}" + (f".{n}" if n > 1 else "") for n in itertools.count(1))
+    taken = {path.name for path in run.folder.path.parent.iterdir()}
+    new_name = next(new for new in numbered if new not in taken and not saves_of(output_dir, new))
+    for path in saves_of(output_dir, name):
+        path.rename(path.with_name(path.name.replace(name, new_name, 1)))
     if run.folder.config_path.exists():
         run.folder.path.rename(run.folder.path.with_name(new_name))
     run.folder.release()

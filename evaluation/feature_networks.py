@@ -1,7 +1,6 @@
 """Networks whose features sets of images are compared by: our own classifiers, and the Inception of the FID."""
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from functools import cache
 from importlib.util import find_spec
@@ -141,18 +140,6 @@ def weights_hash(network: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_safetensors(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and weights that a run exported. UserError for a file that is damaged or not one of ours."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt") as opened:
-            names = opened.keys()
-            return json.loads(opened.metadata()["config"]), {name: opened.get_tensor(name) for name in names}
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be read as the export of a run (it is damaged or not one)") from error
-
-
 @cache
 def classifier_features(path: str) -> ClassifierFeatures:
     """The features of a classifier: the name of a shipped one, or a checkpoint, or a run's model.safetensors.
@@ -162,16 +149,12 @@ def classifier_features(path: str) -> ClassifierFeatures:
     from training.assemble import load_network, stored_config
 
     file = SHIPPED / f"{path}.safetensors" if "/" not in path and (SHIPPED / f"{path}.safetensors").is_file() else Path(path)
-    if file.suffix == ".safetensors" and file.is_file():
-        config, tensors = read_safetensors(file)
-    else:
-        payload = load_checkpoint(file)
-        config, tensors = payload["config"], payload["ema"]
-    config = stored_config(file, {"config": config})
+    payload = load_checkpoint(file)
+    config = stored_config(file, payload)
     network = build(config["model"])
     if not isinstance(network, Classifier):
         raise UserError(f"{file} holds no classifier; train one with loss=cross_entropy")
-    load_network(network, tensors, file)
+    load_network(network, payload["ema"], file)
     data = config["dataloaders"]
     low, high = data["value_range"] or (-1.0, 1.0)
     return ClassifierFeatures(network.eval().requires_grad_(False), config["run_name"], data["state_shape"], (low, high))

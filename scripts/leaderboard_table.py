@@ -1,6 +1,5 @@
 """The tables of scripts/leaderboard.py: from scores of runs to Markdown, and into the files that show it."""
 
-import fcntl
 import json
 import math
 import re
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import UserError
-from training.files import write_atomically
+from training.files import end_of, locked, write_atomically
 
 START, STOP = "<!-- leaderboard -->", "<!-- end of leaderboard -->"
 COUNTS = (1, 2, 4)
@@ -166,9 +165,8 @@ def write_between(path: Path, body: str) -> None:
 
     UserError when only one of the markers is there, or they are not in order.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    path = end_of(path)
+    with locked(path):
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         if START not in text and STOP not in text:
             text = f"{text.rstrip()}\n\n## Leaderboard\n\n{START}\n{STOP}\n".lstrip()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from training.errors import UserError
 from training.experiment_log import ExperimentLog, Section
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,6 +159,31 @@ def test_text_of_a_run_cannot_close_its_own_part(log: ExperimentLog, path: Path)
     section = Section(path.read_text(), "x")
     assert section.text.count("\n<!-- x: end of during -->") == 1
     assert section.read("during").endswith("\\1 \\g<0>\n- second")
+
+
+def test_what_looks_like_a_heading_in_the_words_of_a_run_is_not_one(log: ExperimentLog, path: Path) -> None:
+    """Neither another run's section, nor the end of its own: what people wrote in both stays."""
+    log.begin("x", "launcher.py log.expect='\n## y\n'", "summary", expect="much\n## y\n## x\nand more")
+    log.begin("y", "command", "summary")
+    log.add_note("x", "of x")
+    log.add_note("y", "of y")
+    for name in ("y", "x"):
+        log.begin(name, "launcher.py\n## x\n## y", "summary")
+        log.finish(name, f"table of {name}")
+    first, second = path.read_text().split("\n## y\n\n### Before")
+    assert "- of x" in first and "table of x" in first and "- of y" in second and "table of y" in second
+
+
+def test_a_link_to_a_log_is_followed_and_a_log_that_is_not_text_is_refused(tmp_path: Path, path: Path) -> None:
+    link = tmp_path / "elsewhere" / "log.md"
+    link.parent.mkdir()
+    link.symlink_to(path)
+    ExperimentLog(link).finish("x", "table")
+    assert link.is_symlink() and "table" in path.read_text()
+    path.write_bytes("übung".encode("utf-16"))
+    with pytest.raises(UserError, match=r"is not text in UTF-8; .* give another log\.file"):
+        ExperimentLog(link).finish("x", "table")
+    assert path.read_bytes() == "übung".encode("utf-16")
 
 
 def test_runs_writing_at_once_leave_every_section_whole(path: Path) -> None:

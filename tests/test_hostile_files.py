@@ -20,7 +20,7 @@ from evaluation.feature_networks import classifier_features
 from evaluation.sample import load
 from training.assemble import assemble
 from training.build import build
-from training.checkpoint import FORMAT, KEYS, load_checkpoint
+from training.checkpoint import FORMAT, KEYS, load_checkpoint, write_checkpoint, write_export
 from training.errors import UserError
 from training.launch import prepare
 
@@ -98,21 +98,48 @@ def test_sizes_and_strides_that_lie_are_refused(tmp_path):
         assert "cannot be read" in refusal(tmp_path / "x.pt", rebuilt(whole, {"data.pkl": lie}))
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.integers(0, len(saved(PAYLOAD)) - 1), st.integers(1, 255))
-def test_no_changed_byte_changes_what_is_read(tmp_path_factory, position, change):
+def same(left: Any, right: Any) -> bool:
+    """Whether nested dicts hold the same values, tensors bit for bit."""
+    if isinstance(right, torch.Tensor):
+        return isinstance(left, torch.Tensor) and left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(right, dict):
+        return left.keys() == right.keys() and all(same(left[key], value) for key, value in right.items())
+    return type(left) is type(right) and left == right
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_no_changed_byte_changes_what_is_read(tmp_path, name):
     """Wherever one byte differs, the file is refused, or means the same as before (padding, dates)."""
-    content = bytearray(saved(PAYLOAD))
-    content[position] ^= change
-    path = tmp_path_factory.getbasetemp() / "flipped.pt"
-    path.write_bytes(content)
-    try:
-        read = load_checkpoint(path)
-    except UserError:
-        return
-    assert read.keys() == PAYLOAD.keys()
-    assert all(torch.equal(read["network"][key], value) for key, value in PAYLOAD["network"].items())
-    assert {k: v for k, v in read.items() if k != "network"} == {k: v for k, v in PAYLOAD.items() if k != "network"}
+    path = tmp_path / name
+    config = {"run_name": "x", "loss": {"_target_": "x"}}
+    payload = PAYLOAD | {"config": config, "ema": {"w": torch.arange(6.0), "n": torch.tensor(3)}}
+    write_checkpoint(path, payload) if name == "x.pt" else write_export(path, payload)
+    content, whole, read = path.read_bytes(), load_checkpoint(path), 0
+    for position in range(len(content)):
+        for change in (1, 16, 128, 255):
+            path.write_bytes(content[:position] + bytes([content[position] ^ change]) + content[position + 1 :])
+            try:
+                found = load_checkpoint(path)
+            except UserError as refused:
+                assert "\n" not in str(refused) and str(path) in str(refused)
+                continue
+            assert same(found, whole), (position, change)
+            read += 1
+    assert 0 < read < 2 * len(content)
+
+
+def test_files_of_earlier_versions_have_no_digest_and_are_read_with_a_line(tmp_path, capsys):
+    (tmp_path / "x.pt").write_bytes(saved(PAYLOAD))
+    assert same(load_checkpoint(tmp_path / "x.pt"), PAYLOAD)
+    assert capsys.readouterr().err.count("has no digest, as files of earlier versions") == 1
+
+
+def test_an_archive_that_two_readers_read_differently_is_damaged(tmp_path):
+    """Every checksum is right, and the weights are others."""
+    write_checkpoint(tmp_path / "x.pt", PAYLOAD)
+    whole = (tmp_path / "x.pt").read_bytes()
+    other = rebuilt(whole, {"data/0": torch.zeros(64).numpy().tobytes()})
+    assert "what is read from it is not what was written" in refusal(tmp_path / "x.pt", other)
 
 
 @settings(max_examples=150, deadline=None)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import launcher
+from training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -162,6 +163,16 @@ def test_overwrite_moves_the_old_run_aside(small_run):
     assert len(moved) == 1 and (moved[0] / "metrics.jsonl").read_text() == old_metrics
     assert len(list((folder / "ckpts/mlp").glob("x.old-*_last.pt"))) == 1
     assert (folder / "runs/x/metrics.jsonl").read_text() != old_metrics
+
+
+def test_runs_moved_aside_in_one_second_lose_nothing(small_run, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda _: "20300101-000000")
+    for seed in range(4):
+        folder = small_run("x", "overwrite=true", "max_steps=2", f"seed={seed}")
+    names = ["x", *(f"x.old-20300101-000000{n}" for n in ("", ".2", ".3"))]
+    assert sorted(path.name for path in (folder / "runs").iterdir()) == names
+    seeds = [load_checkpoint(folder / f"ckpts/mlp/{name}_last.pt")["config"]["seed"] for name in names]
+    assert seeds == [3, 0, 1, 2] and len(list(folder.rglob("x.old-*.pt"))) == 9
 
 
 def test_a_sweep_names_each_job_and_skips_what_has_finished(tmp_path):

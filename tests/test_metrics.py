@@ -173,7 +173,7 @@ def test_damaged_cache_is_computed_anew(tmp_path: Path) -> None:
         file.write_text(damage)
         assert cached_numbers(tmp_path, "a/b", {"k": 1}, compute) == [0.1, 1 / 3]
     assert len(calls) == 6
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", file.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".{file.name}.lock", file.name]
 
 
 def test_floor_covers_real_samples_and_not_a_missing_blob(generation: Callable[..., Generation]) -> None:

@@ -67,6 +67,8 @@ def test_weights_are_not_read_as_what_they_are_not(small_run) -> None:
      (["optimizer.betas=[2,3]"], "optimizer.betas takes two numbers of at least 0 and below 1"),
      (["optimizer.betas=[0.9]"], "optimizer.betas takes two numbers"),
      (["log.expect=much", "log.file=/proc/log.md"], "log.file=/proc cannot be written"),
+     (["log.expect=much", "log.file=tests"], "tests is not a regular file"),
+     (["log.expect=much", "log.file=launcher.py/log.md"], "not a folder this user may write to; give another log"),
      (["trackio.project="], "trackio.project takes a name"),
      (["async_save=true"], "async_save takes auto, always or never"),
      (["output_dir=/proc/x"], "/proc is not a folder this user may write to")],

@@ -13,7 +13,7 @@ from typing import TextIO
 import pytest
 
 from training.errors import UserError
-from training.files import write_atomically
+from training.files import share, write_atomically
 from training.launch import prepare
 from training.run_folder import RunFolder
 
@@ -178,6 +178,45 @@ def test_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="no space"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("write", [write_atomically, lambda path, text: share(saved(path.parent, text), path)])
+def test_a_written_file_is_the_one_at_the_end_of_its_links_with_its_mode_and_owner(tmp_path: Path, write) -> None:
+    end, middle, first = tmp_path / "there" / "log.md", tmp_path / "middle", tmp_path / "first"
+    end.parent.mkdir()
+    middle.symlink_to("there/log.md")
+    first.symlink_to(middle)
+    write(first, "made")
+    assert end.read_text() == "made" and first.is_symlink() and middle.is_symlink()
+
+
+def saved(folder: Path, text: str) -> Path:
+    path = folder / "saved"
+    path.write_text(text)
+    return path
+
+
+def test_a_replaced_file_keeps_its_mode_and_owner(tmp_path: Path) -> None:
+    path = tmp_path / "log.md"
+    path.write_text("old")
+    path.chmod(0o640)
+    owner = (1234, 4321) if os.getuid() == 0 else (os.getuid(), os.getgid())
+    os.chown(path, *owner)
+    write_atomically(path, "new")
+    status = path.stat()
+    assert path.read_text() == "new" and status.st_mode & 0o7777 == 0o640 and (status.st_uid, status.st_gid) == owner
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to a pipe"])
+def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "there"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    given = tmp_path / "given"
+    given.symlink_to(path)
+    before = path.stat().st_ino
+    with pytest.raises(UserError, match="is not a regular file"):
+        write_atomically(given if kind == "link to a pipe" else path, "new")
+    assert path.stat().st_ino == before and sorted(tmp_path.iterdir()) == [given, path]
 
 
 def test_killed_writer_leaves_whole_files(folder: RunFolder) -> None:

@@ -123,6 +123,7 @@ class ExperimentNotes(Callback):
         self.logs = [ExperimentLog(run.folder.log_path)]
         if log["expect"]:
             self.logs.append(ExperimentLog(Path(log["file"])))
+            print(f"log: this run states what it expects, so it writes its section of {log['file']} (log.file=)")
         if run.state.step == 0:
             choices = ", ".join(f"{group}={choice}" for group, choice in run.config["choices"].items() if choice)
             for notes in self.logs:

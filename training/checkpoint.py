@@ -1,5 +1,7 @@
 """Checkpoint files: written atomically, verified when read, loaded safely, named so that people find them."""
 
+import hashlib
+import json
 import re
 import struct
 import warnings
@@ -11,9 +13,12 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from training.errors import UserError
 from training.files import remove_temporaries, replacing, share
+from training.run_folder import tell_once
 from training.values import RUN_NAME
 
 FORMAT = "denoising-zoo-checkpoint-1"
@@ -25,22 +30,76 @@ KEYS = tuple(KINDS)
 
 ASYNC_BYTES = 64 * 2**20  # a smaller save is written in less time than a thread is worth
 
-# What zipfile, torch and its unpickler raise at files that anyone may have written.
+# What zipfile, torch, its unpickler and safetensors raise at files that anyone may have written.
 BROKEN = (
     ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError, RuntimeError,
-    TypeError, UnpicklingError, ValueError, struct.error, zipfile.BadZipFile, zlib.error,
+    SafetensorError, TypeError, UnpicklingError, ValueError, struct.error, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 
 
 def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
-    """torch.save, in one step. OSError when the disk refuses; torch's writer hides that in an error of its own."""
+    """torch.save, in one step, with a digest of the payload.
+
+    OSError when the disk refuses; torch's writer hides that in an error of its own.
+    """
     with replacing(path) as file:
         try:
-            torch.save(payload, file)
+            torch.save(payload | {"digest": digest_of(payload)}, file)
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
+
+
+def digest_of(node: Any) -> str:
+    """SHA-256 of nested dicts and lists: of every plain value, and of the type, shape and bytes of every tensor."""
+    digest = hashlib.sha256()
+    add_to_digest(digest, node)
+    return digest.hexdigest()
+
+
+def add_to_digest(digest: Any, node: Any) -> None:
+    if isinstance(node, torch.Tensor):
+        digest.update(f"{node.dtype} {list(node.shape)};".encode())
+        digest.update(node.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(node, dict):
+        add_to_digest(digest, sorted(node.items(), key=lambda item: repr(item[0])))
+    elif isinstance(node, list | tuple):
+        digest.update(f"{len(node)};".encode())
+        for inner in node:
+            add_to_digest(digest, inner)
+    else:
+        digest.update(f"{type(node).__name__} {node!r};".encode(errors="surrogatepass"))
+
+
+def check_digest(path: Path, stored: Any, content: Any) -> None:
+    """UserError unless what was read is what was written: two readers of one damaged file may see different archives."""
+    if stored is None:
+        tell_once(f"note: {path} has no digest, as files of earlier versions; whether it is undamaged cannot be told")
+    elif stored != digest_of(content):
+        raise UserError(f"{path} is damaged: what is read from it is not what was written; use another save")
+
+
+def write_export(path: Path, payload: dict[str, Any]) -> None:
+    """The EMA weights of a payload as safetensors, with its configuration, and what load_checkpoint wants, as metadata."""
+    weights = {name: tensor.contiguous().cpu() for name, tensor in payload["ema"].items()}
+    facts = {key: payload[key] for key in ("run_name", "step", "second_time")}
+    words = {"config": json.dumps(payload["config"]), "facts": json.dumps(facts)}
+    with replacing(path) as file:
+        file.write(save(weights, words | {"digest": digest_of([weights, words])}))
+
+
+def read_export(path: Path, device: torch.device | str) -> dict[str, Any]:
+    """The payload of what write_export wrote: a checkpoint with the EMA weights as its only ones, which no run resumes."""
+    with safe_open(path, "pt", device=str(device)) as opened:
+        words, weights = dict(opened.metadata() or {}), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    check_digest(path, words.pop("digest", None), [weights, words])
+    config = json.loads(words["config"])
+    loss = config["loss"]
+    facts = {"step": 0, "second_time": None if "cross_entropy" in loss["_target_"] else loss.get("second_time", "state")}
+    facts |= {"run_name": config["run_name"]} | json.loads(words.get("facts", "{}"))
+    state = {key: {} for key in KINDS} | {"best": 0.0, "waited": 0, "elapsed": 0.0, "format": FORMAT}
+    return state | facts | {"network": weights, "ema": weights, "config": config}
 
 
 def check_archive(path: Path) -> None:
@@ -61,19 +120,28 @@ def check_archive(path: Path) -> None:
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The payload of a checkpoint of this project, verified, tensors only (weights_only). UserError for anything else."""
+    """The payload of a checkpoint of this project, or of a run's model.safetensors, verified, tensors only (weights_only).
+
+    UserError for anything else.
+    """
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}; `python scripts/runs.py list` shows the runs there are")
     try:
+        if path.suffix == ".safetensors":
+            payload = read_export(path, device)
+            check_payload(path, payload)
+            return payload
         check_archive(path)
         with warnings.catch_warnings(action="ignore"):  # what torch suspects of a foreign file is said below, in a sentence
             payload = torch.load(path, map_location=device, weights_only=True)
+        check_payload(path, payload)
+        content = dict(payload)
+        check_digest(path, content.pop("digest", None), content)
     except UserError:
         raise
     except BROKEN as error:
         raise UserError(f"{path} cannot be read as a checkpoint (it is damaged or not one); use another save") from error
-    check_payload(path, payload)
-    return dict(payload)
+    return content
 
 
 def check_payload(path: Path, payload: Any) -> None:
@@ -231,6 +299,14 @@ class CheckpointFolder:
         names = rf"{re.escape(self.run_name)}(_last|_best|_epoch_\d{{4,}}|\.last)\.pt"
         for folder in (self.folder, self.archive):
             remove_temporaries(folder, names)
+
+
+def saves_of(output_dir: Path, run_name: str) -> list[Path]:
+    """Every save of the run, of whatever architecture."""
+    folders = [
+        CheckpointFolder(output_dir, arch.name, run_name, keep=0) for arch in sorted((output_dir / "ckpts").glob("*"))
+    ]
+    return [path for folder in folders for path in folder.all_files()]
 
 
 class SilentCheckpointFolder(CheckpointFolder):

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import UserError
+from training.experiment_log import ExperimentLog
+from training.files import end_of
 from training.values import check_all, check_run_name
 
 COPIES = 5  # of a row's state at once: noise, data, what is between, its velocity, and the network's input
@@ -125,14 +127,18 @@ def check_files(config: dict[str, Any]) -> None:
         raise UserError(f"guidance.checkpoint={guide} is not a file; give the path of a weaker model's checkpoint")
     check_writable("output_dir", Path(config["output_dir"]))
     if config["log"]["expect"]:
-        check_writable("log.file", Path(config["log"]["file"]).absolute().parent)
+        log = ExperimentLog(Path(config["log"]["file"]))
+        log.read()
+        check_writable("log.file", end_of(log.path).parent)
 
 
 def check_writable(key: str, folder: Path) -> None:
     """UserError unless `folder` is there, or can be made, and can be written to."""
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not existing.is_dir() or not takes_folders(existing):
-        raise UserError(f"{key}={folder} cannot be written: {existing} is not a folder this user may write to")
+        raise UserError(
+            f"{key}={folder} cannot be written: {existing} is not a folder this user may write to; give another {key}"
+        )
 
 
 def takes_folders(folder: Path) -> bool:

@@ -5,7 +5,6 @@ people's and is kept. Several runs may write at once: each change takes a lock, 
 the file in one step.
 """
 
-import fcntl
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from datetime import date
 from pathlib import Path
 
 from training.errors import UserError
-from training.files import remove_temporaries, write_atomically
+from training.files import end_of, locked, write_atomically
 
 TITLE = """# Experiment log
 
@@ -46,6 +45,7 @@ Next steps:
 {changes}
 """
 PARTS = ("before", "during", "after", "changes")
+WRITTEN = re.compile(r"^<!-- (\S+): (\w+), written by the run -->\n.*?^<!-- \1: end of \2 -->$", re.MULTILINE | re.DOTALL)
 CHANGES_HEADER = "| date | key | old | new | reason |\n|---|---|---|---|---|"
 
 
@@ -103,8 +103,7 @@ class ExperimentLog:
 
     def add_note(self, run_name: str, line: str) -> None:
         """A person's line under Observations of a section there is; UserError without one."""
-        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
-        name = re.escape(run_name)
+        text, name = self.read(), re.escape(run_name)
         written = rf"^<!-- {name}: \w+, written by the run -->$"
         if not all(re.search(line, text, re.MULTILINE) for line in (rf"^## {name}[ \t]*$", written)):
             raise UserError(f"{self.path} has no section of a run {run_name}; a run with log.expect=... writes one")
@@ -114,14 +113,20 @@ class ExperimentLog:
     @contextmanager
     def section(self, run_name: str) -> Iterator["Section"]:
         """The run's section for one change, made where it is missing, under the lock of the file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_name(f".{self.path.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            remove_temporaries(self.path.parent, re.escape(self.path.name))
-            text = self.path.read_text(encoding="utf-8") if self.path.is_file() else TITLE
-            section = Section(text, run_name)
+        path = end_of(self.path)
+        with locked(path):
+            section = Section(self.read() or TITLE, run_name)
             yield section
-            write_atomically(self.path, section.text)
+            write_atomically(path, section.text)
+
+    def read(self) -> str:
+        """The whole text, empty where there is none. UserError for what is no text file of UTF-8."""
+        try:
+            return end_of(self.path).read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path} is not text in UTF-8; save it as UTF-8, or give another log.file") from error
 
 
 class Section:
@@ -130,12 +135,17 @@ class Section:
     def __init__(self, text: str, run_name: str) -> None:
         self.text = text
         self.name = run_name
-        if not self.heading().search(text):
+        if self.heading() is None:
             parts = {part: self.marked(part, "") for part in PARTS}
             self.text = text.rstrip("\n") + "\n" + SECTION.format(name=run_name, **parts)
 
-    def heading(self) -> re.Pattern[str]:
-        return re.compile(rf"^## {re.escape(self.name)}[ \t]*$", re.MULTILINE)
+    def heading(self) -> re.Match[str] | None:
+        """The section's own; what looks like one among a run's words is not."""
+        return re.compile(rf"^## {re.escape(self.name)}[ \t]*$", re.MULTILINE).search(self.words())
+
+    def words(self) -> str:
+        """The text with blanks for what runs wrote between their comments: the same places, people's words alone."""
+        return WRITTEN.sub(lambda part: re.sub(r"[^\n]", " ", part[0]), self.text)
 
     def read(self, part: str) -> str:
         """What the machine wrote in that part, empty where the part or its comments are gone."""
@@ -157,7 +167,7 @@ class Section:
 
     def note(self, line: str) -> None:
         """Add a person's line after what stands under Observations, or at the section's end where that word is gone."""
-        heading = self.heading().search(self.text)
+        heading = self.heading()
         assert heading is not None
         words = re.compile(r"^Observations:.*(?:\n(?!\s*$|#|<!--|\w+( \w+)?:).*)*", re.MULTILINE)
         found = words.search(self.text, heading.end(), self.end())
@@ -167,9 +177,9 @@ class Section:
 
     def end(self) -> int:
         """Where the section stops: before the next heading of its level, or at the end of the text."""
-        heading = self.heading().search(self.text)
+        heading = self.heading()
         assert heading is not None
-        following = re.compile(r"^(?=## )", re.MULTILINE).search(self.text, heading.end())
+        following = re.compile(r"^(?=## )", re.MULTILINE).search(self.words(), heading.end())
         return following.start() if following else len(self.text)
 
     def marked(self, part: str, body: str) -> str:

@@ -4,13 +4,17 @@ No torch here: the launcher's checks and the scripts use it too.
 """
 
 import errno
+import fcntl
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from training.errors import UserError
 
 # What a disk may say to a write through no fault of the program: full, over quota, read-only, not ours, too large, broken.
 DISK_ERRORS = (
@@ -25,13 +29,17 @@ TEMPORARY = ".tmp"
 def replacing(path: Path, owner: str = "") -> Iterator[BinaryIO]:
     """A temporary file beside `path`, open for writing; at the end of the block it is on the disk and in the path's place.
 
-    owner: distinguishes the temporary files of those who write one path. A block that fails leaves `path` as it was and
-    nothing beside it. OSError, naming `path`, when the disk refuses.
+    A symbolic link is followed to its end; a file that stands there keeps its mode and, as far as the system allows, its
+    owner. owner: distinguishes the temporary files of those who write one path. A block that fails leaves `path` as it was
+    and nothing beside it. OSError, naming `path`, when the disk refuses; UserError when `path` is no regular file.
     """
+    path = end_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{owner}{path.name}.{os.getpid()}{TEMPORARY}")
+    discard(temporary)
     try:
         with temporary.open("wb") as file:
+            keep_access(path, file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -42,6 +50,34 @@ def replacing(path: Path, owner: str = "") -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.errno:
             error.filename = str(path)
         raise
+
+
+def end_of(path: Path) -> Path:
+    """Where a path leads when every symbolic link is followed. UserError for a folder, device, pipe or socket."""
+    end = path.resolve()
+    if end.exists() and not end.is_file():
+        raise UserError(f"{path} is not a regular file, so nothing is written there; give the path of a file")
+    return end
+
+
+def keep_access(path: Path, descriptor: int) -> None:
+    """Give an open file the mode and owner of the one at `path`, if there is one; the owner where the system allows it."""
+    if path.exists():
+        before, now = path.stat(), os.fstat(descriptor)
+        if (before.st_uid, before.st_gid) != (now.st_uid, now.st_gid):
+            with suppress(PermissionError):
+                os.fchown(descriptor, before.st_uid, before.st_gid)
+        os.fchmod(descriptor, stat.S_IMODE(before.st_mode))
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold `path`, the end of its links, against others who write it here, and remove what those who were killed left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_temporaries(path.parent, re.escape(path.name))
+        yield
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -55,6 +91,7 @@ def share(source: Path, target: Path, owner: str = "") -> None:
 
     A link costs no space and no time, so it cannot fail for want of either; our files are replaced, never changed in place.
     """
+    source, target = end_of(source), end_of(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{owner}{target.name}.{os.getpid()}{TEMPORARY}")
     discard(temporary)

@@ -21,10 +21,10 @@ from evaluation.metrics.base_metric import Decode
 from losses.objective import FlowObjective, Objective
 from solvers.base_solver import Sampler
 from training.callbacks import Callback
-from training.checkpoint import FORMAT, CheckpointFolder
+from training.checkpoint import FORMAT, CheckpointFolder, write_export
 from training.device import device_name
 from training.ema import weights_in_words
-from training.files import DISK_ERRORS, disk_sentence, replacing
+from training.files import DISK_ERRORS, disk_sentence
 from training.provenance import git_commit, package_versions
 from training.ranks import agreed, from_first, orphaned
 from training.run_folder import RunFolder
@@ -247,14 +247,7 @@ class Run:
 
     def export_weights(self, network_state: dict[str, Tensor]) -> Path:
         """model.safetensors: the EMA weights with the configuration, for use elsewhere."""
-        import json
-
-        from safetensors.torch import save
-
         path = self.folder.path / "model.safetensors"
-        if self.rank:
-            return path
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in network_state.items()}
-        with replacing(path) as file:
-            file.write(save(tensors, {"config": json.dumps(self.config)}))
+        if self.rank == 0:
+            write_export(path, self.payload() | {"ema": network_state})
         return path

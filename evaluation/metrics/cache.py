@@ -1,6 +1,5 @@
 """Numbers that are costly to find and the same in every run: kept as small files that may be deleted at any time."""
 
-import fcntl
 import hashlib
 import io
 import json
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, from_numpy
 
-from training.files import remove_temporaries, replacing
+from training.files import locked, replacing
 
 
 def cache_file(cache: Path, name: str, key: dict[str, object], suffix: str) -> Path:
@@ -22,12 +21,8 @@ def cache_file(cache: Path, name: str, key: dict[str, object], suffix: str) -> P
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write beside the path, then move over it: nobody ever reads half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / ".lock").open("w") as lock:  # other runs write here too
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        remove_temporaries(path.parent)
-        with replacing(path) as file:
-            file.write(content)
+    with locked(path), replacing(path) as file:  # other runs write it too
+        file.write(content)
 
 
 def cached_numbers(cache: Path, name: str, key: dict[str, object], compute: Callable[[], list[float]]) -> list[float]:
