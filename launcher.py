@@ -10,8 +10,19 @@ python launcher.py -m run_name=sweep seed=0,1,2                     # one run fo
 import os
 import signal
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+
+def leave(number: int, frame: object) -> None:
+    """End a process that has only begun to import its modules."""
+    os.write(2, b"launcher.py: stopped before anything was begun\n")
+    os._exit(130)
+
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, leave)  # before the imports that take time
+
+from pathlib import Path  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
     from training.launch import RunResult
@@ -187,15 +198,17 @@ class Interrupt:
 
 
 def main(arguments: list[str]) -> int:
-    """The exit status: 0, 1 for a mistake of the user's (one sentence on stderr), 130 and 143 for SIGINT and SIGTERM."""
+    """The exit status: 0, 1 for a mistake of the user's (one sentence on stderr), 128 + its number for a signal."""
     from training.errors import UserError
+    from training.files import outlive_readers
 
+    outlive_readers("the work goes on")
     if "--help" in arguments or "-h" in arguments:
         print(help_text())
         return 0
     interrupt = Interrupt()
     before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # not where it is ignored, as in the background of a shell
+    if before in (signal.default_int_handler, leave):  # not where it is ignored, as in the background of a shell
         signal.signal(signal.SIGINT, interrupt)
     try:
         if "--dashboard" in arguments:
@@ -220,7 +233,7 @@ def main(arguments: list[str]) -> int:
         print(f"launcher.py: {error}", file=sys.stderr)
         return 1
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is leave else before)
     return 0
 
 

@@ -29,13 +29,13 @@ from training.run import Run, Stop
 from training.run_folder import RunFolder, SilentRunFolder
 from training.summary import print_end, print_start
 
-SIGNAL_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def carry_out(config: dict[str, Any]) -> float | None:
     """Train, or score a checkpoint. Returns the best monitored value, if any was found.
 
-    UserError for what the user can mend. SystemExit 130 or 143 after SIGINT or SIGTERM, the run being saved.
+    UserError for what the user can mend. SystemExit 130, 143 or 129 after SIGINT, SIGTERM or SIGHUP, the run being saved.
     """
     with explained_memory_errors():
         if config["eval_checkpoint"]:
@@ -127,7 +127,7 @@ def conduct(run: Run) -> float:
     except BaseException as error:
         with suppress(OSError):  # the disk may be what failed
             run.settle()
-        with suppress(OSError):
+        with suppress(OSError, UserError):  # or the folder is gone
             run.write_status("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise
     finally:
@@ -160,10 +160,14 @@ def public(config: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def stop_signals(run: Run) -> Iterator[None]:
-    """SIGINT and SIGTERM ask the loop to stop after its step; a second one ends the process at once."""
+    """SIGINT, SIGTERM and SIGHUP ask the loop to stop after its step; a second one ends the process at once.
+
+    A SIGHUP that is ignored, as under nohup, stays so.
+    """
+    heeded = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
     def ask(number: int, _: object) -> None:
-        for either in SIGNAL_STATUS:
+        for either in heeded:
             signal.signal(either, signal.SIG_DFL)
         run.asked = run.asked or Stop(f"stopped by {signal.Signals(number).name}", signal=number)
         alone = run.world == 1  # else torchrun sends SIGTERM also to those whose fellow has died
@@ -173,7 +177,7 @@ def stop_signals(run: Run) -> Iterator[None]:
                 file=sys.stderr,
             )
 
-    before = {number: signal.signal(number, ask) for number in SIGNAL_STATUS}
+    before = {number: signal.signal(number, ask) for number in heeded}
     try:
         yield
     finally:

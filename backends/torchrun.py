@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 LAUNCHER = Path(__file__).resolve().parents[1] / "launcher.py"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 24 * 3600  # seconds a signalled run has for its step, evaluation and save; a second signal ends it at once
 
 
@@ -28,8 +28,8 @@ class TorchrunBackend(Backend):
     """`devices` processes that train together, started and watched by torchrun's agent in this process.
 
     Returns when the run has ended. When one process fails, all end: UserError with what it found wrong, or that it was
-    killed; SystemExit with its status where it has written a traceback. SystemExit 130 or 143 after SIGINT or SIGTERM, the
-    run being saved.
+    killed; SystemExit with its status where it has written a traceback. SystemExit 130, 143 or 129 after SIGINT, SIGTERM or
+    SIGHUP, the run being saved.
     """
 
     def submit(self, overrides: list[str], config: dict[str, Any]) -> float | None:
@@ -126,7 +126,8 @@ def own_signals(place: Path) -> Iterator[None]:
         came.append(number)
         raise SignalException(f"signal {number}", signal.Signals(number))
 
-    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    heeded = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heeded}
     logging.disable(logging.CRITICAL)
     try:
         yield

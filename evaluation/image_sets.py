@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dataloaders.picture_modes import in_eight_bits
 from training.errors import UserError
+from training.files import replacing
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
@@ -29,7 +30,8 @@ def write_arrays(path: Path, images: Tensor, labels: Tensor | None) -> None:
     """Bytes (N, C, H, W) as arr_0 (N, H, W, 3 or C), gray shown as RGB, and labels (N,) as arr_1 where there are any."""
     shown = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
     arrays = [shown.permute(0, 2, 3, 1).cpu().numpy(), *([] if labels is None else [labels.cpu().numpy()])]
-    np.savez(path, *arrays)
+    with replacing(path) as file:
+        np.savez(file, *arrays)
 
 
 def read_images(path: Path) -> Tensor:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training.errors import UserError
+from training.files import write_atomically
 from training.values import NOT_NEGATIVE, RANGES, whole_number
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def evaluate(words: list[str]) -> "list[Score | Absent]":
     results = of_checkpoint(settings, overrides) if settings["ckpt"] else of_files(settings, device)
     report(results)
     if settings["out"]:
-        Path(settings["out"]).write_text(json.dumps([vars(result) for result in results], indent=1) + "\n")
+        write_atomically(Path(settings["out"]), json.dumps([vars(result) for result in results], indent=1) + "\n")
     return results
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from training.errors import UserError
+from training.files import DISK_ERRORS, disk_sentence, outlive_readers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,9 +32,16 @@ def front(words: list[str], doc: str | None, carry_out: Callable[[list[str]], ob
     if "--help" in words or "-h" in words:
         print(doc)
         return 0
+    outlive_readers()
     try:
         print(carry_out(words))
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        return 1
-    return 0
+        sentence = str(error)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        sentence = f"{disk_sentence(error)}; make room there, or choose another place (most often by out=)"
+    else:
+        return 0
+    print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+    return 1

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.front import front, outputs, split, unknown
 from scripts.runs import find_run, flat, number, overrides, read_config, rows_that_differ, state
 from training.errors import UserError
+from training.files import write_atomically
 from training.run_folder import RunFolder
 from visualizers.curves import BAND
 
@@ -350,8 +351,7 @@ def report(words: list[str]) -> Path:
     path = Path(settings["out"]) if settings["out"] else output_dir / "reports" / f"{file_name(runs)}.html"
     if path.suffix != ".html":
         raise UserError(f"out={path} must end in .html")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(runs, price), encoding="utf-8")
+    write_atomically(path, page(runs, price))
     return path
 
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.front import outputs
 from training.errors import UserError
+from training.files import outlive_readers
 from training.run_folder import RunFolder, table
 
 HIGHER_IS_BETTER = ("accuracy", "inception_score", "precision", "recall", "density", "coverage", "class_share_min")
@@ -29,6 +30,7 @@ NO_METRICS = ("step", "epoch", "elapsed_seconds", "provenance")  # keys of a row
 
 
 def main(arguments: list[str] | None = None) -> int:
+    outlive_readers()
     options = parse(arguments)
     try:
         print(options.report(options))

@@ -13,8 +13,8 @@
     python scripts/sample.py ckpt=... solver=flow_map solver.steps=4 solver.renoise=true
 
 Keys: ckpt (required), n (64), seed (0), label (a class, or all), nfe (so many steps of one evaluation each), device (auto),
-out (<checkpoint>_samples.png; .npz and .npy write numbers, a path ending in / a folder of PNGs), images (false; true: a .npz
-of images as bytes, arr_0, and classes, arr_1), real (true; false draws no real images beside
+out (outputs/samples/<checkpoint>.png; .npz and .npy write numbers, a path ending in / a folder of PNGs), images (false;
+true: a .npz of images as bytes, arr_0, and classes, arr_1), real (true; false draws no real images beside
 them), and any solver or guidance setting (guidance=none: not the run's own). Pictures of a latent model are decoded,
 numbers are its latents.
 """
@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.front import front, outputs
 from training.errors import UserError
+from training.files import replacing
 from training.values import COUNT, NOT_NEGATIVE, RANGES, whole_number
 
 if TYPE_CHECKING:
@@ -79,13 +81,13 @@ def is_folder(settings: dict[str, Any]) -> bool:
 
 def output_path(settings: dict[str, Any]) -> Path:
     """Where the samples go. UserError for a form we do not write, or a folder that is not there."""
-    path = Path(settings["out"] or f"{Path(settings['ckpt']).stem}_samples.png")
+    path = Path(settings["out"] or outputs() / "samples" / f"{Path(settings['ckpt']).stem}.png")
     if is_folder(settings):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"out={path}/ is not empty; give a new folder, so that no other pictures mix with these")
     elif path.suffix not in SUFFIXES:
         raise UserError(f"out={path} must end in {', '.join(SUFFIXES)}, or in / for a folder of pictures")
-    if not path.absolute().parent.is_dir():
+    if settings["out"] and not path.absolute().parent.is_dir():
         raise UserError(f"out={path} lies in a folder that does not exist; make it or choose another")
     return path
 
@@ -133,9 +135,11 @@ def write(
 
     if path.suffix == ".npz":
         arrays: dict[str, Any] = {"x": states.numpy()} | ({} if labels is None else {"y": labels.numpy()})
-        np.savez(path, **arrays)
+        with replacing(path) as file:
+            np.savez(file, **arrays)
     elif path.suffix == ".npy":
-        np.save(path, states.numpy())
+        with replacing(path) as file:
+            np.save(file, states.numpy())
     else:
         draw(path, states, labels, model, title, beside_real)
 
@@ -176,15 +180,7 @@ def real_of(model: "TrainedModel", labels: "Tensor | None", count: int) -> "Batc
 
 
 def main(words: list[str]) -> int:
-    if not words or "--help" in words or "-h" in words:
-        print(__doc__)
-        return 0
-    try:
-        print(sample(words))
-    except UserError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return front(words or ["--help"], __doc__, sample)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import random
+import signal
 import struct
 import tarfile
 import tempfile
@@ -20,6 +21,9 @@ TRACKIO_FOLDER = tempfile.TemporaryDirectory(prefix="trackio-tests-", ignore_cle
 os.environ["TRACKIO_DIR"] = TRACKIO_FOLDER.name
 os.environ["OMP_NUM_THREADS"] = "1"  # tests are small: one thread is faster, and numbers do not hang on the machine
 torch.set_num_threads(1)
+for number in (signal.SIGINT, signal.SIGHUP):  # a shell's background job, or nohup, has them ignored, and so its children
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 for remote in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "TRACKIO_STORAGE_MODE", "TRACKIO_WEBHOOK_URL"):
     os.environ.pop(remote, None)
 

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -383,7 +384,15 @@ def test_two_sweeps_at_once_in_one_project_keep_apart(tmp_path):
     assert load_checkpoint(tmp_path / "ckpts/mlp/last.pt")["step"] == 12 and temporaries(tmp_path) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_whose_folder_is_deleted_says_so_and_leaves_its_saves(small_run, tmp_path, monkeypatch):
+    run = tmp_path / "outputs/runs/x"
+    monkeypatch.setattr("training.loop.judge", lambda *_: shutil.rmtree(run) and False)
+    with pytest.raises(UserError, match="was deleted or moved while the run wrote there") as said:
+        small_run("x", "on_save_error=continue")
+    assert "give one of them to a new run as init_from" in str(said.value) and not run.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_the_tracker_starts_ends_the_run_in_order(small_run, tmp_path, number, monkeypatch):
     """Its name is taken already, so its status must tell; overwrite=true has moved the old run aside."""
     small_run("x", "max_steps=2")

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from evaluation.evaluator import data_labels
 from evaluation.sample import load
 from helpers_cfg import ClassifierFreeGuidance
 from training.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_labels_of_an_evaluation_come_as_often_as_in_the_data(tmp_path: Path) -> None:
@@ -98,6 +102,24 @@ def test_an_interrupt_is_one_whatever_error_becomes_of_it(monkeypatch, capsys) -
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "launcher.py: stopped before anything was begun\n"
+
+
+EARLY = """
+import builtins, os, runpy, signal, sys
+real = builtins.__import__
+def importing(name, *rest):
+    if name == "training.errors":
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(name, *rest)
+builtins.__import__ = importing
+sys.argv = ["launcher.py", "run_name=x"]
+runpy.run_path("launcher.py", run_name="__main__")
+"""
+
+
+def test_an_interrupt_while_modules_are_imported_is_one_line() -> None:
+    done = subprocess.run([sys.executable, "-c", EARLY], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "launcher.py: stopped before anything was begun\n")
 
 
 def test_what_a_resumed_run_cannot_change_even_by_force(small_run) -> None:

@@ -325,6 +325,9 @@ def test_a_run_leaves_its_files(small_run, tmp_path):
     assert {path.name for path in (folder / "ckpts/mlp").glob("*.pt")} == {"x_last.pt", "x_best.pt", "last.pt"}
     names = set().union(*metric_rows(folder, "x"))
     assert {"train/loss", "train/grad_norm", "train/lr", "epoch", "eval/loss", "eval/nfe"} <= names
+    exported, saved = (load(path, device="cpu") for path in (run / "model.safetensors", folder / "ckpts/mlp/x_last.pt"))
+    assert exported.step == saved.step and torch.equal(exported.sample(4), saved.sample(4))
+    small_run("next", f"init_from={run / 'model.safetensors'}", "max_steps=1")
     assert "the loss falls below 5" in (tmp_path / "EXPERIMENT_LOG.md").read_text()
 
 

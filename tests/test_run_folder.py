@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -229,6 +230,48 @@ def test_killed_writer_leaves_whole_files(folder: RunFolder) -> None:
     told = int(process.communicate()[0].split()[-1])
     assert folder.read_status()["step"] >= told
     assert [row["step"] for row in folder.read_metrics()][:told] == list(range(1, told + 1))
+
+
+def test_a_folder_that_is_deleted_while_its_run_writes_is_noticed_and_not_made_again(folder: RunFolder) -> None:
+    folder.lock()
+    append_steps(folder, 1)
+    shutil.rmtree(folder.path)
+    for write in (lambda: append_steps(folder, 2), folder.sync_metrics, lambda: folder.write_status("running", 2, 0, 0.0)):
+        with pytest.raises(UserError, match="was deleted or moved while the run wrote there"):
+            write()
+    assert not folder.path.exists()
+    folder.release()
+
+
+TALKER = """
+import sys
+from training.files import outlive_readers
+outlive_readers(sys.argv[1])
+for n in range(3):
+    print("x" * 100_000, flush=True)
+    print(f"line {n}", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("note", ["the work goes on", ""])
+def test_a_reader_that_leaves_costs_a_line_and_not_the_process(note: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", TALKER, note], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read().splitlines()
+    process.stderr.close()
+    first = ["note: standard output takes no more (broken pipe); the work goes on"] if note else []
+    assert said == [*first, "line 0", "line 1", "line 2"] and process.wait(60) == 0
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_leads_nowhere_and_no_file_gets_its_number(closed: str, tmp_path: Path) -> None:
+    opens = f"\nopened = open({str(tmp_path / 'x')!r}, 'w')\nopened.write(str(opened.fileno()))"
+    command = ["bash", "-c", f'exec "$0" -c "$1" "" {closed}', sys.executable, TALKER + opens]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    assert int((tmp_path / "x").read_text()) > 2
 
 
 def test_import_is_light() -> None:

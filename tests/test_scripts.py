@@ -1,6 +1,8 @@
 """The fronts in scripts/: from any folder, with one sentence for a mistake."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +44,21 @@ def test_sample_writes_numbers_and_pictures(checkpoint, tmp_path, capsys):
     assert sample.main([f"ckpt={checkpoint}", "n=50", f"out={tmp_path / 's.png'}"]) == 0
     assert Image.open(tmp_path / "s.png").size[0] > 600
     assert str(tmp_path / "s.png") in capsys.readouterr().out
+
+
+def test_a_picture_goes_below_outputs_and_a_disk_that_refuses_it_is_one_sentence(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sample.main([f"ckpt={checkpoint}", "n=5"]) == 0
+    assert Path(capsys.readouterr().out.strip()) == Path("outputs/samples") / f"{checkpoint.stem}.png"
+    before = sorted(tmp_path.rglob("*"))
+
+    def read_only(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("os.fsync", read_only)
+    assert sample.main([f"ckpt={checkpoint}", "n=5", "out=s.npz"]) == 1
+    assert "s.npz: read-only file system; make room there, or choose another place" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_sample_runs_from_any_folder(checkpoint, tmp_path):

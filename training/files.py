@@ -5,14 +5,16 @@ No torch here: the launcher's checks and the scripts use it too.
 
 import errno
 import fcntl
+import io
 import os
 import re
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from training.errors import UserError
 
@@ -132,6 +134,48 @@ def remove_temporaries(folder: Path, names: str = ".*") -> None:
     for path in folder.glob(f".*{TEMPORARY}"):
         if pattern.fullmatch(path.name):
             path.unlink(missing_ok=True)
+
+
+class LastingStream(io.FileIO):
+    """A standard stream whose first refused write costs a line on the other one; what follows goes nowhere.
+
+    note: that line; without one only a reader that has left (as `| head` does) is passed over, and in silence.
+    """
+
+    def __init__(self, number: int, note: str) -> None:
+        super().__init__(number, "w", closefd=False)
+        self.note = note
+
+    def write(self, content: Any) -> int | None:
+        try:
+            return super().write(content)
+        except OSError as error:
+            if not self.note and error.errno != errno.EPIPE:
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            here, other = ("standard output", 2) if self.fileno() == 1 else ("standard error", 1)
+            line = f"note: {here} takes no more ({(error.strerror or str(error)).lower()}); {self.note}\n"
+            with suppress(OSError):
+                os.write(other, line.encode() if self.note else b"")
+            return len(content)
+
+
+def outlive_readers(note: str = "") -> None:
+    """Have this process outlive whoever reads what it prints: see LastingStream. Streams that are closed lead nowhere."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which no file of ours must have
+    for name, number, own in (("stdout", 1, sys.__stdout__), ("stderr", 2, sys.__stderr__)):
+        before = getattr(sys, name)
+        if before is own:  # else it is no stream of the system's, but a test's or a notebook's
+            encoding, errors = (before.encoding, before.errors) if before else ("utf-8", "replace")
+            lines = number == 2 or before is None or before.line_buffering or before.write_through
+            raw = io.BufferedWriter(LastingStream(number, note))
+            setattr(sys, name, io.TextIOWrapper(raw, encoding, errors, line_buffering=lines))
 
 
 def disk_sentence(error: OSError) -> str:

@@ -249,5 +249,6 @@ class Run:
         """model.safetensors: the EMA weights with the configuration, for use elsewhere."""
         path = self.folder.path / "model.safetensors"
         if self.rank == 0:
+            self.folder.require_there()
             write_export(path, self.payload() | {"ema": network_state})
         return path

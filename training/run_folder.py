@@ -90,14 +90,19 @@ class RunFolder:
         try:
             while True:
                 self.path.mkdir(parents=True, exist_ok=True)
-                self.lock_file = (self.path / ".lock").open("w")
+                self.lock_file = (self.path / ".lock").open("a+")
                 fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if self.holds_its_path():
+                    self.lock_file.truncate(0)
+                    self.lock_file.write(f"process {os.getpid()} on {platform.node()}")
+                    self.lock_file.flush()
                     return
                 self.release()  # the folder was moved aside between the two lines above
         except BlockingIOError as error:
+            who = (self.path / ".lock").read_text(errors="replace")[:100] or "another process"
             raise UserError(
-                f"run {self.name} is being trained by another process right now; wait for it, or choose another run_name"
+                f"run {self.name} is being trained by another process right now ({who}); wait for it, or choose another "
+                "run_name"
             ) from error
         except OSError as error:
             raise UserError(f"cannot make {self.path}: {error.strerror}; choose another output_dir") from error
@@ -107,6 +112,14 @@ class RunFolder:
         assert self.lock_file is not None
         path, held = self.path / ".lock", os.fstat(self.lock_file.fileno())
         return path.exists() and (path.stat().st_dev, path.stat().st_ino) == (held.st_dev, held.st_ino)
+
+    def require_there(self) -> None:
+        """UserError when the folder that this process holds was deleted or moved: nothing is made in its place."""
+        if self.lock_file is not None and not self.holds_its_path():
+            raise UserError(
+                f"{self.path} was deleted or moved while the run wrote there, so the run ends; its saves are untouched: put "
+                "the folder back and go on with resume=true, or give one of them to a new run as init_from"
+            )
 
     def remove_temporaries(self) -> None:
         """Remove what killed processes of this run left half-written. The folder is locked."""
@@ -140,6 +153,7 @@ class RunFolder:
             details: further keys, as JSON values (checkpoint, device, epochs, ...); those already there are kept.
         """
         assert state in STATES, state
+        self.require_there()
         before = self.read_status()
         now = timestamp()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -203,6 +217,7 @@ class RunFolder:
 
     def write_rows(self) -> None:
         """Write the rows that wait, all or none. OSError when the disk refuses them; they go on waiting."""
+        self.require_there()
         if self.metrics_file is None:
             self.metrics_file = self.open_metrics()
         before = self.metrics_file.tell()
@@ -218,6 +233,7 @@ class RunFolder:
 
     def sync_metrics(self) -> None:
         """Put the rows on the disk, before a save that relies on them. OSError when it refuses."""
+        self.require_there()
         if self.unwritten:
             self.write_rows()
         if self.metrics_file is not None:
