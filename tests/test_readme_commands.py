@@ -1,0 +1,120 @@
+"""Every command that the README, docs and configs show is one that its program reads, and the README's Python runs."""
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+import launcher
+from dataloaders.picture_files import MANIFEST
+from scripts import cache_latents, eval_fid, leaderboard, modal_app, runs, sample, trackio_delete, trackio_rebuild
+from training.checks import check_contradictions, check_values
+from training.config import compose_config, groups, parse_overrides, resolved
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs/experiment").glob("*.yaml"))]
+READERS: dict[str, Callable[[list[str]], Any]] = {
+    "scripts/cache_latents.py": cache_latents.read_words,
+    "scripts/eval_fid.py": eval_fid.read_words,
+    "scripts/leaderboard.py": leaderboard.read_words,
+    "scripts/modal_app.py": modal_app.parse,
+    "scripts/runs.py": runs.parse,
+    "scripts/sample.py": sample.read_words,
+    "scripts/trackio_delete.py": trackio_delete.parse,
+    "scripts/trackio_rebuild.py": trackio_rebuild.parse,
+}
+ALONE = {"--help", "--dashboard"}  # flags that compose no run
+
+
+def shown() -> list[str]:
+    """The commands in code blocks, in `code` and in comments that begin a file, without repetition."""
+    found: list[str] = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        found += re.findall(r"(?m)^(?:# )?(python (?:\w+/)?\w+\.py\b.*)$" if page.suffix == ".yaml" else
+                            r"(?m)^(?:.*&& )?(?:uv run )?(python (?:\w+/)?\w+\.py\b.*)$", text)  # fmt: skip
+        if page.suffix == ".md":
+            found += [" ".join(code.split()) for code in re.findall(r"`(python (?:\w+/)?\w+\.py[^`]*)`", text)]
+    return [
+        command for command in dict.fromkeys(found) if "loss=late" not in command
+    ]  # the loss the README shows how to add
+
+
+@cache
+def check_run(words: tuple[str, ...]) -> None:
+    config = resolved(compose_config(list(words)))
+    check_values(config)
+    check_contradictions(config)
+
+
+def check_launch(arguments: list[str]) -> None:
+    if ALONE & set(arguments):
+        return
+    words = [word for word in launcher.with_flags_as_overrides(arguments) if word not in ("--dry-run", "...")]
+    assert launcher.unknown_flag(words) is None
+    overrides = [word for word in words if not word.startswith("-") and word != "job"]
+    (jobs,) = BasicSweeper.split_arguments(parse_overrides(overrides), max_batch_size=None)
+    for job in jobs if "-m" in words else [overrides]:
+        check_run(tuple(job) if "--cfg" not in words else ("run_name=x",))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def files_of_the_examples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A working folder with the few files that a configuration is composed from."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("user"))
+        np.save("my_points.npy", np.zeros((20, 2)))
+        manifest = Path("data/imagenet_latents") / MANIFEST
+        manifest.parent.mkdir(parents=True)
+        manifest.write_text(json.dumps({"finished": True, "shape": [8, 32, 32], "num_classes": 1000, "shards": []}))
+        yield
+
+
+def test_there_are_commands_to_check():
+    assert len(shown()) > 60
+
+
+@pytest.mark.parametrize("command", shown())
+def test_a_shown_command_is_one_that_its_program_reads(command):
+    _, program, *words = shlex.split(command, comments=True)
+    assert (ROOT / program).is_file()
+    if program == "launcher.py":
+        check_launch(words)
+    elif program in READERS:
+        READERS[program](words)
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = text.partition("**From Python**")[2].partition("```python\n")[2].partition("```")[0]
+    small = (
+        "trackio.enabled=false",
+        "max_steps=2",
+        "solver.steps=2",
+        "evaluation.samples=50",
+        "evaluation.final_samples=50",
+        "device=cpu",
+    )
+    run = launcher.run
+    monkeypatch.setattr(launcher, "run", lambda *words: run(*words, *small))
+    space: dict[str, Any] = {}
+    exec(code, space)
+    assert space["samples"].shape == space["one_step"].shape == torch.Size([1000, 2])
+
+
+def test_every_choice_the_readme_names_exists():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"(?<![\w.-])([a-z]+(?:/[a-z_]+)?)=([a-z][a-z0-9_]*)\b", text)
+    unknown = {
+        (group, name) for group, name in named if group in groups() and name not in (*groups()[group], "late", "null")
+    }
+    assert not unknown
