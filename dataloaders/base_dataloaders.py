@@ -6,6 +6,7 @@ from the objective.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -56,6 +57,22 @@ def with_class(label: Tensor, number: int) -> Tensor:
 Batch = tuple[Tensor, Tensor | None]
 
 
+@dataclass(frozen=True)
+class EpochPlan:
+    """Which batches of an epoch a rank serves, and the generators that they are drawn with.
+
+    batch_size: rows over all ranks. order: a CPU generator seeded per epoch, equal on all ranks, that shuffles finite data.
+    generator: on the dataset's device, used lazily: the caller reseeds it between batches. start: the first batch.
+    """
+
+    batch_size: int
+    order: torch.Generator
+    generator: torch.Generator
+    start: int = 0
+    rank: int = 0
+    world: int = 1
+
+
 class FlowDataset(ABC):
     """Data of one shape, served on the training device in whole batches.
 
@@ -95,20 +112,8 @@ class FlowDataset(ABC):
         raise UserError(f"balanced=true needs a finite set with labels, and {type(self).__name__} is none; leave it out")
 
     @abstractmethod
-    def epoch(
-        self,
-        batch_size: int,
-        order: torch.Generator,
-        generator: torch.Generator,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Iterator[Batch]:
-        """This rank's rows of batches `start`, `start` + 1, ... of one epoch of exactly epoch_size draws.
-
-        batch_size counts rows over all ranks. order: a CPU generator seeded per epoch, equal on all ranks, that
-        shuffles finite data. generator: on the dataset's device, used lazily (the caller reseeds it between batches).
-        """
+    def epoch(self, plan: EpochPlan) -> Iterator[Batch]:
+        """Yield this rank's rows of the plan's batches of one epoch of exactly epoch_size draws."""
 
     @abstractmethod
     def held_out(self, count: int, generator: torch.Generator) -> Batch:

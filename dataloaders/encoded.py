@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dataloaders.base_dataloaders import Batch, FlowDataset
+from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset
 from models.vae.stable_diffusion_vae import StableDiffusionVAE
 from training.errors import UserError
 
@@ -45,19 +45,11 @@ class EncodedImages(FlowDataset):
         self.images, self.vae = self.images.to(device), self.vae.to(device)
         return self
 
-    def epoch(
-        self,
-        batch_size: int,
-        order: torch.Generator,
-        generator: torch.Generator,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Iterator[Batch]:
-        """As the pictures' own epoch, encoded with randomness from `generator`."""
+    def epoch(self, plan: EpochPlan) -> Iterator[Batch]:
+        """Yield the pictures' own epoch, encoded with randomness from plan.generator."""
         self.images.epoch_size, self.images.num_workers = self.epoch_size, self.num_workers
-        for x, label in self.images.epoch(batch_size, order, generator, start, rank, world):
-            yield self.vae.encode(x, generator), label
+        for x, label in self.images.epoch(plan):
+            yield self.vae.encode(x, plan.generator), label
 
     def held_out(self, count: int, generator: torch.Generator) -> Batch:
         x, label = self.images.held_out(count, generator)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dataloaders.augmentation import Augmentation, AugmentationOptions
-from dataloaders.base_dataloaders import Batch
+from dataloaders.base_dataloaders import Batch, EpochPlan
 from dataloaders.tensor_dataset import TensorDataset
 from training.errors import UserError
 
@@ -45,18 +45,10 @@ class ImageTensor(TensorDataset):
         )  # fmt: skip
         self.augmentation = Augmentation(**augmentation)
 
-    def epoch(
-        self,
-        batch_size: int,
-        order: torch.Generator,
-        generator: torch.Generator,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Iterator[Batch]:
-        """As TensorDataset.epoch, augmented with randomness from `generator`."""
-        for x, label in super().epoch(batch_size, order, generator, start, rank, world):
-            yield self.augmentation(x, label, generator)
+    def epoch(self, plan: EpochPlan) -> Iterator[Batch]:
+        """Yield TensorDataset.epoch, augmented with randomness from plan.generator."""
+        for x, label in super().epoch(plan):
+            yield self.augmentation(x, label, plan.generator)
 
 
 def require_described(

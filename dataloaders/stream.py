@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dataloaders.base_dataloaders import Batch, FlowDataset
+from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset
 from training.errors import UserError
 
 AHEAD = 4  # batches that each worker reads in advance
@@ -144,29 +144,22 @@ class StreamDataset(FlowDataset):
         self.device = torch.device(device)
         return self
 
-    def epoch(
-        self,
-        batch_size: int,
-        order: torch.Generator,
-        generator: torch.Generator,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Iterator[Batch]:
-        """As FlowDataset.epoch: each training row once, or epoch_size of them where that is less."""
+    def epoch(self, plan: EpochPlan) -> Iterator[Batch]:
+        """Yield each training row once, or epoch_size of them where that is less."""
         if self.ahead is None:
             self.ahead = ReadAhead(self.train, self.num_workers, self.device.type == "cuda")
-        seed = int(torch.randint(2**62, (), generator=order))
-        shuffled = self.chosen(torch.randperm(len(self.train), generator=order)[: self.epoch_size], order)
-        plan = [Rows(batch[rank::world].tolist(), seed) for batch in shuffled.split(batch_size)[start:]]
+        seed = int(torch.randint(2**62, (), generator=plan.order))
+        shuffled = self.chosen(torch.randperm(len(self.train), generator=plan.order)[: self.epoch_size], plan.order)
+        batches = shuffled.split(plan.batch_size)[plan.start :]
+        rows = [Rows(batch[plan.rank :: plan.world].tolist(), seed) for batch in batches]
         known = len(self.unreadable)
         try:
-            for read in self.ahead.batches(plan):
+            for read in self.ahead.batches(rows):
                 self.unreadable.update(read.unreadable)
                 self.require_readable(len(self.unreadable), self.train)
-                x = self.states(read.stored.to(self.device, non_blocking=True), generator)
+                x = self.states(read.stored.to(self.device, non_blocking=True), plan.generator)
                 label = None if read.labels is None else read.labels.to(self.device, non_blocking=True)
-                yield self.augmented(x, label, generator)
+                yield self.augmented(x, label, plan.generator)
         finally:
             if len(self.unreadable) > known:
                 print(unreadable_line(self.train, self.unreadable, "others stand in for them"), flush=True)

@@ -8,7 +8,7 @@ from typing import Self, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from dataloaders.base_dataloaders import Batch, FlowDataset
+from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset
 from dataloaders.gaussian_mixture import GaussianMixture
 from training.errors import UserError
 
@@ -47,19 +47,11 @@ class SyntheticDataset(FlowDataset):
             self.mixture = self.mixture.to(device)
         return self
 
-    def epoch(
-        self,
-        batch_size: int,
-        order: torch.Generator,
-        generator: torch.Generator,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Iterator[Batch]:
-        """As FlowDataset.epoch. `order` is unused; a rank draws as many rows as rank::world of the batch would hold."""
-        for first in range(start * batch_size, self.epoch_size, batch_size):
-            rows = range(rank, min(batch_size, self.epoch_size - first), world)
-            x, label = self.draw(max(len(rows), 1), generator)
+    def epoch(self, plan: EpochPlan) -> Iterator[Batch]:
+        """Yield fresh draws; plan.order is unused. A rank draws as many rows as rank::world of the batch would hold."""
+        for first in range(plan.start * plan.batch_size, self.epoch_size, plan.batch_size):
+            rows = range(plan.rank, min(plan.batch_size, self.epoch_size - first), plan.world)
+            x, label = self.draw(max(len(rows), 1), plan.generator)
             yield x[: len(rows)], label[: len(rows)]
 
     def held_out(self, count: int, generator: torch.Generator) -> Batch:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataloaders.base_dataloaders import Batch, FlowDataset
+from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset
 from training.errors import UserError
 
 
@@ -78,23 +78,15 @@ class TensorDataset(FlowDataset):
         """The states and labels at `index` (B,), counted from the first training row."""
         return as_states(self.states[index]), None if self.labels is None else self.labels[index]
 
-    def epoch(
-        self,
-        batch_size: int,
-        order: torch.Generator,
-        generator: torch.Generator,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Iterator[Batch]:
-        """As FlowDataset.epoch: each training row once, shuffled by `order`, unless balanced. `generator` is not used."""
+    def epoch(self, plan: EpochPlan) -> Iterator[Batch]:
+        """Yield each training row once, shuffled by plan.order, unless balanced. plan.generator is unused."""
         labels = self.train_labels if self.balanced else None
+        order = plan.order
         shuffled = (
             torch.randperm(self.train_size, generator=order) if labels is None else balanced_order(labels.cpu(), order)
         )
-        shuffled = shuffled.to(self.states.device)
-        for batch in shuffled.split(batch_size)[start:]:
-            yield self.rows(batch[rank::world])
+        for batch in shuffled.to(self.states.device).split(plan.batch_size)[plan.start :]:
+            yield self.rows(batch[plan.rank :: plan.world])
 
     def held_out(self, count: int, generator: torch.Generator) -> Batch:
         """A random subset of the held-out part; all of it when `count` is larger."""

@@ -91,7 +91,7 @@ def loader_rates(place: Path) -> dict[str, float]:
     """Rows a second that the loaders alone serve on one core, without any worker process."""
     import torch
 
-    from dataloaders.base_dataloaders import FlowDataset
+    from dataloaders.base_dataloaders import EpochPlan, FlowDataset
     from dataloaders.stream import Rows
     from training.assemble import build_dataset
     from training.config import compose_config, resolved
@@ -103,7 +103,7 @@ def loader_rates(place: Path) -> dict[str, float]:
         return build_dataset(resolved(compose_config(["run_name=x", *words.split(), "num_workers=0"])), torch.device("cpu"))
 
     def pass_through(served: FlowDataset, batch_size: int) -> None:
-        for _ in served.epoch(batch_size, torch.Generator().manual_seed(0), torch.Generator()):
+        for _ in served.epoch(EpochPlan(batch_size, torch.Generator().manual_seed(0), torch.Generator())):
             pass
 
     rows = data_preset_words(place)

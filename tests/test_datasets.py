@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from dataloaders.base_dataloaders import Batch, FlowDataset
+from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset
 from dataloaders.digits import Digits
 from dataloaders.encoded import EncodedImages
 from dataloaders.stream import StreamDataset
@@ -69,7 +69,7 @@ def dataset(config: DictConfig) -> FlowDataset:
 def epoch(dataset: FlowDataset, epoch: int = 0, start: int = 0, rank: int = 0, world: int = 1) -> list[Batch]:
     """One epoch as the loop runs it: `order` seeded by epoch, `generator` reseeded by step and rank for each batch."""
     order, generator = generator_for(0, "order", epoch), torch.Generator()
-    batches = dataset.epoch(BATCH, order, generator, start, rank, world)
+    batches = dataset.epoch(EpochPlan(BATCH, order, generator, start, rank, world))
     steps = range(epoch * dataset.batches_per_epoch(BATCH) + start, (epoch + 1) * dataset.batches_per_epoch(BATCH))
     result = []
     for step in steps:
@@ -143,7 +143,7 @@ def test_batches_are_drawn_when_asked_for(dataset: FlowDataset) -> None:
     """A reseeded generator governs the very next batch of endless data."""
     if isinstance(dataset, SyntheticDataset):
         generator = torch.Generator().manual_seed(1)
-        batches = dataset.epoch(BATCH, torch.Generator(), generator)
+        batches = dataset.epoch(EpochPlan(BATCH, torch.Generator(), generator))
         first = next(batches)[0]
         generator.manual_seed(1)
         assert torch.equal(next(batches)[0], first)

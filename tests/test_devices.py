@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import launcher
+from dataloaders.base_dataloaders import EpochPlan
 from losses.objective import FlowBatch
 from train import carry_out
 from training import loop
@@ -80,7 +81,7 @@ def trained(words: list[str]) -> dict[str, torch.Tensor]:
     for step in range(4):
         group = []
         for _ in range(2):
-            x1, label = next(run.dataset.epoch(32, generator, generator))
+            x1, label = next(run.dataset.epoch(EpochPlan(32, generator, generator)))
             batch = run.state.objective.batch(run.source, x1, label, generator, 0.0)
             group.append(own_rows(batch, run.state.objective.time_sampler.interval_rows(32)))
         values = train_step(run, group)

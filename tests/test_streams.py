@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from dataloaders.base_dataloaders import FlowDataset
+from dataloaders.base_dataloaders import EpochPlan, FlowDataset
 from dataloaders.image_stream import ImageStream, PictureReader
 from dataloaders.latent_cache import LatentCache
 from dataloaders.stream import Read, ReadAhead, Reader, Rows, StreamDataset
@@ -63,7 +63,7 @@ def served(
     dataset: FlowDataset, batch_size: int, start: int = 0, rank: int = 0, world: int = 1, epoch: int = 0
 ) -> list[list[int]]:
     """The rows of each batch of an epoch."""
-    batches = dataset.epoch(batch_size, generator_for(0, "order", epoch), torch.Generator(), start, rank, world)
+    batches = dataset.epoch(EpochPlan(batch_size, generator_for(0, "order", epoch), torch.Generator(), start, rank, world))
     return [x[:, 0].int().tolist() for x, _ in batches]
 
 
@@ -100,7 +100,7 @@ def test_workers_serve_what_no_workers_serve_and_a_begun_epoch_can_be_left(worke
     alone, helped = Numbers(64), Numbers(64)
     helped.num_workers = workers
     global_state = torch.get_rng_state()
-    left = helped.epoch(4, generator_for(0, "order", 5), torch.Generator())
+    left = helped.epoch(EpochPlan(4, generator_for(0, "order", 5), torch.Generator()))
     next(left), next(left)  # and no more of it
     for epoch in (0, 1):
         assert served(helped, 4, epoch=epoch) == served(alone, 4, epoch=epoch)
@@ -156,7 +156,7 @@ def folder(root: Path, **more: Any) -> dict[str, Any]:
 def pixels_of(dataset: ImageStream, epoch: int = 0, start: int = 0, batch: int = 4) -> tuple[Tensor, Tensor]:
     """All pictures of an epoch as bytes, and their labels."""
     order = generator_for(0, "order", epoch)
-    parts = list(dataset.epoch(batch, order, torch.Generator().manual_seed(0), start))
+    parts = list(dataset.epoch(EpochPlan(batch, order, torch.Generator().manual_seed(0), start)))
     return torch.cat([(x + 1) * 127.5 for x, _ in parts]).round().long(), torch.cat([label for _, label in parts])  # type: ignore[misc]
 
 
@@ -207,7 +207,7 @@ def test_pictures_without_folders_have_no_labels(pictures: Path, tmp_path: Path)
     for file in pictures.glob("class*/*.png"):
         shutil.copy(file, tmp_path / "flat")
     dataset = build("image_folder", folder(tmp_path / "flat", channels=1))
-    x, label = next(dataset.epoch(4, torch.Generator(), torch.Generator()))
+    x, label = next(dataset.epoch(EpochPlan(4, torch.Generator(), torch.Generator())))
     assert label is None and x.shape == (4, 1, 10, 10) and dataset.num_classes == 0
     assert "needs labels" in refusal("image_folder", folder(tmp_path / "flat"), "conditional=true")
 
@@ -468,7 +468,7 @@ def test_latents_are_drawn_from_their_moments_half_of_them_mirrored(official: Of
     numbers = dataset.chosen(torch.arange(2000), torch.Generator().manual_seed(0))
     assert torch.equal(numbers // 2, torch.arange(2000)) and abs((numbers % 2).float().mean() - 0.5) < 0.05
     (first, _), (again, _) = (
-        next(dataset.epoch(9, generator_for(0, "o"), torch.Generator().manual_seed(k))) for k in (0, 1)
+        next(dataset.epoch(EpochPlan(9, generator_for(0, "o"), torch.Generator().manual_seed(k)))) for k in (0, 1)
     )
     assert not torch.equal(first, again) and torch.allclose(first, again, atol=20 * float(std.max()))
 

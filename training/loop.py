@@ -5,13 +5,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dataloaders.base_dataloaders import Batch
+from dataloaders.base_dataloaders import Batch, EpochPlan
 from training.device import autocast
 from training.errors import UserError
 from training.run import Run
@@ -51,11 +52,12 @@ def epoch_groups(run: Run) -> Iterator[list[Any]]:
     generator = torch.Generator(device=run.device)
     fixed = run.config["overfit"]
     order = generator_for(seed, "order", 0 if fixed else epoch)
-    batches = run.dataset.epoch(run.batch_size, order, generator, position * accumulate, run.rank, run.world)
+    plan = EpochPlan(run.batch_size, order, generator, position * accumulate, run.rank, run.world)
+    batches = run.dataset.epoch(plan)
     for step in range(run.state.step, (epoch + 1) * run.steps_per_epoch):
         index = (0 if fixed else step) + run.rank * MOST_STEPS  # another number of ranks never comes to the same numbers
         if fixed:
-            batches = run.dataset.epoch(run.batch_size, generator_for(seed, "order"), generator, 0, run.rank, run.world)
+            batches = run.dataset.epoch(replace(plan, order=generator_for(seed, "order"), start=0))
         generator.manual_seed(stream_seed(seed, "batch", index))
         seed_network(seed, index, run.device)
         progress = step / run.total_steps
