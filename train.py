@@ -27,7 +27,7 @@ from training.loop import fit
 from training.ranks import configuration, explained_losses, rank, together
 from training.run import Run, Stop
 from training.run_folder import RunFolder, SilentRunFolder
-from training.summary import print_end, print_start
+from training.summary import print_end, print_start, print_times
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -122,6 +122,7 @@ def conduct(run: Run) -> float:
     run.tracker.start(config["run_name"], public(config), run.folder.path, resumed_at, overwrite=config["overwrite"])
     try:
         with explained_disk_errors(run), explained_losses():
+            print_times(run)
             fit(run)
             check_saved(run, begun_at)
     except BaseException as error:

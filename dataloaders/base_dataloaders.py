@@ -4,6 +4,7 @@ Time runs from noise (t = 0) to data (t = 1). Datasets return data only; noise c
 from the objective.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -114,6 +115,11 @@ class FlowDataset(ABC):
     @abstractmethod
     def epoch(self, plan: EpochPlan) -> Iterator[Batch]:
         """Yield this rank's rows of the plan's batches of one epoch of exactly epoch_size draws."""
+
+    @property
+    def held_out_size(self) -> float:
+        """How many states are held out; infinity of data that is drawn afresh."""
+        return math.inf
 
     @abstractmethod
     def held_out(self, count: int, generator: torch.Generator) -> Batch:

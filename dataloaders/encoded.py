@@ -51,6 +51,10 @@ class EncodedImages(FlowDataset):
         for x, label in self.images.epoch(plan):
             yield self.vae.encode(x, plan.generator), label
 
+    @property
+    def held_out_size(self) -> float:
+        return self.images.held_out_size
+
     def held_out(self, count: int, generator: torch.Generator) -> Batch:
         x, label = self.images.held_out(count, generator)
         return self.vae.encode(x, generator), label

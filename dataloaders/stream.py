@@ -209,6 +209,10 @@ class StreamDataset(FlowDataset):
         label = None if kept.labels is None else kept.labels[index].to(self.device)
         return self.states(kept.stored[index].to(self.device), generator), label
 
+    @property
+    def held_out_size(self) -> float:
+        return len(self.unseen)
+
     def held_out(self, count: int, generator: torch.Generator) -> Batch:
         """A random subset of the held-out part; all of it when `count` is larger."""
         there = len(self.held_out_part().stored)

@@ -88,10 +88,13 @@ class TensorDataset(FlowDataset):
         for batch in shuffled.to(self.states.device).split(plan.batch_size)[plan.start :]:
             yield self.rows(batch[plan.rank :: plan.world])
 
+    @property
+    def held_out_size(self) -> float:
+        return len(self.states) - self.train_size
+
     def held_out(self, count: int, generator: torch.Generator) -> Batch:
         """A random subset of the held-out part; all of it when `count` is larger."""
-        held_out_size = len(self.states) - self.train_size
-        return self.rows(self.train_size + self.shuffle(held_out_size, generator)[:count])
+        return self.rows(self.train_size + self.shuffle(len(self.states) - self.train_size, generator)[:count])
 
     def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A random disjoint split of all data, held-out part included; both sizes shrink alike, to 2 at least, when it is

@@ -16,6 +16,7 @@ from losses.cross_entropy_loss import CrossEntropyLoss
 from losses.objective import FlowObjective, Objective
 from solvers.base_solver import Sampler
 from training.errors import UserError
+from training.progress import watched
 from training.seeds import generator_for
 
 CLASSES_LOGGED = 20  # with more classes, only the worst one's accuracy is logged
@@ -77,7 +78,8 @@ class ClassifierEvaluator(Evaluator):
         count = self.final_samples if final else self.samples
         images, label = dataset.held_out(count, generator_for(0, "evaluation/classifier", 0, device))
         assert label is not None
-        logits = torch.cat([network(part) for part in images.split(self.batch_size)]).float()
+        with watched(network, f"evaluation, {len(images):,} images", len(images)):
+            logits = torch.cat([network(part) for part in images.split(self.batch_size)]).float()
         loss = F.cross_entropy(logits, label, label_smoothing=objective.label_smoothing).item()
         confusion = confusion_matrix(label, logits.argmax(1), network.num_classes)
         scores = self.scores(logits, label, confusion)

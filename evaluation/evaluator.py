@@ -19,6 +19,7 @@ from solvers.base_solver import Sampler
 from solvers.flow_map import FlowMapSolver
 from solvers.runge_kutta import Euler
 from training.errors import UserError
+from training.progress import watched
 from training.ranks import put_together, rank, world
 from training.seeds import generator_for
 from training.terms import named_terms
@@ -123,7 +124,10 @@ def generate(
 
     label (N,) or None. fresh: as fresh_noise gives it; only re-noising solvers need it.
     """
-    return torch.cat([sample_chunk(flow, solver, noise, label, fresh, first) for first in range(0, len(noise), CHUNK)])
+    firsts = range(0, len(noise), CHUNK)
+    labels = [None] * len(firsts) if label is None else label.split(CHUNK)
+    parts = zip(noise.split(CHUNK), labels, firsts, strict=True)
+    return torch.cat([sample_chunk(flow, solver, x0, own, fresh, first) for x0, own, first in parts])
 
 
 def generate_together(
@@ -135,21 +139,22 @@ def generate_together(
     """
     samples, firsts = torch.zeros_like(noise), range(0, len(noise), CHUNK)
     for first in firsts[(len(firsts) - 1 - rank()) % world() :: world()]:
-        samples[first : first + CHUNK] = sample_chunk(flow, solver, noise, label, fresh, first)
+        chunk = slice(first, first + CHUNK)
+        own = None if label is None else label[chunk]
+        samples[chunk] = sample_chunk(flow, solver, noise[chunk], own, fresh, first)
     return put_together(samples)
 
 
 def sample_chunk(
-    flow: FlowObjective, solver: Sampler, noise: Tensor, label: Tensor | None, fresh: Fresh | None, first: int
+    flow: FlowObjective, solver: Sampler, x0: Tensor, label: Tensor | None, fresh: Fresh | None, first: int
 ) -> Tensor:
-    """Samples number `first` to `first` + CHUNK."""
-    x0 = noise[first : first + CHUNK]
+    """The samples from number `first` on that the noise x0 (B, ...), for label (B,) or None, is carried to."""
 
     def added(k: int) -> Tensor:
         assert fresh is not None, "a re-noising solver needs fresh noise"
         return fresh(k, first, len(x0)).to(x0)
 
-    return solver.sample(flow, x0, None if label is None else label[first : first + CHUNK], added)
+    return solver.sample(flow, x0, label, added)
 
 
 def few_steps(objective: FlowObjective, noise: Tensor, label: Tensor | None, evaluations: int) -> Tensor:
@@ -157,8 +162,12 @@ def few_steps(objective: FlowObjective, noise: Tensor, label: Tensor | None, eva
 
     By the objective's flow map where it learns one, else by Euler steps of its velocity.
     """
-    solver = FlowMapSolver(evaluations) if objective.learns_flow_map else Euler(evaluations)
-    return generate(objective, solver, noise, label)
+    return generate(objective, few_step_solver(objective, evaluations), noise, label)
+
+
+def few_step_solver(objective: FlowObjective, evaluations: int) -> Sampler:
+    """The solver that takes few_steps."""
+    return FlowMapSolver(evaluations) if objective.learns_flow_map else Euler(evaluations)
 
 
 def few_step_words(objective: FlowObjective, evaluations: int | None = None) -> str:
@@ -180,7 +189,7 @@ def guidance_words(flow: FlowObjective) -> str:
 
 class GeneratorEvaluator(Evaluator):
     """Scores samples of a velocity network. samples / final_samples: how many during the run / at its end; without
-    metrics always the former, for a picture.
+    metrics always the former, for a picture. loss_samples: held-out states of eval/loss, None for final_samples.
     batch_size: rows of one forward pass of eval/loss. loss_weights: as in training.
     """
 
@@ -191,7 +200,9 @@ class GeneratorEvaluator(Evaluator):
         metrics: dict[str, Metric],
         batch_size: int = 1024,
         loss_weights: dict[str, float] | None = None,
+        loss_samples: int | None = None,
     ):
+        self.loss_samples = loss_samples or final_samples
         self.samples, self.final_samples, self.metrics = samples, final_samples, metrics
         self.batch_size, self.loss_weights = batch_size, loss_weights or {}
 
@@ -202,6 +213,11 @@ class GeneratorEvaluator(Evaluator):
     def count(self, final: bool) -> int:
         """How many samples are drawn."""
         return self.final_samples if final and self.metrics else self.samples
+
+    def rows(self, objective: FlowObjective, dataset: FlowDataset, solver: Sampler, final: bool) -> int:
+        """How many rows an evaluation takes through the network, as far as can be known before."""
+        each = solver.evaluations_ahead + sum(metric.evaluations_ahead(objective) for metric in self.metrics.values())
+        return self.count(final) * each + int(min(self.loss_samples, dataset.held_out_size))
 
     @torch.no_grad()
     def evaluate(
@@ -230,14 +246,15 @@ class GeneratorEvaluator(Evaluator):
         flow = objective if flow is None else flow.eval()
         device = next(objective.network.parameters()).device
         count = self.count(final)
-        noise, label, samples = self.samples_of(flow, dataset, source, solver, seed, count)
-        generation = Generation(
-            noise, samples, label, flow, flow.velocity, solver, dataset, source.to(device), dataset_key, cache, final,
-            lambda name: generator_for(seed, f"evaluation/{name}", 0, device), decode, seed, weights,
-            solver_words(flow, solver),
-        )  # fmt: skip
-        values = {"eval/loss": self.held_out_loss(objective, generation, device), "eval/nfe": float(solver.evaluations)}
-        results = [result for metric in self.metrics.values() for result in metric.compute(generation)]
+        with watched(flow.network, f"evaluation, {count:,} samples", self.rows(flow, dataset, solver, final)):
+            noise, label, samples = self.samples_of(flow, dataset, source, solver, seed, count)
+            generation = Generation(
+                noise, samples, label, flow, flow.velocity, solver, dataset, source.to(device), dataset_key, cache, final,
+                lambda name: generator_for(seed, f"evaluation/{name}", 0, device), decode, seed, weights,
+                solver_words(flow, solver),
+            )  # fmt: skip
+            values = {"eval/loss": self.held_out_loss(objective, generation, device), "eval/nfe": float(solver.evaluations)}
+            results = [result for metric in self.metrics.values() for result in metric.compute(generation)]
         scores = [result for result in results if isinstance(result, Score)]
         for score in scores:
             values |= flat_values(score)
@@ -282,7 +299,7 @@ class GeneratorEvaluator(Evaluator):
         """The training loss on held-out data with fixed draws, in fp32 and in batches as large as the training ones:
         minibatch optimal transport pairs within a batch."""
         generator = generator_for(0, "evaluation/loss", 0, device)
-        states, labels = generation.dataset.held_out(self.final_samples, generator)
+        states, labels = generation.dataset.held_out(self.loss_samples, generator)
         total = 0.0
         for start in range(0, len(states), self.batch_size):
             x1 = states[start : start + self.batch_size]

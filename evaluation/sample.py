@@ -10,13 +10,14 @@ from torch import Tensor
 
 from dataloaders.base_dataloaders import Batch
 from evaluation.evaluator import (
+    CHUNK,
     Evaluator,
+    few_step_solver,
     few_step_words,
-    few_steps,
     fixed_labels,
     fixed_noise,
     fresh_noise,
-    generate,
+    sample_chunk,
     solver_words,
 )
 from evaluation.metrics.base_metric import Generation, as_images
@@ -47,6 +48,7 @@ from training.ema import weights_in_words
 from training.errors import UserError
 from training.files import write_atomically
 from training.launch import laid_over, scores_file
+from training.progress import watched
 from training.ranks import rank
 from training.run_folder import json_number
 from training.seeds import generator_for
@@ -80,14 +82,17 @@ class TrainedModel:
         UserError for more samples than this machine's memory holds.
         """
         check_rows_fit("n", n, self.config["dataloaders"]["state_shape"])
-        source = build_source(self.config, torch.device("cpu"))
-        noise = fixed_noise(source, n, seed).to(self.device)
-        labels, flow = self.labels(n, label), self.flow(guidance)
-        labels = None if labels is None else labels.to(self.device)
+        source, labels, flow = build_source(self.config, torch.device("cpu")), self.labels(n, label), self.flow(guidance)
         if evaluations is not None:
             check_guides_a_step(flow, evaluations)
-            return few_steps(flow, noise, labels, evaluations).cpu()
-        return generate(flow, solver or build_solver(self.config), noise, labels, fresh_noise(source, seed)).cpu()
+            solver = few_step_solver(flow, evaluations)
+        solver, fresh, parts = solver or build_solver(self.config), fresh_noise(source, seed), []
+        with watched(flow.network, f"{n:,} samples", n * solver.evaluations_ahead):
+            for first in range(0, n, CHUNK):
+                noise = fixed_noise(source, min(CHUNK, n - first), seed, first=first).to(self.device)
+                own = None if labels is None else labels[first : first + CHUNK].to(self.device)
+                parts.append(sample_chunk(flow, solver, noise, own, fresh, first).cpu())
+        return torch.cat(parts)
 
     def labels(self, n: int, label: Label) -> Tensor | None:
         """The labels (n,) of n samples, None for an unconditional model.

@@ -37,6 +37,11 @@ class Sampler(ABC):
         self.grid = grid or UniformGrid()
         self.evaluations = 0
 
+    @property
+    def evaluations_ahead(self) -> int:
+        """How often a solve will call the field, as far as can be known before."""
+        return self.steps
+
     @abstractmethod
     def sample(self, flow: FlowObjective, x0: Tensor, label: Tensor | None, fresh: FreshNoise) -> Tensor:
         """Return samples (B, ...) from the noise x0 (B, ...), for label (B,) or None."""

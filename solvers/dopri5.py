@@ -7,6 +7,7 @@ from solvers.base_solver import BaseSolver, Field, StepCallback
 from solvers.time_grids import TimeGrid
 from training.errors import UserError
 
+USUAL = 100  # evaluations
 FIRST_STEP = 0.05  # of the whole span; torchdiffeq's own guess may call the field past the last time
 
 
@@ -23,6 +24,10 @@ class Dopri5(BaseSolver):
         if not (rtol > 0 and atol > 0):
             raise UserError(f"solver.rtol={rtol} and solver.atol={atol} must both be above 0; 1e-6 is the default")
         self.rtol, self.atol = rtol, atol
+
+    @property
+    def evaluations_ahead(self) -> int:
+        return USUAL
 
     def solve(self, field: Field, x0: Tensor, times: Tensor | None = None, callback: StepCallback | None = None) -> Tensor:
         from torchdiffeq import odeint  # here, because importing it is slow and fixed-step solvers do without

@@ -29,6 +29,10 @@ class RungeKutta(BaseSolver):
     def tableau(self) -> Tableau:
         """The method's coefficients."""
 
+    @property
+    def evaluations_ahead(self) -> int:
+        return self.steps * len(self.tableau.nodes)
+
     def solve(self, field: Field, x0: Tensor, times: Tensor | None = None, callback: StepCallback | None = None) -> Tensor:
         self.evaluations = 0
         grid = self.times(x0, times)

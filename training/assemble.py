@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -14,8 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
+from evaluation.evaluator import GeneratorEvaluator
 from evaluation.metrics.base_metric import Decode
-from helpers_cfg import guided
+from helpers_cfg import Guidance, guided
 from losses.objective import FlowObjective, Objective
 from solvers.base_solver import Sampler
 from training.build import build, interpolation_in
@@ -34,6 +36,12 @@ from training.trackers import NullTracker, tracker_from_config
 NEEDED_PARTS = ("model", "loss", "dataloaders", "source", "solver", "evaluation", "choices")
 BUILT_PARTS = (*NEEDED_PARTS, "guidance", "vae")
 FILE_KEYS = ("path", "root", "held_out_root", "teacher", "checkpoint", "network")  # of settings that may name files
+SAMPLE_COUNTS = {
+    "evaluation.samples", "evaluation.final_samples", "dataloaders.training.evaluation_samples",
+    "dataloaders.training.final_evaluation_samples",
+}  # fmt: skip
+FEWEST_SAMPLES = 8
+LIGHT, LIGHT_GPU = {"cpu": 2.5e12}, 5e14  # parameters x pixels x rows through the network that take about ten seconds
 AS_TYPED = ("command", "overrides", "changed")  # of a configuration: what the user typed, never built from
 
 
@@ -331,7 +339,7 @@ def assemble(config: dict[str, Any]) -> Run:
     with first_alone(bool(config["dataloaders"].get("download"))):
         dataset = build_dataset(config, device)
     first = rank() == 0
-    return Run(
+    run = Run(
         config, device, dataset, build_source(config, device), state, solver,
         evaluator, forward_of(objective, config), run_folder_of(config), checkpoints,
         tracker_from_config(config["trackio"]) if first else NullTracker(),
@@ -339,6 +347,41 @@ def assemble(config: dict[str, Any]) -> Run:
         dataset_key(config), sampled_flow(state.ema_objective, config, device), build_decoder(config, device),
         rank(), world(),
     )  # fmt: skip
+    if not config["resume"]:
+        fit_samples(run)
+    return run
+
+
+def fit_samples(run: Run) -> None:
+    """Draw fewer samples of images where evaluations that nobody asked for would cost more than a fifth of the run.
+
+    A rule of the shape, the network, the kind of device and the length of the run alone, a training step counted as three
+    forward passes; the counts become part of the configuration, so a run that goes on keeps them. Evaluations of about ten
+    seconds (LIGHT) stay as they are.
+    """
+    evaluator, flow, shape = run.evaluator, run.flow, run.dataset.state_shape
+    typed = {override.key_or_group for override in parse_overrides(run.config["overrides"])}
+    if not isinstance(evaluator, GeneratorEvaluator) or flow is None or len(shape) != 3 or typed & SAMPLE_COUNTS:
+        return
+    passes = 1 + isinstance(flow.network, Guidance)
+    during, last = (passes * evaluator.rows(flow, run.dataset, run.solver, final) for final in (False, True))
+    evaluations = (-(-run.total_steps // run.steps_per_epoch) - 1) // run.config["eval_every"]
+    allowed = 3 * run.dataset.epoch_size * run.total_steps / run.steps_per_epoch / 4
+    share = min(1.0, allowed / (evaluations * during + last))
+    size = run.state.objective.network.parameter_count() * math.prod(shape[1:])
+    light = LIGHT.get(run.device.type, LIGHT_GPU)
+    node: dict[str, Any] = run.config["evaluation"]
+    for key, rows in [("samples", during)] + [("final_samples", last)] * bool(evaluator.metrics):
+        if size * rows > light:
+            node[key] = min(node[key], max(FEWEST_SAMPLES, int(share * node[key])))
+    if (node["samples"], node["final_samples"]) != (evaluator.samples, evaluator.final_samples):
+        print(
+            f"note: evaluations draw {node['samples']:,} samples and the last one {node['final_samples']:,}, not "
+            f"{evaluator.samples:,} and {evaluator.final_samples:,}, so that they take about a fifth of this run; set "
+            "evaluation.samples= and evaluation.final_samples= for others"
+        )
+        node["loss_samples"] = evaluator.loss_samples
+    evaluator.samples, evaluator.final_samples = node["samples"], node["final_samples"]
 
 
 def check_same_arch(checkpoints: CheckpointFolder) -> None:

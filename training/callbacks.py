@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import time
 from abc import ABC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from losses.objective import FlowObjective
+from losses.weightings import UniformWeighting
 from training.errors import UserError
 from training.experiment_log import ExperimentLog
+from training.progress import Progress
 from training.telemetry import NoTelemetry, Telemetry, telemetry_for
 
 if TYPE_CHECKING:
     from training.run import Run
+
+
+MANY = 16  # numbers in a state, whose loss is also told for each
 
 
 class Callback(ABC):
@@ -40,40 +48,49 @@ class Callback(ABC):
 
 
 class ProgressBar(Callback):
-    """One tqdm bar with loss, rate and time left on a terminal; nothing when output is redirected."""
+    """How far training is: a bar with loss, rate and time left on a terminal, else a line now and then where it takes long.
+    Either way a line for each evaluation."""
 
     def __init__(self, every: int = 10) -> None:
+        """every: steps between two looks, unless they take more than a second."""
         self.every = every
-        self.bar: Any = None
+        self.shown: Progress | None = None
+        self.looked = 0.0
 
     def fit_begin(self, run: Run) -> None:
-        from tqdm import tqdm
-
-        quiet = not sys.stderr.isatty()
-        self.bar = tqdm(
-            total=run.total_steps, initial=run.state.step, disable=quiet, unit="step", dynamic_ncols=True, desc="train"
-        )
+        self.shown = Progress("training", run.total_steps, run.state.step, unit="step")
 
     def step_end(self, run: Run) -> None:
-        step = run.state.step
-        if step % self.every == 0 or step == run.total_steps:
-            self.bar.update(step - self.bar.n)
+        assert self.shown is not None
+        step, now = run.state.step, time.perf_counter()
+        if step % self.every == 0 or step == run.total_steps or now - self.looked > 1:
+            self.looked = now
             if "train/loss" in run.last_values:
-                self.bar.set_postfix(loss=f"{run.last_values['train/loss']:.4g}", refresh=False)
+                self.shown.bar.set_postfix(loss=f"{run.last_values['train/loss']:.4g}", refresh=False)
+            self.shown.advance(step - self.shown.done)
 
     def evaluation_end(self, run: Run) -> None:
-        if self.bar is not None and self.bar.disable and run.evaluation is not None:
+        if self.shown is not None and run.evaluation is not None:
             values = run.evaluation.values
             shown = [
-                f"{k.partition('/')[2]} {values[k]:.4g}"
+                f"{k.partition('/')[2]} {values[k]:.4g}{per_dimension(run, values[k]) if k == 'eval/loss' else ''}"
                 for k in ("eval/loss", "eval/energy_distance", "eval/accuracy")
                 if k in values
             ]
-            print(f"epoch {run.epoch}, step {run.state.step}/{run.total_steps}: {', '.join(shown)}", flush=True)
+            line = f"epoch {run.epoch}, step {run.state.step}/{run.total_steps}: {', '.join(shown)}"
+            self.shown.bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        if self.shown is not None:
+            self.shown.bar.close()
+
+
+def per_dimension(run: Run, loss: float) -> str:
+    """The loss over the numbers in a state, in brackets, where they are many and the loss is a plain sum over them."""
+    objective, numbers = run.state.objective, math.prod(run.dataset.state_shape)
+    plain = isinstance(objective, FlowObjective) and isinstance(objective.weighting, UniformWeighting)
+    return f" ({loss / numbers:.3g} a dimension)" if plain and numbers >= MANY else ""
 
 
 class SamplePictures(Callback):

@@ -2,16 +2,22 @@
 
 import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
+from evaluation.evaluator import CHUNK, GeneratorEvaluator
 from evaluation.report import print_scores
 from losses.objective import FlowObjective
 from training.config import CONFIG_DIR, twice_as_long
-from training.device import device_name
+from training.device import autocast, device_name
+from training.progress import LONG, in_words, seconds_a_row
 from training.run import Run
+from training.terms import named_terms
 
 # Commands are shown as they can be typed again, from where this one was typed.
 RUNNER = "uv run " if "UV" in os.environ else ""
@@ -78,6 +84,66 @@ def print_start(run: Run) -> None:
             ("checkpoints", f"{run.checkpoints.folder} ({kept}, last and best)"),
         ]
     )  # fmt: skip
+
+
+def print_times(run: Run) -> None:
+    """How long an epoch and the run will take, as a few rows tried now show; and evaluations, if they are long.
+
+    The trial leaves weights, buffers and random numbers as they are.
+    """
+    left = run.total_steps - run.state.step
+    step, answer = seconds_of_training(run), seconds_of_sampling(run)
+    epoch = step * run.dataset.epoch_size / run.world
+    words = f"about {in_words(epoch)} an epoch, {in_words(epoch * left / run.steps_per_epoch)} of training"
+    flow, evaluator = run.flow, run.evaluator
+    if flow is not None and isinstance(evaluator, GeneratorEvaluator):
+        each, last = (answer * evaluator.rows(flow, run.dataset, run.solver, final) / run.world for final in (False, True))
+        if max(each, last) > LONG:
+            words += f"; an evaluation {in_words(each)}, the last one {in_words(last)}"
+    print_lines([(f"{'time':<11}", words)])
+
+
+@contextmanager
+def on_trial(run: Run) -> Iterator[torch.Generator]:
+    """Gives a generator; afterwards random numbers, gradients and buffers are as before."""
+    network = run.state.objective.network
+    kept = [buffer.clone() for buffer in network.buffers()]
+    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+        yield torch.Generator(device=run.device)
+    for buffer, old in zip(network.buffers(), kept, strict=True):
+        buffer.copy_(old)
+    network.zero_grad(set_to_none=True)
+
+
+def seconds_of_training(run: Run) -> float:
+    """What a row costs in training, forward and backward, but for reading it."""
+    objective = run.state.objective.train()
+
+    def train(rows: int) -> None:
+        label = torch.zeros(rows, dtype=torch.int64, device=run.device) if run.dataset.num_classes else None
+        batch = objective.batch(run.source, run.source.sample(rows, generator), label, generator, 0.0)
+        with autocast(run.device, run.config["precision"]):
+            terms = named_terms(objective(batch, run.teacher), run.config["loss_weights"])
+        terms["loss"].backward()
+
+    with on_trial(run) as generator:
+        return seconds_a_row(train, run.batch_size // run.world, run.device)
+
+
+@torch.no_grad()
+def seconds_of_sampling(run: Run) -> float:
+    """What a row costs the solver in an evaluation of the network; 0 where nothing is sampled."""
+    flow = run.flow
+    if flow is None:
+        return 0.0
+    flow.eval()
+
+    def answer(rows: int) -> None:
+        label = torch.zeros(rows, dtype=torch.int64, device=run.device) if flow.network.num_classes else None
+        flow.velocity(run.source.sample(rows, generator), torch.tensor(0.5, device=run.device), label)
+
+    with on_trial(run) as generator:
+        return seconds_a_row(answer, CHUNK, run.device)
 
 
 def print_end(run: Run, picture: Path | None) -> None:

@@ -130,6 +130,10 @@ class Metric(ABC):
         """Of its scores, for those that say why there are none."""
         return []
 
+    def evaluations_ahead(self, objective: FlowObjective) -> int:
+        """How many evaluations of the network the scores cost for each sample, if many."""
+        return 0
+
     @abstractmethod
     def compute(self, generation: Generation) -> list[Score | Absent]:
         """Scores of the generated samples, or why there is none. Runs under torch.no_grad()."""

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from evaluation.evaluator import few_step_words, few_steps
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
+from losses.objective import FlowObjective
 from training.errors import UserError
 
 
@@ -25,6 +26,9 @@ class FewStep(Metric):
         for n in self.evaluations:
             if not isinstance(n, int) or n < 1:
                 raise UserError(f"evaluation.metrics.few_step.evaluations takes whole numbers of at least 1, not {n!r}")
+
+    def evaluations_ahead(self, objective: FlowObjective) -> int:
+        return sum(self.evaluations) if objective.learns_flow_map or self.euler else 0
 
     def compute(self, generation: Generation) -> list[Score | Absent]:
         if not (generation.objective.learns_flow_map or self.euler):

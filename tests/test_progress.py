@@ -1,0 +1,137 @@
+"""Time: what is said of it before, what is shown while it passes, and how many samples are drawn so that it is short."""
+
+import os
+import pty
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import training.progress as progress_module
+from evaluation.evaluator import GeneratorEvaluator
+from evaluation.sample import TrainedModel, load
+from training.assemble import assemble
+from training.launch import prepare
+from training.progress import Progress, each, in_words, seconds_a_row
+
+
+class Clock:
+    """Stands still but when told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    stands = Clock()
+    monkeypatch.setattr(progress_module, "time", stands)
+    return stands
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(3.21, "3.2 s"), (119, "119 s"), (400, "6.7 min"), (5400, "90 min"), (9000, "2.5 h"), (3e7, "347 days")],
+)
+def test_times_are_said_as_people_say_them(seconds: float, words: str) -> None:
+    assert in_words(seconds) == words
+
+
+def test_a_long_job_says_how_long_and_goes_on_saying_it_sparsely(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in each(range(1000), "evaluation"):
+        clock.now += 1.0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["evaluation: about 17 min left", "evaluation: 10% done, about 15 min left"]
+    assert len(lines) == 10
+
+
+def test_a_short_job_says_nothing(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in each(range(9), "evaluation"):
+        clock.now += 1.0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_time_left_counts_from_where_a_run_goes_on(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Progress("training", 1000, 900)
+    clock.now = 10.0
+    shown.advance(50)
+    assert capsys.readouterr().err == "training: about 10 s left\n"
+
+
+def test_a_terminal_of_unknown_size_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    leader, follower = pty.openpty()  # 0 rows of 0 columns, as over a serial line
+    with os.fdopen(follower, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with progress_module.bar(desc="training", total=10) as bar:
+            bar.update(3)
+            bar.refresh()
+    seen = b""
+    while b"3/10" not in seen:  # OSError at the end of what was written
+        seen += os.read(leader, 4096)
+    os.close(leader)
+
+
+def test_nothing_is_shown_without_stderr(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    assert list(each(range(3), "evaluation")) == [0, 1, 2]
+
+
+def test_a_trial_of_what_is_slow_stops_early() -> None:
+    tried: list[int] = []
+    seconds_a_row(tried.append, 1000, torch.device("cpu"))
+    assert tried[0] == 1 and tried[-2:] == [1000, 1000]
+
+
+def counts(*overrides: str) -> tuple[int, int]:
+    """Samples of evaluations and of the last one."""
+    run = assemble(prepare(["run_name=x", "device=cpu", *overrides]))
+    assert isinstance(run.evaluator, GeneratorEvaluator)
+    assert run.config["evaluation"]["samples"] == run.evaluator.samples
+    assert run.config["evaluation"]["final_samples"] == run.evaluator.final_samples
+    return run.evaluator.samples, run.evaluator.final_samples
+
+
+SHORT = ["dataloaders=photos", "dataloaders.crops=100", "dataloaders.held_out_crops=10", "model=unet_small", "max_steps=20"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        pytest.param(["experiment=digits"], (200, 1000), id="digits"),
+        pytest.param(["experiment=digits_conditional"], (200, 1000), id="digits by class"),
+        pytest.param(["experiment=digits_one_step"], (200, 1000), id="digits in one step"),
+        pytest.param(["experiment=photos"], (100, 500), id="photos"),
+        pytest.param(["dataloaders=kmeans", "max_steps=1"], (2000, 10_000), id="points"),
+        pytest.param(["dataloaders=digits", "model=cnn", "model.width=8", "max_steps=20"], (200, 1000), id="light"),
+        pytest.param([*SHORT, "evaluation.samples=300"], (300, 1000), id="typed"),
+        pytest.param(SHORT, (8, 12), id="heavy and short"),
+        pytest.param([*SHORT, "evaluation=loss_only"], (8, 1000), id="pictures alone"),
+    ],
+)
+def test_evaluations_of_images_cost_about_a_fifth_of_the_run_unless_asked_for(
+    overrides: list[str], expected: tuple[int, int]
+) -> None:
+    assert counts(*overrides) == expected
+
+
+def test_a_run_that_goes_on_keeps_its_counts(small_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.assemble.LIGHT", {"cpu": 0.0})
+    monkeypatch.setattr("training.assemble.SAMPLE_COUNTS", set())  # small_run types them
+    folder = small_run("x", "dataloaders=digits", "dataloaders.epoch_size=1438", "model=cnn", "model.width=8", "max_steps=2")
+    resume = ["run_name=x", "resume=true", f"output_dir={folder}", f"log.file={tmp_path / 'log.md'}"]
+    assert counts(*resume, "max_steps=20000") == counts(*resume) == (19, 64)
+
+
+def test_samples_do_not_hang_on_being_watched(small_run, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    model: TrainedModel = load(small_run("x") / "ckpts/mlp/x_last.pt")
+    capsys.readouterr()
+    network = model.objective.network
+    network.register_forward_hook(lambda *_: setattr(clock, "now", clock.now + 10))
+    samples = model.sample(1500)
+    assert torch.equal(samples[:1024], model.sample(1024))
+    assert "1,500 samples: about" in capsys.readouterr().err
+    assert len(network._forward_hooks) == 1
