@@ -442,5 +442,5 @@ def test_without_scores_only_the_picture_is_sampled(tmp_path):
     run = assemble(small_config(tmp_path, "evaluation=loss_only", "evaluation.samples=64", "evaluation.final_samples=200"))
     values = run.evaluate(final=True)
     assert len(run.evaluation.generation.samples) == 64 and values["eval/loss"] > 0
-    run.evaluator.samples, run.evaluator.final_samples = 10, 100
-    assert run.evaluate(final=True)["eval/loss"] != values["eval/loss"]  # which is of final_samples held-out states
+    run.evaluator.samples, run.evaluator.loss_samples = 10, 100
+    assert run.evaluate(final=True)["eval/loss"] != values["eval/loss"]  # which is of held-out states of their own number
