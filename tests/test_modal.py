@@ -290,8 +290,9 @@ def test_whoever_interrupts_the_wait_lets_the_run_save(tmp_path: Path) -> None:
      (["--gpu", "H100:2", "device=mps", "batch_size=8"], "idle; say device=auto, or rent none by --gpu null"),
      (["--gpu", "null", "device=cuda"], "a container without a GPU"), (["--gpu", "null"], "no token of Modal"),
      (["++devices=4", "--gpu", "H100:2"], "devices=4 does not use H100:2"), (["init_from=/w.pt"], "init_from=/w.pt is no"),
-     (["eval_checkpoint=../w.pt"], "is no path inside the Volume"), (["backend.cpu=null"], "takes a number of cores"),
-     (["backend.volume=null"], "at most 63), not null"), (["backend.memory_gb=inf"], "a number of GiB above 0, not inf"),
+     (["eval_checkpoint=../w.pt"], "is no path inside the Volume"), (["backend.cpu=0"], "takes a number of cores"),
+     (["backend.volume=a/b"], "at most 63), not"), (["backend.memory_gb=0"], "a number of GiB above 0, not 0"),
+         (["backend.volume=null"], "volume takes text, not null"), (["backend.memory_gb=inf"], "takes a number"),
      (["epochs=0"], "epochs takes"), (["modle=cnn"], "mean model"),
      ([], "no token of Modal; `modal token new`"), (["resume=true", "--no-detach"], "`modal token new`")],
 )  # fmt: skip

@@ -95,7 +95,7 @@ def subscripted(name: str, inner: ast.expr, module: str) -> Any:
         return list[kinds[0]]  # type: ignore[valid-type]
     if name in ("dict", "Mapping"):
         return dict[str, kinds[-1]]  # type: ignore[valid-type]
-    return tuple[*kinds] if name == "tuple" else Part
+    return tuple[*kinds] if name == "tuple" else Part  # type: ignore[valid-type]
 
 
 @cache

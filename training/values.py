@@ -172,8 +172,8 @@ def check_value(key: str, value: Any, setting: Setting) -> None:
     in_order = not allowed.rising or (len(numbers) == 2 and numbers[0] <= numbers[1])
     if fits(value, kind) and in_range and in_order and (value != [] or allowed == ANY):
         return
-    limit = " below 2^63" if most == 2**63 - 1 else f" at most {most:,}"
-    ends = allowed.words() + (" and" if too_far and allowed.words() else "") + (limit if too_far else "")
+    limit = "below 2^63" if most == 2**63 - 1 else f"at most {most:,}" if allowed.words() else f"of at most {most:,}"
+    ends = allowed.words() + (f"{' and' * bool(allowed.words())} {limit}" if too_far else "")
     example = ", such as [0.2,0.9]" if allowed.rising else ""
     raise UserError(f"{key} takes {words(kind, ends)}{example}, not {shown(value)}")
 
