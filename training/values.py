@@ -132,7 +132,7 @@ RANGES: dict[str, Range] = {
         (Range(1, most=10**12), "epoch_size"),
         (Range(1, most=50), "levels"),
         (Range(1, most=100), "power"),
-        (Range(2, most=10**9), "samples final_samples points"),
+        (Range(2, most=10**9), "samples final_samples loss_samples points"),
         (Range(2, most=10**6), "replicates"),
         (Range(1e-12, 1, below=True), "rtol atol"),
         (Range(0, 2), "weighting.p"),
