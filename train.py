@@ -28,6 +28,7 @@ from training.ranks import configuration, explained_losses, rank, together
 from training.run import Run, Stop
 from training.run_folder import RunFolder, SilentRunFolder
 from training.summary import print_end, print_start, print_times
+from training.vetting import allow_for
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -37,6 +38,7 @@ def carry_out(config: dict[str, Any]) -> float | None:
 
     UserError for what the user can mend. SystemExit 130, 143 or 129 after SIGINT, SIGTERM or SIGHUP, the run being saved.
     """
+    allow_for(config)
     with explained_memory_errors():
         if config["eval_checkpoint"]:
             with explained_disk_errors(None):

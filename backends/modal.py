@@ -20,17 +20,13 @@ from datetime import datetime, timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from backends.base_backend import Backend
 from backends.on_volume import carry_out_on
 from training.checks import check_devices
 from training.config import nearest, parse_overrides
 from training.errors import UserError
 from training.provenance import COMMIT_VARIABLE, git_commit
-from training.run_folder import as_object, timestamp
+from training.run_folder import as_object, parsed_config, timestamp
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = PurePosixPath("/root")  # there: where modal looks for the modules of functions
@@ -361,14 +357,8 @@ def read_object(volume: Any, path: str) -> dict[str, Any]:
 def check_stored(volume: Any, config: dict[str, Any], words: list[str], gpu: str | None) -> None:
     """UserError where the stored settings of a run to resume do not fit what is rented now."""
     path = f"{run_place(config)}/config.yaml"
-    try:
-        loaded = OmegaConf.to_container(OmegaConf.load(io.BytesIO(b"".join(volume.read_file(path)))))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError):
-        loaded = None
-    if not isinstance(loaded, dict):
-        raise UserError(
-            f"the config.yaml of the run {config['run_name']} on the Volume is damaged; start it anew by overwrite=true"
-        )
+    text = b"".join(volume.read_file(path)).decode(errors="replace")
+    loaded = parsed_config(text, f"the config.yaml of the run {config['run_name']} on the Volume")
     parsed = parse_overrides(words)
     typed = {override.key_or_group for override in parsed}
     stored = {key: loaded[key] for key in ("device", "batch_size") if key in loaded and key not in typed}

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from training.config import compose_config, parse_overrides
 from training.files import write_atomically
 from training.run_folder import RunFolder
@@ -95,6 +93,6 @@ def wait_for(process: subprocess.Popen[bytes], commit: Callable[[], None], commi
 
 def outcome(folder: RunFolder, status: int) -> dict[str, Any]:
     """Plain values, which travel home."""
-    monitor = str(OmegaConf.select(OmegaConf.load(folder.config_path), "monitor")) if folder.config_path.is_file() else ""
+    monitor = folder.read_config().get("monitor", "") if folder.config_path.is_file() else ""
     values = [row[monitor] for row in folder.read_metrics() if row.get(monitor) is not None]
     return {"status": status, "why": folder.read_status().get("why", ""), "best": min(values, default=None)}

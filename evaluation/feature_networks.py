@@ -146,7 +146,8 @@ def classifier_features(path: str) -> ClassifierFeatures:
 
     UserError when there is none, or it holds something else.
     """
-    from training.assemble import load_network, stored_config
+    from training.assemble import load_network
+    from training.vetting import stored_config
 
     file = SHIPPED / f"{path}.safetensors" if "/" not in path and (SHIPPED / f"{path}.safetensors").is_file() else Path(path)
     payload = load_checkpoint(file)

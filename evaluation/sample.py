@@ -37,7 +37,6 @@ from training.assemble import (
     dataset_key,
     load_network,
     sampled_flow,
-    stored_config,
 )
 from training.build import build
 from training.checkpoint import load_checkpoint
@@ -52,6 +51,7 @@ from training.progress import watched
 from training.ranks import rank
 from training.run_folder import json_number
 from training.seeds import generator_for
+from training.vetting import stored_config
 
 Label = int | Literal["all"] | Tensor | None
 

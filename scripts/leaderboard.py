@@ -243,7 +243,7 @@ def by_key(words: Sequence[str]) -> dict[str, str]:
 
 def why_stale(entry: Entry, entries: dict[str, Entry]) -> str | None:
     """Why the run that bears this name is not the one the table asks for; None when it is."""
-    stored = yaml.safe_load(entry.folder.config_path.read_text(encoding="utf-8"))
+    stored = entry.folder.read_config()
     before, now = by_key(stored.get("overrides", [])), by_key(entry.words)
     for key, (old, new) in differences(before, now).items():
         return f"{key} was {old or 'not given'} and is now {new or 'not given'}"

@@ -32,7 +32,7 @@ from scripts.trackio_rebuild import rebuild
 from training.errors import UserError
 from training.experiment_log import PARTS, ExperimentLog, Section
 from training.files import replacing, write_atomically
-from training.run_folder import STATES, STATUS_KINDS, RunFolder, as_object, as_row, timestamp
+from training.run_folder import STATES, RunFolder, as_object, as_row, is_number, timestamp, wrong_status
 from training.values import check_run_name
 
 MODAL_APP = (sys.executable, "-m", "modal", "app")
@@ -176,9 +176,11 @@ def damage(folder: RunFolder) -> str | None:
     status = as_object(folder.status_path.read_bytes().decode(errors="replace"))
     if status is None:
         return "its status.json is damaged"
-    wrong = next((key for key, kind in STATUS_KINDS.items() if key in status and not isinstance(status[key], kind)), None)
+    wrong = wrong_status(status)
     if wrong:
         return f"its status.json has no usable {wrong}"
+    if not all(map(is_number, status.get("scores", {}).values())):
+        return "a score in its status.json is no number"
     try:
         folder.read_config()
     except UserError:
@@ -199,18 +201,9 @@ def oddity(config: dict[str, Any], status: dict[str, Any]) -> str | None:
         lacking = [name for name in inner if not isinstance(config[key], dict) or name not in config[key]]
         if lacking:
             return f"{key} in its config.yaml lacks {', '.join(lacking)}"
-    if not isinstance(config["overrides"], list):
-        return "overrides in its config.yaml is no list"
     if status["state"] not in STATES:
         return f"its status.json has the state {status['state']}"
-    if not all(is_number(value) for value in status.get("scores", {}).values()):
-        return "a score in its status.json is no number"
     return None if moment(status["updated"]) else "its status.json does not say when it was updated"
-
-
-def is_number(value: Any) -> bool:
-    """A number, or null for what was none."""
-    return value is None or isinstance(value, int | float)
 
 
 def moment(text: str) -> datetime | None:

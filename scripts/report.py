@@ -174,7 +174,9 @@ def neighbour_figures(run: Told) -> list[str]:
 
 
 def picture_figure(run: Told, path: Path, step: int, alt: str) -> str:
-    return figure("png", path.read_bytes(), f"{alt.format(run.name)}, at step {step}", f"{run.name}, step {step:,}")
+    return figure(
+        "png", run.folder.read_picture(path), f"{alt.format(run.name)}, at step {step}", f"{run.name}, step {step:,}"
+    )
 
 
 def score_rows(run: Told) -> list[list[str]]:
@@ -351,7 +353,7 @@ def report(words: list[str]) -> Path:
     path = Path(settings["out"]) if settings["out"] else output_dir / "reports" / f"{file_name(runs)}.html"
     if path.suffix != ".html":
         raise UserError(f"out={path} must end in .html")
-    write_atomically(path, page(runs, price))
+    write_atomically(path, page(runs, price).replace(str(Path.home()), "~"))
     return path
 
 

@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.front import outputs
-from training.errors import UserError
+from training.errors import UserError, printable
 from training.files import outlive_readers
 from training.run_folder import RunFolder, table
 
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     outlive_readers()
     options = parse(arguments)
     try:
-        print(options.report(options))
+        print(printable(options.report(options)))
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
@@ -73,7 +73,15 @@ def list_runs(options: argparse.Namespace) -> str:
     if not folders:
         return f"no runs under {options.output_dir}: python launcher.py run_name=my_experiment makes one"
     header = ["run", "state", "step", "epochs", "minutes", "best scores"]
-    return table([header, *(list_row(folder) for folder in folders)])
+    return table([header, *map(list_row_or_why, folders)])
+
+
+def list_row_or_why(folder: RunFolder) -> list[str]:
+    """A run's line; of one that cannot be read, the rest of it is why: the other runs are listed all the same."""
+    try:
+        return list_row(folder)
+    except UserError as error:
+        return [folder.name, "-", "-", "-", "-", str(error)]
 
 
 def list_row(folder: RunFolder) -> list[str]:
@@ -193,7 +201,7 @@ def last_metrics(folder: RunFolder) -> dict[str, float | None]:
 
 
 def overrides(folder: RunFolder) -> str:
-    return folder.overrides_path.read_text(encoding="utf-8").rstrip() if folder.overrides_path.is_file() else ""
+    return folder.read_overrides()
 
 
 def read_config(folder: RunFolder) -> dict[str, Any]:

@@ -8,14 +8,14 @@ The pattern is a regular expression that must match a run's whole name.
 """
 
 import argparse
-import re
 import sqlite3
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.errors import UserError
+from scripts.front import matching as names_that_match
+from training.errors import UserError, printable
 from training.trackio_tracker import delete_run, run_names
 
 
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError('say which runs: python scripts/trackio_delete.py "old_.*" --dry-run, or --list for their names.')
     names = matching(options.project, options.pattern)
     if options.list or options.dry_run:
-        print("\n".join(names) if options.list else "would delete:\n" + indent(names))
+        print(printable("\n".join(names)) if options.list else "would delete:\n" + indent(names))
         return
     if not options.yes and not confirmed(names):
         raise UserError("nothing was deleted.")
@@ -70,14 +70,10 @@ def matching(project: str, pattern: str | None) -> list[str]:
     Raises:
         UserError: the pattern is no regular expression, or nothing matches it.
     """
-    try:
-        expression = re.compile(".*" if pattern is None else pattern)
-    except re.error as error:
-        raise UserError(f"{pattern!r} is not a regular expression ({error}): write old_.* for old_1, old_2, ...") from None
     names = run_names(project)
     if not names:
         raise UserError(f"the trackio project {project} has no runs here: --project names another.")
-    found = [name for name in names if expression.fullmatch(name)]
+    found = names if pattern is None else names_that_match(pattern, names)
     if not found:
         raise UserError(f"no run of the project {project} has a name that is {pattern} as a whole: --list shows them.")
     return found
@@ -91,7 +87,7 @@ def confirmed(names: list[str]) -> bool:
 
 
 def indent(names: list[str]) -> str:
-    return "\n".join(f"  {name}" for name in names)
+    return "\n".join(f"  {printable(name)}" for name in names)
 
 
 if __name__ == "__main__":

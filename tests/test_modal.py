@@ -661,8 +661,8 @@ BROKEN: dict[str, tuple[str, str, str]] = {
     "b1": ("metrics.jsonl", '{"step": 1, "train/loss": "abc"}\n', "train/loss in line 1 of its metrics.jsonl is no number"),
     "b2": ("metrics.jsonl", '{"step": 1, "eval/loss": {"a": 1}}\n', "eval/loss in line 1"),
     "b3": ("metrics.jsonl", '{"step": "x"}\n', "line 1 of its metrics.jsonl is damaged"),
-    "b4": ("config.yaml", "trackio: null", "trackio in its config.yaml lacks"),
-    "b5": ("config.yaml", "log: null", "log in its config.yaml lacks"),
+    "b4": ("config.yaml", "trackio: null", "its config.yaml cannot be read"),
+    "b5": ("config.yaml", "log: null", "its config.yaml cannot be read"),
     "b6": ("config.yaml", "[cut", "its config.yaml cannot be read"),
     "b7": ("status.json", '"seconds": "x"', "its status.json has no usable seconds"),
     "b8": ("status.json", '"step": "x"', "no usable step"),
@@ -671,7 +671,7 @@ BROKEN: dict[str, tuple[str, str, str]] = {
     "c2": ("status.json", '"state": "odd"', "its status.json has the state odd"),
     "c3": ("status.json", '"scores": {"eval/loss": "x"}', "a score in its status.json is no number"),
     "c4": ("status.json", "[]", "its status.json is damaged"),
-    "c5": ("config.yaml", "overrides: null", "overrides in its config.yaml is no list"),
+    "c5": ("config.yaml", "overrides: null", "its config.yaml cannot be read"),
 }
 
 

@@ -3,10 +3,6 @@
 import hashlib
 import json
 import math
-import os
-import re
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +16,10 @@ from evaluation.metrics.base_metric import Decode
 from helpers_cfg import Guidance, guided
 from losses.objective import FlowObjective, Objective
 from solvers.base_solver import Sampler
-from training.build import build, interpolation_in
+from training.build import build
 from training.checkpoint import CheckpointFolder, SilentCheckpointFolder, load_checkpoint
 from training.checks import check_fits
-from training.config import CONFIG_DIR, HANDED_ON, known_targets, parse_overrides
+from training.config import HANDED_ON, parse_overrides
 from training.device import gradient_scaler, pick_device, set_numerics
 from training.errors import UserError
 from training.launch import run_folder_of
@@ -32,17 +28,14 @@ from training.run import Run
 from training.seeds import stream_seed
 from training.state import TrainState, averaged_objective
 from training.trackers import NullTracker, tracker_from_config
+from training.vetting import stored_config
 
-NEEDED_PARTS = ("model", "loss", "dataloaders", "source", "solver", "evaluation", "choices")
-BUILT_PARTS = (*NEEDED_PARTS, "guidance", "vae")
-FILE_KEYS = ("path", "root", "held_out_root", "teacher", "checkpoint", "network")  # of settings that may name files
 SAMPLE_COUNTS = {
     "evaluation.samples", "evaluation.final_samples", "dataloaders.training.evaluation_samples",
     "dataloaders.training.final_evaluation_samples",
 }  # fmt: skip
 FEWEST_SAMPLES = 8
 LIGHT, LIGHT_GPU = {"cpu": 2.5e12}, 5e14  # parameters x pixels x rows through the network that take about ten seconds
-AS_TYPED = ("command", "overrides", "changed")  # of a configuration: what the user typed, never built from
 
 
 def build_dataset(config: dict[str, Any], device: torch.device) -> FlowDataset:
@@ -102,107 +95,6 @@ def build_flow(objective: FlowObjective, config: dict[str, Any], device: torch.d
     if "checkpoint" in node:
         parts["guide"] = load_guide(Path(node["checkpoint"]), objective, config, device)
     return guided(objective, build({key: value for key, value in node.items() if key != "checkpoint"}, **parts))
-
-
-def stored_config(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
-    """The configuration in a checkpoint, which may be anyone's: it builds what configs/ names, calls and fetches nothing.
-
-    UserError for one with parts missing or of another kind, an interpolation, or a `_target_` in none of those files.
-    """
-    config: dict[str, Any] = payload["config"]
-    unfit = UserError(f"{path} holds no whole configuration, so its model cannot be built; use another save")
-    if not is_plain(config):
-        raise unfit
-    unresolved = interpolation_in({key: value for key, value in config.items() if key not in AS_TYPED})
-    if unresolved is not None:
-        raise UserError(
-            f"{path} has {unresolved[:80]!r} in its configuration, where a save of this project holds values only; "
-            "use a checkpoint you trust"
-        )
-    for part in BUILT_PARTS:
-        for target in targets_in(config.get(part)):
-            if target not in known_targets():
-                raise UserError(
-                    f"{path} wants {target} called as its {part}, which no file in configs/ names; use a checkpoint you "
-                    "trust, or add a file for it"
-                )
-    if not is_whole(config):
-        raise unfit
-    kept = without_downloads(config)
-    assert isinstance(kept, dict)
-    return with_files_found(kept, places_of(path, kept))
-
-
-def places_of(path: Path, config: dict[str, Any]) -> list[Path]:
-    """Where relative paths in a checkpoint's configuration may start: the run's working folder, this one, the checkout.
-
-    The first is known by where the run's output_dir lies, unless that was absolute.
-    """
-    outputs = next((folder.parent for folder in path.resolve().parents if folder.name in ("ckpts", "runs")), None)
-    below = Path(str(config.get("output_dir", "outputs")))
-    relative = outputs and not below.is_absolute() and outputs.parts[-len(below.parts) :] == below.parts
-    made_in = outputs.parents[len(below.parts) - 1] if outputs and relative else Path.cwd()
-    return [*([made_in] if made_in != Path.cwd() else []), Path(), CONFIG_DIR.parent]
-
-
-def with_files_found(node: Any, places: list[Path], key: str = "") -> Any:
-    """A configuration whose relative paths of files and folders lead there from the working folder, where there is one."""
-    if isinstance(node, dict):
-        return {name: with_files_found(inner, places, name) for name, inner in node.items()}
-    if key not in FILE_KEYS or not isinstance(node, str) or not node:
-        return node
-    found = (place / node for place in places if os.path.exists(place / node))  # noqa: PTH110  False for what no path can be
-    return str(next(found, node))
-
-
-def is_whole(config: dict[str, Any]) -> bool:
-    """Whether it has every part a model is built from."""
-    parts, choices = [config.get(part) for part in NEEDED_PARTS], config.get("choices")
-    return (
-        all(isinstance(node, dict) and ("_target_" in node or node is choices) for node in parts)
-        and all(isinstance(config["choices"].get(group), str) for group in ("model", "loss", "dataloaders"))
-        and isinstance(config["dataloaders"].get("state_shape"), list)
-        and isinstance(config.get("seed"), int)
-        and "limit_data" in config
-    )
-
-
-def is_plain(node: Any, depth: int = 20) -> bool:
-    """Whether nothing but dicts by name, lists and scalars is nested there, and no deeper than any configuration is."""
-    if not isinstance(node, dict | list | tuple):
-        return node is None or isinstance(node, str | int | float)
-    named = not isinstance(node, dict) or all(isinstance(key, str) for key in node)
-    inner = node.values() if isinstance(node, dict) else node
-    return named and depth > 0 and all(is_plain(value, depth - 1) for value in inner)
-
-
-@cache
-def known_urls() -> set[str]:
-    """Every address that a file of configs/ has its data fetched from."""
-    files = CONFIG_DIR.rglob("*.yaml")
-    return {url for file in files for url in re.findall(r"\burl:\s*(\S+)", file.read_text(encoding="utf-8"))}
-
-
-def without_downloads(node: Any) -> Any:
-    """The nested configuration with every `download` off, and every `url` empty that no file of configs/ names."""
-    if isinstance(node, list | tuple):
-        return [without_downloads(inner) for inner in node]
-    if not isinstance(node, dict):
-        return node
-    kept = {key: without_downloads(value) for key, value in node.items()}
-    if "download" in kept:
-        kept["download"] = False
-    if "url" in kept and str(kept["url"]) not in known_urls():
-        kept["url"] = ""
-    return kept
-
-
-def targets_in(node: Any) -> Iterator[str]:
-    """Every `_target_` of a nested configuration, as text."""
-    if isinstance(node, dict) and "_target_" in node:
-        yield str(node["_target_"])
-    for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
-        yield from targets_in(inner)
 
 
 def load_guide(path: Path, objective: FlowObjective, config: dict[str, Any], device: torch.device) -> torch.nn.Module:

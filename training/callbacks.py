@@ -202,7 +202,7 @@ def compared_table(run: Run) -> str:
         folder = RunFolder(path.parent)
         status = folder.read_status()
         if path.parent != run.folder.path and status.get("state") == "finished" and folder.config_path.is_file():
-            found.append((status["updated"], folder, status["scores"]))
+            found.append((status.get("updated", ""), folder, status.get("scores", {})))
     for _, folder, scores in sorted(found, key=lambda item: str(item[0]), reverse=True):
         try:
             choices = folder.read_config().get("choices", {})

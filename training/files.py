@@ -1,4 +1,5 @@
-"""Writing files so that a kill, a crash or a full disk leaves the old content or the new, never a part and nothing else.
+"""Writing files so that a kill, a crash or a full disk leaves the old content or the new, never a part and nothing else;
+and reading those that anyone may have put into a folder.
 
 No torch here: the launcher's checks and the scripts use it too.
 """
@@ -181,3 +182,32 @@ def outlive_readers(note: str = "") -> None:
 def disk_sentence(error: OSError) -> str:
     """What the disk refused, in words."""
     return f"cannot write {error.filename or 'to the disk'}: {(error.strerror or str(error)).lower()}"
+
+
+def own_file(path: Path, folder: Path) -> str | None:
+    """Return what forbids the use of an entry of `folder`, in words; None for a folder, a file, or nothing at all.
+
+    Followed to their ends are links that stay in the folder; the folder must not be a link that leaves its parent itself.
+    """
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError):  # RuntimeError: links in a circle
+        return "is a link that leads nowhere" if path.is_symlink() else None
+    if not real.is_relative_to(folder.parent.resolve() / folder.name):
+        return "is a link that leads out of its folder"
+    return None if real.is_file() or real.is_dir() else "is neither a file nor a folder"
+
+
+def read_own(path: Path, folder: Path, most: int) -> bytes | None:
+    """Return the content of a file of `folder`, None where there is none.
+
+    UserError, before anything is opened, for a link out of the folder, a pipe or a device, and more than `most` bytes.
+    """
+    wrong = own_file(path, folder)
+    if wrong is None and path.is_dir():
+        wrong = "is a folder"
+    if wrong is None and path.exists() and path.stat().st_size > most:
+        wrong = f"is larger than the {most:,} bytes that are read of such a file"
+    if wrong:
+        raise UserError(f"{path} {wrong}; remove it, or put the file itself there")
+    return path.read_bytes() if path.exists() else None

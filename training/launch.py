@@ -27,6 +27,7 @@ from training.config import compose_config, delete, is_group, parse_overrides, r
 from training.errors import UserError
 from training.run_folder import CONFIG_REMEDY, RunFolder
 from training.values import FREE
+from training.vetting import AS_TYPED, allow_for, check_new_parts, check_plain, check_targets, without_downloads
 
 # Of a whole config.yaml, from its first keys to its last.
 WRITTEN = ("run_name", "dataloaders", "model", "loss", "optimizer", "choices", "overrides", "changed")
@@ -115,6 +116,8 @@ def prepare(overrides: list[str]) -> dict[str, Any]:
         "overrides": overrides,
         "changed": {},
     }
+    allow_for(config)
+    check_new_parts(config)
     if not config["resume"]:
         check_devices(config)  # else once it is known what the run was begun with
     backend: Backend = build(config["backend"])
@@ -122,6 +125,7 @@ def prepare(overrides: list[str]) -> dict[str, Any]:
         return config
     if config["resume"]:
         config = resumed(config, parse_overrides(overrides))
+        check_new_parts(config)
         check_values(config)
         check_devices(config)
     check_memory(config)
@@ -133,7 +137,8 @@ def prepare(overrides: list[str]) -> dict[str, Any]:
 def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
     """The stored configuration of the run with what was typed now laid over it.
 
-    UserError when there is no such run, or when a setting that matters differs and resume is not `force`.
+    The stored one may be anyone's: it builds what is allowed, fetches nothing, and has nothing written elsewhere. UserError
+    for that, when there is no such run, or when a setting that matters differs and resume is not `force`.
     """
     folder = run_folder_of(config)
     if not folder.config_path.is_file():
@@ -141,14 +146,18 @@ def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
             f"there is no run {config['run_name']} in {folder.path.parent} to resume; "
             "leave resume=true out to start it, or see `python scripts/runs.py list`"
         )
+    folder.check_entries()
     before = folder.read_config()
     lacking = [key for key in WRITTEN if key not in before]
     if lacking:
         raise UserError(f"{folder.config_path} is cut: it lacks {', '.join(lacking)}; {CONFIG_REMEDY}")
     now = {override.key_or_group.split(".")[0] for override in typed}
     before |= {key: value for key, value in config.items() if key not in before and key not in now}  # a key of later date
-    merged = laid_over(before, config, typed)
-    changed = differences(before, merged)
+    check_plain(before, folder.config_path)
+    merged = laid_over(without_downloads(before), config, typed)
+    check_targets(merged, folder.config_path, set(merged) - set(AS_TYPED))
+    check_log(merged["log"], folder, typed)
+    changed = {k: pair for k, pair in differences(before, merged).items() if k.split(".")[-1] not in ("download", "url")}
     hard = {key: pair for key, pair in changed.items() if key.split(".")[0] not in FREE}
     if hard and config["resume"] != "force":
         listed = "; ".join(f"{key} was {old!r} and is now {new!r}" for key, (old, new) in hard.items())
@@ -162,6 +171,17 @@ def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
         if key.split(".")[0] in ("epochs", "max_steps", "device", "devices", "guidance")
     }
     return merged | {"changed": hard | soft}
+
+
+def check_log(log: dict[str, Any], folder: RunFolder, typed: list[Override]) -> None:
+    """UserError where a run would go on in a log outside the working folder that this command does not name."""
+    file = str(log.get("file"))
+    outside = not (Path.cwd() / file).resolve().is_relative_to(Path.cwd().resolve())
+    if log.get("expect") and outside and not any(override.key_or_group in ("log", "log.file") for override in typed):
+        raise UserError(
+            f"{folder.config_path} has the run's section written to {file}, outside the working folder; add "
+            f"log.file={file} if it belongs there"
+        )
 
 
 def laid_over(stored: dict[str, Any], config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
@@ -186,7 +206,7 @@ def laid_over(stored: dict[str, Any], config: dict[str, Any], typed: list[Overri
             continue
         value = lookup(config, key) if has(config, key) else None
         OmegaConf.update(merged, key, value, merge=False, force_add=True)
-    for key in ("resume", "overwrite", "command", "overrides", "changed"):
+    for key in ("resume", "overwrite", "command", "overrides", "changed", "output_dir", "trust"):
         merged[key] = config[key]
     plain = OmegaConf.to_container(merged)
     assert isinstance(plain, dict)

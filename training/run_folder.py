@@ -15,14 +15,23 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
-from training.errors import UserError
-from training.files import remove_temporaries, share, write_atomically
+from training.errors import UserError, printable
+from training.files import own_file, read_own, remove_temporaries, share, write_atomically
 
 STATES = ("running", "finished", "failed", "interrupted")
 STATUS_KINDS = {
     "state": str, "step": int, "epoch": int, "why": str, "started": str, "updated": str, "seconds": int | float,
     "scores": dict, "pid": int, "host": str,
 }  # fmt: skip
+CONFIG_KINDS = {
+    "run_name": str, "output_dir": str, "command": str, "overrides": list, "changed": dict, "choices": dict, "log": dict,
+    "trackio": dict, "callbacks": dict, "epochs": int, "max_steps": int | None, "seed": int, "monitor": str,
+    "dataloaders": dict, "source": dict, "model": dict, "loss": dict, "solver": dict, "optimizer": dict, "schedule": dict,
+    "ema": dict, "evaluation": dict, "backend": dict,
+}  # fmt: skip
+MOST_BYTES = {"config.yaml": 2**19, "status.json": 2**22, "overrides.txt": 2**19, "metrics.jsonl": 2**31}
+MOST_PICTURE_BYTES = 2**26
+MOST_NUMBER = 1e300  # in size, that a score or a step may be
 CONFIG_REMEDY = "put back a copy of it, or start the run anew with overwrite=true, which moves its files aside"
 
 
@@ -87,6 +96,7 @@ class RunFolder:
 
         UserError when the system refuses it, or another process holds it: a live run is neither doubled nor overwritten.
         """
+        self.check_entries()
         try:
             while True:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -106,6 +116,13 @@ class RunFolder:
             ) from error
         except OSError as error:
             raise UserError(f"cannot make {self.path}: {error.strerror}; choose another output_dir") from error
+
+    def check_entries(self) -> None:
+        """UserError where writing here would write elsewhere: at a link that leads out, a pipe or a device."""
+        for path in (self.path, *self.path.rglob("*")):
+            wrong = own_file(path, self.path)
+            if wrong:
+                raise UserError(f"{path} {wrong}; remove it, or choose another run_name")
 
     def holds_its_path(self) -> bool:
         """Whether the open lock is still the file at its path."""
@@ -174,28 +191,41 @@ class RunFolder:
 
     def read_status(self) -> dict[str, Any]:
         """The content of status.json, empty before the first write, and when it is damaged: a line on stderr says so."""
-        if not self.status_path.is_file():
+        try:
+            text = self.read(self.status_path)
+        except UserError as error:
+            tell_once(f"note: {error}")
             return {}
-        status = as_object(self.status_path.read_bytes().decode(errors="replace"))
-        if status is None or any(key in status and not isinstance(status[key], kind) for key, kind in STATUS_KINDS.items()):
+        if text is None:
+            return {}
+        status = as_object(text)
+        if status is None or wrong_status(status):
             tell_once(f"note: {self.status_path} is damaged; what became of the run is unknown until it goes on")
             return {}
-        return status
+        return status | ({"scores": numbers_in(status["scores"])} if "scores" in status else {})
+
+    def read(self, path: Path) -> str | None:
+        """The text of one of the run's files, None where there is none. UserError for what read_own refuses."""
+        content = read_own(path, self.path, MOST_BYTES[path.name])
+        return None if content is None else content.decode(errors="replace")
+
+    def read_picture(self, path: Path) -> bytes:
+        """The bytes of one of its pictures. UserError for what read_own refuses, or is no PNG."""
+        content = read_own(path, self.path, MOST_PICTURE_BYTES) or b""
+        if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+            raise UserError(f"{path} is no PNG; remove it, or draw it again")
+        return content
+
+    def read_overrides(self) -> str:
+        """The overrides as typed, one a line; empty where none are stored."""
+        return printable(self.read(self.overrides_path) or "").rstrip()
 
     def read_config(self) -> dict[str, Any]:
-        """The content of config.yaml. UserError when it is missing, damaged or cut."""
-        from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
-        from yaml import YAMLError
-
-        try:
-            config = OmegaConf.to_container(OmegaConf.load(self.config_path))
-        except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError, OSError) as error:
-            first = str(error).splitlines()[0]
-            raise UserError(f"{self.config_path} cannot be read ({first}); {CONFIG_REMEDY}") from error
-        if not isinstance(config, dict) or not config:
-            raise UserError(f"{self.config_path} holds no settings; {CONFIG_REMEDY}")
-        return {str(key): value for key, value in config.items()}
+        """The content of config.yaml. UserError when it is missing, damaged or cut. Nothing in it is worked out or built."""
+        text = self.read(self.config_path)
+        if text is None:
+            raise UserError(f"there is no {self.config_path}; {CONFIG_REMEDY}")
+        return parsed_config(text, str(self.config_path))
 
     def append_metrics(
         self,
@@ -242,7 +272,7 @@ class RunFolder:
     def open_metrics(self) -> FileIO:
         """metrics.jsonl at its end, unbuffered, without the torn line a killed process may have left there."""
         self.path.mkdir(parents=True, exist_ok=True)
-        if self.metrics_path.is_file():
+        if self.metrics_path.is_file():  # `lock` has seen that it is the run's own
             whole = self.metrics_path.read_bytes().rpartition(b"\n")
             os.truncate(self.metrics_path, len(whole[0]) + len(whole[1]))
         return FileIO(self.metrics_path, "a")
@@ -262,13 +292,11 @@ class RunFolder:
         if damaged:
             where = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
             tell_once(f"note: {self.metrics_path} is damaged; left out: line {where}")
-        return [(number, row) for number, row in rows if row is not None]
+        return [(number, numbers_in(row, "provenance")) for number, row in rows if row is not None]
 
     def metric_lines(self) -> list[str]:
         """The whole lines of metrics.jsonl: what follows the last line break is torn."""
-        if not self.metrics_path.is_file():
-            return []
-        return self.metrics_path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        return (self.read(self.metrics_path) or "").split("\n")[:-1]
 
     def trim_metrics(self, step: int) -> None:
         """Drop the rows after `step`, which a run that continues from there will write again, and damaged lines.
@@ -319,18 +347,75 @@ class SilentRunFolder(RunFolder):
 
 
 def as_object(text: str) -> dict[str, Any] | None:
-    """The JSON object that a text is, or None where it is none."""
+    """The JSON object that a text is, its texts printable, or None where it is none."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        return None
+    return all_printable(value) if "\\u" in text or not text.isascii() else value
+
+
+def all_printable(node: Any) -> Any:
+    """The nested value with every key and text printable."""
+    if isinstance(node, dict):
+        return {all_printable(key): all_printable(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [all_printable(value) for value in node]
+    return printable(node) if isinstance(node, str) else node
 
 
 def as_row(line: str) -> dict[str, Any] | None:
     """The row of metrics that a line is, or None where it is none. What this project writes is ASCII."""
     row = as_object(line) if line.isascii() else None
-    return row if row is not None and isinstance(row.get("step"), int) else None
+    return row if row is not None and isinstance(row.get("step"), int) and is_number(row["step"]) else None
+
+
+def numbers_in(values: dict[str, Any], *also: str) -> dict[str, Any]:
+    """The entries that are numbers, or null, and those of the keys `also`."""
+    return {key: value for key, value in values.items() if key in also or is_number(value)}
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that can be drawn, or null for what was none."""
+    return value is None or (isinstance(value, int | float) and abs(value) < MOST_NUMBER)
+
+
+def wrong_status(status: dict[str, Any]) -> str | None:
+    """The first key of a status.json whose value no run writes, or None."""
+    for key, kind in STATUS_KINDS.items():
+        value = status.get(key)
+        if key in status and not (isinstance(value, kind) and (isinstance(value, str | dict) or is_number(value))):
+            return key
+    return None
+
+
+def parsed_config(text: str, where: str) -> dict[str, Any]:
+    """The plain settings in the text of a config.yaml, no interpolation worked out.
+
+    UserError, naming `where`, for a text that is no such file, or that refers back to its own parts (YAML aliases: a few
+    lines of them stand for any number of values).
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise UserError(f"{where} has YAML aliases, which no run writes; {CONFIG_REMEDY}")
+        config = all_printable(OmegaConf.to_container(OmegaConf.create(text)))
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{where} cannot be read ({first}); {CONFIG_REMEDY}") from error
+    if not isinstance(config, dict) or not config:
+        raise UserError(f"{where} holds no settings; {CONFIG_REMEDY}")
+    for key, kind in CONFIG_KINDS.items():
+        value = config.get(key)
+        typed = key != "overrides" or not isinstance(value, list) or all(isinstance(word, str) for word in value)
+        if key in config and not (isinstance(value, kind) and typed):
+            raise UserError(f"{where} holds {str(value)[:60]!r} as its {key}, which no run writes; {CONFIG_REMEDY}")
+    return {str(key): value for key, value in config.items()}
 
 
 def free_name(path: Path) -> Path:

@@ -30,6 +30,12 @@ def named_terms(output: LossOutput, weights: Mapping[str, float]) -> dict[str, T
             f"loss_weights.{unknown[0]} weighs nothing: this objective's terms are {', '.join(terms)}"
             + (", already totalled by itself" if "loss" in terms else "")
         )
+    shaped = next((name for name, term in terms.items() if not isinstance(term, Tensor) or term.ndim), None)
+    if shaped is not None:
+        what = f"has shape {list(terms[shaped].shape)}" if isinstance(terms[shaped], Tensor) else f"is {terms[shaped]!r:.60}"
+        raise UserError(
+            f"the objective's {shaped} {what}, and a loss is one number, a tensor without dimensions; add .mean()"
+        )
     if "loss" not in terms:
         terms["loss"] = torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
     return terms

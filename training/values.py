@@ -101,6 +101,7 @@ SETTINGS: dict[str, Setting] = {
     "overwrite": Setting(bool, free=True, neutral=True),
     "init_from": Setting(FilePath | None, free=True),
     "eval_checkpoint": Setting(FilePath | None, free=True, neutral=True),
+    "trust": Setting(list[str] | str | None, free=True, neutral=True),
     "show": Setting(bool, free=True, neutral=True),
     "log.expect": Setting(str | None),
     "log.source": Setting(str | None),

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from scripts.front import front, outputs, split, unknown
+from scripts.front import front, matching, outputs, split, unknown
 from training.errors import UserError
 from training.run_folder import RunFolder
 from visualizers.scene import outputs_of
@@ -59,21 +59,18 @@ def chosen_runs(words: list[str], runs: Path) -> list[RunFolder]:
     folders = [RunFolder(path.parent) for path in runs.glob("*/metrics.jsonl")]
     if not folders:
         raise UserError(f"there are no runs with metrics in {runs}; train one, or give output_dir=<folder>")
-    folders.sort(key=lambda folder: folder.metrics_path.stat().st_mtime)
+    folders.sort(key=lambda folder: folder.metrics_path.lstat().st_mtime)
     if not words:
         return folders[-1:]
     found = []
     for word in words:
-        try:
-            pattern = re.compile(word)
-        except re.error as error:
-            raise UserError(f"{word!r} is not a regular expression: {error}") from error
-        matching = [folder for folder in folders if folder.name == word or pattern.fullmatch(folder.name)]
-        if not matching and "=" in word:
+        names = [word, *matching(word, [folder.name for folder in folders])]
+        asked = [folder for folder in folders if folder.name in names]
+        if not asked and "=" in word:
             raise UserError(unknown(word, KEYS) + "; and no run has that name")
-        if not matching:
+        if not asked:
             raise UserError(f"no run in {runs} is called {word}; `python scripts/runs.py list` shows them")
-        found += [folder for folder in matching if folder not in found]
+        found += [folder for folder in asked if folder not in found]
     return found
 
 
