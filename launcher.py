@@ -68,7 +68,7 @@ examples
   python launcher.py run_name=again eval_checkpoint=outputs/ckpts/mlp/first_flow_last.pt solver=euler
   python launcher.py -m run_name=seeds seed=0,1,2
 keys people type: run_name epochs max_steps batch_size device precision compile seed resume overwrite init_from
-eval_every save_every optimizer.lr grad_clip trackio.enabled; the README explains the rest."""
+eval_every save_every optimizer.lr grad_clip trackio.enabled; docs/cli.md explains the rest."""
 
 
 def help_text() -> str:

@@ -11,11 +11,12 @@ Finished runs are skipped, begun ones go on, failed ones start again; Ctrl-C let
 its words, or the settings they stand for, are no longer those of the table, or when the run it starts from was trained again
 since: it is named, left alone and kept out of the means, until redo=true moves it aside and trains it anew.
 
-only=, data= and seeds= choose what is trained; the tables always show everything. They go into README.md (short),
-EXPERIMENT_LOG.md (in full) and <output_dir>/leaderboard.json; a trial (words after --) is printed instead of the first two.
+only=, data= and seeds= choose what is trained; the tables always show everything. They go into docs/leaderboard.md
+(short), EXPERIMENT_LOG.md (in full) and <output_dir>/leaderboard.json; a trial (words after --) is printed instead of the
+first two.
 
 Keys: only, data, seeds (comma-separated), jobs, table (true, false, only), redo, output_dir (outputs), config
-(configs/leaderboard.yaml), readme, log. What each run says is in <output_dir>/leaderboard/<run_name>.log.
+(configs/leaderboard.yaml), page, log. What each run says is in <output_dir>/leaderboard/<run_name>.log.
 """
 
 import json
@@ -119,7 +120,7 @@ class Options:
     redo: bool = False
     output_dir: Path = Path("outputs")
     config: Path = ROOT / "configs/leaderboard.yaml"
-    readme: Path = ROOT / "README.md"
+    page: Path = ROOT / "docs/leaderboard.md"
     log: Path = ROOT / "EXPERIMENT_LOG.md"
     extra: list[str] = field(default_factory=list)
 
@@ -134,6 +135,7 @@ def read_words(words: list[str]) -> Options:
     known = [name for name in vars(options) if name != "extra"]
     for word in words[:split]:
         key, equals, value = word.partition("=")
+        key = "page" if key == "readme" else key  # its name while the tables stood in the README
         if key not in known or not value:
             raise UserError(
                 f"cannot use {word!r}{nearest(key, known) if equals else ''}; the keys are {', '.join(known)}, as "
@@ -450,8 +452,8 @@ def table(board: Board, entries: dict[str, Entry], options: Options) -> None:
         print(full_text(results, told))
         return
     write_between(options.log, full_text(results, told))
-    write_between(options.readme, short_text(results, told))
-    print(f"tables in {options.readme}, {options.log} and {options.output_dir / 'leaderboard.json'}")
+    write_between(options.page, short_text(results, told))
+    print(f"tables in {options.page}, {options.log} and {options.output_dir / 'leaderboard.json'}")
     print(f"python visualizers/leaderboard.py log={options.log} out=docs/leaderboard.png  draws them")
 
 

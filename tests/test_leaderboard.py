@@ -79,7 +79,7 @@ def write_board(folder: Path, objectives, seeds, datasets, common=TINY) -> Path:
 
 
 def places(folder: Path, config: Path) -> list[str]:
-    return [f"config={config}", f"output_dir={folder / 'out'}", f"readme={folder / 'R.md'}", f"log={folder / 'L.md'}"]
+    return [f"config={config}", f"output_dir={folder / 'out'}", f"page={folder / 'R.md'}", f"log={folder / 'L.md'}"]
 
 
 def status(folder: Path, objective: str, seed: int = 0, dataset: str = "gaussian") -> dict:

@@ -1,4 +1,4 @@
-"""Every command that the README, docs and configs show is one that its program reads, and the README's Python runs."""
+"""Every command that the README, docs and configs show is one that its program reads, and their Python runs."""
 
 import json
 import re
@@ -72,9 +72,12 @@ def files_of_the_examples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("user"))
         np.save("my_points.npy", np.zeros((20, 2)))
-        manifest = Path("data/imagenet_latents") / MANIFEST
-        manifest.parent.mkdir(parents=True)
-        manifest.write_text(json.dumps({"finished": True, "shape": [8, 32, 32], "num_classes": 1000, "shards": []}))
+        for latents in ("data/imagenet_latents", "data/mine"):
+            Path(latents).mkdir(parents=True)
+            facts = {"finished": True, "shape": [8, 32, 32], "num_classes": 1000, "shards": []}
+            (Path(latents) / MANIFEST).write_text(json.dumps(facts))
+        Path("pictures/class").mkdir(parents=True)
+        Path("pictures/class/one.png").touch()
         yield
 
 
@@ -92,10 +95,11 @@ def test_a_shown_command_is_one_that_its_program_reads(command):
         READERS[program](words)
 
 
-def test_the_readmes_python_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "heading"), [("README.md", "## Use from Python"), ("docs/cli.md", "## From Python")])
+def test_the_python_shown_runs(page, heading, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    code = text.partition("**From Python**")[2].partition("```python\n")[2].partition("```")[0]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    code = text.partition(f"\n{heading}\n")[2].partition("```python\n")[2].partition("```")[0]
     small = (
         "trackio.enabled=false",
         "max_steps=2",
@@ -108,11 +112,11 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(launcher, "run", lambda *words: run(*words, *small))
     space: dict[str, Any] = {}
     exec(code, space)
-    assert space["samples"].shape == space["one_step"].shape == torch.Size([1000, 2])
+    assert space["samples"].shape == torch.Size([1000, 2])
 
 
-def test_every_choice_the_readme_names_exists():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_every_choice_that_is_named_exists():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES if page.suffix == ".md")
     named = re.findall(r"(?<![\w.-])([a-z]+(?:/[a-z_]+)?)=([a-z][a-z0-9_]*)\b", text)
     unknown = {
         (group, name) for group, name in named if group in groups() and name not in (*groups()[group], "late", "null")
