@@ -16,7 +16,7 @@ from typing import Any
 
 from training.config import compose_config, parse_overrides
 from training.files import write_atomically
-from training.run_folder import RunFolder
+from training.run_folder import RunFolder, best_monitored
 
 LAUNCHER = Path(__file__).resolve().parents[1] / "launcher.py"
 GRACE_SECONDS = 25.0  # for a save: an interrupted container has about 30
@@ -93,6 +93,5 @@ def wait_for(process: subprocess.Popen[bytes], commit: Callable[[], None], commi
 
 def outcome(folder: RunFolder, status: int) -> dict[str, Any]:
     """Plain values, which travel home."""
-    monitor = folder.read_config().get("monitor", "") if folder.config_path.is_file() else ""
-    values = [row[monitor] for row in folder.read_metrics() if row.get(monitor) is not None]
-    return {"status": status, "why": folder.read_status().get("why", ""), "best": min(values, default=None)}
+    best = best_monitored(folder.read_metrics(), folder.read_config()) if folder.config_path.is_file() else None
+    return {"status": status, "why": folder.read_status().get("why", ""), "best": best}

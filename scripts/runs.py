@@ -3,6 +3,7 @@
 python scripts/runs.py list                      # every run: state, step, epoch, minutes, best scores
 python scripts/runs.py show my_experiment        # what it changed, how it stands, its last numbers, its files
 python scripts/runs.py compare first second      # the settings that differ and the last scores side by side
+python scripts/runs.py delete old_one --dry-run  # what would go: its folder, its saves, its run of the dashboard
 """
 
 import argparse
@@ -10,6 +11,7 @@ import difflib
 import os
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.front import outputs
 from training.errors import UserError, printable
 from training.files import outlive_readers
-from training.run_folder import RunFolder, table
+from training.run_folder import RunFolder, higher_is_better, table
 
-HIGHER_IS_BETTER = ("accuracy", "inception_score", "precision", "recall", "density", "coverage", "class_share_min")
 NO_SCORE = re.compile(r"_floor\w*$|_se$|_ratio$|^eval/(nfe|seconds)$")  # of these none is the best
 HEADLINES = ("eval/energy_distance", "eval/fid", "eval/accuracy", "eval/kid", "eval/loss")  # in order of preference
 HEADLINES_SHOWN = 2
@@ -50,18 +51,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="of the runs (outputs/ here or the repository's)",
     )
     parser = argparse.ArgumentParser(
-        usage="runs.py [-h] [--output-dir FOLDER] (list | show NAME | compare A B ...)",
+        usage="runs.py [-h] [--output-dir FOLDER] (list | show NAME | compare A B ... | delete NAME ...)",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[shared],
     )
-    commands = parser.add_subparsers(required=True, metavar="list, show or compare", prog="runs.py")
+    commands = parser.add_subparsers(required=True, metavar="list, show, compare or delete", prog="runs.py")
     listing = commands.add_parser("list", help="every run in a line")
     showing = commands.add_parser("show", help="one run in full")
     comparing = commands.add_parser("compare", help="two runs or more, side by side")
     showing.add_argument("names", nargs=1, metavar="NAME")
     comparing.add_argument("names", nargs="+", metavar="NAME")
-    for command, report in ((listing, list_runs), (showing, show_run), (comparing, compare_runs)):
+    deleting = commands.add_parser("delete", help="runs, with their saves and their dashboard rows")
+    deleting.add_argument("names", nargs="+", metavar="NAME")
+    deleting.add_argument("--dry-run", action="store_true", help="say what would be deleted")
+    reports = ((listing, list_runs), (showing, show_run), (comparing, compare_runs), (deleting, delete_runs))
+    for command, report in reports:
         command.add_argument("--output-dir", type=Path, metavar="FOLDER", default=argparse.SUPPRESS, help="of the runs")
         command.set_defaults(report=report)
     return parser.parse_args(arguments)
@@ -130,6 +135,42 @@ def compare_runs(options: argparse.Namespace) -> str:
     return "\n\n".join(parts)
 
 
+def delete_runs(options: argparse.Namespace) -> str:
+    """Delete runs of exactly these names: folder, saves, tracker run. UserError, and nothing goes, if one is trained."""
+    from training.checkpoint import saves_of
+
+    folders = [find_run(options.output_dir, name) for name in dict.fromkeys(options.names)]
+    if not options.dry_run:
+        for folder in folders:
+            folder.lock()
+    elif held := [folder.name for folder in folders if folder.is_held()]:
+        raise UserError(f"run {held[0]} is being trained by another process right now; wait for it, or leave it out")
+    lines = []
+    for folder in folders:
+        saves, tracked = saves_of(options.output_dir, folder.name), delete_tracked(folder, options.dry_run)
+        lines.append(f"{folder.name}: {folder.path}, {len(saves)} saves, {tracked} dashboard runs")
+        if not options.dry_run:
+            for path in saves:
+                path.unlink()
+            folder.release()
+            shutil.rmtree(folder.path)
+    return "\n".join(["would delete" if options.dry_run else "deleted", *(f"  {line}" for line in lines)])
+
+
+def delete_tracked(folder: RunFolder, dry_run: bool) -> int:
+    """How many runs of that name the dashboard has, or had."""
+    tracker = read_config(folder).get("trackio") or {}
+    if not tracker.get("enabled") or not str(tracker.get("_target_")).endswith("TrackioTracker"):
+        return 0
+    from training.trackio_tracker import delete_run, run_names
+
+    project = str(tracker["project"])
+    found = run_names(project).count(folder.name)
+    if found and not dry_run:
+        delete_run(project, folder.name)
+    return found
+
+
 def run_folders(output_dir: Path) -> list[RunFolder]:
     """Every run under the output folder, by name."""
     paths = (output_dir / "runs").glob("*/status.json")
@@ -181,7 +222,7 @@ def best_scores(folder: RunFolder) -> dict[str, float]:
     for scores in (folder.read_status().get("scores", {}), *evaluations(folder)):
         for name, value in scores.items():
             if name.startswith("eval/") and not NO_SCORE.search(name) and isinstance(value, int | float):
-                pick = max if any(word in name for word in HIGHER_IS_BETTER) else min
+                pick = max if higher_is_better(name) else min
                 best[name] = pick(best.get(name, value), value)
     return best
 

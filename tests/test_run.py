@@ -307,6 +307,18 @@ def test_an_evaluation_that_fails_costs_no_training(small_run, monkeypatch, caps
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+@pytest.mark.parametrize(("mode", "best"), [("auto", 3), ("min", 0), ("max", 3)])
+def test_patience_and_the_best_save_know_that_accuracy_is_better_when_higher(small_run, monkeypatch, mode, best):
+    def evaluate(run, final):
+        return {"eval/accuracy": [0.5, 0.6, 0.7, 0.8, 0.6, 0.65, 0.7][run.epoch - 1]}
+
+    monkeypatch.setattr("training.loop.evaluate", evaluate)
+    folder = small_run("x", "monitor=eval/accuracy", f"monitor_mode={mode}", "patience=2", "epochs=7", "schedule=constant")
+    saved, last = (load_checkpoint(folder / f"ckpts/mlp/x_{name}.pt") for name in ("best", "last"))
+    assert saved["epoch"] == best + 1 and last["epoch"] == best + 3
+    assert last["best"] == pytest.approx([0.5, 0.6, 0.7, 0.8][best])
+
+
 def test_a_finished_run_says_which_setting_would_extend_it(small_run, capsys):
     small_run("x", "max_steps=5")
     small_run("x", "resume=true", "epochs=9")

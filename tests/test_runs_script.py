@@ -137,6 +137,30 @@ def test_runs_from_any_folder_in_half_a_second(output_dir: Path) -> None:
     assert min(processor, time.perf_counter() - start) < 0.5
 
 
+def test_delete_takes_a_runs_three_places_and_nothing_of_its_neighbours(small_run, tmp_path, capsys) -> None:
+    """Neither of one whose name begins alike, nor of one that a process trains."""
+    project = f"deleted-{uuid.uuid4().hex[:6]}"
+    tracked = ["trackio.enabled=true", f"trackio.project={project}"]
+    for name in ("x", "x_epoch_0001", "y"):
+        folder = small_run(name, "max_steps=2", *tracked)
+    before = sorted(folder.rglob("*"))
+    capsys.readouterr()
+    code, lines, _ = run_main(capsys, "delete", "x", "--dry-run", "--output-dir", folder)
+    assert (code, lines[0]) == (0, "would delete") and "3 saves, 1 dashboard runs" in lines[1]
+    assert sorted(folder.rglob("*")) == before and "x" in run_names(project)
+    held = RunFolder(folder / "runs/y")
+    held.lock()
+    code, _, said = run_main(capsys, "delete", "x", "y", "--output-dir", folder)
+    assert code == 1 and "run y is being trained by another process right now (process" in said
+    held.release()
+    assert sorted(folder.rglob("*")) == before and "x" in run_names(project)
+    assert run_main(capsys, "delete", "x", "--output-dir", folder)[0] == 0
+    gone = {path.relative_to(folder) for path in set(before) - set(folder.rglob("*"))}
+    saves = {Path("ckpts/mlp") / name for name in ("x_last.pt", "x_best.pt", "archive/x_epoch_0001.pt")}
+    assert saves <= gone and all(path in saves or path.parts[:2] == ("runs", "x") for path in gone)
+    assert run_names(project) == ["x_epoch_0001", "y"]
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> str:
     name = f"project-{uuid.uuid4().hex[:8]}"

@@ -14,6 +14,7 @@ from losses.weightings import UniformWeighting
 from training.errors import UserError
 from training.experiment_log import ExperimentLog
 from training.progress import Progress
+from training.run_folder import higher_is_better
 from training.telemetry import NoTelemetry, Telemetry, telemetry_for
 
 if TYPE_CHECKING:
@@ -180,13 +181,13 @@ class ExperimentNotes(Callback):
 
 
 def target_table(values: dict[str, float], targets: dict[str, float]) -> str:
-    """Metrics beside their acceptable values: those of accuracy are to be reached, the others not to be passed."""
+    """Metrics beside their acceptable values: some are to be reached, such as accuracy, the others not passed."""
     lines = ["| target | acceptable | reached | met |", "|---|---|---|---|"]
     for name, wanted in targets.items():
         if name not in values:
             lines.append(f"| {name} | {wanted:g} | not measured | no |")
             continue
-        higher = "accuracy" in name
+        higher = higher_is_better(name)
         met = values[name] >= wanted if higher else values[name] <= wanted
         lines.append(f"| {name} | {'>=' if higher else '<='} {wanted:g} | {values[name]:.4g} | {'yes' if met else 'no'} |")
     return "\n".join(lines)

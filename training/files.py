@@ -147,7 +147,7 @@ class LastingStream(io.FileIO):
         super().__init__(number, "w", closefd=False)
         self.note = note
 
-    def write(self, content: Any) -> int | None:
+    def write(self, content: Any) -> int:
         try:
             return super().write(content)
         except OSError as error:

@@ -25,7 +25,7 @@ from training.checks import (
 )
 from training.config import compose_config, delete, is_group, parse_overrides, resolved
 from training.errors import UserError
-from training.run_folder import CONFIG_REMEDY, RunFolder
+from training.run_folder import CONFIG_REMEDY, RunFolder, best_monitored, higher_is_better
 from training.values import FREE
 from training.vetting import AS_TYPED, allow_for, check_new_parts, check_plain, check_targets, without_downloads
 
@@ -43,6 +43,7 @@ class RunResult(float):
 
     name: str
     monitor: str
+    higher: bool  # whether a larger value of it is better
     scores: dict[str, float]
     state: str
     path: Path
@@ -67,8 +68,9 @@ def result_of(config: dict[str, Any], best: float | None = None) -> RunResult:
         status = folder.read_status()
         scores, state, logged = status.get("scores", {}), status.get("state", "submitted"), folder.read_metrics()
     if best is None:
-        best = min((row[config["monitor"]] for row in logged if row.get(config["monitor"]) is not None), default=math.inf)
-    result = RunResult(best)
+        best = best_monitored(logged, config)
+    result = RunResult(math.inf if best is None else best)
+    result.higher = higher_is_better(config["monitor"], config.get("monitor_mode", "min"))
     result.name, result.monitor, result.scores, result.state, result.path = name, config["monitor"], scores, state, path
     result.checkpoint = checkpoint if checkpoint.exists() else None
     return result
@@ -152,6 +154,7 @@ def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
     if lacking:
         raise UserError(f"{folder.config_path} is cut: it lacks {', '.join(lacking)}; {CONFIG_REMEDY}")
     now = {override.key_or_group.split(".")[0] for override in typed}
+    before.setdefault("monitor_mode", "min")  # as it was before there was a choice
     before |= {key: value for key, value in config.items() if key not in before and key not in now}  # a key of later date
     check_plain(before, folder.config_path)
     merged = laid_over(without_downloads(before), config, typed)

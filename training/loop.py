@@ -16,6 +16,7 @@ from dataloaders.base_dataloaders import Batch, EpochPlan
 from training.device import autocast
 from training.errors import UserError
 from training.run import Run
+from training.run_folder import higher_is_better
 from training.seeds import generator_for, seed_network, stream_seed
 from training.step_hooks import total_norm
 from training.terms import named_terms
@@ -206,8 +207,9 @@ def judge(run: Run, values: dict[str, float]) -> bool:
         run.save(epoch=None, best=False)
         known = ", ".join(sorted(values))
         raise UserError(f"monitor={monitor} is not among this run's evaluation metrics; use one of {known}")
-    state.schedule.observe(values[monitor])
-    better = values[monitor] < state.best
+    sign = -1 if higher_is_better(monitor, run.config["monitor_mode"]) else 1
+    state.schedule.observe(sign * values[monitor])
+    better = sign * values[monitor] < (math.inf if math.isinf(state.best) else sign * state.best)
     state.best, state.waited = (values[monitor], 0) if better else (state.best, state.waited + 1)
     if run.config["patience"] and state.waited >= run.config["patience"]:
         run.stop_early(f"{monitor} has not improved for {state.waited} evaluations")

@@ -32,6 +32,9 @@ CONFIG_KINDS = {
 MOST_BYTES = {"config.yaml": 2**19, "status.json": 2**22, "overrides.txt": 2**19, "metrics.jsonl": 2**31}
 MOST_PICTURE_BYTES = 2**26
 MOST_NUMBER = 1e300  # in size, that a score or a step may be
+HIGHER_IS_BETTER = (  # in metric names
+    "accuracy", "inception_score", "precision", "recall", "density", "coverage", "class_share_min",
+)  # fmt: skip
 CONFIG_REMEDY = "put back a copy of it, or start the run anew with overwrite=true, which moves its files aside"
 
 
@@ -123,6 +126,18 @@ class RunFolder:
             wrong = own_file(path, self.path)
             if wrong:
                 raise UserError(f"{path} {wrong}; remove it, or choose another run_name")
+
+    def is_held(self) -> bool:
+        """Whether a process trains the run right now, on this machine or another that locks the same files."""
+        path = self.path / ".lock"
+        if not path.is_file():
+            return False
+        with path.open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
     def holds_its_path(self) -> bool:
         """Whether the open lock is still the file at its path."""
@@ -428,6 +443,18 @@ def free_name(path: Path) -> Path:
 def tell_once(note: str) -> None:
     """A line on stderr, once in a process."""
     print(note, file=sys.stderr)
+
+
+def higher_is_better(metric: str, mode: str = "auto") -> bool:
+    """Whether a larger value is the better one; mode: monitor_mode, which may say so whatever the name."""
+    return mode == "max" or (mode == "auto" and any(word in metric for word in HIGHER_IS_BETTER))
+
+
+def best_monitored(rows: list[dict[str, Any]], config: dict[str, Any]) -> float | None:
+    """The best value of the monitored metric in rows of metrics; None where it is in none."""
+    metric = config["monitor"]
+    best = max if higher_is_better(metric, config.get("monitor_mode", "min")) else min
+    return best((row[metric] for row in rows if row.get(metric) is not None), default=None)
 
 
 def json_number(value: float | None) -> float | None:

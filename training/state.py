@@ -19,7 +19,7 @@ class TrainState:
     """objective (with the trained network) and ema_objective (with its average) share everything but the network.
 
     step: optimizer steps done. Epoch and data position follow from it, and every random number from the seed and it, so
-    neither is saved. best: lowest monitored value; waited: evaluations since. elapsed: training seconds of earlier sittings.
+    neither is saved. best: monitored value; waited: evaluations since. elapsed: training seconds of earlier sittings.
     skipped: steps left out by on_nan=skip; skipped_in_a_row: the newest of them.
     """
 

@@ -95,11 +95,14 @@ class Sweep:
         shown = [name for name in HEADLINES if any(name in result.scores for result in results)][:SHOWN]
         keys = sorted(self.swept)
         rows = [["", "run", *keys, "state", f"best {results[0].monitor}", *shown]]
-        best = min((result for result in results if result.state == "finished"), default=math.inf)
+        higher = results[0].higher
+        known = [result for result in results if result.state == "finished" and math.isfinite(result)]
+        best = (max if higher else min)(known, default=math.inf)
         for job, result in self.results.items():
             values = dict(word.partition("=")[::2] for word in job)
             scores = [f"{result.scores[name]:.4g}" if result.scores.get(name) is not None else "-" for name in shown]
             monitored = f"{float(result):.4g}" if math.isfinite(result) else "-"
             mark = "*" if result == best and math.isfinite(best) else ""
             rows.append([mark, result.name, *(values.get(key, "-") for key in keys), result.state, monitored, *scores])
-        return f"sweep: {len(results)} jobs, * the lowest {results[0].monitor} of those that finished\n{table(rows)}"
+        which = "highest" if higher else "lowest"
+        return f"sweep: {len(results)} jobs, * the {which} {results[0].monitor} of those that finished\n{table(rows)}"

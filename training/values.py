@@ -96,6 +96,7 @@ SETTINGS: dict[str, Setting] = {
     "on_save_error": Setting(Literal["stop", "continue"], free=True, neutral=True),
     "keep_saves": Setting(int, Range(0, most=10**9), free=True, neutral=True),
     "monitor": Setting(Name, free=True, neutral=True),
+    "monitor_mode": Setting(Literal["auto", "min", "max"], free=True, neutral=True),
     "patience": Setting(int | None, COUNT, free=True, neutral=True),
     "resume": Setting(Literal[True, False, "force"], free=True, neutral=True),
     "overwrite": Setting(bool, free=True, neutral=True),
