@@ -30,12 +30,27 @@ class IndependentCoupling(Coupling):
 class MinibatchOTCoupling(Coupling):
     """Exact optimal transport within the batch: the assignment of least total squared distance (Tong et al. 2023,
     arXiv 2302.00482; Pooladian et al. 2023). Without replacement, and deterministic: it needs no randomness of its own.
+
+    group: rows that are paired with each other, None for the whole batch; the cost is cubic in it. UserError below 1.
     """
 
+    def __init__(self, group: int | None = None):
+        if group is not None and (not isinstance(group, int) or group < 1):
+            raise UserError(f"loss.coupling.group={group} takes a whole number of rows, at least 1, or null for the batch")
+        self.group = group
+
     def pair(self, x0: Tensor, x1: Tensor, label: Tensor | None, generator: torch.Generator) -> Pairs:
-        cost = torch.cdist(x0.flatten(1), x1.flatten(1), compute_mode="donot_use_mm_for_euclid_dist").square()
-        partner = torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1]).to(x1.device)
+        size = self.group or len(x0)
+        partner = torch.cat([
+            first + self.partners(x0[first : first + size], x1[first : first + size]) for first in range(0, len(x0), size)
+        ])  # fmt: skip
         return x0, x1[partner], None if label is None else label[partner]
+
+    @staticmethod
+    def partners(x0: Tensor, x1: Tensor) -> Tensor:
+        """Return for each of x0 (B, ...) which of x1 (B, ...) it is assigned to, (B,)."""
+        cost = torch.cdist(x0.flatten(1), x1.flatten(1), compute_mode="donot_use_mm_for_euclid_dist").square()
+        return torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1]).to(x1.device)
 
 
 class ReflowCoupling(Coupling):

@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from losses.couplings import Coupling, IndependentCoupling, MinibatchOTCoupling
+from training.errors import UserError
 
 seeds = st.integers(0, 10_000)
 
@@ -81,3 +82,12 @@ def test_independent_coupling_leaves_the_batch_as_it_comes() -> None:
         part is given
         for part, given in zip(IndependentCoupling().pair(x0, x1, label, torch.Generator()), (x0, x1, label), strict=True)
     ] == [True] * 3
+
+
+def test_pairing_within_groups_is_the_pairing_of_each_group() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x0, x1 = torch.randn(10, 2, generator=draw), torch.randn(10, 2, generator=draw)
+    parts = [MinibatchOTCoupling().pair(x0[i : i + 4], x1[i : i + 4], None, draw)[1] for i in (0, 4, 8)]
+    assert torch.equal(MinibatchOTCoupling(group=4).pair(x0, x1, None, draw)[1], torch.cat(parts))
+    with pytest.raises(UserError, match="group=0"):
+        MinibatchOTCoupling(group=0)

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from evaluation.evaluator import CHUNK, GeneratorEvaluator
 from evaluation.report import print_scores
+from losses.couplings import MinibatchOTCoupling
 from losses.objective import FlowObjective
 from training.config import CONFIG_DIR, twice_as_long
 from training.device import autocast, device_name
@@ -19,6 +20,7 @@ from training.progress import LONG, in_words, seconds_a_row
 from training.run import Run
 from training.terms import named_terms
 
+MANY_PAIRED = 256  # rows whose exact assignment takes longer than a step of a small network
 # Commands are shown as they can be typed again, from where this one was typed.
 RUNNER = "uv run " if "UV" in os.environ else ""
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,6 +98,13 @@ def print_times(run: Run) -> None:
     epoch = step * run.dataset.epoch_size / run.world
     words = f"about {in_words(epoch)} an epoch, {in_words(epoch * left / run.steps_per_epoch)} of training"
     flow, evaluator = run.flow, run.evaluator
+    coupling, rows = None if flow is None else flow.coupling, run.batch_size // run.world
+    paired = min(coupling.group or rows, rows) if isinstance(coupling, MinibatchOTCoupling) else 0
+    if paired > MANY_PAIRED:
+        print(
+            f"note: {paired:,} rows are paired exactly in each step, which takes time cubic in "
+            "their number; batch_size=256 or loss.coupling.group=128, pairs within groups of so many, is faster"
+        )
     if flow is not None and isinstance(evaluator, GeneratorEvaluator):
         each, last = (answer * evaluator.rows(flow, run.dataset, run.solver, final) / run.world for final in (False, True))
         if max(each, last) > LONG:
