@@ -128,3 +128,12 @@ class FlowDataset(ABC):
     @abstractmethod
     def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Two disjoint sets of real states, at most `first` and `second` many: what a metric's noise floor compares."""
+
+
+def pair_sizes(first: int, second: int, there: int) -> tuple[int, int]:
+    """How many of `there` states each side of a real pair has: as asked where they suffice.
+
+    Where they do not, the larger side shrinks first: the smaller one decides how wide a noise floor is.
+    """
+    smaller = min(first, second, there // 2)
+    return min(first, max(smaller, there - smaller)), min(second, max(smaller, there - smaller))

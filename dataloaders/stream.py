@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset
+from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset, pair_sizes
 from training.errors import UserError
 
 AHEAD = 4  # batches that each worker reads in advance
@@ -220,13 +220,9 @@ class StreamDataset(FlowDataset):
         return self.unseen_states(index, generator)
 
     def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A random disjoint split of the held-out part and, where that is too small, of training rows beside it.
-
-        Where all there is falls short, the larger side shrinks first: the smaller one decides how wide the floor is.
-        """
+        """A random disjoint split of the held-out part and, where that is too small, of training rows beside it."""
         real = self.real_rows(first + second)
-        smaller = min(first, second, len(real) // 2)
-        first, second = (min(side, max(smaller, len(real) - smaller)) for side in (first, second))
+        first, second = pair_sizes(first, second, len(real))
         index = torch.randperm(len(real), generator=generator, device=generator.device).cpu()
         parts = index[:first], index[first:][:second]
         x, y = (self.states(real[part].to(self.device), generator) for part in parts)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset
+from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset, pair_sizes
 from training.errors import UserError
 
 
@@ -97,12 +97,9 @@ class TensorDataset(FlowDataset):
         return self.rows(self.train_size + self.shuffle(len(self.states) - self.train_size, generator)[:count])
 
     def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A random disjoint split of all data, held-out part included; both sizes shrink alike, to 2 at least, when it is
-        too small."""
-        there = len(self.states)
-        shrink = min(1.0, there / (first + second))
-        first, second = (min(max(min(2, side), int(side * shrink)), there - 2) for side in (first, second))
-        index = self.shuffle(there, generator)
+        """A random disjoint split of all data, held-out part included."""
+        first, second = pair_sizes(first, second, len(self.states))
+        index = self.shuffle(len(self.states), generator)
         return as_states(self.states[index[:first]]), as_states(self.states[index[first:][:second]])
 
     @staticmethod

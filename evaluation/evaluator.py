@@ -318,6 +318,8 @@ def flat_values(score: Score) -> dict[str, float]:
         values[f"{score.name}_floor"] = score.floor
     if score.floor_sd is not None:
         values[f"{score.name}_floor_sd"] = score.floor_sd
+    if score.floor_q99 is not None:
+        values[f"{score.name}_floor_q99"] = score.floor_q99
     if score.spread is not None:
         values[f"{score.name}_se"] = score.spread
     return values

@@ -35,6 +35,8 @@ def rows_of(scores: list[Score]) -> list[tuple[str, str, str]]:
         value = number(score.value) + (f" +- {number(score.spread)}" if score.spread is not None else "")
         floor = "" if score.floor is None else number(score.floor)
         floor += "" if score.floor_sd is None else f" +- {number(score.floor_sd)}"
+        if score.floor_q99 is not None:
+            floor += f", {'above' if score.above_floor else 'within'} {number(score.floor_q99)}"
         floor += f" ({score.floor_note})" if floor and score.floor_note else ""
         own = (score.extra or {}).get(f"{score.name}_train")
         floor += "" if own is None else f"{', ' if floor else ''}training set {number(own)}"
@@ -213,5 +215,5 @@ def score_line(evaluation: Evaluation) -> str:
     if not evaluation.scores:
         return ""
     score = evaluation.scores[0]
-    floor = "" if score.floor is None else f", noise floor {score.floor:.4f} ± {score.floor_sd or 0:.4f}"
-    return f"{score.name.partition('/')[2].replace('_', ' ')} {score.value:.4f}{floor}"
+    floor = "" if score.floor is None else f", noise floor {number(score.floor)} ± {number(score.floor_sd or 0)}"
+    return f"{score.name.partition('/')[2].replace('_', ' ')} {number(score.value)}{floor}"

@@ -38,10 +38,10 @@ PICTURES = 4  # samples over time: the first, the last and what lies between at 
 UNINTERESTING = ("command", "overrides", "changed", "run_name", "output_dir", "resume", "overwrite", "show", "log")
 SHOWN_CHOICES = ("choices.show", "choices.log")
 LONGEST = 100  # letters of the names of runs in the name of a file
-NO_SCORES = ("_floor", "_floor_sd", "_se", "_train", "/seconds")  # ends of what stands beside a score
+NO_SCORES = ("_floor", "_floor_sd", "_floor_q99", "_se", "_train", "/seconds")  # ends of what stands beside a score
 SHORT = 200  # optimizer steps in which hardly any network has learned its data
 FAR_ERROR = 3.0  # times the solver's own flow-map error that a network's may be before it is named
-FAR = 3.0  # standard deviations of its floor that a score may lie above it before it is told from real
+FAR = 3.0  # standard deviations of its floor that a score may lie above one without an upper end, to be told from real
 STYLE = """
 :root { color-scheme: light dark;
   --ink: #1b1b1b; --quiet: #55585c; --paper: #ffffff; --line: #c9ccd0; --card: #f4f5f7; --link: #0b57a4 }
@@ -188,6 +188,8 @@ def score_rows(run: Told) -> list[list[str]]:
         error, floor, sd = (run.scores.get(f"{name}{suffix}") for suffix in ("_se", "_floor", "_floor_sd"))
         shown = floors([run], name)
         far = "" if floor is None or not sd else f"{(value - floor) / sd:+.1f} sd"
+        upper = run.scores.get(f"{name}_floor_q99")
+        far += "" if upper is None else f", {'above' if value > upper else 'not above'} it"
         rows.append([name, number(value), "" if error is None else f"± {number(error)}", shown, far])
     return rows
 
@@ -251,7 +253,8 @@ def advice(run: Told) -> list[str]:
         found.append(f"It ended after {steps:,} optimizer steps, too few for its scores to say much: train longer.")
     value, floor, sd = (scores.get(f"eval/energy_distance{suffix}") for suffix in ("", "_floor", "_floor_sd"))
     if value is not None and floor is not None and sd:
-        if value - floor > FAR * sd:
+        upper = scores.get("eval/energy_distance_floor_q99")  # older runs have none
+        if value > (floor + FAR * sd if upper is None else upper):
             found.append(
                 f"The energy distance is {(value - floor) / sd:.0f} standard deviations above its floor: train longer, "
                 f"then try another optimizer.lr or a larger model."

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import GaussianSource
-from dataloaders.synthetic import KMeans
+from dataloaders.synthetic import Gaussian, KMeans
 from dataloaders.tensor_dataset import TensorDataset
 from evaluation.metrics import distances
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
@@ -24,7 +24,7 @@ from evaluation.metrics.cache import cached_numbers
 from evaluation.metrics.distances import nearest
 from evaluation.metrics.energy_distance import EnergyDistance, energy_distance
 from evaluation.metrics.nearest import NearestTraining
-from evaluation.metrics.two_sample import TwoSampleMetric
+from evaluation.metrics.two_sample import TwoSampleMetric, upper_end
 from evaluation.metrics.wasserstein import SlicedWasserstein, Wasserstein, sliced_wasserstein2, wasserstein2
 from training.errors import UserError
 from training.seeds import generator_for
@@ -141,22 +141,77 @@ def only(metric: Metric, made: Generation) -> Score:
     return score
 
 
-@pytest.mark.parametrize("metric", [EnergyDistance(), SlicedWasserstein(16, 8), Wasserstein(40, 8)], ids=lambda m: m.name)
+@pytest.mark.parametrize("metric", [EnergyDistance(20), SlicedWasserstein(16, 20), Wasserstein(40, 8)], ids=lambda m: m.name)
 def test_floor_is_drawn_once_for_a_dataset_and_its_counts(
     metric: TwoSampleMetric, generation: Callable[..., Generation]
 ) -> None:
     dataset = CountingKMeans()
     made = generation(dataset, dataset.held_out(100, torch.Generator().manual_seed(9))[0])
     first = only(metric, made)
-    assert dataset.pairs == metric.replicates
+    pools = min(metric.pools or metric.replicates, metric.replicates)
+    assert dataset.pairs == pools
     assert first.floor is not None and first.floor_sd is not None and first.floor_sd > 0
+    assert first.floor_q99 is not None and first.floor_q99 > first.floor + first.floor_sd
     again = only(metric, generation(dataset, made.samples, seed=5))
-    assert (again.floor, again.floor_sd) == (first.floor, first.floor_sd)
-    assert dataset.pairs == metric.replicates
+    assert (again.floor, again.floor_sd, again.floor_q99) == (first.floor, first.floor_sd, first.floor_q99)
+    assert dataset.pairs == pools
     only(metric, generation(dataset, made.samples, key="kmeans std=0.2"))
-    assert dataset.pairs == 2 * metric.replicates
-    only(metric, generation(dataset, made.samples[:50]))
-    assert dataset.pairs == 3 * metric.replicates
+    assert dataset.pairs == 2 * pools
+    only(metric, generation(dataset, made.samples[: 50 if metric.name != "eval/w2" else 30]))
+    assert dataset.pairs == 3 * pools
+
+
+@pytest.mark.parametrize("metric", [EnergyDistance(4), SlicedWasserstein(16, 20)], ids=lambda m: m.name)
+def test_the_distances_of_splits_are_distances(metric: TwoSampleMetric) -> None:
+    """All splits at once, of pools whose parts differ in size where the score's may."""
+    for dim, first in ((2, 30), (12, 25)):
+        first = first if metric.name == "eval/energy_distance" else 30
+        pool, seed = normal(60, dim, seed=dim), torch.Generator().manual_seed(1)
+        found = metric.of_splits(pool, first, 3, torch.Generator().manual_seed(1))
+        if metric.name == "eval/energy_distance":
+            places = torch.rand(60, 3, generator=seed).argsort(0).T
+        else:
+            places = torch.stack([torch.randperm(60, generator=seed) for _ in range(3)])
+        expected = [metric.distance(pool[place < first], pool[place >= first]) for place in places]
+        assert found == pytest.approx(expected, abs=2e-6)
+
+
+def test_floors_of_two_sets_share_no_draws(generation: Callable[..., Generation]) -> None:
+    """Gaussians of other means and widths have the same law between equals, up to the width, but not the same floor."""
+    sds = []
+    for mean, std in ((0.0, 1.0), (3.0, 1.0), (-2.0, 2.0)):
+        dataset = Gaussian(mean, std, state_shape=[1])
+        score = only(EnergyDistance(40), generation(dataset, mean + std * normal(300, 1), key=f"{mean} {std}"))
+        assert score.floor_sd is not None
+        sds.append(score.floor_sd / std)
+    assert len({round(sd, 7) for sd in sds}) == 3 and max(sds) < 2 * min(sds)
+
+
+@pytest.mark.parametrize("count", [10, 40, 250])
+def test_the_upper_end_of_a_floor_holds_99_percent_with_90_percent_confidence(count: int) -> None:
+    values = torch.randn(800, count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    held = np.mean([scipy.stats.norm.cdf(upper_end(row.tolist())) >= 0.99 for row in values])
+    assert held == pytest.approx(0.91, abs=0.03)
+
+
+def test_real_data_is_seldom_told_from_real_and_a_shift_is(generation: Callable[..., Generation]) -> None:
+    """The short form of scripts/floor_check.py: at a true rate of 1 % more than 5 of 100 have a chance of .05 %."""
+    dataset, metric = Gaussian(), EnergyDistance()
+    score = only(metric, generation(dataset, dataset.held_out(300, torch.Generator().manual_seed(9))[0], key="gaussian"))
+    assert score.floor_q99 is not None
+    pairs = [dataset.real_pair(300, 300, torch.Generator().manual_seed(100 + i)) for i in range(100)]
+    assert sum(metric.distance(x, y) > score.floor_q99 for x, y in pairs) <= 5
+    assert sum(metric.distance(x + 0.3 * 0.4, y) > score.floor_q99 for x, y in pairs) >= 80
+
+
+def test_the_floor_of_many_samples_against_few_held_out_ones_is_of_their_counts(
+    generation: Callable[..., Generation],
+) -> None:
+    """A finite set keeps as many on the smaller side as are held out, and the law is scaled by 1/n + 1/m."""
+    dataset = TensorDataset(normal(400, 2), None, torch.arange(80))
+    score = only(EnergyDistance(), generation(dataset, normal(5000, 2, seed=7), key="finite"))
+    fresh = [energy_distance(normal(5000, 2, seed=2 * i + 50), normal(80, 2, seed=2 * i + 51)) for i in range(60)]
+    assert score.floor_sd == pytest.approx(float(np.std(fresh)), rel=0.35) and score.floor_note == ""
 
 
 def test_damaged_cache_is_computed_anew(tmp_path: Path) -> None:

@@ -175,6 +175,16 @@ def test_who_is_to_train_longer_gets_the_command_that_does(tmp_path: Path) -> No
     assert "epochs" not in advised(tmp_path, "c", 600, 600, **far)
 
 
+@pytest.mark.parametrize(("upper", "word"), [(0.5, "above"), (1.5, "cannot tell")])
+def test_a_score_is_told_from_real_by_the_upper_end_of_its_floor(tmp_path: Path, upper: float, word: str) -> None:
+    """Five standard deviations above a floor with a long tail is no more than real data does."""
+    scores = {"": 1.0, "_floor": 0.0, "_floor_sd": 0.2, "_floor_q99": upper}
+    said = advised(tmp_path, "x", **{f"eval__energy_distance{end}": value for end, value in scores.items()})
+    assert word in said
+    (row,) = report.score_rows(report.told(tmp_path, "x"))
+    assert row[-1] == ("+5.0 sd, above it" if upper < 1 else "+5.0 sd, not above it")
+
+
 def test_short_runs_and_errors_far_above_the_solvers_own_are_named(tmp_path: Path) -> None:
     assert "after 20 optimizer steps" in advised(tmp_path, "short", 20, 20)
     above = advised(tmp_path, "above", oracle__flow_map_error=0.5, oracle__flow_map_error_exact_field=0.04)

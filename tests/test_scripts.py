@@ -16,7 +16,7 @@ from evaluation.evaluator import GeneratorEvaluator
 from evaluation.metrics.energy_distance import EnergyDistance
 from evaluation.report import draw_images, draw_picture, drawable
 from evaluation.sample import load
-from scripts import benchmark, sample
+from scripts import benchmark, floor_check, sample
 from solvers.runge_kutta import Euler
 from training import assemble
 from training.assemble import build_dataset, build_source, dataset_key
@@ -234,3 +234,11 @@ def test_benchmark_compares_rows_side_by_side(tmp_path, monkeypatch, capsys):
     assert table.count("\n") == 4 and "data_share" in table and "moons" in table
     assert list(tmp_path.iterdir()) == []
     assert benchmark.main(["epochs=0"]) == 1
+
+
+def test_floor_check_counts_false_alarms_and_finds_a_shift(capsys):
+    table = floor_check.carry_out(["data=gaussian", "samples=40", "replicates=3"])
+    assert table.count("of 3 |") == 3 and "false alarms of 9" in table
+    for words, sentence in ((["samples=1"], "at least 2, not '1'"), (["sample=5"], "unknown key in 'sample=5'")):
+        with pytest.raises(UserError, match=sentence):
+            floor_check.carry_out(words)

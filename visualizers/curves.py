@@ -43,6 +43,7 @@ BAND = (
 SIDE = (
     "_floor",
     "_floor_sd",
+    "_floor_q99",
     "_train",
     "_se",
     "_exact_field",

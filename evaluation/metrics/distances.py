@@ -76,6 +76,16 @@ def self_distance_sum(x: Tensor) -> float:
     return pair_sum(x, x, same=True)
 
 
+def all_distances(x: Tensor) -> Tensor:
+    """|x_i - x_j| (N, N) of x (N, D)."""
+    few, columns = x.shape[1] <= FEW_DIMENSIONS, x.T.contiguous().T
+    rows = []
+    for part in x.split(rows_at_once(x)):
+        buffer = x.new_empty(2, len(part) * len(x) if few else 0)
+        rows.append(difference_distances(part, columns, buffer) if few else squared_distances(part, x).sqrt_())
+    return torch.cat(rows).fill_diagonal_(0)
+
+
 def nearest(x: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     """Distance to, and index of, the nearest of points (M, D) for each of x (N, D); the distance from exact differences."""
     index = torch.cat([squared_distances(rows, points).argmin(1) for rows in x.split(rows_at_once(points))])
