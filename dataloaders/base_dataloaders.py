@@ -125,6 +125,11 @@ class FlowDataset(ABC):
     def held_out(self, count: int, generator: torch.Generator) -> Batch:
         """At most `count` states never used for training, with labels."""
 
+    def training_part(self, count: int) -> Batch | None:
+        """Training states with labels, as they are without augmentation: all that are in memory, else at most `count` that
+        are read, the same ones each time; None for data drawn afresh."""
+        return None
+
     @abstractmethod
     def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Two disjoint sets of real states, at most `first` and `second` many: what a metric's noise floor compares."""

@@ -40,6 +40,7 @@ class EncodedImages(FlowDataset):
             raise UserError("an epoch is all training pictures; leave dataloaders.epoch_size out, limit_data shortens it")
         super().__init__(list(shape), images.epoch_size, num_classes)
         self.images, self.vae = images, vae
+        self.seen: Tensor | None = None  # some training rows
 
     def to(self, device: torch.device | str) -> Self:
         self.images, self.vae = self.images.to(device), self.vae.to(device)
@@ -58,6 +59,15 @@ class EncodedImages(FlowDataset):
     def held_out(self, count: int, generator: torch.Generator) -> Batch:
         x, label = self.images.held_out(count, generator)
         return self.vae.encode(x, generator), label
+
+    def training_part(self, count: int) -> Batch | None:
+        """At most `count`, encoded once."""
+        part = self.images.training_part(count)
+        if part is None:
+            return None
+        if self.seen is None:
+            self.seen = self.vae.encode(part[0][:count], torch.Generator(part[0].device).manual_seed(0))
+        return self.seen, None if part[1] is None else part[1][:count]
 
     def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x, y = self.images.real_pair(first, second, generator)

@@ -121,6 +121,7 @@ class StreamDataset(FlowDataset):
         self.device = torch.device("cpu")
         self.ahead: ReadAhead | None = None
         self.kept: Read | None = None
+        self.seen: Read | None = None  # some training rows
         self.pool, self.lent = torch.empty(0), 0  # what is held out, and behind it so many training rows
         self.unreadable: set[int] = set()
 
@@ -218,6 +219,16 @@ class StreamDataset(FlowDataset):
         there = len(self.held_out_part().stored)
         index = torch.randperm(there, generator=generator, device=generator.device)[:count]
         return self.unseen_states(index, generator)
+
+    def training_part(self, count: int) -> Batch:
+        """Read once and kept as stored."""
+        if self.seen is None:
+            rows = np.random.RandomState(1).permutation(len(self.train))[:count].tolist()
+            self.seen = self.read_all(self.train, rows)
+            self.require_readable(len(self.seen.unreadable), self.train, len(self.train) - len(rows) + 1)
+        generator = torch.Generator(self.device).manual_seed(0)
+        label = None if self.seen.labels is None else self.seen.labels.to(self.device)
+        return self.states(self.seen.stored.to(self.device), generator), label
 
     def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A random disjoint split of the held-out part and, where that is too small, of training rows beside it."""

@@ -96,6 +96,9 @@ class TensorDataset(FlowDataset):
         """A random subset of the held-out part; all of it when `count` is larger."""
         return self.rows(self.train_size + self.shuffle(len(self.states) - self.train_size, generator)[:count])
 
+    def training_part(self, count: int) -> Batch:
+        return self.train_states, self.train_labels
+
     def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A random disjoint split of all data, held-out part included."""
         first, second = pair_sizes(first, second, len(self.states))

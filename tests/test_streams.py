@@ -24,6 +24,8 @@ from dataloaders.image_stream import ImageStream, PictureReader
 from dataloaders.latent_cache import LatentCache
 from dataloaders.stream import Read, ReadAhead, Reader, Rows, StreamDataset
 from evaluation.image_sets import read_images
+from evaluation.metrics.base_metric import Generation, Score
+from evaluation.metrics.nearest import NearestTraining
 from models.vae.stable_diffusion_vae import StableDiffusionVAE
 from scripts import cache_latents
 from training.assemble import build_dataset
@@ -328,6 +330,24 @@ def test_a_small_folder_is_scored_by_what_it_holds_out(pictures: Path, small_run
     words += ["evaluation.samples=100", "evaluation.final_samples=200"]
     scores = json.loads((small_run("x", *words) / "runs/x/status.json").read_text())["scores"]
     assert scores["eval/energy_distance_floor_sd"] > 0
+    assert scores["eval/copies"] == 0 and scores["eval/nearest_distance_ratio"] > 0
+
+
+@pytest.mark.parametrize("count", [9, 4])
+def test_copies_of_a_folders_pictures_are_found(pictures: Path, tmp_path: Path, count: int) -> None:
+    """A model that gives its training pictures back, judged by all nine of them or by four; the note says which."""
+    dataset = build("image_folder", folder(pictures))
+    samples = dataset.training_part(9)[0].clone()
+    dataset.seen = None
+    made = Generation(
+        samples, samples, None, None, None, None, dataset, None, "pictures", tmp_path, False,  # type: ignore[arg-type]
+        lambda name: torch.Generator(),
+    )  # fmt: skip
+    ratio, copies, *_ = NearestTraining(points=count).compute(made)
+    assert isinstance(ratio, Score) and isinstance(copies, Score)
+    assert copies.note.endswith("against 9 training states" if count == 9 else "against 4 of 9 training states")
+    assert copies.value == 1 if count == 9 else copies.value <= 1
+    assert copies.floor == 0 and (ratio.value == 0 if count == 9 else ratio.value >= 0)
 
 
 def test_a_folder_of_which_nothing_can_be_read_is_one_sentence(pictures: Path) -> None:

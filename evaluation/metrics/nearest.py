@@ -1,8 +1,11 @@
-"""Memorisation and mode coverage of finite data, by nearest training states."""
+"""Memorisation and mode coverage of stored data, by nearest training states."""
+
+import math
 
 import torch
 from torch import Tensor
 
+from dataloaders.base_dataloaders import Batch
 from dataloaders.tensor_dataset import TensorDataset
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
 from evaluation.metrics.cache import cached_numbers
@@ -11,6 +14,7 @@ from evaluation.metrics.two_sample import not_finite
 from training.seeds import generator_for
 
 RATIO, COPIES, CLASS_SHARE = "eval/nearest_distance_ratio", "eval/copies", "eval/class_share_min"
+ELEMENTS = 2**26  # numbers of training states in memory at once, for data read from disk
 CLASSES_SHOWN = 20  # with more classes, only the smallest share is logged
 
 
@@ -21,6 +25,8 @@ class NearestTraining(Metric):
     is memorisation, well above 1 poor quality. eval/copies: share within `copy_tolerance` of a training state in every
     dimension. eval/class_share_min: share of the rarest class, by the label of the nearest training state, with each
     class under eval/class_share_<k>. Samples are clamped to value_range first, and at most `points` of them are used.
+    Of data read from disk so many training states at most, and `ELEMENTS` numbers, are looked at: copies of others are not
+    found, which the note tells.
     """
 
     def __init__(self, points: int = 2000, copy_tolerance: float = 1e-3):
@@ -28,47 +34,50 @@ class NearestTraining(Metric):
 
     def compute(self, generation: Generation) -> list[Score | Absent]:
         dataset = generation.dataset
-        finite = isinstance(dataset, TensorDataset)
-        reason = not_finite(generation.samples) if finite else "fresh data has no training states to be near to"
-        if not isinstance(dataset, TensorDataset) or reason is not None:
+        size = math.prod(dataset.state_shape)
+        part, reason = dataset.training_part(min(self.points, max(1, ELEMENTS // size))), not_finite(generation.samples)
+        if part is None:
+            reason = "data drawn afresh has no training states to be near to"
+        if part is None or reason is not None:
             return [Absent(name, str(reason)) for name in (RATIO, COPIES, CLASS_SHARE)]
         states = generation.samples[: self.points]
         if dataset.value_range is not None:
             states = states.clamp(*dataset.value_range)
-        return self.scores(dataset, self.describe(dataset, states), self.held_out(generation, dataset), len(states))
 
-    def scores(self, dataset: TensorDataset, found: list[float], real: list[float], count: int) -> list[Score | Absent]:
+        def held_out() -> list[float]:
+            """How many held-out states there are, and `describe` of them."""
+            real = dataset.held_out(self.points, generator_for(0, "nearest", 0, states.device))[0].to(states.device)
+            return [len(real), *self.describe(dataset.num_classes, part, real)]
+
+        key: dict[str, object] = {"dataset": generation.data_key, "settings": vars(self), "training": len(part[0])}
+        real_count, *floor = cached_numbers(generation.cache, "nearest_of_held_out", key, held_out)
+        of = f"{len(part[0]):,}"
+        if not isinstance(dataset, TensorDataset) and len(part[0]) < dataset.epoch_size:
+            of += f" of {dataset.epoch_size:,}"
+        note = f"{len(states):,} samples against {of} training states"
+        few = "" if real_count == len(states) else f"of {int(real_count):,} held-out states"
+        return self.scores(type(dataset).__name__, self.describe(dataset.num_classes, part, states), floor, note, few)
+
+    def scores(self, data: str, found: list[float], real: list[float], note: str, few: str) -> list[Score | Absent]:
         """Of what `describe` said of the samples and of held-out states."""
-        note = f"{count:,} samples against {dataset.train_size:,} training states"
-        real_count = min(self.points, len(dataset.states) - dataset.train_size)
-        few = "" if real_count == count else f"of {real_count:,} held-out states"
         scores: list[Score | Absent] = [
             Score(RATIO, found[0] / max(real[0], 1e-12), note=note),
             Score(COPIES, found[1], floor=real[1], note=note, floor_note=few),
         ]
         shares = found[2:]
         if not shares:
-            return [*scores, Absent(CLASS_SHARE, f"{type(dataset).__name__} data has no labels")]
+            return [*scores, Absent(CLASS_SHARE, f"{data} data has no labels")]
         extra = {f"eval/class_share_{k}": share for k, share in enumerate(shares[:CLASSES_SHOWN])}
         shown = extra if len(shares) <= CLASSES_SHOWN else None
         return [*scores, Score(CLASS_SHARE, min(shares), floor=min(real[2:]), extra=shown, note=note, floor_note=few)]
 
-    def describe(self, dataset: TensorDataset, states: Tensor) -> list[float]:
+    def describe(self, classes: int, part: Batch, states: Tensor) -> list[float]:
         """Median distance to the nearest training state, share of copies, then each class's share where there are labels."""
-        train = dataset.train_states
+        train, labels = part
         distance, index = nearest(states.flatten(1), train.flatten(1))
         gap = (states - train[index]).flatten(1).abs().amax(1)
         summary = [distance.median().item(), (gap <= self.copy_tolerance).float().mean().item()]
-        if dataset.train_labels is None:
+        if labels is None:
             return summary
-        counts = torch.bincount(dataset.train_labels[index].cpu(), minlength=dataset.num_classes)
+        counts = torch.bincount(labels[index].cpu(), minlength=classes)
         return summary + (counts / len(states)).tolist()
-
-    def held_out(self, generation: Generation, dataset: TensorDataset) -> list[float]:
-        """`describe` of held-out states, cached."""
-        generator = generator_for(0, "nearest", 0, generation.samples.device)
-        key: dict[str, object] = {"dataset": generation.data_key, "settings": vars(self)}
-        return cached_numbers(
-            generation.cache, "nearest_held_out", key,
-            lambda: self.describe(dataset, dataset.held_out(self.points, generator)[0]),
-        )  # fmt: skip
