@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_origin
+from typing import Any, Literal, get_origin
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -63,7 +63,7 @@ def settings_of_parts() -> Iterator[tuple[Command, str, Setting]]:
     """Each declared setting of each choice: the words that choose it, its key, and what it may be."""
     for group, choices in groups().items():
         for choice in choices:
-            node = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / group / f"{choice}.yaml"))
+            node: Any = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / group / f"{choice}.yaml"))
             for name in node if isinstance(node, dict) and "_target_" in node else ():
                 key = f"{PACKAGES.get(group, group).replace('/', '.')}.{name}"
                 setting = declared(key, node["_target_"])

@@ -4,7 +4,6 @@ No torch here: the launcher's checks use it.
 """
 
 import inspect
-import os
 import pkgutil
 import re
 from collections.abc import Iterator
@@ -167,8 +166,16 @@ def with_files_found(node: Any, places: list[Path], key: str = "") -> Any:
         return {name: with_files_found(inner, places, name) for name, inner in node.items()}
     if key not in FILE_KEYS or not isinstance(node, str) or not node:
         return node
-    found = (place / node for place in places if os.path.exists(place / node))  # noqa: PTH110  False for what no path can be
+    found = (place / node for place in places if exists(place / node))
     return str(next(found, node))
+
+
+def exists(path: Path) -> bool:
+    """Return whether there is a file or folder; False also for a text that no path can be."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def is_whole(config: dict[str, Any]) -> bool:
