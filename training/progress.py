@@ -103,7 +103,10 @@ def each(items: Iterable[T], what: str) -> Iterator[T]:
 
 
 def seconds_a_row(work: Callable[[int], object], most: int, device: torch.device) -> float:
-    """What work(rows) takes for each row, tried with 2, 8, 32, ... rows (a batch norm takes no single one), up to `most` or to what takes TRIAL seconds."""
+    """Return seconds a row of work(rows), tried with 2, 8, 32, ... rows, up to `most` or to what takes TRIAL seconds.
+
+    Two at least: a batch norm takes no single row.
+    """
 
     def tried(rows: int) -> float:
         begun = time.perf_counter()
