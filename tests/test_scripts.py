@@ -18,7 +18,7 @@ from evaluation.report import draw_images, draw_picture, drawable
 from evaluation.sample import load
 from scripts import benchmark, floor_check, sample
 from solvers.runge_kutta import Euler
-from training import assemble
+from training import vetting
 from training.assemble import build_dataset, build_source, dataset_key
 from training.errors import UserError
 
@@ -138,7 +138,7 @@ def test_data_beside_the_run_are_found_from_any_folder(tmp_path, monkeypatch):
         np.save(tmp_path / data / "own.npy", rows)
         monkeypatch.chdir((tmp_path / data).parent)
         launcher.run(*words, "dataloaders=array", "dataloaders.path=data/own.npy", f"output_dir={output_dir}")
-        monkeypatch.setattr(assemble, "CONFIG_DIR", tmp_path / "checkout/configs")
+        monkeypatch.setattr(vetting, "CONFIG_DIR", tmp_path / "checkout/configs")
         monkeypatch.chdir(tmp_path / place / "below")
         here = Path("../outputs" if output_dir == "outputs" else output_dir)
         shown[place] = load(here / "ckpts/mlp/x_last.pt").real(5)[0]
