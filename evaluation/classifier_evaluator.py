@@ -2,19 +2,15 @@
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataloaders.base_dataloaders import FlowDataset
-from dataloaders.sources import Source
-from evaluation.evaluator import Evaluation, Evaluator, flat_values
-from evaluation.metrics.base_metric import Decode, Score
+from evaluation.evaluator import Evaluation, EvaluationInputs, Evaluator, flat_values
+from evaluation.metrics.base_metric import Score
 from losses.cross_entropy_loss import CrossEntropyLoss
-from losses.objective import FlowObjective, Objective
-from solvers.base_solver import Sampler
+from losses.objective import Objective
 from training.errors import UserError
 from training.progress import watched
 from training.seeds import generator_for
@@ -55,27 +51,15 @@ class ClassifierEvaluator(Evaluator):
             raise UserError("evaluation=classifier judges classifiers, and this loss trains none; use evaluation=generator")
 
     @torch.no_grad()
-    def evaluate(
-        self,
-        objective: Objective,
-        dataset: FlowDataset,
-        source: Source,
-        solver: Sampler,
-        seed: int,
-        dataset_key: str,
-        cache: Path,
-        final: bool,
-        flow: FlowObjective | None = None,
-        decode: Decode | None = None,
-        weights: str = "the network given",
-    ) -> ClassifierEvaluation:
+    def evaluate(self, given: EvaluationInputs) -> ClassifierEvaluation:
         """Classify with the objective's network (in eval mode) on the dataset's device."""
         begun = time.perf_counter()
+        objective, dataset = given.objective, given.dataset
         self.check(objective)
         assert isinstance(objective, CrossEntropyLoss)
         network = objective.eval().network
         device = next(network.parameters()).device
-        count = self.final_samples if final else self.samples
+        count = self.final_samples if given.final else self.samples
         images, label = dataset.held_out(count, generator_for(0, "evaluation/classifier", 0, device))
         assert label is not None
         with watched(network, f"evaluation, {len(images):,} images", len(images)):

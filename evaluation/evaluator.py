@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +57,29 @@ class GeneratorEvaluation(Evaluation):
         return f"scores of {count}{guidance_words(self.generation.objective)} (noise floor: real against real)"
 
 
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """What an evaluator judges, and by what.
+
+    objective: around the network that is judged; weights: which weights it has, in words. dataset: gives held-out states.
+    source, solver, flow, decode: what samples are made by (flow: the objective under guidance, None for the objective
+    itself; decode: from latent states to images); a classifier makes none. dataset_key, cache: where floors are kept.
+    final: whether it is the run's last evaluation.
+    """
+
+    objective: Objective
+    dataset: FlowDataset
+    source: Source
+    solver: Sampler
+    seed: int
+    dataset_key: str
+    cache: Path
+    final: bool
+    flow: FlowObjective | None = None
+    decode: Decode | None = None
+    weights: str = "the network given"
+
+
 class Evaluator(ABC):
     """Judges the network of an objective by held-out data; a generator by its samples, a classifier by its answers."""
 
@@ -66,25 +88,11 @@ class Evaluator(ABC):
         """UserError when this objective trains another kind of network; asked before a run trains."""
 
     @abstractmethod
-    def evaluate(
-        self,
-        objective: Objective,
-        dataset: FlowDataset,
-        source: Source,
-        solver: Sampler,
-        seed: int,
-        dataset_key: str,
-        cache: Path,
-        final: bool,
-        flow: FlowObjective | None = None,
-        decode: Decode | None = None,
-        weights: str = "the network given",
-    ) -> Evaluation:
-        """flow, source, solver, decode: what samples are made by; a classifier makes none. weights: the objective's, in
-        words. On rank 0."""
+    def evaluate(self, given: EvaluationInputs) -> Evaluation:
+        """Return the scores; rank 0 calls this."""
 
-    def assist(self, objective: Objective, *_: Any) -> None:
-        """What every other rank does while rank 0 evaluates, with the same arguments."""
+    def evaluate_on_worker(self, given: EvaluationInputs) -> None:
+        """Do another rank's share of an evaluation; all ranks but 0 call this with the same inputs."""
 
 
 def fixed_noise(source: Source, count: int, seed: int, stream: str = "sample", first: int = 0) -> Tensor:
@@ -220,38 +228,25 @@ class GeneratorEvaluator(Evaluator):
         return self.count(final) * each + int(min(self.loss_samples, dataset.held_out_size))
 
     @torch.no_grad()
-    def evaluate(
-        self,
-        objective: Objective,
-        dataset: FlowDataset,
-        source: Source,
-        solver: Sampler,
-        seed: int,
-        dataset_key: str,
-        cache: Path,
-        final: bool,
-        flow: FlowObjective | None = None,
-        decode: Decode | None = None,
-        weights: str = "the network given",
-    ) -> GeneratorEvaluation:
+    def evaluate(self, given: EvaluationInputs) -> GeneratorEvaluation:
         """Sample with the objective's network (in eval mode) on the dataset's device and compute every metric.
 
-        flow: what is sampled, the objective under guidance; None: the objective itself. eval/loss is always the objective's.
-        decode: from states to images, where the states are latents.
+        eval/loss is always the objective's own, without guidance.
         """
         begun = time.perf_counter()
+        objective, dataset, solver, seed = given.objective, given.dataset, given.solver, given.seed
         self.check(objective)
         assert isinstance(objective, FlowObjective)
         objective.eval()
-        flow = objective if flow is None else flow.eval()
+        flow = (given.flow or objective).eval()
         device = next(objective.network.parameters()).device
-        count = self.count(final)
-        with watched(flow.network, f"evaluation, {count:,} samples", self.rows(flow, dataset, solver, final)):
-            noise, label, samples = self.samples_of(flow, dataset, source, solver, seed, count)
+        count = self.count(given.final)
+        with watched(flow.network, f"evaluation, {count:,} samples", self.rows(flow, dataset, solver, given.final)):
+            noise, label, samples = self.samples_of(flow, given)
             generation = Generation(
-                noise, samples, label, flow, flow.velocity, solver, dataset, source.to(device), dataset_key, cache, final,
-                lambda name: generator_for(seed, f"evaluation/{name}", 0, device), decode, seed, weights,
-                solver_words(flow, solver),
+                noise, samples, label, flow, flow.velocity, solver, dataset, given.source.to(device), given.dataset_key,
+                given.cache, given.final, lambda name: generator_for(seed, f"evaluation/{name}", 0, device), given.decode,
+                seed, given.weights, solver_words(flow, solver),
             )  # fmt: skip
             values = {"eval/loss": self.held_out_loss(objective, generation, device), "eval/nfe": float(solver.evaluations)}
             results = [result for metric in self.metrics.values() for result in metric.compute(generation)]
@@ -264,29 +259,15 @@ class GeneratorEvaluator(Evaluator):
         return GeneratorEvaluation(scores, absent, values, seconds, generation, reference, reference_label)
 
     @torch.no_grad()
-    def assist(
-        self,
-        objective: Objective,
-        dataset: FlowDataset,
-        source: Source,
-        solver: Sampler,
-        seed: int,
-        dataset_key: str,
-        cache: Path,
-        final: bool,
-        flow: FlowObjective | None = None,
-        decode: Decode | None = None,
-        weights: str = "the network given",
-    ) -> None:
-        """Carry this rank's share of the samples."""
-        assert isinstance(objective, FlowObjective)
-        count = self.count(final)
-        self.samples_of((flow or objective).eval(), dataset, source, solver, seed, count)
+    def evaluate_on_worker(self, given: EvaluationInputs) -> None:
+        """Make this rank's share of the samples."""
+        flow = given.flow or given.objective
+        assert isinstance(flow, FlowObjective)
+        self.samples_of(flow.eval(), given)
 
-    def samples_of(
-        self, flow: FlowObjective, dataset: FlowDataset, source: Source, solver: Sampler, seed: int, count: int
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Noise, labels and samples, on the dataset's device; all ranks call this."""
+    def samples_of(self, flow: FlowObjective, given: EvaluationInputs) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return noise, labels and samples, on the dataset's device; all ranks call this."""
+        dataset, source, solver, seed, count = given.dataset, given.source, given.solver, given.seed, self.count(given.final)
         device = next(flow.network.parameters()).device
         noise = fixed_noise(source.to("cpu"), count, seed).to(device)
         label = data_labels(dataset, flow.network.num_classes, count, generator_for(seed, "evaluation/labels", 0, device))

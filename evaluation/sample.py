@@ -11,6 +11,7 @@ from torch import Tensor
 from dataloaders.base_dataloaders import Batch
 from evaluation.evaluator import (
     CHUNK,
+    EvaluationInputs,
     Evaluator,
     few_step_solver,
     few_step_words,
@@ -257,15 +258,15 @@ def evaluate_checkpoint(config: dict[str, Any]) -> None:
     evaluator.check(objective)
     weights = weights_in_words(payload["config"], payload["step"])
     print(f"{path}: {payload['run_name']}, {weights}, {device.type}")
-    arguments = (
+    given = EvaluationInputs(
         objective, build_dataset(merged, device), build_source(merged, device), solver, merged["seed"],
         dataset_key(merged), Path(config["output_dir"]) / "cache", True, sampled_flow(objective, merged, device),
         build_decoder(merged, device), weights,
     )  # fmt: skip
     if rank():
-        evaluator.assist(*arguments)
+        evaluator.evaluate_on_worker(given)
         return
-    evaluation = evaluator.evaluate(*arguments)
+    evaluation = evaluator.evaluate(given)
     print_scores(evaluation, solver.evaluations)
     scores = scores_file(config)
     scores.parent.mkdir(parents=True, exist_ok=True)

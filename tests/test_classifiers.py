@@ -15,6 +15,7 @@ import launcher
 from dataloaders.sources import GaussianSource
 from dataloaders.tensor_dataset import TensorDataset, balanced_order
 from evaluation.classifier_evaluator import ClassifierEvaluator, confusion_matrix
+from evaluation.evaluator import EvaluationInputs
 from evaluation.report import class_table, draw_picture, print_scores
 from evaluation.sample import load
 from losses.cross_entropy_loss import CrossEntropyLoss, LabelledBatch
@@ -175,7 +176,7 @@ def test_the_evaluator_counts_right_answers_by_class(classes: int, tmp_path: Pat
     dataset = known_set(classes)
     evaluator = ClassifierEvaluator(10_000, 10_000, batch_size=7)
     parts = (dataset, GaussianSource([1]), Euler(1), 0, "key", tmp_path, True)
-    evaluation = evaluator.evaluate(CrossEntropyLoss(Confused(classes)), *parts)
+    evaluation = evaluator.evaluate(EvaluationInputs(CrossEntropyLoss(Confused(classes)), *parts))
     held_out = dataset.held_out_labels
     assert held_out is not None
     share = (held_out == 1).float().mean().item()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.evaluator import GeneratorEvaluator
+from evaluation.evaluator import EvaluationInputs, GeneratorEvaluator
 from evaluation.metrics.energy_distance import EnergyDistance
 from evaluation.report import draw_images, draw_picture, drawable
 from evaluation.sample import load
@@ -198,8 +198,9 @@ def test_a_run_on_latents_is_drawn_decoded_and_scored_as_it_is(small_run, tmp_pa
     parts = (build_dataset(model.config, model.device), build_source(model.config, model.device), Euler(2))
     evaluator = GeneratorEvaluator(60, 60, {"energy": EnergyDistance()})
     rest = (0, dataset_key(model.config), tmp_path / "cache", True)
-    plain = evaluator.evaluate(model.objective, *parts, *rest)
-    latent = evaluator.evaluate(model.objective, *parts, *rest, decode=lambda z: z.expand(-1, 3, -1, -1).clamp(-1, 1))
+    plain = evaluator.evaluate(EvaluationInputs(model.objective, *parts, *rest))
+    decode = lambda z: z.expand(-1, 3, -1, -1).clamp(-1, 1)  # noqa: E731
+    latent = evaluator.evaluate(EvaluationInputs(model.objective, *parts, *rest, decode=decode))
     assert plain.values["eval/energy_distance"] == latent.values["eval/energy_distance"]
     made = latent.generation
     assert made.samples.shape == (60, 1, 8, 8) and made.images.shape == (60, 3, 8, 8)

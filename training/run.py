@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
-from evaluation.evaluator import Evaluation, Evaluator
+from evaluation.evaluator import Evaluation, EvaluationInputs, Evaluator
 from evaluation.metrics.base_metric import Decode
 from losses.objective import FlowObjective, Objective
 from solvers.base_solver import Sampler
@@ -183,8 +183,7 @@ class Run:
 
     def evaluate(self, final: bool) -> dict[str, float]:
         """Score the EMA weights; returns the values by metric name, on every rank."""
-        judge = self.evaluator.evaluate if self.rank == 0 else self.evaluator.assist
-        self.evaluation = judge(
+        given = EvaluationInputs(
             self.state.ema_objective,
             self.dataset,
             self.source,
@@ -197,6 +196,10 @@ class Run:
             self.decode,
             weights_in_words(self.config, self.state.step),
         )
+        if self.rank == 0:
+            self.evaluation = self.evaluator.evaluate(given)
+        else:
+            self.evaluator.evaluate_on_worker(given)
         if self.evaluation is not None and self.state.step:
             provenance = {score.name: score.provenance for score in self.evaluation.scores if score.provenance}
             self.log({**self.evaluation.values, "eval/seconds": self.evaluation.seconds}, provenance)
