@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -122,6 +123,7 @@ def own_signals(place: Path) -> Iterator[None]:
             for path in place.glob("process-*"):
                 with suppress(ProcessLookupError):
                     os.kill(int(path.read_text()), signal.SIGKILL)
+            shutil.rmtree(place, ignore_errors=True)
             os._exit(128 + number)
         came.append(number)
         raise SignalException(f"signal {number}", signal.Signals(number))

@@ -39,7 +39,8 @@ from training.errors import UserError
 
 Notice = Callable[[str, str], None]  # (operation, file it is for), called before the operation, and half-way in a write
 AIMED = 0.85  # share of the kills that are aimed at a stage of a save
-PATIENCE = 4  # saves after which an aimed process that has not come to its stage is killed anyhow
+PATIENCE = 4  # saves after which a process that has not come to its stage, or its moment, is killed anyhow
+RANDOM = "a random moment"  # in the place of a stage
 TIMING = ("second", "elapsed")  # parts of names of metrics that are never the same twice
 SMALL = (
     "trackio.enabled=false", "device=cpu", "evaluation=loss_only", "evaluation.samples=16", "evaluation.final_samples=16",
@@ -217,16 +218,16 @@ def drive(folder: Path, kills: int, chance: random.Random, more: Sequence[str] =
     counts: Counter[str] = Counter()
     for number in range(kills):
         aimed = chance.random() < AIMED
-        wanted = min(stages, key=lambda name: (counts[name], chance.random())) if aimed else None
-        skip = chance.randrange(100 if wanted and wanted.startswith("write") else 3)  # a save is many writes
+        wanted = min(stages, key=lambda name: (counts[name], chance.random())) if aimed else RANDOM
+        skip = chance.randrange(100 if wanted.startswith("write") else 3)  # a save is many writes
         process = forked(words_for(folder / "killed", epochs, more), log, Aim(wanted, skip, told))
-        if wanted is None:
+        if wanted == RANDOM:
             time.sleep(chance.uniform(0, 1.5 * start_seconds))
             os.kill(process, signal.SIGKILL)
         status = os.waitpid(process, 0)[1]
         if not os.WIFSIGNALED(status):
             raise UserError(f"process {number} ended with status {status} before it was killed; {log} says why")
-        here = told.read_text().splitlines()[-1] if wanted else "a random moment"
+        here = RANDOM if wanted == RANDOM else told.read_text().splitlines()[-1]
         counts[here] += 1
     if os.waitpid(forked(words_for(folder / "killed", epochs, more), log, Aim(None, 0, told)), 0)[1]:
         raise UserError(f"the run could not go on after {kills} kills; {log} says why")

@@ -207,7 +207,7 @@ def fact_rows(run: Told, price: float | None) -> list[list[str]]:
     status, choices = run.status, run.config.get("choices", {})
     hours = status.get("seconds", 0.0) / 3600
     rows = [
-        ["state", state(status) + (f": {status['why']}" if status.get("why") else "")],
+        ["state", state(run.folder, status) + (f": {status['why']}" if status.get("why") else "")],
         ["steps", f"{status.get('step', 0):,} (epoch {status.get('epoch', 0)})"],
         ["time in the loop", f"{status.get('seconds', 0.0):,.0f} s"],
         ["hardware", ", ".join(str(status[key]) for key in ("device", "host") if status.get(key))],
@@ -247,9 +247,9 @@ def advice(run: Told) -> list[str]:
     """What the numbers suggest, most urgent first."""
     scores, name, steps = run.scores, run.name, run.status.get("step", 0)
     found = []
-    if state(run.status) in ("interrupted", "failed", "lost"):
+    if state(run.folder, run.status) in ("interrupted", "failed", "lost"):
         found.append(f"It did not finish: python launcher.py run_name={name} resume=true goes on.")
-    elif state(run.status) == "finished" and steps < SHORT:
+    elif state(run.folder, run.status) == "finished" and steps < SHORT:
         found.append(f"It ended after {steps:,} optimizer steps, too few for its scores to say much: train longer.")
     value, floor, sd = (scores.get(f"eval/energy_distance{suffix}") for suffix in ("", "_floor", "_floor_sd"))
     if value is not None and floor is not None and sd:
@@ -283,7 +283,7 @@ def advice(run: Told) -> list[str]:
     losses = [row["eval/loss"] for row in run.rows if row.get("eval/loss") is not None]
     if one is None and len(losses) > 2 and losses[-1] > 1.05 * min(losses):  # a learned map's loss moves with its targets
         found.append("eval/loss has risen from its best, which is saved as <run_name>_best.pt; patience=5 stops there.")
-    if run.config and state(run.status) == "finished" and "rain longer" in " ".join(found):
+    if run.config and state(run.folder, run.status) == "finished" and "rain longer" in " ".join(found):
         found.append(f"To go on to twice the length: {go_on(run)}")
     return found or ["Nothing stands out; the next seed tells how much of this is luck."]
 

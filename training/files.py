@@ -56,9 +56,9 @@ def replacing(path: Path, owner: str = "") -> Iterator[BinaryIO]:
 
 
 def end_of(path: Path) -> Path:
-    """Where a path leads when every symbolic link is followed. UserError for a folder, device, pipe or socket."""
-    end = path.resolve()
-    if end.exists() and not end.is_file():
+    """Where a path leads when every symbolic link is followed. UserError for a folder, device, pipe, socket or circle."""
+    end = Path(os.path.realpath(path))
+    if end.is_symlink() or (end.exists() and not end.is_file()):
         raise UserError(f"{path} is not a regular file, so nothing is written there; give the path of a file")
     return end
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import re
 import shlex
 from pathlib import Path
@@ -179,7 +180,7 @@ def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
 def check_log(log: dict[str, Any], folder: RunFolder, typed: list[Override]) -> None:
     """UserError where a run would go on in a log outside the working folder that this command does not name."""
     file = str(log.get("file"))
-    outside = not (Path.cwd() / file).resolve().is_relative_to(Path.cwd().resolve())
+    outside = not Path(os.path.realpath(file)).is_relative_to(Path.cwd().resolve())
     if log.get("expect") and outside and not any(override.key_or_group in ("log", "log.file") for override in typed):
         raise UserError(
             f"{folder.config_path} has the run's section written to {file}, outside the working folder; add "

@@ -7,6 +7,7 @@ state; only rank 0 writes and speaks.
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -81,6 +82,8 @@ def together(work: Callable[[], Any]) -> NoReturn:
             tell(error)
     sys.stdout.flush()
     sys.stderr.flush()
+    if orphaned():
+        remove_its_folder()
     os._exit(status)  # an orderly end aborts when a thread of the process group still wants the interpreter
 
 
@@ -221,4 +224,12 @@ def leave_if_orphaned(met: threading.Event) -> None:
     """End this process if its agent dies before all have met: nothing is lost yet, and it would wait for long."""
     while not met.wait(1):
         if orphaned():
+            remove_its_folder()
             os._exit(LOST)
+
+
+def remove_its_folder() -> None:
+    """Remove the temporary folder that the launcher made for its processes and, being killed, has left."""
+    place = Path(os.environ.get(SENTENCE, "")).parent
+    if place.name.startswith("torchrun-"):
+        shutil.rmtree(place, ignore_errors=True)

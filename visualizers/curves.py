@@ -121,7 +121,7 @@ def draw_metric(axes: Axes, metric: str, runs: dict[str, list[dict[str, Any]]]) 
 
 def draw(words: list[str]) -> Path:
     """Carry out the command; returns the file written."""
-    from visualizers.pictures import new_figure
+    from visualizers.pictures import new_figure, save_figure
 
     settings, names = split(words, dict.fromkeys(KEYS, ""))
     default = outputs_of(Path(settings["ckpt"])) if settings["ckpt"] else outputs()
@@ -156,8 +156,7 @@ def draw(words: list[str]) -> Path:
     figure.subplots_adjust(left=70 / width, right=0.985, bottom=50 / height, top=1 - head / height, hspace=0.45)
     path = Path(settings["out"] or output / folder)
     path = path if path.suffix == ".png" else path / "curves.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save_figure(figure, path)
     return path
 
 

@@ -33,7 +33,7 @@ def draw(scene: Scene) -> list[Path]:
     import torch
 
     from evaluation.sample import TrainedModel
-    from visualizers.pictures import INK, new_figure, shared_limits
+    from visualizers.pictures import INK, new_figure, save_figure, shared_limits
     from visualizers.velocity_field import lattice
 
     scene.need_points("see samples.py")
@@ -66,7 +66,7 @@ def draw(scene: Scene) -> list[Path]:
     panels[0].set_ylabel("x₂")
     figure.subplots_adjust(left=0.045, right=0.95, bottom=0.12, top=0.85, wspace=0.12)
     path = scene.folder / "density.png"
-    figure.savefig(path)
+    save_figure(figure, path)
     return [path]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from training.errors import UserError
+from training.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,7 +50,8 @@ def write_gif(path: Path, frames: list[np.ndarray]) -> None:
     duration = [each] * len(frames)
     duration[0] += round(1000 * HOLD_FIRST)
     duration[-1] += round(1000 * HOLD)
-    indexed[0].save(path, save_all=True, append_images=indexed[1:], duration=duration, loop=0)
+    with replacing(path) as file:
+        indexed[0].save(file, format="GIF", save_all=True, append_images=indexed[1:], duration=duration, loop=0)
 
 
 def write_mp4(path: Path, frames: list[np.ndarray]) -> None:

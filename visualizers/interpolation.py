@@ -81,7 +81,7 @@ def draw_rows(scene: Scene, path: Path) -> None:
 def draw_circles(scene: Scene, path: Path) -> None:
     import torch
 
-    from visualizers.pictures import INK, new_figure, shared_limits
+    from visualizers.pictures import INK, new_figure, save_figure, shared_limits
 
     angle = torch.linspace(0, 2 * np.pi, 721)
     circle = torch.stack([angle.cos(), angle.sin()], 1)
@@ -109,7 +109,7 @@ def draw_circles(scene: Scene, path: Path) -> None:
     left.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), ylabel="x₂")
     right.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     figure.subplots_adjust(left=0.075, right=0.985, bottom=0.12, top=0.84, wspace=0.16)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -142,6 +142,8 @@ def picture(tables: list[Table]) -> Figure:
 
 def draw(words: list[str]) -> Path:
     """Carry out the command; returns the file written."""
+    from visualizers.pictures import save_figure
+
     default = {"log": str(ROOT / "EXPERIMENT_LOG.md"), "out": str(ROOT / "outputs" / "pictures" / "leaderboard.png")}
     settings, rest = split(words, default)
     path = Path(settings["out"])
@@ -150,8 +152,7 @@ def draw(words: list[str]) -> Path:
     if path.suffix != ".png":
         raise UserError(f"out={path} must end in .png")
     tables = read_tables(Path(settings["log"]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture(tables).savefig(path, metadata={"Source": digest(tables)})
+    save_figure(picture(tables), path, Source=digest(tables))
     return path
 
 

@@ -61,7 +61,7 @@ def root_mean_square(differences: Tensor) -> float:
 def draw_points(path: Path, one: np.ndarray, many: np.ndarray, real: np.ndarray, title: str, measured: str) -> None:
     from matplotlib.collections import LineCollection
 
-    from visualizers.pictures import GENERATED_COLOR, INK, REAL_COLOR, new_figure, shared_limits
+    from visualizers.pictures import GENERATED_COLOR, INK, REAL_COLOR, new_figure, save_figure, shared_limits
 
     low, high = shared_limits(np.concatenate([one, many]), real)
     figure = new_figure(450, title, measured)
@@ -81,7 +81,7 @@ def draw_points(path: Path, one: np.ndarray, many: np.ndarray, real: np.ndarray,
     panels[1].scatter(*one.T, s=5, c=GENERATED_COLOR, alpha=0.6, linewidths=0)
     panels[0].set_ylabel("x₂")
     figure.subplots_adjust(left=0.075, right=0.985, bottom=0.12, top=0.84, wspace=0.06)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def draw_panel(
 
 def draw(scene: Scene) -> list[Path]:
     from visualizers.films import write_film
-    from visualizers.pictures import shared_limits
+    from visualizers.pictures import save_figure, shared_limits
 
     scene.need_points("see denoising.py")
     paths, real = ways(scene), scene.real(1500)
@@ -81,7 +81,7 @@ def draw(scene: Scene) -> list[Path]:
     low, high = shared_limits(ends, real)
     title = f"{scene.heading}: from noise to data"
     path = scene.folder / "particles.png"
-    still(paths, real, low, high, title).savefig(path)
+    save_figure(still(paths, real, low, high, title), path)
     if scene.form == "png":
         return [path]
     film = path.with_suffix(f".{scene.form}")

@@ -58,8 +58,7 @@ def scatter_picture(path: Path, samples: np.ndarray, reference: np.ndarray, titl
         draw_points(panel, points, color)
         panel.set_title(f"{name} ({describe_count(points, low, high)})", color=INK, fontsize=11, pad=5)
     figure.subplots_adjust(left=0.075, right=0.985, bottom=0.12, top=0.80, wspace=0.06)
-    with replacing(path) as file:
-        figure.savefig(file, format="png")
+    save_figure(figure, path)
 
 
 def image_grid_picture(
@@ -152,7 +151,7 @@ def confusion_picture(path: Path, counts: np.ndarray, title: str = "") -> None:
         for row, column in np.argwhere(counts > 0):
             ink = "white" if shares[row, column] > 0.5 else INK
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=ink, fontsize=9)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def class_layout(labels: np.ndarray) -> tuple[int, np.ndarray]:
@@ -222,8 +221,13 @@ def draw_grids(
             figure.text(place, 1 - (header - 8) / total_height, label, ha="center", va="bottom", color=INK, fontsize=9)
         figure.text(middle, 1 - (header - 8) / total_height, name, ha="center", va="bottom", color=INK, fontsize=11)
         left += grid.shape[1] + GAP
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path, **metadata: str) -> None:
+    """Write a figure as a PNG in one step, with texts beside it: a reader finds the whole picture, or the one before."""
     with replacing(path) as file:
-        figure.savefig(file, format="png")
+        figure.savefig(file, format="png", metadata=metadata)
 
 
 def new_figure(height: int, title: str, score_line: str, width: int = WIDTH) -> Figure:

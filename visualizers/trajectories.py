@@ -35,7 +35,7 @@ def draw(scene: Scene) -> list[Path]:
 
     from solvers.base_solver import BaseSolver
     from solvers.runge_kutta import RK4
-    from visualizers.pictures import INK, new_figure, shared_limits
+    from visualizers.pictures import INK, new_figure, save_figure, shared_limits
 
     scene.need_points("see denoising.py")
     times, noise, flow = frame_times(51), scene.noise(), scene.model.flow()
@@ -75,7 +75,7 @@ def draw(scene: Scene) -> list[Path]:
     bar = figure.colorbar(lines, ax=list(panels), fraction=0.03, pad=0.015, label="t")
     bar.ax.tick_params(colors=INK, labelsize=9)
     path = scene.folder / "trajectories.png"
-    figure.savefig(path)
+    save_figure(figure, path)
     return [path]
 
 

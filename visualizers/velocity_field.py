@@ -200,12 +200,13 @@ def filmed(figure: Figure, drawn: list[tuple[AxesImage, Quiver]], field: Field) 
 
 def draw(scene: Scene) -> list[Path]:
     from visualizers.films import write_film
+    from visualizers.pictures import save_figure
 
     scene.need_points("see denoising.py")
     scene.choose_one_class()
     path, title = scene.folder / "velocity_field.png", f"{scene.heading}: velocity field"
     field = Field(scene, frame_times(scene.frames).numpy())
-    still(field, title).savefig(path)
+    save_figure(still(field, title), path)
     if scene.form == "png":
         return [path]
     film = path.with_suffix(f".{scene.form}")
