@@ -126,13 +126,12 @@ def skipped() -> dict[str, Any]:
 def ragged() -> list[str]:
     """Two runs whose epochs end in a batch of one row: undisturbed, and stopped by rank 0 within an epoch and resumed."""
     words = [*SMALL, f"devices={world()}", "batch_size=50", "dataloaders.epoch_size=101", "epochs=3", "model.dropout=0.2"]
-    target = f"{'__main__' if __name__ == '__main__' else __name__}.StopAt"
     carry_out(prepare(["run_name=whole", *words]))
     try:
-        carry_out(prepare(["run_name=parts", *words, f"+callbacks.stop={{_target_: {target}, step: 4}}"]))
+        carry_out(prepare(["run_name=parts", *words, f"+callbacks.stop={{_target_: {__name__}.StopAt, step: 4}}"]))
     except SystemExit as stop:
         assert stop.code == 143
-    carry_out(prepare(["run_name=parts", "resume=true", "callbacks=none", "output_dir=."]))
+    carry_out(prepare(["run_name=parts", "resume=true", "callbacks=none", "output_dir=.", f"trust={__name__}"]))
     return ["whole", "parts"]
 
 

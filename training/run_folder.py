@@ -452,7 +452,7 @@ def higher_is_better(metric: str, mode: str = "auto") -> bool:
 
 def best_monitored(rows: list[dict[str, Any]], config: dict[str, Any]) -> float | None:
     """The best value of the monitored metric in rows of metrics; None where it is in none."""
-    metric = config["monitor"]
+    metric = config.get("monitor", "")
     best = max if higher_is_better(metric, config.get("monitor_mode", "min")) else min
     return best((row[metric] for row in rows if row.get(metric) is not None), default=None)
 

@@ -266,7 +266,7 @@ def as_typed(value: Any, text: str, setting: Setting) -> Any:
     """The value a command line gives a setting: where it takes text, any single word as it was typed."""
     takes_text = any(option in (str, Name, FilePath) for option in options_of(setting.kind))
     if not takes_text or isinstance(value, dict | list) or value is None or fits(value, setting.kind):
-        return value if not isinstance(value, str) or not takes_text else text
+        return value
     return text
 
 
