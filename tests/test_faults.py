@@ -20,7 +20,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from evaluation.metrics.cache import cached_numbers
 from scripts.kill_test import watched_disk
+from scripts.leaderboard_table import write_between
 from training.checkpoint import FORMAT, KEYS, CheckpointFolder, load_checkpoint
 from training.errors import UserError
 from training.files import share, write_atomically
@@ -310,6 +312,48 @@ def test_a_run_resumed_as_another_model_or_with_another_optimizer_says_so(small_
         small_run("x", "resume=force", "optimizer=sgd", "epochs=2")
     folder = small_run("x", "resume=force", "optimizer.weight_decay=0.5", "epochs=2")
     assert load_checkpoint(folder / "ckpts/mlp/x_last.pt")["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda place: cached_numbers(place, "floor", {}, lambda: [1.0, 2.0]),
+        lambda place: write_between(place / "page.md", "table"),
+        lambda place: write_atomically(place / "report.html", "page"),
+    ],
+    ids=["a cached number", "the leaderboard's page", "a report"],
+)
+def test_a_script_killed_at_any_operation_of_the_disk_does_it_again(tmp_path, write):
+    """Whatever the kill has left, the same work afterwards gives what it gives at first, and no half file by that name."""
+    write(tmp_path / "whole")
+    whole = visible(tmp_path / "whole")
+    for at in range(1000):
+        place = tmp_path / str(at)
+        child = os.fork()
+        if not child:
+            with watched_disk(Kill(at)):
+                write(place)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        assert visible(place) in ({}, whole)
+        write(place)
+        assert visible(place) == whole
+        if not os.WIFSIGNALED(status):
+            break
+    assert at >= 4
+
+
+class Kill(Fault):
+    """Kills the process before the operation number `at` of the disk."""
+
+    def __call__(self, operation: str, file: str) -> None:
+        if self.count == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.count += 1
+
+
+def visible(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
 
 
 @pytest.mark.parametrize("words", [[], ["overwrite=true"], ["resume=true"]])
