@@ -87,6 +87,7 @@ def take_name(run: Run) -> None:
         run.folder.lock()
     else:
         check_run_is_new(run.config, run.folder.path)
+        run.folder.clear()
 
 
 def tell_finished(run: Run) -> None:

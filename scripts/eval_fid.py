@@ -10,7 +10,8 @@ Keys: ckpt or samples (a folder of pictures, or a .npz with arr_0); network (the
 the name of a shipped classifier such as digits_classifier, or the checkpoint of one, for Frechet distances in its features);
 reference (of a checkpoint: held_out or train, its own data; else, or for files: a folder, a .npz with arr_0, or a .npz of
 statistics mu and sigma); n (10000), seed (0), label, nfe, replicates (real pairs of the noise floor; 3 for Inception, which
-is slow, else 20), device (auto), cache (outputs/cache), out (a .json to write), and any solver or guidance setting. Each
+is slow, else 20), device (auto), cache (outputs/cache), out (a .json to write), trust (modules, as
+a,b.c, that checkpoints may build parts from), and any solver or guidance setting. Each
 score stands beside its noise floor, real against real, and with all it depends on.
 """
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 DEFAULTS: dict[str, str | None] = {
     "ckpt": None, "samples": None, "network": None, "reference": None, "n": "10000", "seed": "0", "label": None, "nfe": None,
     "replicates": None, "device": "auto", "cache": "outputs/cache", "out": None,
+    "trust": None,
 }  # fmt: skip
 GROUPS = ("solver", "guidance")
 
@@ -64,7 +66,9 @@ def evaluate(words: list[str]) -> "list[Score | Absent]":
     """Carry out the command; prints the scores and returns them."""
     settings, overrides = read_words(words)
     from training.device import pick_device
+    from training.vetting import allow
 
+    allow(settings["trust"])
     device = pick_device(str(settings["device"]))
     results = of_checkpoint(settings, overrides) if settings["ckpt"] else of_files(settings, device)
     report(results)

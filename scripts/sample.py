@@ -15,7 +15,8 @@
 Keys: ckpt (required), n (64), seed (0), label (a class, or all), nfe (so many steps of one evaluation each), device (auto),
 out (outputs/samples/<checkpoint>.png; .npz and .npy write numbers, a path ending in / a folder of PNGs), images (false;
 true: a .npz of images as bytes, arr_0, and classes, arr_1), real (true; false draws no real images beside
-them), and any solver or guidance setting (guidance=none: not the run's own). Pictures of a latent model are decoded,
+them), trust (modules, as a,b.c, that the checkpoint may build parts from), and any solver or guidance setting
+(guidance=none: not the run's own). Pictures of a latent model are decoded,
 numbers are its latents.
 """
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 DEFAULTS: dict[str, Any] = {
     "ckpt": None, "n": 64, "seed": 0, "label": None, "nfe": None, "device": "auto", "out": None, "real": "true",
-    "images": "false",
+    "images": "false", "trust": None,
 }  # fmt: skip
 NUMBERS = {"n": COUNT, "seed": NOT_NEGATIVE, "label": NOT_NEGATIVE, "nfe": RANGES["evaluations"]}
 GROUPS = ("solver", "guidance")
@@ -97,7 +98,9 @@ def sample(words: list[str]) -> Path:
     settings, overrides = read_words(words)
     path = output_path(settings)
     from evaluation.sample import load, settings_from_overrides
+    from training.vetting import allow
 
+    allow(settings["trust"])
     model = load(settings["ckpt"], settings["device"])
     model.config |= settings_from_overrides(overrides)
     states = model.sample(settings["n"], settings["seed"], settings["label"], evaluations=settings["nfe"])

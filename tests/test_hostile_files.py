@@ -22,11 +22,13 @@ from hypothesis import strategies as st
 from dataloaders.cifar import Cifar
 from evaluation.feature_networks import classifier_features
 from evaluation.sample import load
+from scripts import eval_fid, sample
 from training.assemble import assemble
 from training.build import build
 from training.checkpoint import FORMAT, KEYS, load_checkpoint, write_checkpoint, write_export
 from training.errors import UserError
 from training.launch import prepare
+from visualizers import scene
 
 BLANK = {key: {} for key in KEYS} | {
     "step": 0, "best": 0.0, "waited": 0, "elapsed": 0.0, "run_name": "x", "second_time": None, "format": FORMAT,
@@ -291,6 +293,25 @@ def test_no_call_is_smuggled_past_the_check_of_targets(changed, tmp_path, monkey
     path = changed(lambda payload: payload["config"][part].__setitem__(key, value))
     one_sentence(path, lambda: load(path, device="cpu"))
     assert not (tmp_path / "HARM").exists()
+
+
+@pytest.mark.parametrize("front", ["sample", "eval_fid", "scene"])
+@pytest.mark.parametrize("trusted", ["own_parts,elsewhere", "'elsewhere,own_parts'", "[own_parts,elsewhere]"])
+def test_what_a_checkpoint_wants_called_is_called_once_it_is_trusted(changed, tmp_path, monkeypatch, capsys, front, trusted):
+    """The sentence that refuses it says how; the next command trusts nothing by itself."""
+    (tmp_path / "own_parts.py").write_text("from models.flow_matching.mlp import MLP\nclass Own(MLP): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = changed(lambda payload: payload["config"]["model"].update(_target_="own_parts.Own"))
+    words = [f"ckpt={path}", "n=12", f"out={tmp_path}{'/s.npz' * (front == 'sample')}"]
+    drawing = lambda words: scene.main(words, "", lambda _: [], n=9)  # noqa: E731
+    main = {"sample": sample.main, "eval_fid": eval_fid.main, "scene": drawing}[front]
+    assert main([*words, f"trust={trusted}"]) == (1 if front == "eval_fid" else 0)
+    assert front != "eval_fid" or "names no feature network" in capsys.readouterr().err
+    assert main([*words, "trust=elsewhere"]) == 1
+    assert "add trust=elsewhere,own_parts if you trust" in capsys.readouterr().err
+    assert main(words) == 1 and "add trust=own_parts if you trust" in capsys.readouterr().err
+    prepare(["run_name=y", f"trust={trusted}", f"output_dir={tmp_path}"])
+    assert load(path, device="cpu").sample(2).shape == (2, 2)
 
 
 def test_no_text_is_worked_out_while_an_object_is_built(tmp_path, monkeypatch):

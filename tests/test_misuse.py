@@ -1,6 +1,7 @@
 """What a model, a teacher or a guidance is asked for and cannot give is one sentence; what it can give follows the data."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,10 @@ from dataloaders.array_dataset import ArrayDataset
 from evaluation.evaluator import data_labels
 from evaluation.sample import load
 from helpers_cfg import ClassifierFreeGuidance
+from losses.flow_matching_loss import FlowMatchingLoss
+from training.config import CONFIG_DIR
 from training.errors import UserError
+from training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,6 +86,63 @@ def test_it_is_said_before_anything_is_written(
 ) -> None:
     assert launcher.main(["run_name=x", f"output_dir={tmp_path}", *words]) == 1
     assert sentence in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+VECTOR = """
+from losses.flow_matching_loss import FlowMatchingLoss
+class Mine(FlowMatchingLoss):
+    def forward(self, batch, teacher=None):
+        return super().forward(batch, teacher)["loss"] * batch.input.new_ones(3)
+"""
+
+
+def test_a_run_that_failed_before_its_first_step_leaves_its_name_free(
+    small_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose own new loss forgets .mean() does; without overwrite, as nothing is lost."""
+    (tmp_path / "own_loss.py").write_text(VECTOR)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["loss._target_=own_loss.Mine", "max_steps=2", "log_every=1"]
+    with pytest.raises(UserError, match=r"loss has shape \[3\], and a loss is one number.*add \.mean\(\)"):
+        small_run("x", *words)
+    folder = RunFolder(tmp_path / "outputs/runs/x")
+    status = folder.read_status()
+    assert (status["state"], status["step"]) == ("failed", 0) and "\n" not in status["why"]
+    folder.append_metrics(0, 0, 0.0, {"stale": 1.0})
+    folder.close()
+    monkeypatch.setattr("own_loss.Mine.forward", FlowMatchingLoss.forward)
+    small_run("x", *words)
+    assert folder.read_status()["state"] == "finished" and "stale" not in folder.metrics_path.read_text()
+    assert [path.name for path in folder.path.parent.iterdir()] == ["x"]
+    folder.write_status("failed", 0, 0, 0.0)  # but saves are never written over
+    with pytest.raises(UserError, match="run_name=x exists already"):
+        small_run("x", *words)
+
+
+def test_a_new_model_that_names_no_learning_rate_is_told_where_to(tmp_path: Path, monkeypatch, capsys) -> None:
+    configs = tmp_path / "configs"
+    shutil.copytree(CONFIG_DIR, configs)
+    text = (configs / "model/mlp.yaml").read_text().partition("training:")[0]
+    (configs / "model/own.yaml").write_text(text)
+    monkeypatch.setattr("training.config.CONFIG_DIR", configs)
+    assert launcher.main(["run_name=x", "model=own", f"output_dir={tmp_path}"]) == 1
+    assert capsys.readouterr().err == (
+        "launcher.py: optimizer.lr is taken from model.training.lr, which configs/model/own.yaml lacks; add "
+        "`training: {lr: 1e-3}` there, or give optimizer.lr=<a value>\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["trackio.project=${oc.env:OWN_KEY}", "log.reason='of ${ oc.env:OWN_KEY}'", "+callbacks.own={a: ['${oc.env:OWN_KEY}']}",
+     "trackio.project='${oc.decode:${oc.env:OWN_KEY}}'"],
+)  # fmt: skip
+def test_what_the_environment_holds_is_stored_nowhere(word: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("OWN_KEY", "SECRET")
+    assert launcher.main(["run_name=x", f"output_dir={tmp_path}", word, "--dry-run"]) == 1
+    said = capsys.readouterr().err
+    assert f"{word.split('=')[0].strip('+')}" in said and "SECRET" not in said and said.count("\n") == 1
+    assert "reads the environment by ${oc.env:...}" in said
 
 
 def test_an_interrupt_is_one_whatever_error_becomes_of_it(monkeypatch, capsys) -> None:

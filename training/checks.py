@@ -11,6 +11,7 @@ from typing import Any
 from training.errors import UserError
 from training.experiment_log import ExperimentLog
 from training.files import end_of
+from training.run_folder import RunFolder
 from training.values import check_all, check_run_name
 
 COPIES = 5  # of a row's state at once: noise, data, what is between, its velocity, and the network's input
@@ -163,17 +164,28 @@ def check_run_is_new(config: dict[str, Any], run_folder: Path) -> None:
         )
     if config["resume"] or config["overwrite"] or config["eval_checkpoint"]:
         return
-    if (run_folder / "config.yaml").exists():
+    left = first_save(config)
+    if (run_folder / "config.yaml").exists() and (left or not ended_unbegun(RunFolder(run_folder))):
         raise UserError(
             f"run_name={name} exists already in {run_folder}; go on with it by resume=true, "
             "replace it (the old run is moved aside) by overwrite=true, or choose another name"
         )
-    saves = Path(config["output_dir"]) / "ckpts"
-    epoch_save = re.compile(re.escape(name) + r"_epoch_\d{4,}\.pt")
-    archived = (path for path in saves.glob("*/archive/*.pt") if epoch_save.fullmatch(path.name))
-    left = next((path for path in (*saves.glob(f"*/{name}_last.pt"), *archived)), None)
     if left is not None:
         raise UserError(
             f"run_name={name} has saves already, such as {left}, of a run whose folder is gone; "
             "move them aside by overwrite=true, or choose another name"
         )
+
+
+def first_save(config: dict[str, Any]) -> Path | None:
+    """A save of a run of this name, or None."""
+    name, saves = config["run_name"], Path(config["output_dir"]) / "ckpts"
+    epoch_save = re.compile(re.escape(name) + r"_epoch_\d{4,}\.pt")
+    archived = (path for path in saves.glob("*/archive/*.pt") if epoch_save.fullmatch(path.name))
+    return next((path for path in (*saves.glob(f"*/{name}_last.pt"), *archived)), None)
+
+
+def ended_unbegun(folder: RunFolder) -> bool:
+    """Whether the run there came to its end before its first step."""
+    status = folder.read_status()
+    return status.get("state") in ("failed", "interrupted") and status.get("step") == 0

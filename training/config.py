@@ -18,7 +18,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from dataloaders.array_header import array_classes, array_shape
 from dataloaders.picture_files import attribute_classes, folder_classes, imagenet_classes, latent_classes, latent_shape
@@ -117,6 +117,8 @@ def parse_overrides(overrides: list[str]) -> list[Override]:
     for text in overrides:
         if re.fullmatch(r"run_name=[\w.+\-]+=[\w.=+\-]*", text):  # a sweep's run_name holds =, which Hydra wants quoted
             text = f"run_name='{text.removeprefix('run_name=')}'"
+        if re.fullmatch(r"trust=[\w.]+(,[\w.]+)+", text):  # a list, not the jobs of a sweep
+            text = f"trust=[{text.removeprefix('trust=')}]"
         try:
             override = parser.parse_override(text)
         except HydraException:
@@ -274,6 +276,12 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     if missing:
         example = "run_name=my_experiment" if missing[0] == "run_name" else f"{missing[0]}=..."
         raise UserError(f"{missing[0]} is missing; add it to the command, such as {example}")
+    reading = [key for key in flat_keys(cfg) if re.search(r"\$\{\s*oc\.env\b", str(select(unset, key)))]
+    if reading:
+        raise UserError(
+            f"{reading[-1]} reads the environment by ${{oc.env:...}}, and what it reads would be kept in config.yaml, saves "
+            "and reports; write the value itself, and leave what is secret to the program that needs it, as WANDB_API_KEY is"
+        )
     try:
         plain = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
@@ -282,6 +290,13 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
             cause = cause.__cause__ or cause.__context__
         if cause is not None:
             raise cause from None
+        group, _, rest = str(error.msg).partition("'")[2].partition("'")[0].partition(".")
+        if isinstance(error, InterpolationKeyError) and rest and group in cfg["choices"]:
+            lacking, asked = f"configs/{group}/{cfg['choices'][group]}.yaml", error.full_key
+            add = "`training: {lr: 1e-3}`" if rest == "training.lr" else rest
+            raise UserError(
+                f"{asked} is taken from {group}.{rest}, which {lacking} lacks; add {add} there, or give {asked}=<a value>"
+            ) from error
         raise UserError(f"a setting cannot be worked out: {str(error).splitlines()[0]}") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}

@@ -158,6 +158,11 @@ class RunFolder:
         for folder in (self.path, self.path / "samples"):
             remove_temporaries(folder)
 
+    def clear(self) -> None:
+        """Remove what a run that ended before its first step has left. The folder is locked."""
+        for path in (self.status_path, self.metrics_path, *(picture for _, picture, _ in self.pictures())):
+            path.unlink(missing_ok=True)
+
     def write_config(self, config: str, overrides: list[str]) -> None:
         """Store the resolved configuration (YAML text) and the overrides as typed."""
         self.path.mkdir(parents=True, exist_ok=True)

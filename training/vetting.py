@@ -52,11 +52,15 @@ allowed: list[
 
 def allow_for(config: dict[str, Any]) -> None:
     """Let stored configurations name what this command, composed to `config`, types as a `_target_` or trusts."""
-    trust = config["trust"] or []
-    allowed[:] = trust.replace(" ", "").split(",") if isinstance(trust, str) else trust
+    allow(config["trust"])
     for override in parse_overrides(config["overrides"]):
         value = None if override.is_delete() else override.value()
         allowed.extend(targets_in({override.key_or_group.rpartition(".")[2]: value}))
+
+
+def allow(trust: str | list[str] | None) -> None:
+    """Let stored configurations name what trust= names, a list or `a,b`, and nothing that an earlier command trusted."""
+    allowed[:] = re.findall(r"[^\s,\[\]'\"]+", trust) if isinstance(trust, str) else trust or []
 
 
 def is_allowed(target: str) -> bool:
@@ -65,14 +69,14 @@ def is_allowed(target: str) -> bool:
 
 def check_targets(config: dict[str, Any], where: Path, parts: Any) -> None:
     """UserError for a stored `_target_` under one of the keys `parts` that neither configs/ nor this command names."""
-    for part in parts:
-        for target in targets_in(config.get(part)):
-            if not is_allowed(target):
-                module = target.rpartition(".")[0] or target
-                raise UserError(
-                    f"{where} wants {target[:80]} called as its {part}, which no file in configs/ names; add "
-                    f"trust={module[:80]} if you trust that module, or use another file"
-                )
+    found = [(part, target) for part in parts for target in targets_in(config.get(part)) if not is_allowed(target)]
+    if found:
+        modules = dict.fromkeys([*allowed, *(target.rpartition(".")[0] or target for _, target in found)])
+        part, target = found[0]
+        raise UserError(
+            f"{where} wants {target[:80]} called as its {part}, which no file in configs/ names; add "
+            f"trust={','.join(modules)[:200]} if you trust what is named there, or use another file"
+        )
 
 
 def check_plain(config: dict[str, Any], where: Path) -> None:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 KEYS = """Keys: ckpt (a checkpoint; unless given the newest in outputs/ckpts of the working folder, or of the repository
 where that has no outputs), n (how many samples), seed (0), frames (of
 a film), format (gif; or mp4, or png for the still alone), out (the folder; outputs/pictures/<run_name> unless given), device
-(cpu), label (a class of a conditional model, or all), and any solver or guidance setting."""
+(cpu), label (a class of a conditional model, or all), trust (modules, as a,b.c, that the
+checkpoint may build parts from), and any solver or guidance setting."""
 
 
 @dataclass
@@ -194,7 +195,7 @@ def scene(words: list[str], n: int, frames: int, points: int | None = None) -> S
     UserError for what it cannot be.
     """
     settings = {"ckpt": "", "n": "", "seed": "0", "frames": str(frames), "format": "gif", "out": "", "device": "cpu"}
-    settings |= {"label": ""}
+    settings |= {"label": "", "trust": ""}
     overrides = []
     for word in words:
         key, equals, value = word.partition("=")
@@ -217,7 +218,9 @@ def scene(words: list[str], n: int, frames: int, points: int | None = None) -> S
     checkpoint = Path(settings["ckpt"]) if settings["ckpt"] else newest_checkpoint()
 
     from evaluation.sample import load, settings_from_overrides
+    from training.vetting import allow
 
+    allow(settings["trust"])
     model = load(checkpoint, settings["device"])
     model.config |= settings_from_overrides(overrides)
     folder = Path(settings["out"] or outputs_of(checkpoint) / "pictures" / model.config["run_name"])
