@@ -31,7 +31,7 @@ from scripts.runs import list_row, table
 from scripts.trackio_rebuild import rebuild
 from training.errors import UserError
 from training.experiment_log import PARTS, ExperimentLog, Section
-from training.files import replacing, write_atomically
+from training.files import in_working_folder, replacing, write_atomically
 from training.run_folder import STATES, RunFolder, as_object, as_row, is_number, timestamp, wrong_status
 from training.values import check_run_name
 
@@ -337,7 +337,9 @@ def track(folder: RunFolder, config: dict[str, Any], pending: Path) -> str:
     if not pending.exists():
         return "nothing new"
     log, settings, done = config["log"], config["trackio"], "brought"
-    if log.get("expect") and folder.log_path.is_file():
+    if log.get("expect") and not in_working_folder(Path(str(log["file"]))):
+        print(f"note: {folder.log_path} is not copied to {log['file']}, outside the working folder", file=sys.stderr)
+    elif log.get("expect") and folder.log_path.is_file():
         came = Section(folder.log_path.read_text(encoding="utf-8", errors="replace"), folder.name)
         with ExperimentLog(Path(log["file"])).section(folder.name) as section:
             for part in PARTS:

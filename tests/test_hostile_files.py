@@ -28,7 +28,7 @@ from training.build import build
 from training.checkpoint import FORMAT, KEYS, load_checkpoint, write_checkpoint, write_export
 from training.errors import UserError
 from training.launch import prepare
-from visualizers import scene
+from visualizers import curves, scene, vis_all
 
 BLANK = {key: {} for key in KEYS} | {
     "step": 0, "best": 0.0, "waited": 0, "elapsed": 0.0, "run_name": "x", "second_time": None, "format": FORMAT,
@@ -272,6 +272,49 @@ def test_contents_of_another_kind_are_one_sentence(changed, contents):
 
 CALL = "_target_: training.provenance.subprocess.check_output, args: touch HARM, shell: true"
 CALLED = {"_target_": "training.provenance.subprocess.check_output", "args": "touch HARM", "shell": True}
+
+
+def harmful(change: Callable[[dict[str, Any]], object]) -> Callable[[Path, dict[str, Any]], object]:
+    def write(path: Path, payload: dict[str, Any]) -> None:
+        change(payload)
+        torch.save(payload, path)
+
+    return write
+
+
+HARMFUL: dict[str, Callable[[Path, dict[str, Any]], object]] = {
+    "a pickle that runs code": harmful(lambda payload: payload.update(config=Harm())),
+    "a model that is a command": harmful(lambda payload: payload["config"].update(model=CALLED)),
+    "a solver that is a command": harmful(lambda payload: payload["config"].update(solver=CALLED)),
+    "a text that is a command": harmful(lambda payload: payload["config"]["ema"].update(decay="${oc.create:{%s}}" % CALL)),  # noqa: UP031
+    "a name that is a path": harmful(lambda payload: payload.update(run_name="../../x")),
+    "a pipe": lambda path, payload: os.mkfifo(path),
+    "a folder": lambda path, payload: path.mkdir(),
+    "text": lambda path, payload: path.write_text("weights"),
+}
+READERS: dict[str, Callable[[list[str]], int]] = {
+    "sample": sample.main, "eval_fid": eval_fid.main, "curves": curves.main, "vis_all": vis_all.main,
+    "drawing": lambda words: scene.main(words, "", lambda _: [], n=9),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("harm", HARMFUL)
+def test_no_checkpoint_harms_who_reads_it(harm, reader, whole, tmp_path, monkeypatch, capsys):
+    """Nothing is carried out, nothing is written but where pictures belong, nothing hangs, and what is said is one line."""
+    place = tmp_path / "a/b/outputs/ckpts/mlp"
+    place.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a/b")
+    HARMFUL[harm](place / "x_last.pt", copy.deepcopy(whole))
+    before = sorted(tmp_path.rglob("*"))
+    signal.alarm(60)
+    status, said = READERS[reader]([f"ckpt={place / 'x_last.pt'}"]), capsys.readouterr()
+    signal.alarm(0)
+    assert status == 1 and "harm" not in said.out
+    assert len([line for line in said.err.splitlines() if not line.startswith("note: ")]) == 1, said.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 SMUGGLED = {
     "in a text": ("model", "depth", "${oc.create:{%s}}" % CALL),  # noqa: UP031
     "in a text in a list": ("model", "time_frequencies", ["${oc.create:{%s}}" % CALL]),  # noqa: UP031

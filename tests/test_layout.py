@@ -122,7 +122,8 @@ def test_every_choice_composes_and_builds(group, choice, tmp_path, official):
     for callback in config["callbacks"].values():
         build(callback)
     text = (ROOT / "configs" / group / f"{choice}.yaml").read_text()
-    assert re.search(r"^# python launcher.py ", text, re.MULTILINE), "each file shows a command that uses it"
+    shown = re.search(r"^# python launcher.py ", text, re.MULTILINE)
+    assert shown, f"configs/{group}/{choice}.yaml shows no command that uses it; begin it with # python launcher.py ..."
 
 
 DATA = groups()["dataloaders"]
@@ -138,7 +139,8 @@ def test_every_dataset_trains_two_steps_and_is_sampled(dataset, small_run, tmp_p
         size = OmegaConf.load(CONFIG_DIR / f"dataloaders/{dataset}.yaml").epoch_size
         words.append(f"dataloaders.epoch_size={'null' if size is None else size}")
     folder = small_run("x", *words)
-    assert (folder / "runs/x/status.json").exists()
+    status = json.loads((folder / "runs/x/status.json").read_text())
+    assert (status["state"], status["step"]) == ("finished", 2), f"dataloaders={dataset} ended as {status}, not at step 2"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -174,16 +176,24 @@ def test_every_objective_keeps_its_contract(loss, conditional, tmp_path):
         objective.coupling.pairs = (*torch.randn(2, 50_000, 2), torch.arange(50_000) % 5)
     x0, x1, label = torch.randn(64, 2), torch.randn(64, 2) + 1, torch.arange(64) % 5
     first, again, other = (objective.draw(x0, x1, label, torch.Generator().manual_seed(s), 0.5) for s in (1, 1, 2))
-    assert torch.equal(first.unified_input, again.unified_input)
-    assert not torch.equal(first.unified_input, other.unified_input)
-    assert (first.r <= first.t).all() and first.unified_input.dtype == torch.float32 and len(first) == 64
+    repeats = torch.equal(first.unified_input, again.unified_input)
+    assert repeats, f"loss={loss} draws otherwise from the same generator; draw from the one given, from nothing else"
+    assert not torch.equal(first.unified_input, other.unified_input), f"loss={loss} draws nothing from its generator"
+    assert (first.r <= first.t).all(), f"loss={loss} draws times r > t; r is the time of the state, t the later one"
+    kind, rows = first.unified_input.dtype, len(first)
+    assert (kind, rows) == (torch.float32, 64), f"loss={loss} draws {rows} rows of {kind} for 64 of torch.float32"
     teacher = averaged_objective(objective, ConstantEMA())
     terms = named_terms(objective(first, teacher), {})
-    assert all(term.ndim == 0 and term.isfinite() for term in terms.values())
+    infinite = [name for name, term in terms.items() if not term.isfinite()]
+    assert not infinite, f"loss={loss} gives {infinite} that are NaN or infinite on plain Gaussian data"
     terms["loss"].backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.network.parameters())
-    assert objective.second_time in ("end", "state")
-    assert objective.velocity(x0, torch.tensor(0.3)).shape == x0.shape
+    of = {name: p.grad for name, p in objective.network.named_parameters()}
+    without = [name for name, grad in of.items() if grad is None or not grad.isfinite().all()]
+    assert not without, f"loss={loss} gives {without} no finite gradient; every parameter of the network is to learn"
+    second = objective.second_time
+    assert second in ("end", "state"), f"loss={loss} has second_time={second!r}; it takes 'end' or 'state'"
+    shape = list(objective.velocity(x0, torch.tensor(0.3)).shape)
+    assert shape == [64, 2], f"loss={loss} gives velocities of shape {shape} for states of [64, 2]"
 
 
 def test_a_part_that_may_be_left_out_is_left_out_by_null():

@@ -579,6 +579,17 @@ def test_sync_brings_two_runs_home_once_and_they_go_on_there(volume: Path, capsy
     assert "y: step 48, nothing new" in said.out and {file: (home / file).read_bytes() for file in below(home)} == before
 
 
+def test_sync_carries_out_nothing_and_writes_no_log_elsewhere(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = volume / "outputs/runs/y/config.yaml"
+    config = yaml.safe_load(path.read_text())
+    harm = {"_target_": "distutils.spawn.spawn", "cmd": ["touch", str(Path.cwd() / "HARM")]}
+    config["log"]["file"] = "../outside.md"
+    path.write_text(json.dumps(config | {"backend": harm, "callbacks": {"x": harm}}))  # JSON is YAML
+    assert modal_app.main(["sync", "y"]) == 0
+    assert "is not copied to ../outside.md, outside the working folder" in capsys.readouterr().err
+    assert not Path("../outside.md").exists() and not Path("HARM").exists() and not Path("EXPERIMENT_LOG.md").exists()
+
+
 def test_sync_leaves_another_run_of_that_name_alone(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = RunFolder(Path("outputs/runs/x"))
     mine.write_config("command: python launcher.py run_name=x seed=5\n", ["run_name=x", "seed=5"])

@@ -184,6 +184,11 @@ def disk_sentence(error: OSError) -> str:
     return f"cannot write {error.filename or 'to the disk'}: {(error.strerror or str(error)).lower()}"
 
 
+def in_working_folder(path: Path) -> bool:
+    """Return whether a path, its links followed, lies below the working folder."""
+    return Path(os.path.realpath(path)).is_relative_to(Path.cwd().resolve())
+
+
 def own_file(path: Path, folder: Path) -> str | None:
     """Return what forbids the use of an entry of `folder`, in words; None for a folder, a file, or nothing at all.
 

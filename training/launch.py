@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import re
 import shlex
 from pathlib import Path
@@ -26,6 +25,7 @@ from training.checks import (
 )
 from training.config import compose_config, delete, is_group, parse_overrides, resolved
 from training.errors import UserError
+from training.files import in_working_folder
 from training.run_folder import CONFIG_REMEDY, RunFolder, best_monitored, higher_is_better
 from training.values import FREE
 from training.vetting import AS_TYPED, allow_for, check_new_parts, check_plain, check_targets, without_downloads
@@ -179,9 +179,8 @@ def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
 
 def check_log(log: dict[str, Any], folder: RunFolder, typed: list[Override]) -> None:
     """UserError where a run would go on in a log outside the working folder that this command does not name."""
-    file = str(log.get("file"))
-    outside = not Path(os.path.realpath(file)).is_relative_to(Path.cwd().resolve())
-    if log.get("expect") and outside and not any(override.key_or_group in ("log", "log.file") for override in typed):
+    file, named = str(log.get("file")), any(override.key_or_group in ("log", "log.file") for override in typed)
+    if log.get("expect") and not named and not in_working_folder(Path(file)):
         raise UserError(
             f"{folder.config_path} has the run's section written to {file}, outside the working folder; add "
             f"log.file={file} if it belongs there"
