@@ -14,6 +14,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from os.path import realpath
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,7 +58,7 @@ def replacing(path: Path, owner: str = "") -> Iterator[BinaryIO]:
 
 def end_of(path: Path) -> Path:
     """Where a path leads when every symbolic link is followed. UserError for a folder, device, pipe, socket or circle."""
-    end = Path(os.path.realpath(path))
+    end = Path(realpath(path))
     if end.is_symlink() or (end.exists() and not end.is_file()):
         raise UserError(f"{path} is not a regular file, so nothing is written there; give the path of a file")
     return end
@@ -186,7 +187,7 @@ def disk_sentence(error: OSError) -> str:
 
 def in_working_folder(path: Path) -> bool:
     """Return whether a path, its links followed, lies below the working folder."""
-    return Path(os.path.realpath(path)).is_relative_to(Path.cwd().resolve())
+    return Path(realpath(path)).is_relative_to(Path.cwd().resolve())
 
 
 def own_file(path: Path, folder: Path) -> str | None:
