@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.evaluator import Evaluation, EvaluationInputs, Evaluator, flat_values
+from evaluation.evaluator import Evaluation, EvaluationInputs, Evaluator, flat_values, held_out_states
 from evaluation.metrics.base_metric import Score
 from losses.cross_entropy_loss import CrossEntropyLoss
 from losses.objective import Objective
@@ -60,7 +60,7 @@ class ClassifierEvaluator(Evaluator):
         network = objective.eval().network
         device = next(network.parameters()).device
         count = self.final_samples if given.final else self.samples
-        images, label = dataset.held_out(count, generator_for(0, "evaluation/classifier", 0, device))
+        images, label = held_out_states(dataset, count, generator_for(0, "evaluation/classifier", 0, device))
         assert label is not None
         with watched(network, f"evaluation, {len(images):,} images", len(images)):
             logits = torch.cat([network(part) for part in images.split(self.batch_size)]).float()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataloaders.base_dataloaders import FlowDataset
+from dataloaders.base_dataloaders import Batch, FlowDataset
 from dataloaders.sources import Source
 from evaluation.metrics.base_metric import Absent, Decode, Generation, Metric, Score
 from helpers_cfg import Guidance
@@ -280,7 +280,7 @@ class GeneratorEvaluator(Evaluator):
         """The training loss on held-out data with fixed draws, in fp32 and in batches as large as the training ones:
         minibatch optimal transport pairs within a batch."""
         generator = generator_for(0, "evaluation/loss", 0, device)
-        states, labels = generation.dataset.held_out(self.loss_samples, generator)
+        states, labels = held_out_states(generation.dataset, self.loss_samples, generator)
         total = 0.0
         for start in range(0, len(states), self.batch_size):
             x1 = states[start : start + self.batch_size]
@@ -290,6 +290,14 @@ class GeneratorEvaluator(Evaluator):
             output = objective(batch, objective)
             total += len(x1) * float(named_terms(output, self.loss_weights)["loss"])
         return total / len(states)
+
+
+def held_out_states(dataset: FlowDataset, count: int, generator: torch.Generator) -> Batch:
+    """At most `count` held-out states with labels. UserError when there is none: a score of nothing says nothing."""
+    states, label = dataset.held_out(count, generator)
+    if len(states) == 0:
+        raise UserError(f"no held-out states to score among the {count} asked for; hold some out, and ask for 1 or more")
+    return states, label
 
 
 def flat_values(score: Score) -> dict[str, float]:
