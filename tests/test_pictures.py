@@ -201,6 +201,18 @@ def test_by_class_fills_rows_in_order_and_leaves_the_rest_white() -> None:
     assert (columns, rows.tolist()) == (6, [0, 0, 0, 1, 1, 1])
 
 
+@pytest.mark.parametrize("classes", [None, 2])
+def test_few_real_images_take_no_more_columns_than_they_fill(classes: int | None, tmp_path: Path, monkeypatch) -> None:
+    drawn = Mock()
+    monkeypatch.setattr(pictures, "draw_grids", drawn)
+    images = np.zeros((100, 1, 8, 8), dtype=np.float32)
+    labels = None if classes is None else np.arange(100) % classes
+    known = None if classes is None else labels[:12]
+    image_grid_picture(tmp_path / "x.png", images, columns=10, reference=images[:12], labels=labels, reference_labels=known)
+    generated, real = (grid.shape[1] for grid in drawn.call_args.args[1].values())
+    assert real < 0.3 * generated
+
+
 def test_a_picture_of_many_classes_shows_some_of_them_alike() -> None:
     labels = np.arange(2000) % 1000
     shown = labels[pick_by_class(labels, 100)]

@@ -23,7 +23,7 @@ from solvers.flow_map import FlowMapSolver
 from solvers.runge_kutta import RK4, Euler
 from training.errors import UserError
 from training.run_folder import RunFolder
-from visualizers import curves, denoising, interpolation, particles, pictures, trajectories, velocity_field, vis_all
+from visualizers import curves, denoising, density, interpolation, particles, pictures, trajectories, velocity_field, vis_all
 from visualizers.films import FRAMES_A_SECOND, HOLD, HOLD_FIRST, write_film
 from visualizers.interpolation import slerp
 from visualizers.scene import Scene, interpolated, newest_checkpoint, scene, walk
@@ -382,6 +382,27 @@ def band(rows: list[dict[str, Any]], at: float) -> tuple[float, float]:
 def test_the_floor_of_one_evaluation_reaches_across_the_panel() -> None:
     for step in (1, 300, 599, 620):
         assert band(evaluated((600, 1.0)), step) == pytest.approx((0.5, 1.5), abs=0.02)
+
+
+def test_the_band_ends_where_99_percent_of_real_sets_do() -> None:
+    (row,) = evaluated((600, 1.0))
+    assert band([row | {"eval/energy_distance_floor_q99": 2.2}], 300) == pytest.approx((0.5, 2.2), abs=0.02)
+
+
+def test_one_stray_sample_shows_in_the_density(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
+    """By itself, where there is no data, it is a dark cell on white."""
+    made = scene([f"ckpt={checkpoints['points']}", f"out={tmp_path}", "n=2000"], n=1, frames=2)
+    samples = torch.from_numpy(made.real(2000)).clone()
+    samples[0] = samples.amin(0) - 1
+    monkeypatch.setattr(made.model, "sample", lambda *_: samples)
+    monkeypatch.setattr(pictures, "shared_limits", lambda *_: (samples.numpy().min(0), samples.numpy().max(0)))
+    figure = pictures.new_figure(420, "", "", 1300)
+    monkeypatch.setattr(pictures, "new_figure", lambda *_: figure)
+    density.draw(made)
+    image = figure.axes[0].images[0]
+    corner = image.to_rgba(image.get_array())[:3, :3]
+    assert corner[0, 0, 3] == 1 and corner[0, 0, :3].max() < 0.6  # rows from the bottom
+    assert (corner[..., 3].flatten()[1:] == 0).all()  # masked: the white paper
 
 
 def test_each_evaluation_has_its_own_floor_without_a_slope_between() -> None:

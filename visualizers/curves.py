@@ -7,8 +7,9 @@
 
 Words: run names, or regular expressions for them; ckpt (a checkpoint, for its run); metrics (train/loss and whatever the
 runs scored), output_dir (the checkpoint's, or outputs here, else the repository's), out (a folder or .png;
-outputs/pictures/curves.png). The band is the floor's mean and two standard deviations of it. Of more than 12 metrics the
-caption names those that have no panel.
+outputs/pictures/curves.png). The band reaches from two standard deviations below the floor's mean to what 99 % of real sets
+stay below (two standard deviations above it, where that is not known). Of more than 12 metrics the caption names those that
+have no panel.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ COLUMNS = 3
 KEYS = ("metrics", "ckpt", "output_dir", "out")
 MOST = 12  # panels
 BAND = (
-    "Band: noise floor of the score (real against real) at each evaluation, mean ± 2 standard deviations. The last "
-    "evaluation of a run has more samples, and so a floor of its own."
+    "Band: noise floor of the score (real against real) at each evaluation, from 2 standard deviations below its mean to "
+    "what 99 % of real sets stay below (else 2 above). The last evaluation of a run has more samples, and so a "
+    "floor of its own."
 )
 SIDE = (
     "_floor",
@@ -105,7 +107,8 @@ def draw_metric(axes: Axes, metric: str, runs: dict[str, list[dict[str, Any]]]) 
         lowest, highest = min(lowest, points[:, 1].min()), max(highest, points[:, 1].max())
         floor, sd = series(rows, f"{metric}_floor"), series(rows, f"{metric}_floor_sd")
         if len(floor) and len(floor) == len(sd):
-            low, high = floor[:, 1] - 2 * sd[:, 1], floor[:, 1] + 2 * sd[:, 1]
+            low, high, end = floor[:, 1] - 2 * sd[:, 1], floor[:, 1] + 2 * sd[:, 1], series(rows, f"{metric}_floor_q99")
+            high = end[:, 1] if len(end) == len(floor) else high
             steps = [0, *floor[:, 0], right]  # each floor reaches half of the way to the next evaluation, the outer ones on
             bottom, top = ([values[0], *values, values[-1]] for values in (low, high))
             axes.fill_between(steps, bottom, top, step="mid", color=color, alpha=0.15, linewidth=0)

@@ -5,7 +5,8 @@
     python visualizers/density.py n=20000 solver=flow_map solver.steps=1
 
 Writes density.png. Densities are per unit of area, of the samples a histogram, of the data its exact density where it is
-known, and a histogram of as many held-out states where not; both are seen through the same cells.
+known, and a histogram of as many held-out states where not; both are seen through the same cells, in logarithmic colours,
+so that a single stray sample shows.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from visualizers.scene import Scene, main
 
 CELLS = 64  # a side
+LEGEND = "samples and data: logarithmic colours, the darkest a single sample in a cell, white none; difference: linear"
 
 
 def histogram(points: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -31,9 +33,10 @@ def histogram(points: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarr
 
 def draw(scene: Scene) -> list[Path]:
     import torch
+    from matplotlib.colors import LogNorm, Normalize
 
     from evaluation.sample import TrainedModel
-    from visualizers.pictures import INK, new_figure, save_figure, shared_limits
+    from visualizers.pictures import INK, describe_count, new_figure, save_figure, shared_limits
     from visualizers.velocity_field import lattice
 
     scene.need_points("see samples.py")
@@ -49,14 +52,17 @@ def draw(scene: Scene) -> list[Path]:
         density = truth.log_prob(fine, torch.tensor(1.0, dtype=torch.float64)).exp().numpy()
         theirs, named = density.reshape(CELLS, 3, CELLS, 3).mean((1, 3)), "data (exact)"
 
-    figure = new_figure(400, f"{scene.heading}: density of the samples", "", 1300)
+    one = float(CELLS**2 / np.prod(high - low) / scene.n)  # the density of a cell with a single sample
+    figure = new_figure(420, f"{scene.heading}: density of the samples", LEGEND, 1300)
     panels = figure.subplots(1, 3, sharex=True, sharey=True)
-    top = max(float(np.quantile(theirs, 0.999)), 1e-12)
-    extent = (low[0], high[0], low[1], high[1])
-    shown = [(f"samples ({scene.n:,})", ours, "viridis", 0.0), (named, theirs, "viridis", 0.0)]
-    shown.append(("samples - data", ours - theirs, "RdBu_r", -top))
-    for panel, (name, values, colors, bottom) in zip(panels, shown, strict=True):
-        image = panel.imshow(values, origin="lower", extent=extent, cmap=colors, vmin=bottom, vmax=top)
+    top = max(float(np.quantile(theirs, 0.999)), 2 * one)
+    extent, logarithmic = (low[0], high[0], low[1], high[1]), LogNorm(0.5 * one, top)
+    shown = [(f"samples ({describe_count(samples, low, high)})", ours, "viridis", logarithmic)]
+    shown.append((named, theirs, "viridis", logarithmic))
+    shown.append(("samples - data", ours - theirs, "RdBu_r", Normalize(-top, top)))
+    for panel, (name, values, colors, norm) in zip(panels, shown, strict=True):
+        seen = np.ma.masked_less(values, 0.5 * one) if norm is logarithmic else values
+        image = panel.imshow(seen, origin="lower", extent=extent, cmap=colors, norm=norm)
         panel.set_title(name, color=INK, fontsize=11, pad=5)
         panel.set_xlabel("x₁")
         panel.tick_params(colors=INK, labelsize=9)
@@ -64,7 +70,7 @@ def draw(scene: Scene) -> list[Path]:
         bar.ax.tick_params(colors=INK, labelsize=8)
     bar.set_label("per unit of area", color=INK)
     panels[0].set_ylabel("x₂")
-    figure.subplots_adjust(left=0.045, right=0.95, bottom=0.12, top=0.85, wspace=0.12)
+    figure.subplots_adjust(left=0.045, right=0.95, bottom=0.12, top=0.82, wspace=0.12)
     path = scene.folder / "density.png"
     save_figure(figure, path)
     return [path]

@@ -83,8 +83,8 @@ def image_grid_picture(
             only images too large for that are reduced.
         images: (N, C, H, W), C = 1 (gray) or 3 (RGB).
         value_range: the values shown as black and as full brightness; what lies outside is clipped.
-        columns: images in a row of each grid.
-        reference: (M, C, H, W) real; as many as there are generated ones are shown.
+        columns: images in a row of the generated grid.
+        reference: (M, C, H, W) real; as many as there are generated ones are shown, or all, in as many columns as they fill.
         title: what run and step this is.
         labels, reference_labels: (N,) and (M,) classes.
         names: what stands above the two grids.
@@ -99,12 +99,17 @@ def image_grid_picture(
         if batch.ndim != 4 or batch.shape[1] not in (1, 3):
             raise ValueError(f"an image grid needs images of shape (N, 1 or 3, H, W), not {batch.shape}")
     columns, row_labels = min(columns, len(images)), np.zeros(0, dtype=int)
+    widths = {name: min(columns, -(-len(batch) // -(-len(images) // columns))) for name, batch in grids.items()}
+    widths[first] = columns
     levels = {name: to_bytes(batch, value_range) for name, batch in grids.items()}
     if labels is not None and np.unique(labels, return_counts=True)[1].max() > 1:
         columns, row_labels = class_layout(labels)
         known = {first: labels, second: reference_labels if reference_labels is not None else labels}
-        levels = {name: by_class(batch, known[name][: len(batch)], row_labels, columns) for name, batch in levels.items()}
-    tiled = {name: tile(batch, columns) for name, batch in levels.items()}
+        widths = {name: filled_columns(known[name][: len(batch)], row_labels, columns) for name, batch in grids.items()}
+        levels = {
+            name: by_class(batch, known[name][: len(batch)], row_labels, widths[name]) for name, batch in levels.items()
+        }
+    tiled = {name: tile(batch, widths[name]) for name, batch in levels.items()}
     scale = min(WIDTH / sum(grid.shape[1] for grid in tiled.values()), MAX_HEIGHT / tiled[first].shape[0])
     scale = min(scale, max(MAX_IMAGE / images.shape[2], 1.0))
     draw_grids(path, {name: rescale(grid, scale) for name, grid in tiled.items()}, title, row_labels, score_line)
@@ -160,6 +165,12 @@ def class_layout(labels: np.ndarray) -> tuple[int, np.ndarray]:
     rows_each = max(1, round(len(labels) ** 0.5 / len(classes)))
     columns = -(-int(counts.max()) // rows_each)
     return columns, np.repeat(classes, -(-counts // columns))
+
+
+def filled_columns(labels: np.ndarray, row_labels: np.ndarray, most: int) -> int:
+    """How many of `most` columns images of these classes (N,) reach into, in rows of these classes."""
+    reached = [-(-(labels == label).sum() // (row_labels == label).sum()) for label in np.unique(row_labels)]
+    return max(1, min(most, int(max(reached))))
 
 
 def by_class(images: np.ndarray, labels: np.ndarray, row_labels: np.ndarray, columns: int) -> np.ndarray:
