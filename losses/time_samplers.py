@@ -12,11 +12,12 @@ class TimeSampler(ABC):
     """Draws times in [0, 1] (1 is data); subclasses give the distribution of a single time.
 
     ratio: share of rows with r != t, the first round(ratio n) of the batch, so that shapes are static; 0 for plain flow
-    matching.
+    matching. whole: share of those rows, the very first, that go the whole way from 0 to 1, as one-step samples do; of
+    random pairs next to none come near.
     """
 
-    def __init__(self, ratio: float = 0.0):
-        self.ratio = ratio
+    def __init__(self, ratio: float = 0.0, whole: float = 0.0):
+        self.ratio, self.whole = ratio, whole
 
     @abstractmethod
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -29,9 +30,16 @@ class TimeSampler(ABC):
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """r and t, (n,) each, r <= t; r = t from row interval_rows(n) on."""
         rows = self.interval_rows(n)
-        pairs = self.draw((2, rows), generator)
+        r, t = self.intervals(rows, generator)
+        whole = round(self.whole * rows)
+        r[:whole], t[:whole] = 0.0, 1.0
         instants = self.draw((n - rows,), generator)
-        return torch.cat([pairs.amin(0), instants]), torch.cat([pairs.amax(0), instants])
+        return torch.cat([r, instants]), torch.cat([t, instants])
+
+    def intervals(self, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Random r and t, (rows,) each, r < t."""
+        pairs = self.draw((2, rows), generator)
+        return pairs.amin(0), pairs.amax(0)
 
 
 class UniformTimes(TimeSampler):
@@ -44,8 +52,8 @@ class UniformTimes(TimeSampler):
 class LogitNormalTimes(TimeSampler):
     """sigmoid(N(mean, std^2)) (Esser et al. 2024, arXiv 2403.03206). Papers with t = 1 as noise use -mean for our mean."""
 
-    def __init__(self, mean: float = 0.0, std: float = 1.0, ratio: float = 0.0):
-        super().__init__(ratio)
+    def __init__(self, mean: float = 0.0, std: float = 1.0, ratio: float = 0.0, whole: float = 0.0):
+        super().__init__(ratio, whole)
         self.mean, self.std = mean, std
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -59,8 +67,8 @@ class DyadicTimes(TimeSampler):
     shortest: half of the shortest interval, 2^-levels.
     """
 
-    def __init__(self, levels: int = 7, ratio: float = 0.125):
-        super().__init__(ratio)
+    def __init__(self, levels: int = 7, ratio: float = 0.125, whole: float = 0.0):
+        super().__init__(ratio, whole)
         if not isinstance(levels, int) or levels < 1:
             raise UserError(f"loss.time_sampler.levels={levels} must be a whole number of at least 1")
         self.levels, self.shortest = levels, 2.0**-levels
@@ -68,9 +76,7 @@ class DyadicTimes(TimeSampler):
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.rand(shape, generator=generator, device=generator.device)
 
-    def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        rows, device = self.interval_rows(n), generator.device
-        steps = 2.0 ** torch.randint(self.levels, (rows,), generator=generator, device=device)
+    def intervals(self, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        steps = 2.0 ** torch.randint(self.levels, (rows,), generator=generator, device=generator.device)
         place = (self.draw((rows,), generator) * steps).floor().clamp(max=steps - 1)
-        instants = self.draw((n - rows,), generator)
-        return torch.cat([place / steps, instants]), torch.cat([(place + 1) / steps, instants])
+        return place / steps, (place + 1) / steps

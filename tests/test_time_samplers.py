@@ -120,3 +120,10 @@ def test_dyadic_lengths_and_places_are_uniform() -> None:
     for level in range(1, 4):
         cells = (r[k == level] * 2**level).long()
         assert stats.chisquare(torch.bincount(cells, minlength=2**level)).pvalue > 0.01
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_share_of_the_intervals_goes_the_whole_way_and_the_rest_stays_as_drawn(name: str) -> None:
+    plain, whole = (configured(name, ratio=0.5, **more).sample(64, seeded()) for more in ({}, {"whole": 0.25}))
+    assert torch.equal(whole[0][:8], torch.zeros(8)) and torch.equal(whole[1][:8], torch.ones(8))
+    assert all(torch.equal(one[8:], other[8:]) for one, other in zip(plain, whole, strict=True))

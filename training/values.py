@@ -141,7 +141,7 @@ RANGES: dict[str, Range] = {
         (Range(0, 1, rising=True), "interval"),
         (POSITIVE, "std weights radius weighting.c lr eps beta_max beta_min"),
         (NOT_NEGATIVE, "noise weight_decay scale copy_tolerance"),
-        (SHARE, "augment final start rise milestones label_dropout ratio"),
+        (SHARE, "augment final start rise milestones label_dropout ratio whole"),
         (SHARE_ABOVE_0, "gamma"),
         (SHARE_BELOW_1, "dropout betas momentum decay label_smoothing"),
     )
