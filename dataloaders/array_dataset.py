@@ -22,6 +22,7 @@ class ArrayDataset(TensorDataset):
         num_classes: int | None = None,
         value_range: Sequence[float] | None = None,
         held_out_fraction: float = 0.1,
+        standardize: bool = False,
     ):
         """path: the file, with states (N, D) or (N, C, H, W), 10 rows or more. None reads a value from the file.
 
@@ -42,6 +43,7 @@ class ArrayDataset(TensorDataset):
             raise UserError(f"dataloaders.held_out_fraction must lie between 0 and 1, not {held_out_fraction}")
         held_out = stratified_rows(labels, len(states), held_out_fraction, seed=0)
         super().__init__(states, labels, held_out, epoch_size=epoch_size, num_classes=classes, value_range=value_range)
+        self.standardize = standardize
 
 
 def load_states(file: Path) -> torch.Tensor:

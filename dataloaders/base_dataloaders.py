@@ -84,10 +84,12 @@ class FlowDataset(ABC):
     epoch_size: training draws in an epoch, over all ranks.
     mixture: the closed-form density of the data where it is known (oracles need it), else None.
     num_workers: processes that read ahead, for data that streams from disk; set before the first epoch.
+    standardize: whether a flow shall learn them with mean 0 and standard deviation 1; they are served as they are.
     """
 
     mixture: GaussianMixture | None = None
     num_workers: int = 0
+    standardize: bool = False
 
     def __init__(
         self,

@@ -34,6 +34,7 @@ class ImageFolder(ImageStream):
         held_out_most: int = 10_000,
         epoch_size: int | None = None,
         value_range: Sequence[float] = (-1.0, 1.0),
+        standardize: bool = False,
         **augmentation: Unpack[AugmentationOptions],
     ):
         """size, crop, channels: see PictureReader. held_out_most: pictures that are kept in memory to evaluate on.
@@ -63,6 +64,7 @@ class ImageFolder(ImageStream):
             train, unseen.subset(chosen, crop), state_shape=state_shape,
             num_classes=num_classes, classes=len(classes), value_range=value_range, epoch_size=epoch_size, **augmentation,
         )  # fmt: skip
+        self.standardize = standardize
 
 
 class ImageNet(ImageFolder):

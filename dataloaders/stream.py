@@ -121,7 +121,7 @@ class StreamDataset(FlowDataset):
         self.device = torch.device("cpu")
         self.ahead: ReadAhead | None = None
         self.kept: Read | None = None
-        self.seen: Read | None = None  # some training rows
+        self.seen: tuple[int, Read] | None = None  # how many training rows were asked for, and what there is
         self.pool, self.lent = torch.empty(0), 0  # what is held out, and behind it so many training rows
         self.unreadable: set[int] = set()
 
@@ -222,13 +222,14 @@ class StreamDataset(FlowDataset):
 
     def training_part(self, count: int) -> Batch:
         """Read once and kept as stored."""
-        if self.seen is None:
+        if self.seen is None or self.seen[0] != count:
             rows = np.random.RandomState(1).permutation(len(self.train))[:count].tolist()
-            self.seen = self.read_all(self.train, rows)
-            self.require_readable(len(self.seen.unreadable), self.train, len(self.train) - len(rows) + 1)
+            self.seen = count, self.read_all(self.train, rows)
+            self.require_readable(len(self.seen[1].unreadable), self.train, len(self.train) - len(rows) + 1)
+        read = self.seen[1]
         generator = torch.Generator(self.device).manual_seed(0)
-        label = None if self.seen.labels is None else self.seen.labels.to(self.device)
-        return self.states(self.seen.stored.to(self.device), generator), label
+        label = None if read.labels is None else read.labels.to(self.device)
+        return self.states(read.stored.to(self.device), generator), label
 
     def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A random disjoint split of the held-out part and, where that is too small, of training rows beside it."""

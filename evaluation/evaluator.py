@@ -156,13 +156,14 @@ def generate_together(
 def sample_chunk(
     flow: FlowObjective, solver: Sampler, x0: Tensor, label: Tensor | None, fresh: Fresh | None, first: int
 ) -> Tensor:
-    """The samples from number `first` on that the noise x0 (B, ...), for label (B,) or None, is carried to."""
+    """The samples, in the units of the data, from number `first` on that the noise x0 (B, ...), for label (B,) or None, is
+    carried to."""
 
     def added(k: int) -> Tensor:
         assert fresh is not None, "a re-noising solver needs fresh noise"
         return fresh(k, first, len(x0)).to(x0)
 
-    return solver.sample(flow, x0, label, added)
+    return flow.in_data_units(solver.sample(flow, x0, label, added))
 
 
 def few_steps(objective: FlowObjective, noise: Tensor, label: Tensor | None, evaluations: int) -> Tensor:

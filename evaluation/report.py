@@ -1,5 +1,6 @@
 """What an evaluation shows: a table of scores with their noise floors, and a picture of the samples beside real data."""
 
+import math
 import textwrap
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from evaluation.classifier_evaluator import ClassifierEvaluation
 from evaluation.evaluator import Evaluation, GeneratorEvaluation
 from evaluation.metrics.base_metric import Absent, Decode, Score, as_images
 from evaluation.metrics.distances import nearest, squared_distances
+from losses.weightings import UniformWeighting
 
+MANY = 16  # numbers in a state, whose loss is also told for each
 SHOWN_EXTRA = (
     "oracle/flow_map_error_median", "oracle/flow_map_error_exact_field", "oracle/log_prob_error_exact_field",
     "oracle/log_prob_error_probes",
@@ -25,7 +28,18 @@ def number(value: float) -> str:
 
 def score_rows(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     """(name, value +- standard error, noise floor) of each score."""
-    return [("eval/loss", number(evaluation.values["eval/loss"]), ""), *rows_of(evaluation.scores)]
+    loss = number(evaluation.values["eval/loss"]) + per_dimension(evaluation)
+    return [("eval/loss", loss, ""), *rows_of(evaluation.scores)]
+
+
+def per_dimension(evaluation: Evaluation) -> str:
+    """The held-out loss over the numbers in a state, in brackets, where they are many and it is a plain sum over them."""
+    if not isinstance(evaluation, GeneratorEvaluation):
+        return ""
+    generation = evaluation.generation
+    numbers = math.prod(generation.dataset.state_shape)
+    plain = isinstance(generation.objective.weighting, UniformWeighting)
+    return f" ({evaluation.values['eval/loss'] / numbers:.3g} a dimension)" if plain and numbers >= MANY else ""
 
 
 def rows_of(scores: list[Score]) -> list[tuple[str, str, str]]:

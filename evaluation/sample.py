@@ -59,7 +59,11 @@ Label = int | Literal["all"] | Tensor | None
 
 @dataclass
 class TrainedModel:
-    """A checkpoint ready to sample: `load(path).sample(n, seed=0)`. Weights are the EMA ones."""
+    """A checkpoint ready to sample: `load(path).sample(n, seed=0)`. Weights are the EMA ones.
+
+    Data and samples are in the units of the data. velocity, flow_map and calling it are in those the flow has learned, the
+    same unless dataloaders.standardize was true; `objective.in_data_units` and `objective.standardised` go between them.
+    """
 
     objective: FlowObjective
     config: dict[str, Any]
@@ -143,11 +147,13 @@ class TrainedModel:
         """
         source = build_source(self.config, self.device)
         label = None if label is None else label.to(self.device)
-        x = x.to(self.device)
+        x = self.objective.standardised(x.to(self.device))
         field = lambda z, t: self.objective.velocity(z, t, label)  # noqa: E731
         found = log_likelihood(field, x, source.log_prob, solver or Dopri5())
         error = None if found.standard_error is None else found.standard_error.cpu()
-        return LogLikelihood(found.log_prob.cpu(), error, found.x0.cpu())
+        std = self.objective.data_std  # the density is that of x, not of its standardised form
+        volume = 0.0 if std is None else std.expand(x.shape[1:]).log().sum().cpu()
+        return LogLikelihood(found.log_prob.cpu() - volume, error, found.x0.cpu())
 
     def real(self, n: int, seed: int = 0) -> Batch:
         """At most n held-out states of the data the model learned, on the CPU, with their labels or None."""

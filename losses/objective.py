@@ -5,7 +5,7 @@ is headed to). Which second time a network was trained with is the objective's k
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -89,11 +89,15 @@ class FlowObjective(Objective, ABC):
     second_time "end": the network's second time is always 1 (plain flow matching). "state": it is t >= r, and t = r asks
     for the instantaneous velocity (MeanFlow family).
     label_dropout: share of rows whose label becomes the null label num_classes, for classifier-free guidance.
+    data_mean, data_std: what data are standardised by, both None where they are learned as they are. Velocities and maps
+    are those of the standardised states.
     Raises UserError around a network that is no velocity model.
     """
 
     network: VelocityModel
     second_time: SecondTime = "end"
+    data_mean: Tensor | None
+    data_std: Tensor | None
     learns_flow_map: bool = False  # whether u(z, r, t) is trained for r < t, so that flow_map may be asked for
 
     def __init__(
@@ -116,6 +120,21 @@ class FlowObjective(Objective, ABC):
         self.path, self.coupling, self.time_sampler, self.prediction = path, coupling, time_sampler, prediction
         self.weighting, self.label_dropout = weighting, label_dropout
         self.has_dropout = any(isinstance(part, _DropoutNd) and part.p > 0 for part in network.modules())
+        self.register_buffer("data_mean", None, persistent=False)
+        self.register_buffer("data_std", None, persistent=False)
+
+    def standardise_by(self, mean: list[float], std: list[float], state_shape: Sequence[int]) -> None:
+        """Learn the flow of (x1 - mean) / std: numbers for each channel of images, for each dimension of vectors."""
+        shape, device = (-1, *(1,) * (len(state_shape) - 1)), next(self.network.parameters()).device
+        self.data_mean, self.data_std = (torch.tensor(numbers, device=device).reshape(shape) for numbers in (mean, std))
+
+    def standardised(self, x1: Tensor) -> Tensor:
+        """Return data (B, ...) as the flow has them."""
+        return x1 if self.data_mean is None or self.data_std is None else (x1 - self.data_mean) / self.data_std
+
+    def in_data_units(self, x: Tensor) -> Tensor:
+        """Return states of the flow (B, ...) in the units of the data."""
+        return x if self.data_mean is None or self.data_std is None else self.data_mean + self.data_std * x
 
     @property
     def is_random(self) -> bool:
@@ -150,7 +169,7 @@ class FlowObjective(Objective, ABC):
 
         x0, x1 (B, ...) noise and data; label (B,) or None; progress in [0, 1] is the share of the run that is done.
         """
-        given = label
+        given, x1 = label, self.standardised(x1)
         x0, x1, label = self.coupling.pair(x0, x1, label, generator)
         if given is not None and label is None and self.network.num_classes:
             raise UserError(

@@ -12,7 +12,12 @@ import torch
 
 from dataloaders.array_dataset import ArrayDataset
 from dataloaders.array_header import array_classes, array_shape
+from evaluation.evaluator import fixed_noise
+from evaluation.sample import load
+from training.assemble import build_source
 from training.errors import UserError
+from training.launch import prepare
+from training.run_folder import RunFolder
 
 POINTS = np.random.RandomState(0).randn(40, 3)
 LABELS = np.arange(40) % 4
@@ -194,3 +199,53 @@ def test_knobs_are_checked_against_the_file(tmp_path: Path) -> None:
     for fraction in (0, 1, -0.5):
         with pytest.raises(UserError, match="held_out_fraction must lie between"):
             ArrayDataset(path, held_out_fraction=fraction)
+
+
+@pytest.mark.parametrize(("shape", "model"), [((400, 2), "mlp"), ((60, 1, 8, 8), "unet_small")])
+def test_standardised_data_come_back_in_their_own_units(
+    tmp_path: Path, small_run: Callable[..., Path], shape: tuple[int, ...], model: str
+) -> None:
+    path = saved(tmp_path, "data.npy", x=100 + 10 * np.random.RandomState(0).randn(*shape))
+    words = ["dataloaders=array", f"dataloaders.path={path}", "dataloaders.epoch_size=null", "schedule=constant"]
+    words += ["evaluation=generator", f"model={model}", "dataloaders.standardize=true"]
+    whole = small_run("x", *words, "max_steps=4")
+    resumed = small_run("y", *words, "max_steps=2", output="other")
+    small_run("y", "resume=true", "max_steps=4", output="other")
+    one, other = (load(folder / f"ckpts/{model}/{name}_last.pt", "cpu") for folder, name in ((whole, "x"), (resumed, "y")))
+    columns = ArrayDataset(path).train_states.double().transpose(0, 1).flatten(1)
+    mean, std = columns.mean(1), columns.std(1, correction=0)
+    assert one.config["standardized"] == other.config["standardized"] == {"mean": mean.tolist(), "std": std.tolist()}
+    assert torch.equal(one.sample(50), other.sample(50))
+    scores = RunFolder(whole / "runs/x").read_status()["scores"]
+    assert scores["eval/loss"] < 20 * np.prod(shape[1:])  # of standardised states
+    assert scores["eval/energy_distance"] < 30 * np.prod(shape[1:]) ** 0.5  # 250 times that between other units
+
+    for weights in one.objective.network.parameters():  # a velocity of 0: noise is carried to its own place
+        weights.requires_grad_(False).zero_()
+    noise = fixed_noise(build_source(one.config, torch.device("cpu")), 5, 0)
+    place, width = (x.float().reshape(-1, *[1] * (len(shape) - 2)).expand(shape[1:]) for x in (mean, std))
+    torch.testing.assert_close(one.sample(5), place + width * noise)
+    x = one.real(5)[0]
+    assert abs(x.mean() - 100) < 20
+    expected = torch.distributions.Normal(place, width).log_prob(x).flatten(1).sum(1)
+    torch.testing.assert_close(one.log_prob(x), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1.0, False), (30.0, True), (0.03, True)])
+def test_data_of_another_scale_are_advised_to_be_standardised(
+    tmp_path: Path, small_run: Callable[..., Path], capsys: pytest.CaptureFixture[str], factor: float, said: bool
+) -> None:
+    path = saved(tmp_path, "data.npy", x=factor * POINTS)
+    small_run("x", "dataloaders=array", f"dataloaders.path={path}", "dataloaders.epoch_size=null", "max_steps=1")
+    assert ("add dataloaders.standardize=true" in capsys.readouterr().out) == said
+
+
+REFLOW = ["loss/coupling=reflow", "loss.coupling.teacher=x"]
+
+
+@pytest.mark.parametrize("other", [["model=small_cnn_classifier", "loss=cross_entropy"], ["model=unet_small", *REFLOW]])
+def test_what_cannot_learn_standardised_data_is_refused(tmp_path: Path, other: list[str]) -> None:
+    path = saved(tmp_path, x=np.ones((20, 1, 8, 8)), y=np.arange(20) % 2)
+    words = ["run_name=x", "dataloaders=array", f"dataloaders.path={path}", "dataloaders.standardize=true", *other]
+    with pytest.raises(UserError, match="standardize is undone in samples"):
+        prepare(words)

@@ -35,6 +35,7 @@ SAMPLE_COUNTS = {
     "dataloaders.training.final_evaluation_samples",
 }  # fmt: skip
 FEWEST_SAMPLES = 8
+MOMENT_ROWS = 2000
 LIGHT, LIGHT_GPU = {"cpu": 2.5e12}, 5e14  # parameters x pixels x rows through the network that take about ten seconds
 
 
@@ -70,8 +71,10 @@ def build_objective(config: dict[str, Any], device: torch.device) -> Objective:
     torch.manual_seed(stream_seed(config["seed"], "weights"))
     network = build(config["model"])
     network.init_weights()
-    objective: Objective = build(config["loss"], network=network)
-    return objective.to(device)
+    objective: Objective = build(config["loss"], network=network).to(device)
+    if config.get("standardized") and isinstance(objective, FlowObjective):
+        objective.standardise_by(**config["standardized"], state_shape=config["dataloaders"]["state_shape"])
+    return objective
 
 
 def sampled_flow(objective: Objective, config: dict[str, Any], device: torch.device) -> FlowObjective | None:
@@ -123,6 +126,7 @@ def meaning(objective: FlowObjective, config: dict[str, Any]) -> dict[str, Any]:
         "prediction": type(objective.prediction).__name__,
         "path": " ".join([type(objective.path).__name__, *(f"{k}={v}" for k, v in vars(objective.path).items())]),
         "learning of a flow map": objective.learns_flow_map,
+        "standardization of the data": config.get("standardized"),
     }
 
 
@@ -202,6 +206,8 @@ def assemble(config: dict[str, Any]) -> Run:
     """Every part of the run, on its device, at its start or where its newest save left it. Writes nothing."""
     device = pick_device(config["device"])
     set_numerics(device, config["deterministic"])
+    if not config["dataloaders"].get("standardize"):
+        config.pop("standardized", None)  # resume=force may have turned it off
     if config["init_from"] and not config["resume"]:
         adopt_model(config, Path(config["init_from"]))
     objective, solver, evaluator = build_objective(config, device), build_solver(config), build(config["evaluation"])
@@ -230,6 +236,11 @@ def assemble(config: dict[str, Any]) -> Run:
         print(f"{config['run_name']} ended before its first save; beginning it again")
     with first_alone(bool(config["dataloaders"].get("download"))):
         dataset = build_dataset(config, device)
+    if dataset.standardize and "standardized" not in config:
+        config["standardized"] = moments(dataset)
+        for flow in (state.objective, state.ema_objective):
+            assert isinstance(flow, FlowObjective)
+            flow.standardise_by(**config["standardized"], state_shape=dataset.state_shape)
     first = rank() == 0
     run = Run(
         config, device, dataset, build_source(config, device), state, solver,
@@ -242,6 +253,18 @@ def assemble(config: dict[str, Any]) -> Run:
     if not config["resume"]:
         fit_samples(run)
     return run
+
+
+def moments(dataset: FlowDataset) -> dict[str, list[float]]:
+    """Mean and standard deviation of training rows, of each channel of images or dimension of vectors; a constant has 1.
+
+    Of all rows in memory, of MOMENT_ROWS read from disk.
+    """
+    part = dataset.training_part(MOMENT_ROWS)
+    assert part is not None, "only data that are stored can be standardised"
+    numbers = part[0].double().transpose(0, 1).flatten(1)
+    std = numbers.std(1, correction=0)
+    return {"mean": numbers.mean(1).tolist(), "std": torch.where(std > 0, std, 1.0).tolist()}
 
 
 def fit_samples(run: Run) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from abc import ABC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from losses.objective import FlowObjective
-from losses.weightings import UniformWeighting
+from evaluation.report import per_dimension
 from training.errors import UserError
 from training.experiment_log import ExperimentLog
 from training.progress import Progress
@@ -19,9 +17,6 @@ from training.telemetry import NoTelemetry, Telemetry, telemetry_for
 
 if TYPE_CHECKING:
     from training.run import Run
-
-
-MANY = 16  # numbers in a state, whose loss is also told for each
 
 
 class Callback(ABC):
@@ -74,7 +69,7 @@ class ProgressBar(Callback):
         if self.shown is not None and run.evaluation is not None:
             values = run.evaluation.values
             shown = [
-                f"{k.partition('/')[2]} {values[k]:.4g}{per_dimension(run, values[k]) if k == 'eval/loss' else ''}"
+                f"{k.partition('/')[2]} {values[k]:.4g}{per_dimension(run.evaluation) if k == 'eval/loss' else ''}"
                 for k in ("eval/loss", "eval/energy_distance", "eval/accuracy")
                 if k in values
             ]
@@ -85,13 +80,6 @@ class ProgressBar(Callback):
     def close(self) -> None:
         if self.shown is not None:
             self.shown.bar.close()
-
-
-def per_dimension(run: Run, loss: float) -> str:
-    """The loss over the numbers in a state, in brackets, where they are many and the loss is a plain sum over them."""
-    objective, numbers = run.state.objective, math.prod(run.dataset.state_shape)
-    plain = isinstance(objective, FlowObjective) and isinstance(objective.weighting, UniformWeighting)
-    return f" ({loss / numbers:.3g} a dimension)" if plain and numbers >= MANY else ""
 
 
 class SamplePictures(Callback):

@@ -67,7 +67,13 @@ def check_contradictions(config: dict[str, Any]) -> None:
 
     if config["resume"] or config["eval_checkpoint"]:
         return
-    if has(config, "guidance._target_") and config["model"]["_target_"].startswith("models.classifier."):
+    classifies = config["model"]["_target_"].startswith("models.classifier.")
+    if config["dataloaders"].get("standardize") and (classifies or has(config, "loss.coupling.teacher")):
+        what = "a classifier" if classifies else "loss/coupling=reflow, whose pairs its teacher makes,"
+        raise UserError(
+            f"dataloaders.standardize is undone in samples, and {what} does not learn from standardised data; leave it out"
+        )
+    if has(config, "guidance._target_") and classifies:
         raise UserError("guidance steers samples, and a classifier makes none; leave guidance out")
     if has(config, "guidance._target_") and "ClassifierFree" in config["guidance"]["_target_"] and not config["conditional"]:
         raise UserError("guidance=cfg needs a model that is told the class; add conditional=true, or leave guidance out")

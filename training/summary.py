@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from dataloaders.base_dataloaders import FlowDataset
+from dataloaders.tensor_dataset import TensorDataset
 from evaluation.evaluator import CHUNK, GeneratorEvaluator
 from evaluation.report import print_scores
 from losses.couplings import MinibatchOTCoupling
@@ -50,6 +52,13 @@ def recipe_batch(config: dict[str, Any]) -> int | None:
     return rows and int(rows) * int(recipe.get("gradient_accumulation_steps") or 1)
 
 
+def rms(dataset: FlowDataset) -> float | None:
+    """Root mean square of training states that are in memory as numbers, else None."""
+    if not isinstance(dataset, TensorDataset) or dataset.states.dtype == torch.uint8:
+        return None
+    return dataset.train_states.square().mean().sqrt().item()
+
+
 def print_start(run: Run) -> None:
     """A dozen lines: what is about to happen, where, and what it leaves."""
     config, choices, network = run.config, run.config["choices"], run.state.objective.network
@@ -63,6 +72,12 @@ def print_start(run: Run) -> None:
     if recipe not in (None, run.batch_size * accumulate):
         print(f"note: a step sees {run.batch_size * accumulate:,} rows ({rows}), the recipe of this data {recipe:,}")
     flow = isinstance(run.state.objective, FlowObjective)
+    scale = rms(run.dataset)
+    if config["dataloaders"].get("standardize") is False and flow and scale and not 0.2 <= scale <= 5:
+        print(
+            f"note: the data's root mean square is {scale:.3g}, and flows from standard noise learn best near 1; add "
+            "dataloaders.standardize=true: samples and scores stay in the data's units"
+        )
     print(f"{config['run_name']}: {choices['model']} learns {choices['dataloaders']} by {choices['loss']}")
     print_lines(
         [

@@ -58,7 +58,7 @@ def draw(scene: Scene) -> list[Path]:
     # Row by row: the states of a sample at all times, below them what the model expects at these times.
     rows = strips.permute(2, 0, 1, *range(3, strips.dim())).flatten(0, 2)
     path = scene.folder / "denoising.png"
-    grid = enlarged(tile(as_bytes(scene, rows), COLUMNS), 900)
+    grid = enlarged(tile(as_bytes(scene, flow.in_data_units(rows)), COLUMNS), 900)
     title = f"{scene.heading}: from noise to data ({solver_label(solver)})"
     measured = "upper rows: states; below each: the data that the model expects of it"
     draw_grids(path, {"": grid}, title, None, measured, [f"t = {t:.2f}" for t in strip_times.tolist()])
@@ -66,9 +66,10 @@ def draw(scene: Scene) -> list[Path]:
         return [path]
 
     columns = max(1, round(scene.n**0.5))
+    images = {t: as_bytes(scene, flow.in_data_units(at[t])) for t in film_times.tolist()}
     frames = [
-        even(captioned(enlarged(tile(as_bytes(scene, at[t]), columns), 480), f"t = {t:.2f}; {solver_label(solver)}"))
-        for t in film_times.tolist()
+        even(captioned(enlarged(tile(shown, columns), 480), f"t = {t:.2f}; {solver_label(solver)}"))
+        for t, shown in images.items()
     ]
     film = path.with_suffix(f".{scene.form}")
     write_film(film, frames)
@@ -80,7 +81,7 @@ def expected_first(scene: Scene, states: Tensor, t: Tensor) -> Tensor:
 
 
 def as_bytes(scene: Scene, states: Tensor) -> np.ndarray:
-    """States (N, ...) as image bytes (N, H, W, 3), latents decoded."""
+    """States (N, ...) in the data's units as image bytes (N, H, W, 3), latents decoded."""
     from visualizers.pictures import to_bytes
 
     known = scene.model.config["dataloaders"]["value_range"]

@@ -45,7 +45,7 @@ def ways(scene: Scene) -> dict[str, np.ndarray]:
         solvers = [Euler(10), RK4(24)]
     solvers.append(FlowMapSolver(1) if flow.learns_flow_map else Euler(1))
     with torch.no_grad():
-        walks = [walk(solver, flow, noise, label, times).cpu().numpy() for solver in solvers]
+        walks = [flow.in_data_units(walk(solver, flow, noise, label, times)).cpu().numpy() for solver in solvers]
     return dict(zip(map(solver_label, solvers), walks, strict=True))
 
 

@@ -41,12 +41,12 @@ def draw(scene: Scene) -> list[Path]:
     times, noise, flow = frame_times(51), scene.noise(), scene.model.flow()
     solver = scene.own_solver()
     with torch.no_grad():
-        walked = walk(solver, flow, noise, scene.labels, times).cpu().numpy()
+        walked = flow.in_data_units(walk(solver, flow, noise, scene.labels, times)).cpu().numpy()
         is_ode = isinstance(solver, BaseSolver)
         paths = {("learned field, " if is_ode else "") + solver_label(solver): walked}
         if flow.learns_flow_map and is_ode:
             maps = [flow.flow_map(noise, times[0], t, scene.labels) for t in times]
-            paths["learned map from the start"] = torch.stack(maps).cpu().numpy()
+            paths["learned map from the start"] = flow.in_data_units(torch.stack(maps)).cpu().numpy()
         truth = scene.exact()
         if not isinstance(truth, str):
             grid = torch.linspace(0, truth.path.last_time, 101, dtype=torch.float64)

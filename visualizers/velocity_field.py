@@ -51,6 +51,7 @@ class Field:
 
         from visualizers.pictures import shared_limits
 
+        self.units = "data units" if scene.model.objective.data_std is None else "standard deviations of the data"
         model, clock = scene.model, torch.from_numpy(times).float()
         flow, label = model.flow(), scene.labels  # of one class, if any
         with torch.no_grad():
@@ -58,7 +59,8 @@ class Field:
 
             self.states = walk(RK4(12), flow, scene.noise(), label, clock).cpu()
         self.times = times
-        self.low, self.high = shared_limits(self.states.numpy().reshape(-1, 2), scene.real(2000))
+        real = flow.standardised(torch.from_numpy(scene.real(2000)).to(model.device)).cpu().numpy()
+        self.low, self.high = shared_limits(self.states.numpy().reshape(-1, 2), real)
         self.low, self.high = np.minimum(self.low, -2.2), np.maximum(self.high, 2.2)
         self.places = lattice(self.low, self.high, ARROWS)
         at = torch.from_numpy(self.places).float().to(model.device)
@@ -129,7 +131,7 @@ class Field:
         )  # fmt: skip
         if axes is axes.figure.axes[0]:
             speed = float(f"{1.6 * self.scale / ARROWS:.0e}")
-            axes.quiverkey(arrows, 0.95, 0.03, speed, f"{speed:g} data units per unit of time", coordinates="figure",
+            axes.quiverkey(arrows, 0.95, 0.03, speed, f"{speed:g} {self.units} per unit of time", coordinates="figure",
                            labelpos="W", color=INK, fontproperties={"size": 9})  # fmt: skip
         axes.set(xlim=extent[:2], ylim=extent[2:], xlabel="x₁")
         axes.set_title(name, color=INK, fontsize=11, pad=5)
