@@ -1,6 +1,7 @@
 """What an evaluation shows: a table of scores with their noise floors, and a picture of the samples beside real data."""
 
 import math
+import re
 import textwrap
 from pathlib import Path
 
@@ -60,12 +61,13 @@ def rows_of(scores: list[Score]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def absent_lines(absent: list[Absent]) -> list[str]:
-    """One line per reason, naming the scores it rules out."""
+def absent_line(absent: list[Absent]) -> str:
+    """The scores that are not given, each reason once, in brackets: oracles and few-step scores as what they are."""
     by_reason: dict[str, list[str]] = {}
     for item in absent:
-        by_reason.setdefault(item.reason, []).append(item.name)
-    return [f"{', '.join(short_names(names))}: {reason}" for reason, names in by_reason.items()]
+        few = "few-step scores" if re.search(r"_\d+nfe$", item.name) else item.name
+        by_reason.setdefault(item.reason, []).append("oracles" if item.name.startswith("oracle/") else few)
+    return "; ".join(f"{', '.join(dict.fromkeys(names))} ({reason})" for reason, names in by_reason.items())
 
 
 def short_names(names: list[str]) -> list[str]:
@@ -108,8 +110,8 @@ def print_table(scores: list[Score], absent: list[Absent], rows: list[tuple[str,
         print(f"  {name:<{width}}  {value:<22}" + (f"floor {floor}" if floor else ""))
     for line in provenance_lines(scores):
         print(wrapped(line))
-    for line in absent_lines(absent):
-        print(wrapped(f"not given: {line}"))
+    if absent:
+        print(wrapped(f"not given: {absent_line(absent)}"))
 
 
 def wrapped(line: str) -> str:

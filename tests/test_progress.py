@@ -113,9 +113,10 @@ SHORT = ["dataloaders=photos", "dataloaders.crops=100", "dataloaders.held_out_cr
     ],
 )
 def test_evaluations_of_images_cost_about_a_fifth_of_the_run_unless_asked_for(
-    overrides: list[str], expected: tuple[int, int]
+    overrides: list[str], expected: tuple[int, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert counts(*overrides) == expected
+    assert ("more than a fifth" in capsys.readouterr().out) == (8 in expected)
 
 
 def test_a_run_that_goes_on_keeps_its_counts(small_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

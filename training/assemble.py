@@ -292,8 +292,13 @@ def fit_samples(run: Run) -> None:
     if (node["samples"], node["final_samples"]) != (evaluator.samples, evaluator.final_samples):
         print(
             f"note: evaluations draw {node['samples']:,} samples and the last one {node['final_samples']:,}, not "
-            f"{evaluator.samples:,} and {evaluator.final_samples:,}, so that they take about a fifth of this run; set "
-            "evaluation.samples= and evaluation.final_samples= for others"
+            f"{evaluator.samples:,} and {evaluator.final_samples:,}, "
+            + (
+                f"{FEWEST_SAMPLES} being the fewest, which costs so short a run more than a fifth"
+                if FEWEST_SAMPLES in (node["samples"], node["final_samples"])
+                else "so that they take about a fifth of this run"
+            )
+            + "; set evaluation.samples= and evaluation.final_samples= for others"
         )
         node["loss_samples"] = evaluator.loss_samples
     evaluator.samples, evaluator.final_samples = node["samples"], node["final_samples"]

@@ -1,7 +1,9 @@
 """What a run says before it starts and after it ends."""
 
+import copy
 import os
 import shlex
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,17 +13,21 @@ import torch
 from omegaconf import OmegaConf
 
 from dataloaders.base_dataloaders import FlowDataset
+from dataloaders.stream import Rows, StreamDataset
 from dataloaders.tensor_dataset import TensorDataset
 from evaluation.evaluator import CHUNK, GeneratorEvaluator
 from evaluation.report import print_scores
 from losses.couplings import MinibatchOTCoupling
 from losses.objective import FlowObjective
+from training.build import build
 from training.config import CONFIG_DIR, twice_as_long
 from training.device import autocast, device_name
 from training.progress import LONG, in_words, seconds_a_row
 from training.run import Run
 from training.terms import named_terms
 
+READ = 16  # pictures that are read to see how long it takes
+COPIED = 10**7  # weights, at most, that are copied to see how long an update takes
 MANY_PAIRED = 256  # rows whose exact assignment takes longer than a step of a small network
 # Commands are shown as they can be typed again, from where this one was typed.
 RUNNER = "uv run " if "UV" in os.environ else ""
@@ -109,8 +115,8 @@ def print_times(run: Run) -> None:
     The trial leaves weights, buffers and random numbers as they are.
     """
     left = run.total_steps - run.state.step
-    step, answer = seconds_of_training(run), seconds_of_sampling(run)
-    epoch = step * run.dataset.epoch_size / run.world
+    row, answer = seconds_of_training(run), seconds_of_sampling(run)
+    epoch = beside_reading(run, row) * run.dataset.epoch_size / run.world + seconds_of_update(run) * run.steps_per_epoch
     words = f"about {in_words(epoch)} an epoch, {in_words(epoch * left / run.steps_per_epoch)} of training"
     flow, evaluator = run.flow, run.evaluator
     coupling, rows = None if flow is None else flow.coupling, run.batch_size // run.world
@@ -152,6 +158,44 @@ def seconds_of_training(run: Run) -> float:
 
     with on_trial(run) as generator:
         return seconds_a_row(train, run.batch_size // run.world, run.device)
+
+
+def beside_reading(run: Run, trained: float) -> float:
+    """Return what a row takes in all, of `trained` seconds in training, where others are read meanwhile.
+
+    Readers run beside training, as far as there are processor cores for both.
+    """
+    dataset, cores = run.dataset, os.cpu_count() or 1
+    if not isinstance(dataset, StreamDataset):
+        return trained
+    rows = min(READ, len(dataset.train))
+    begun = time.perf_counter()
+    dataset.train[Rows(dataset.numbers(range(rows)), 0)]
+    read = (time.perf_counter() - begun) / rows
+    if not dataset.num_workers:
+        return trained + read
+    busy = trained * torch.get_num_threads() if run.device.type == "cpu" else 0.0
+    return max(trained, read / dataset.num_workers, (busy + read) / cores)
+
+
+def seconds_of_update(run: Run) -> float:
+    """What the optimizer and the moving average take in a step, tried on copies; 0 of large networks, whose passes take
+    far longer."""
+    network, state = run.state.objective.network, run.state
+    if network.parameter_count() > COPIED:
+        return 0.0
+    copied = copy.deepcopy(network)
+    weights = [weight for weight in copied.parameters() if weight.requires_grad]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    optimizer, average = build(run.config["optimizer"], params=weights), state.ema.average_of(copied)
+
+    def update(_: int) -> None:
+        optimizer.step()
+        state.ema.update(average, copied, 1)
+
+    update(1)  # makes what the optimizer keeps
+    return seconds_a_row(update, 1, run.device)
 
 
 @torch.no_grad()
