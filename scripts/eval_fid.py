@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from training.checks import check_writable
 from training.errors import UserError
-from training.files import write_atomically
+from training.files import end_of, write_atomically
 from training.values import NOT_NEGATIVE, RANGES, whole_number
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def read_words(words: list[str]) -> tuple[dict[str, str | None], list[str]]:
     for key, name in (("n", "samples"), ("nfe", "evaluations"), ("replicates", "replicates")):
         whole_number(key, "2" if settings[key] is None else str(settings[key]), RANGES[name])
     whole_number("seed", str(settings["seed"]), NOT_NEGATIVE)
+    if settings["out"]:
+        check_writable("out", end_of(Path(settings["out"])).parent)
     return settings, overrides
 
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from dataloaders.cifar import Cifar
 from evaluation.feature_networks import classifier_features
 from evaluation.sample import load
-from scripts import eval_fid, sample
+from scripts import eval_fid, report, sample, trackio_delete
 from training.assemble import assemble
 from training.build import build
 from training.checkpoint import FORMAT, KEYS, load_checkpoint, write_checkpoint, write_export
@@ -272,6 +272,30 @@ def test_contents_of_another_kind_are_one_sentence(changed, contents):
 
 CALL = "_target_: training.provenance.subprocess.check_output, args: touch HARM, shell: true"
 CALLED = {"_target_": "training.provenance.subprocess.check_output", "args": "touch HARM", "shell": True}
+
+
+@pytest.mark.parametrize("out", ["taken", "file/below"])
+@pytest.mark.parametrize("front", ["sample", "eval_fid", "drawing", "curves", "report"])
+def test_an_out_that_cannot_be_written_is_one_sentence(changed, two_runs, tmp_path, monkeypatch, capsys, front, out):
+    """A folder where a file is to be, or the other way round, and a path below a file."""
+    monkeypatch.chdir(tmp_path)
+    end = {"sample": ".png", "eval_fid": ".json", "drawing": "", "curves": ".png", "report": ".html"}[front]
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / f"taken{end}").mkdir() if end else (tmp_path / "taken").touch()
+    of_runs = front in ("curves", "report")
+    words = ["x", f"output_dir={two_runs}"] if of_runs else [f"ckpt={changed(lambda payload: None)}", "n=12"]
+    main = report.main if front == "report" else READERS[front]
+    assert main([*words, f"out={tmp_path / out}{end}"]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
+    assert len(lines) == 1 and str(tmp_path) in lines[0] and (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_pattern_that_never_ends_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(trackio_delete, "run_names", lambda project: ["a" * 40 + "!"])
+    monkeypatch.setattr("scripts.front.MATCH_SECONDS", 1)
+    assert trackio_delete.main(["(a+)+$", "--dry-run"]) == 1
+    assert "takes too long to compare with the names" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
 
 
 def harmful(change: Callable[[dict[str, Any]], object]) -> Callable[[Path, dict[str, Any]], object]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts.front import outputs, unknown
+from training.checks import check_writable
 from training.errors import UserError
 from training.values import NOT_NEGATIVE, RANGES, whole_number
 from visualizers.films import FORMS
@@ -230,6 +231,7 @@ def scene(words: list[str], n: int, frames: int, points: int | None = None) -> S
     if any(word.startswith("solver") for word in overrides):
         made.solver = made.own_solver()
         made.solver.check(model.objective)
+    check_writable("out", folder)
     folder.mkdir(parents=True, exist_ok=True)
     return made
 
