@@ -18,6 +18,7 @@ from dataloaders.plain_pickle import read_pickled
 from training.errors import UserError
 
 SHAPE = (3, 32, 32)
+MOST_BYTES = 2**29  # of a batch; the largest, CIFAR-100's training part, has 155 million
 
 
 class Cifar(ImageTensor):
@@ -86,6 +87,10 @@ def read_parts(folder: Path, archive: Path, names: Sequence[str], remedy: str) -
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
+                if member.name in wanted and member.size > MOST_BYTES:
+                    raise UserError(
+                        f"{archive} has {member.name} of {member.size:,} bytes, far too many; delete it, then {remedy}"
+                    )
                 stream = tar.extractfile(member) if member.name in wanted and member.isreg() else None
                 if stream is not None:
                     contents[wanted[member.name]] = stream.read()

@@ -172,6 +172,16 @@ def test_a_pickle_cannot_misuse_the_names_that_are_known() -> None:
         read_pickled(io.BytesIO(lying), "x")
 
 
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_a_member_that_is_a_link_or_claims_to_be_huge_is_not_read(archive: Path, kind: bytes) -> None:
+    header = tarfile.TarInfo(f"{FOLDERS['cifar10']}/data_batch_1")
+    header.type, header.size = kind, 2**40 if kind == tarfile.REGTYPE else 0
+    header.linkname = "" if kind == tarfile.REGTYPE else str(archive)
+    archive.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    message = refusal("cifar10", settings_of(archive))
+    assert ("1,099,511,627,776 bytes" if kind == tarfile.REGTYPE else "has no cifar-10-batches-py/data_batch_1") in message
+
+
 def test_an_archive_writes_nothing_outside_or_inside_its_folder(archive: Path) -> None:
     def add(members: dict[str, bytes]) -> None:
         members |= {"../outside": b"x", str(archive.with_name("absolute")): b"x"}
