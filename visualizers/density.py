@@ -36,7 +36,7 @@ def draw(scene: Scene) -> list[Path]:
     from matplotlib.colors import LogNorm, Normalize
 
     from evaluation.sample import TrainedModel
-    from visualizers.pictures import INK, describe_count, new_figure, save_figure, shared_limits
+    from visualizers.pictures import INK, new_figure, save_figure, shared_limits
     from visualizers.velocity_field import lattice
 
     scene.need_points("see samples.py")
@@ -56,8 +56,10 @@ def draw(scene: Scene) -> list[Path]:
     figure = new_figure(420, f"{scene.heading}: density of the samples", LEGEND, 1300)
     panels = figure.subplots(1, 3, sharex=True, sharey=True)
     top = max(float(np.quantile(theirs, 0.999)), 2 * one)
-    extent, logarithmic = (low[0], high[0], low[1], high[1]), LogNorm(0.5 * one, top)
-    shown = [(f"samples ({describe_count(samples, low, high)})", ours, "viridis", logarithmic)]
+    extent = (low[0], high[0], low[1], high[1])
+    logarithmic: Normalize = LogNorm(0.5 * one, top)
+    outside = int(((samples < low) | (samples > high)).any(1).sum())
+    shown = [(f"samples ({scene.n:,}, {outside:,} outside)", ours, "viridis", logarithmic)]
     shown.append((named, theirs, "viridis", logarithmic))
     shown.append(("samples - data", ours - theirs, "RdBu_r", Normalize(-top, top)))
     for panel, (name, values, colors, norm) in zip(panels, shown, strict=True):
