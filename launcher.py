@@ -25,7 +25,7 @@ from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
-    from training.launch import RunResult
+    from runs.result import RunResult
 
 # Threads that wait sleep soon instead of spinning: no slower on an idle machine, twice as fast on a shared one.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -72,7 +72,7 @@ eval_every save_every optimizer.lr grad_clip trackio.enabled; docs/cli.md explai
 
 
 def help_text() -> str:
-    """What `--help` prints; reads file names only, so it answers at once."""
+    """Return what `--help` prints; reads file names only, so it answers at once."""
     choices: dict[str, list[str]] = {}
     for file in sorted(CONFIGS.rglob("*.yaml")):
         if file.parent != CONFIGS:
@@ -83,7 +83,7 @@ def help_text() -> str:
 
 def with_flags_as_overrides(arguments: list[str]) -> list[str]:
     """`--device X` as device=X, and so each of FLAGS and SWITCHES, in their places, so that the later one wins."""
-    from training.errors import UserError
+    from common.errors import UserError
 
     words, rest = [], iter(arguments)
     for word in rest:
@@ -98,26 +98,26 @@ def with_flags_as_overrides(arguments: list[str]) -> list[str]:
 
 
 def unknown_flag(arguments: list[str]) -> str | None:
-    """A word that looks like a flag and is none of ours or Hydra's."""
+    """Return a word that looks like a flag and is none of ours or Hydra's."""
     return next((w for w in arguments if w.startswith("-") and w.split("=")[0] not in HYDRA_FLAGS), None)
 
 
 def launch(overrides: list[str]) -> "RunResult":
     """Check and carry out one run, or this process's part in it; returns what came of it."""
     if os.environ.keys() >= RANK_VARIABLES:
-        from train import take_part
+        from backends.workers import take_part
 
         return take_part(overrides)
-    from training.launch import prepare, submit
+    from backends.submission import prepare, submit
 
     return submit(prepare(overrides))
 
 
 def dry_run(words: list[str]) -> None:
     """Print what would run, and where, a sweep job by job. UserError for what is wrong with it."""
-    from training.errors import UserError
-    from training.launch import describe, prepare
-    from training.sweep import Sweep
+    from backends.submission import describe, prepare
+    from backends.sweep import Sweep
+    from common.errors import UserError
 
     flags, overrides = ([w for w in words if w.startswith("-") is flag] for flag in (True, False))
     other = [flag for flag in flags if flag not in ("-m", "--multirun")]
@@ -140,9 +140,9 @@ def through_hydra(arguments: list[str]) -> None:
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
-    from training.config import register_resolvers
-    from training.errors import UserError
-    from training.sweep import Sweep
+    from backends.sweep import Sweep
+    from common.errors import UserError
+    from configuration.compose import register_resolvers
 
     if os.environ.keys() >= RANK_VARIABLES:
         raise UserError("torchrun carries out one run; for a sweep leave it out, and say devices=N")
@@ -171,8 +171,8 @@ def dashboard(words: list[str]) -> None:
     """
     import webbrowser
 
-    from training.config import compose_config, resolved
-    from training.errors import UserError
+    from common.errors import UserError
+    from configuration.compose import compose_config, resolved
 
     settings = resolved(compose_config(["run_name=dashboard", *words]))["trackio"]
     if not settings["_target_"].endswith("TrackioTracker"):
@@ -198,9 +198,9 @@ class Interrupt:
 
 
 def main(arguments: list[str]) -> int:
-    """The exit status: 0, 1 for a mistake of the user's (one sentence on stderr), 128 + its number for a signal."""
-    from training.errors import UserError
-    from training.files import outlive_readers
+    """Return the exit status: 0, 1 for a mistake of the user's (one sentence on stderr), 128 + its number for a signal."""
+    from common.errors import UserError
+    from common.files import outlive_readers
 
     outlive_readers("the work goes on")
     if "--help" in arguments or "-h" in arguments:

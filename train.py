@@ -5,30 +5,30 @@ Called by a backend with a resolved, checked configuration; `python launcher.py`
 """
 
 import itertools
+import runpy
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from omegaconf import OmegaConf
 
+from common.device import wait_for_device
+from common.distributed import explained_losses, rank
+from common.errors import UserError
+from common.files import DISK_ERRORS, disk_sentence
+from configuration.stored import allow_for
 from evaluation.sample import evaluate_checkpoint
+from runs.checkpoint import saves_of
+from runs.checks import check_run_is_new
+from runs.run_folder import RunFolder, SilentRunFolder, run_folder_of
 from training.assemble import assemble
-from training.checkpoint import saves_of
-from training.checks import check_run_is_new
-from training.device import wait_for_device
-from training.errors import UserError
-from training.files import DISK_ERRORS, disk_sentence
-from training.launch import run_folder_of
 from training.loop import fit
-from training.ranks import configuration, explained_losses, rank, together
 from training.run import Run, Stop
-from training.run_folder import RunFolder, SilentRunFolder
 from training.summary import print_end, print_start, print_times
-from training.vetting import allow_for
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -55,13 +55,8 @@ def carry_out(config: dict[str, Any]) -> float | None:
             folder.release()
 
 
-def take_part(overrides: list[str]) -> NoReturn:
-    """Carry out a run together with the other processes that torchrun has started, and end this one."""
-    together(lambda: carry_out(configuration(overrides)))
-
-
 def own_folder(config: dict[str, Any]) -> RunFolder:
-    """The run's folder; only the first process writes there."""
+    """Return the run's folder; only the first process writes there."""
     folder = run_folder_of(config)
     return folder if rank() == 0 else SilentRunFolder(folder.path)
 
@@ -112,7 +107,9 @@ def remove_temporaries(run: Run) -> None:
 
 
 def conduct(run: Run) -> float:
-    """One sitting: from the summary before to the closing block after, with the status file telling the truth throughout."""
+    """Return one sitting: from the summary before to the closing block after, with the status file telling the truth
+    throughout.
+    """
     config = run.config
     remove_temporaries(run)
     run.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(config)), config["overrides"])
@@ -149,7 +146,7 @@ def conduct(run: Run) -> float:
 
 
 def check_saved(run: Run, begun_at: int) -> None:
-    """UserError when on_save_error=continue has trained from step `begun_at` to an end that no save holds."""
+    """Raise UserError when on_save_error=continue has trained from step `begun_at` to an end that no save holds."""
     run.settle()
     if run.state.step != begun_at and run.checkpoints.saved_step != run.state.step:
         raise UserError(
@@ -158,7 +155,7 @@ def check_saved(run: Run, begun_at: int) -> None:
 
 
 def public(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration as the tracker shows it."""
+    """Return the configuration as the tracker shows it."""
     return {key: value for key, value in config.items() if key not in ("changed", "overrides")}
 
 
@@ -234,7 +231,5 @@ def move_aside(run: Run) -> None:
     run.folder.release()
 
 
-if __name__ == "__main__":
-    import launcher
-
-    sys.exit(launcher.main(sys.argv[1:]))
+if __name__ == "__main__":  # torchrun train.py is torchrun launcher.py
+    runpy.run_path(str(Path(__file__).with_name("launcher.py")), run_name="__main__")

@@ -18,7 +18,8 @@ class Backend(ABC):
 
     @abstractmethod
     def describe(self, overrides: list[str], config: dict[str, Any]) -> dict[str, str]:
-        """What `submit` would do with the same arguments, and where: lines by their names, such as "where" and "command".
+        """Return what `submit` would do with the same arguments, and where: lines by their names, such as "where" and
+        "command".
 
         UserError for all that `submit` would refuse at once. Starts, writes and sends nothing.
         """

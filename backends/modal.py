@@ -22,11 +22,11 @@ from typing import Any
 
 from backends.base_backend import Backend
 from backends.on_volume import carry_out_on
-from training.checks import check_devices
-from training.config import nearest, parse_overrides
-from training.errors import UserError
-from training.provenance import COMMIT_VARIABLE, git_commit
-from training.run_folder import as_object, parsed_config, timestamp
+from common.errors import UserError
+from configuration.checks import check_devices
+from configuration.compose import nearest, parse_overrides
+from runs.provenance import COMMIT_VARIABLE, git_commit
+from runs.run_folder import as_object, parsed_config, timestamp
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = PurePosixPath("/root")  # there: where modal looks for the modules of functions
@@ -43,7 +43,7 @@ LOST_AFTER = timedelta(hours=2)  # without a sign of life, a run whose call is n
 
 
 def on_modal(overrides: list[str], call_settings: dict[str, Any]) -> dict[str, Any]:
-    """The function that runs there; see carry_out_on."""
+    """Return the function that runs there; see carry_out_on."""
     import modal
 
     volume = modal.Volume.from_name(call_settings["volume"])
@@ -142,7 +142,8 @@ class ModalBackend(Backend):
         }
 
     def checked(self, overrides: list[str], config: dict[str, Any]) -> tuple[list[str], str | None]:
-        """What the launcher is given there, and the GPUs as Modal writes them. UserError for what would be lost or idle.
+        """Return what the launcher is given there, and the GPUs as Modal writes them. UserError for what would be lost or
+        idle.
 
         The number of devices is always said, so that a resumed run uses what is rented now.
         """
@@ -168,7 +169,7 @@ class ModalBackend(Backend):
         return {"volume": self.volume, "commit_minutes": self.commit_minutes, "git_commit": git_commit()}
 
     def function_settings(self, gpu: str | None) -> dict[str, Any]:
-        """What App.function is told, without the image."""
+        """Return what App.function is told, without the image."""
         import modal
 
         return {
@@ -183,7 +184,7 @@ class ModalBackend(Backend):
         }
 
     def app(self, gpu: str | None) -> tuple[Any, Any]:
-        """The App and its one function. Sends nothing."""
+        """Return the App and its one function. Sends nothing."""
         import modal
 
         app = modal.App("denoising-zoo", include_source=False)
@@ -196,14 +197,14 @@ def positive(value: Any, most: float = math.inf) -> bool:
 
 
 def check_on_volume(key: str, place: str, remedy: str) -> None:
-    """UserError for a path that is not relative to the Volume, or leaves it."""
+    """Raise UserError for a path that is not relative to the Volume, or leaves it."""
     path = PurePosixPath(place)
     if path.is_absolute() or ".." in path.parts or place.startswith("~"):
         raise UserError(f"{key}={place} is no path inside the Volume; {remedy}")
 
 
 def check_device(gpu: str | None, device: str) -> None:
-    """UserError for a GPU that would be paid for and idle, and for a GPU that is not there."""
+    """Raise UserError for a GPU that would be paid for and idle, and for a GPU that is not there."""
     if gpu is not None and device in ("cpu", "mps"):
         raise UserError(f"device={device} would leave the rented {gpu} idle; say device=auto, or rent none by --gpu null")
     if gpu is None and device not in ("auto", "cpu"):
@@ -225,13 +226,13 @@ def parse_gpu(text: str | None) -> tuple[str | None, int]:
 
 
 def check_count(name: str, count: int) -> None:
-    """UserError for more GPUs than one container can have."""
+    """Raise UserError for more GPUs than one container can have."""
     if not 1 <= count <= MOST[name]:
         raise UserError(f"a container on Modal has 1 to {MOST[name]} of {name}, not {count}")
 
 
 def lacking_access() -> str | None:
-    """What stands between this machine and Modal, in a sentence; None where nothing does."""
+    """Return what stands between this machine and Modal, in a sentence; None where nothing does."""
     if importlib.util.find_spec("modal") is None:
         return 'the package modal is not installed; `uv sync --extra modal` or `pip install -e ".[modal]"` brings it'
     try:
@@ -244,13 +245,13 @@ def lacking_access() -> str | None:
 
 
 def require_access() -> None:
-    """UserError without modal or a token."""
+    """Raise UserError without modal or a token."""
     if lacking := lacking_access():
         raise UserError(lacking)
 
 
 def open_volume(name: str) -> Any:
-    """The Volume, made where it is missing. UserError without modal or a token. Nothing is sent yet."""
+    """Return the Volume, made where it is missing. UserError without modal or a token. Nothing is sent yet."""
     require_access()
     import modal
 
@@ -276,7 +277,7 @@ def note_job(volume: Any, name: str, job: dict[str, Any]) -> None:
 
 
 def check_volume(volume: Any, volume_name: str, config: dict[str, Any]) -> None:
-    """UserError where what is on the Volume makes the run impossible, before a GPU is paid for to find out."""
+    """Raise UserError where what is on the Volume makes the run impossible, before a GPU is paid for to find out."""
     name, place = config["run_name"], run_place(config)
     there = on_volume(volume, f"{place}/config.yaml")
     check_ended(volume, name, place)
@@ -296,12 +297,12 @@ def check_volume(volume: Any, volume_name: str, config: dict[str, Any]) -> None:
 
 
 def run_place(config: dict[str, Any]) -> str:
-    """The run's folder on the Volume."""
+    """Return the run's folder on the Volume."""
     return str(PurePosixPath(config["output_dir"]) / "runs" / config["run_name"])
 
 
 def check_ended(volume: Any, name: str, place: str) -> None:
-    """UserError where the run may still be carried out: two containers would train one run.
+    """Raise UserError where the run may still be carried out: two containers would train one run.
 
     The service knows of the call that the job notes. Where none is noted (the command was cut short, or another version
     sent it), the run counts as ended when nothing was heard of it for LOST_AFTER.
@@ -349,13 +350,13 @@ def is_recent(moment: str) -> bool:
 
 
 def read_object(volume: Any, path: str) -> dict[str, Any]:
-    """The JSON object in a file of the Volume; empty where there is none."""
+    """Return the JSON object in a file of the Volume; empty where there is none."""
     text = b"".join(volume.read_file(path)).decode(errors="replace") if on_volume(volume, path) else ""
     return as_object(text) or {}
 
 
 def check_stored(volume: Any, config: dict[str, Any], words: list[str], gpu: str | None) -> None:
-    """UserError where the stored settings of a run to resume do not fit what is rented now."""
+    """Raise UserError where the stored settings of a run to resume do not fit what is rented now."""
     path = f"{run_place(config)}/config.yaml"
     text = b"".join(volume.read_file(path)).decode(errors="replace")
     loaded = parsed_config(text, f"the config.yaml of the run {config['run_name']} on the Volume")
@@ -378,7 +379,7 @@ def on_volume(volume: Any, path: str) -> bool:
 
 
 def best_of(name: str, outcome: dict[str, Any]) -> float | None:
-    """The best monitored value of a run that was waited for. UserError when it failed."""
+    """Return the best monitored value of a run that was waited for. UserError when it failed."""
     if outcome["status"]:
         why = f" ({outcome['why']})" if outcome["why"] else ""
         raise UserError(f"the run {name} on Modal ended with status {outcome['status']}{why}; what it said is above")
@@ -391,7 +392,7 @@ def python_version() -> str:
 
 
 def project() -> dict[str, Any]:
-    """pyproject.toml. UserError where the project is installed without it."""
+    """Return pyproject.toml. UserError where the project is installed without it."""
     path = ROOT / "pyproject.toml"
     if not path.is_file():
         raise UserError(f"backend=modal sends the source tree, and {ROOT} has no pyproject.toml; run from a checkout")
@@ -399,7 +400,9 @@ def project() -> dict[str, Any]:
 
 
 def packages(extras: list[str]) -> list[str]:
-    """What the image installs: the dependencies of the project and of these extras. UserError for an extra there is not."""
+    """Return what the image installs: the dependencies of the project and of these extras. UserError for an extra there is
+    not.
+    """
     table = project()["project"]
     optional = table["optional-dependencies"]
     for extra in extras:
@@ -409,7 +412,7 @@ def packages(extras: list[str]) -> list[str]:
 
 
 def shipped() -> list[str]:
-    """What is sent of this folder: the project's modules and the folders of its packages."""
+    """Return what is sent of this folder: the project's modules and the folders of its packages."""
     tools = project()["tool"]["setuptools"]
     return sorted({name.partition(".")[0] for name in tools["packages"]}) + [f"{name}.py" for name in tools["py-modules"]]
 

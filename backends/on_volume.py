@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from training.config import compose_config, parse_overrides
-from training.files import write_atomically
-from training.run_folder import RunFolder, best_monitored
+from common.files import write_atomically
+from configuration.compose import compose_config, parse_overrides
+from runs.run_folder import RunFolder, best_monitored
 
 LAUNCHER = Path(__file__).resolve().parents[1] / "launcher.py"
 GRACE_SECONDS = 25.0  # for a save: an interrupted container has about 30
@@ -57,7 +57,7 @@ def carry_out_on(
 
 
 def identity(folder: RunFolder) -> str | None:
-    """What tells a run from another of its name: when it was started; None where there is no run."""
+    """Return what tells a run from another of its name: when it was started; None where there is no run."""
     return folder.read_status().get("started", "") if folder.config_path.is_file() else None
 
 
@@ -67,13 +67,13 @@ def began(folder: RunFolder, found: str | None) -> bool:
 
 
 def going_on(overrides: list[str]) -> list[str]:
-    """The same run, from where it stands. What began it is in its configuration and would contradict resume=true."""
+    """Return the same run, from where it stands. What began it is in its configuration and would contradict resume=true."""
     keys = [override.key_or_group for override in parse_overrides(overrides)]
     return [*(word for word, key in zip(overrides, keys, strict=True) if key not in DROPPED_WHEN_RESUMED), "resume=true"]
 
 
 def wait_for(process: subprocess.Popen[bytes], commit: Callable[[], None], commit_seconds: float) -> int:
-    """The exit status of the process; commits meanwhile and afterwards. Whoever interrupts the wait lets it save."""
+    """Return the exit status of the process; commits meanwhile and afterwards. Whoever interrupts the wait lets it save."""
     try:
         while True:
             try:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backends.base_backend import Backend
-from training.errors import UserError
-from training.launch import run_folder_of
+from common.errors import UserError
+from runs.run_folder import run_folder_of
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -62,10 +62,10 @@ class TorchrunBackend(Backend):
 
 
 def check_devices_here(config: dict[str, Any]) -> None:
-    """UserError when this machine has not so many devices."""
+    """Raise UserError when this machine has not so many devices."""
     import torch
 
-    from training.device import pick_device
+    from common.device import pick_device
 
     kind, devices = pick_device(config["device"]).type, config["devices"]
     if kind == "mps" and devices > 1:
@@ -88,7 +88,8 @@ def temporary_folder() -> Iterator[Path]:
 @contextmanager
 def environment(config: dict[str, Any], place: Path) -> Iterator[None]:
     """The variables that the processes find: the checked configuration, where to leave word, their share of the cores."""
-    from training.ranks import AGENT, PREPARED, SENTENCE
+    from backends.workers import PREPARED, SENTENCE
+    from common.distributed import AGENT
 
     threads = max(1, (os.cpu_count() or 1) // config["devices"])
     set_here = {
@@ -141,11 +142,12 @@ def own_signals(place: Path) -> Iterator[None]:
 
 
 def verdict(error: "ChildFailedError", config: dict[str, Any], place: Path) -> BaseException:
-    """What ends this process: the sentence of the one that failed first, or about it if it had no time for one, or its
-    status."""
+    """Return what ends this process: the sentence of the one that failed first, or about it if it had no time for one, or
+    its status.
+    """
     if (place / "sentence").is_file():
         return UserError((place / "sentence").read_text())
-    from training.ranks import LOST
+    from backends.workers import LOST
 
     followers = (LOST, -signal.SIGTERM)
     ranked = sorted(error.failures.items(), key=lambda item: (item[1].exitcode in followers, item[1].timestamp))
@@ -163,7 +165,7 @@ def verdict(error: "ChildFailedError", config: dict[str, Any], place: Path) -> B
 
 def mark_failed(config: dict[str, Any], why: str) -> None:
     """Put right the status of a run whose rank 0 could not. UserError when another process trains it."""
-    from training.ranks import DIED
+    from common.distributed import DIED
 
     folder = run_folder_of(config)
     status = folder.read_status()

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.errors import UserError
 from dataloaders.array_header import member_names, read_labels, reading, state_header
 from dataloaders.tensor_dataset import TensorDataset, stratified_rows
-from training.errors import UserError
 
 
 class ArrayDataset(TensorDataset):
@@ -47,7 +47,7 @@ class ArrayDataset(TensorDataset):
 
 
 def load_states(file: Path) -> torch.Tensor:
-    """States (N, D) or (N, C, H, W) in fp32. UserError when the file is unfit or a value is not finite in fp32."""
+    """Return states (N, D) or (N, C, H, W) in fp32. UserError when the file is unfit or a value is not finite in fp32."""
     state_header(file)
     with reading(file):
         loaded = np.load(file, allow_pickle=False)
@@ -61,14 +61,14 @@ def load_states(file: Path) -> torch.Tensor:
 
 
 def load_labels(file: Path, rows: int) -> torch.Tensor | None:
-    """Labels (rows,) int64 of a .npz, or None when there are none. UserError when they are unfit."""
+    """Return labels (rows,) int64 of a .npz, or None when there are none. UserError when they are unfit."""
     if file.suffix == ".npy" or "y" not in member_names(file):
         return None
     return torch.from_numpy(read_labels(file, rows).astype(np.int64))
 
 
 def require_values_in(states: torch.Tensor, value_range: Sequence[float] | None, file: Path) -> None:
-    """UserError when a value lies outside the declared range."""
+    """Raise UserError when a value lies outside the declared range."""
     low, high = float(states.min()), float(states.max())
     if value_range is not None and not value_range[0] <= low <= high <= value_range[1]:
         raise UserError(

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from training.errors import UserError
+from common.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +29,7 @@ BROKEN = (
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """UserError for what goes wrong in the block because of what the file holds."""
+    """Raise UserError for what goes wrong in the block because of what the file holds."""
     try:
         yield
     except BROKEN as error:
@@ -67,7 +67,7 @@ def state_header(file: Path) -> tuple[tuple[int, ...], "np.dtype"]:
 
 
 def require_array_file(file: Path) -> None:
-    """UserError unless `file` exists and is what its suffix, .npy or .npz, says."""
+    """Raise UserError unless `file` exists and is what its suffix, .npy or .npz, says."""
     if file.suffix not in (".npy", ".npz"):
         raise UserError(f"dataloaders.path={file} is no array file; save the states as .npy, or as x in a .npz")
     if not file.is_file():
@@ -79,7 +79,7 @@ def require_array_file(file: Path) -> None:
 
 
 def member_names(file: Path) -> list[str]:
-    """Names of the arrays in a .npz."""
+    """Return names of the arrays in a .npz."""
     with reading(file), zipfile.ZipFile(file) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]
 
@@ -119,7 +119,7 @@ def parse_header(stream: IO[bytes]) -> tuple[tuple[int, ...], "np.dtype"]:
 
 
 def read_labels(file: Path, rows: int) -> "np.ndarray":
-    """The labels (rows,) of a .npz. UserError unless they are one whole number from 0 up for each row."""
+    """Return the labels (rows,) of a .npz. UserError unless they are one whole number from 0 up for each row."""
     import numpy as np
 
     shape, dtype = read_header(file, "y")

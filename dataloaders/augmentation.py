@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataloaders.base_dataloaders import Batch, join_label
-from training.errors import UserError
+from common.errors import UserError
+from dataloaders.base_dataloaders import Batch
+from models.inputs import join_label
 
 SCALE = ANISOTROPY = 2**0.2  # factor of one standard deviation
 SHIFT = 1 / 8  # of the picture's side, likewise
@@ -38,7 +39,9 @@ class Augmentation:
         self.flip, self.crop_padding, self.augment = flip, crop_padding, augment
 
     def __call__(self, x: Tensor, label: Tensor | None, generator: torch.Generator) -> Batch:
-        """x (B, C, H, W) in [-1, 1], label (B,) or None -> as many; with `augment`, labels (B, 1 + 9), see join_label."""
+        """Return x (B, C, H, W) in [-1, 1], label (B,) or None -> as many; with `augment`, labels (B, 1 + 9), see
+        join_label.
+        """
         if self.flip:
             x = torch.where(wide(coins(len(x), generator)), x.flip(3), x)
         if self.crop_padding:
@@ -50,17 +53,17 @@ class Augmentation:
 
 
 def coins(count: int, generator: torch.Generator, probability: float = 0.5) -> Tensor:
-    """(count,) true with the given probability."""
+    """Return (count,) true with the given probability."""
     return torch.rand(count, generator=generator, device=generator.device) < probability
 
 
 def wide(rows: Tensor) -> Tensor:
-    """(B,) as (B, 1, 1, 1)."""
+    """Return (B,) as (B, 1, 1, 1)."""
     return rows[:, None, None, None]
 
 
 def shifted(x: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """x (B, C, H, W) moved by -padding .. padding pixels along each side, black (-1) coming in."""
+    """Return x (B, C, H, W) moved by -padding .. padding pixels along each side, black (-1) coming in."""
     count, _, height, width = x.shape
     offset = torch.randint(2 * padding + 1, (2, count, 1), generator=generator, device=x.device)
     rows = offset[0] + torch.arange(height, device=x.device)
@@ -71,8 +74,9 @@ def shifted(x: Tensor, padding: int, generator: torch.Generator) -> Tensor:
 
 
 def draw_amounts(count: int, probability: float, generator: torch.Generator) -> Tensor:
-    """a_0 .. a_7 of the paper's table 6, (8, count): mirrored left-right (every other picture), upside down, scaled, turned,
-    stretched (direction and amount), moved (across and down); each with the given probability, else 0."""
+    """Return a_0 .. a_7 of the paper's table 6, (8, count): mirrored left-right (every other picture), upside down, scaled,
+    turned, stretched (direction and amount), moved (across and down); each with the given probability, else 0.
+    """
     device = generator.device
     uniform = torch.rand(4, count, generator=generator, device=device)
     normal = torch.randn(4, count, generator=generator, device=device)
@@ -84,7 +88,7 @@ def draw_amounts(count: int, probability: float, generator: torch.Generator) -> 
 
 
 def parameters(amounts: Tensor) -> Tensor:
-    """What the network is told of amounts (8, B): (B, 9), zero for an untouched picture."""
+    """Return what the network is told of amounts (8, B): (B, 9), zero for an untouched picture."""
     mirrored, upside_down, scale, angle, direction, stretch, across, down = amounts
     turned = [angle.cos() - 1, angle.sin()]
     stretched = [stretch * direction.cos(), stretch * direction.sin()]
@@ -92,7 +96,8 @@ def parameters(amounts: Tensor) -> Tensor:
 
 
 def transformed(x: Tensor, amounts: Tensor) -> Tensor:
-    """x (B, C, H, W) mirrored, scaled, turned, stretched and moved by amounts (8, B), in this order, about its centre.
+    """Return x (B, C, H, W) mirrored, scaled, turned, stretched and moved by amounts (8, B), in this order, about its
+    centre.
 
     Bicubic, with the picture reflected beyond its edges; an untouched picture is returned as it was.
     """
@@ -115,11 +120,11 @@ def transformed(x: Tensor, amounts: Tensor) -> Tensor:
 
 
 def diagonal(first: Tensor, second: Tensor) -> Tensor:
-    """(B,), (B,) -> diagonal matrices (B, 2, 2)."""
+    """Return (B,), (B,) -> diagonal matrices (B, 2, 2)."""
     return torch.diag_embed(torch.stack([first, second], dim=1))
 
 
 def rotation(angle: Tensor) -> Tensor:
-    """(B,) -> (B, 2, 2): turns by the angle, counter-clockwise where the second axis points up."""
+    """Return (B,) -> (B, 2, 2): turns by the angle, counter-clockwise where the second axis points up."""
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([torch.stack([cos, -sin], dim=1), torch.stack([sin, cos], dim=1)], dim=1)

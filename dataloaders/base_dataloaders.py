@@ -13,46 +13,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from dataloaders.gaussian_mixture import GaussianMixture
-from training.errors import UserError
-
-
-def make_unified_flow_matching_input(x: Tensor, times: Tensor) -> Tensor:
-    """Fuse a state and its two times into one fp32 tensor.
-
-    x: (B, D) or (B, C, H, W), the state. times: (B, 2), the time of the state and the time it is headed to.
-    Returns (B, D + 2), or (B, C + 2, H, W) with each time as a constant channel. Always fp32: bf16 would ruin t - r.
-    """
-    if x.ndim == 4:
-        times = times[:, :, None, None].expand(-1, -1, *x.shape[2:])
-    return torch.cat([x.float(), times.float()], dim=1)
-
-
-def split_unified_flow_matching_input(unified: Tensor) -> tuple[Tensor, Tensor]:
-    """Undo make_unified_flow_matching_input exactly, without a spatial mean: the state and the times (B, 2)."""
-    state, times = unified[:, :-2], unified[:, -2:]
-    return state, times[:, :, 0, 0] if unified.ndim == 4 else times
-
-
-def join_label(classes: Tensor | None, parameters: Tensor) -> Tensor:
-    """One label (B, 1 + A) fp32 of classes (B,), 0 where there are none, and what an augmentation did, (B, A)."""
-    column = parameters.new_zeros(len(parameters), 1) if classes is None else classes[:, None].to(parameters)
-    return torch.cat([column, parameters], dim=1)
-
-
-def split_label(label: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Undo join_label: classes (B,) int64, and parameters (B, A) or None for a label that is classes alone."""
-    if label is None or label.ndim == 1:
-        return label, None
-    return label[:, 0].long(), label[:, 1:]
-
-
-def with_class(label: Tensor, number: int) -> Tensor:
-    """The label, (B,) or (B, 1 + A), with every class replaced by one."""
-    parameters = split_label(label)[1]
-    same = torch.full((len(label),), number, dtype=torch.int64, device=label.device)
-    return same if parameters is None else join_label(same, parameters)
-
 
 # States (B, *state_shape) and labels: classes (B,) int64, None without; (B, 1 + A) if an augmentation says what it did.
 Batch = tuple[Tensor, Tensor | None]
@@ -120,12 +82,12 @@ class FlowDataset(ABC):
 
     @property
     def held_out_size(self) -> float:
-        """How many states are held out; infinity of data that is drawn afresh."""
+        """Return how many states are held out; infinity of data that is drawn afresh."""
         return math.inf
 
     @abstractmethod
     def held_out(self, count: int, generator: torch.Generator) -> Batch:
-        """At most `count` states never used for training, with labels."""
+        """Return at most `count` states never used for training, with labels."""
 
     def training_part(self, count: int) -> Batch | None:
         """Training states with labels, as they are without augmentation: all that are in memory, else at most `count` that
@@ -134,11 +96,13 @@ class FlowDataset(ABC):
 
     @abstractmethod
     def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Two disjoint sets of real states, at most `first` and `second` many: what a metric's noise floor compares."""
+        """Return two disjoint sets of real states, at most `first` and `second` many: what a metric's
+        noise floor compares.
+        """
 
 
 def pair_sizes(first: int, second: int, there: int) -> tuple[int, int]:
-    """How many of `there` states each side of a real pair has: as asked where they suffice.
+    """Return how many of `there` states each side of a real pair has: as asked where they suffice.
 
     Where they do not, the larger side shrinks first: the smaller one decides how wide a noise floor is.
     """

@@ -6,10 +6,10 @@ from typing import Unpack
 
 import numpy as np
 
+from common.errors import UserError
 from dataloaders.augmentation import AugmentationOptions
 from dataloaders.image_stream import ImageStream, PictureReader, require_crop
 from dataloaders.picture_files import attribute_classes
-from training.errors import UserError
 
 PICTURES, PARTS, ATTRIBUTES = "img_align_celeba", "list_eval_partition.txt", "list_attr_celeba.txt"
 
@@ -60,7 +60,7 @@ class CelebA(ImageStream):
 
 
 def reader_of(place: Path, names: list[str], labels: dict[str, int] | None, size: int, centre: int) -> PictureReader:
-    """A reader of the named pictures. UserError when there are none, or one has no label."""
+    """Return a reader of the named pictures. UserError when there are none, or one has no label."""
     if not names:
         raise UserError(f"{place / PARTS} names no pictures to train on (0) or none to hold out (2)")
     unknown = [name for name in names if labels is not None and name not in labels]
@@ -72,7 +72,7 @@ def reader_of(place: Path, names: list[str], labels: dict[str, int] | None, size
 
 
 def read_parts(file: Path) -> dict[str, int]:
-    """Which part, 0 to 2, each picture belongs to. UserError for a line of another form."""
+    """Return which part, 0 to 2, each picture belongs to. UserError for a line of another form."""
     parts = {}
     for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
         match line.split():

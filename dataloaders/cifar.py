@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from dataloaders.augmentation import AugmentationOptions
 from dataloaders.download import fetch, require_bare, require_whole
 from dataloaders.image_tensor import ImageTensor
 from dataloaders.plain_pickle import read_pickled
-from training.errors import UserError
 
 SHAPE = (3, 32, 32)
 MOST_BYTES = 2**29  # of a batch; the largest, CIFAR-100's training part, has 155 million
@@ -64,7 +64,7 @@ class Cifar(ImageTensor):
 
     @staticmethod
     def require_archive(archive: Path, url: str, md5: str | None, download: bool, remedy: str) -> None:
-        """UserError unless the archive is there, after a download if asked for, and whole."""
+        """Raise UserError unless the archive is there, after a download if asked for, and whole."""
         if not archive.is_file():
             if not download:
                 raise UserError(f"{archive} does not exist; {remedy}, or add dataloaders.download=true")
@@ -73,7 +73,7 @@ class Cifar(ImageTensor):
 
 
 def read_parts(folder: Path, archive: Path, names: Sequence[str], remedy: str) -> list[tuple[Path, IO[bytes]]]:
-    """Each named file of the folder, or where there is none of the archive, as (where it is, its content).
+    """Return each named file of the folder, or where there is none of the archive, as (where it is, its content).
 
     UserError when one is missing or the archive cannot be read.
     """
@@ -103,7 +103,9 @@ def read_parts(folder: Path, archive: Path, names: Sequence[str], remedy: str) -
 
 
 def as_pictures(file: Path, content: IO[bytes], label_key: str, num_classes: int) -> tuple[Tensor, Tensor]:
-    """A batch as pictures (N, 3, 32, 32) uint8 and labels (N,) int64. UserError when it is not in the official format."""
+    """Return a batch as pictures (N, 3, 32, 32) uint8 and labels (N,) int64. UserError when it is not in the official
+    format.
+    """
     found = read_pickled(content, file)
     data, labels = found.get("data"), found.get(label_key)
     if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != 3072 or len(data) == 0:

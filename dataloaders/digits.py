@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from common.errors import UserError
 from dataloaders.tensor_dataset import TensorDataset, stratified_rows
-from training.errors import UserError
 
 
 class Digits(TensorDataset):

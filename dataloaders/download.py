@@ -6,25 +6,27 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from training.errors import UserError
+from common.errors import UserError
 
 BLOCK = 2**20
 
 
 def md5_of(file: Path) -> str:
-    """The MD5 sum of a file, as data sets publish it: it tells damage, not malice."""
+    """Return the MD5 sum of a file, as data sets publish it: it tells damage, not malice."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def require_bare(name: str) -> None:
-    """UserError for the name of a file or folder that is a path: a configuration may be anyone's, and leads nowhere else."""
+    """Raise UserError for the name of a file or folder that is a path: a configuration may be anyone's, and leads nowhere
+    else.
+    """
     if name in ("", ".", "..") or Path(name).name != name:
         raise UserError(f"{name!r} is to name a file or folder in dataloaders.root, and is a path; give its bare name")
 
 
 def require_whole(file: Path, md5: str | None, remedy: str) -> None:
-    """UserError when the file's MD5 sum is not the one published (None: not looked at)."""
+    """Raise UserError when the file's MD5 sum is not the one published (None: not looked at)."""
     found = md5_of(file) if md5 else md5
     if found != md5:
         raise UserError(f"{file} is damaged, incomplete or another file: its MD5 sum is {found}, not {md5}; {remedy}")

@@ -6,9 +6,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset
 from models.vae.stable_diffusion_vae import StableDiffusionVAE
-from training.errors import UserError
 
 
 class EncodedImages(FlowDataset):
@@ -61,7 +61,7 @@ class EncodedImages(FlowDataset):
         return self.vae.encode(x, generator), label
 
     def training_part(self, count: int) -> Batch | None:
-        """At most `count`, encoded once."""
+        """Return at most `count`, encoded once."""
         part = self.images.training_part(count)
         if part is None:
             return None

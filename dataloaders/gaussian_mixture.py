@@ -16,7 +16,7 @@ class GaussianMixture:
     stds: Tensor
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "GaussianMixture":
-        """The same mixture on another device or in another precision."""
+        """Return the same mixture on another device or in another precision."""
         return GaussianMixture(*(p.to(device=device, dtype=dtype) for p in (self.weights, self.means, self.stds)))
 
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -28,7 +28,7 @@ class GaussianMixture:
         return mean.addcmul_(std[:, None], noise), component
 
     def component_log_probs(self, x: Tensor) -> Tensor:
-        """log(w_k N(x; m_k, s_k^2 I)) for x (B, D): (B, K)."""
+        """Return log(w_k N(x; m_k, s_k^2 I)) for x (B, D): (B, K)."""
         squared = (x[:, None, :] - self.means).square().sum(-1)
         dim = self.means.shape[1]
         normaliser = dim * (self.stds.log() + 0.5 * math.log(2 * math.pi))

@@ -6,11 +6,11 @@ from typing import Unpack
 
 import numpy as np
 
+from common.errors import UserError
 from dataloaders.augmentation import AugmentationOptions
 from dataloaders.image_stream import Crop, ImageStream, PictureReader, require_crop
 from dataloaders.picture_files import class_folders, imagenet_classes, list_pictures
 from dataloaders.tensor_dataset import stratified_rows
-from training.errors import UserError
 
 FEWEST = 4  # pictures of which a part is held out: two on each side
 
@@ -78,7 +78,7 @@ class ImageNet(ImageFolder):
 
 
 def labelled(root: Path, classes: list[str], size: int, crop: Crop, channels: int) -> PictureReader:
-    """A reader of all pictures below `root`, the class of each being the folder it lies in."""
+    """Return a reader of all pictures below `root`, the class of each being the folder it lies in."""
     names = list_pictures(root)
     numbers = {name: number for number, name in enumerate(classes)}
     labels = [numbers[name.partition("/")[0]] for name in names] if classes else None

@@ -12,13 +12,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from common.errors import UserError
 from dataloaders.augmentation import Augmentation, AugmentationOptions
 from dataloaders.base_dataloaders import Batch
 from dataloaders.image_tensor import require_described
 from dataloaders.picture_modes import in_eight_bits
 from dataloaders.stream import Read, Reader, Rows, StreamDataset
 from dataloaders.tensor_dataset import as_states
-from training.errors import UserError
 
 Crop = Literal["resized", "whole", "random"]
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)  # what decoders raise
@@ -71,7 +71,7 @@ class PictureReader(Reader):
         return Read(pictures, None if self.labels is None else self.labels[taken], sorted(unreadable))
 
     def read(self, row: int, seed: int) -> Tensor | None:
-        """One picture (C, size, size) uint8, its random crop a function of (seed, row); None if it cannot be read."""
+        """Return one picture (C, size, size) uint8, its random crop a function of (seed, row); None if it cannot be read."""
         try:
             with Image.open(self.root / self.name(row)) as image:
                 return self.cut(image, random.Random(seed * len(self) + row))
@@ -93,7 +93,7 @@ class PictureReader(Reader):
 
 
 def middle(sides: tuple[int, int], length: int) -> tuple[int, int, int, int]:
-    """The centred square of that length, as (left, top, right, bottom)."""
+    """Return the centred square of that length, as (left, top, right, bottom)."""
     left, top = ((side - length) // 2 for side in sides)
     return left, top, left + length, top + length
 
@@ -136,7 +136,7 @@ class ImageStream(StreamDataset):
 
 
 def require_crop(size: int, crop: str, channels: int) -> None:
-    """UserError for a size, way of cutting or number of channels that does not exist."""
+    """Raise UserError for a size, way of cutting or number of channels that does not exist."""
     if not isinstance(size, int) or size < 1:
         raise UserError(f"dataloaders.size takes a whole number of pixels, not {size}")
     if crop not in get_args(Crop):

@@ -6,10 +6,10 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from dataloaders.augmentation import Augmentation, AugmentationOptions
 from dataloaders.base_dataloaders import Batch, EpochPlan
 from dataloaders.tensor_dataset import TensorDataset
-from training.errors import UserError
 
 
 class ImageTensor(TensorDataset):
@@ -54,7 +54,7 @@ class ImageTensor(TensorDataset):
 def require_described(
     dataset: object, shape: tuple[int, ...], state_shape: Sequence[int], value_range: Sequence[float]
 ) -> None:
-    """UserError when the configuration describes pictures of another shape or range."""
+    """Raise UserError when the configuration describes pictures of another shape or range."""
     if tuple(state_shape) != shape:
         raise UserError(
             f"{type(dataset).__name__} has pictures of shape {list(shape)}, not {list(state_shape)}; "

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from dataloaders.picture_files import latent_manifest
 from dataloaders.stream import Read, Reader, Rows, StreamDataset
-from training.errors import UserError
 
 
 class LatentReader(Reader):

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from dataloaders.augmentation import AugmentationOptions
 from dataloaders.image_tensor import ImageTensor
-from training.errors import UserError
 
 SIDE = 32
 CELL = 48  # pixels a side of the cells that are held out

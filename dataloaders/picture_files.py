@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training.errors import UserError
+from common.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 MOST_ATTRIBUTES = 10  # 1,024 classes
@@ -21,7 +21,7 @@ def is_picture(name: str) -> bool:
 
 
 def class_folders(root: Path) -> list[str]:
-    """Names of the folders in `root`, in order, a class each; none where pictures lie in `root` itself.
+    """Return names of the folders in `root`, in order, a class each; none where pictures lie in `root` itself.
 
     UserError when there is no such folder.
     """
@@ -34,12 +34,12 @@ def class_folders(root: Path) -> list[str]:
 
 
 def folder_classes(root: str) -> int:
-    """How many classes the folders of a tree of pictures make: 0 where pictures lie in the root itself."""
+    """Return how many classes the folders of a tree of pictures make: 0 where pictures lie in the root itself."""
     return len(class_folders(Path(root).expanduser()))
 
 
 def imagenet_classes(root: str) -> int:
-    """How many classes ImageNet's folder has. UserError unless train and val in it have class folders."""
+    """Return how many classes ImageNet's folder has. UserError unless train and val in it have class folders."""
     place = Path(root).expanduser()
     for part in ("train", "val"):
         if not (place / part).is_dir() or not class_folders(place / part):
@@ -51,7 +51,9 @@ def imagenet_classes(root: str) -> int:
 
 
 def attribute_classes(attributes: Sequence[str]) -> int:
-    """How many combinations so many attributes have, 0 without any. UserError for more than 10 of them, or one twice."""
+    """Return how many combinations so many attributes have, 0 without any. UserError for more than 10 of
+    them, or one twice.
+    """
     twice = next((name for place, name in enumerate(attributes) if name in attributes[:place]), None)
     if twice is not None:
         raise UserError(f"dataloaders.attributes names {twice} twice; name each attribute once")
@@ -61,7 +63,7 @@ def attribute_classes(attributes: Sequence[str]) -> int:
 
 
 def list_pictures(root: Path) -> list[str]:
-    """Paths of all pictures below `root`, relative to it, in order. UserError when there are none."""
+    """Return paths of all pictures below `root`, relative to it, in order. UserError when there are none."""
     found = []
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -73,7 +75,9 @@ def list_pictures(root: Path) -> list[str]:
 
 
 def latent_manifest(folder: str) -> dict[str, Any]:
-    """What scripts/cache_latents.py says it has put into a folder. UserError when it is missing, damaged or not whole."""
+    """Return what scripts/cache_latents.py says it has put into a folder. UserError when it is missing, damaged or not
+    whole.
+    """
     file = Path(folder).expanduser() / MANIFEST
     how = f"`python scripts/cache_latents.py out={folder} ...`"
     if not file.is_file():

@@ -7,7 +7,7 @@ WIDE = ("I", "F")  # how the names of modes of more than 8 bits begin: whole num
 
 
 def in_eight_bits(image: Image.Image, mode: str) -> Image.Image:
-    """A picture as "RGB" or "L", from 0 to 255.
+    """Return a picture as "RGB" or "L", from 0 to 255.
 
     16 bits are scaled, from 65,535 to 255, and fractions from 1 to 255; what is transparent shows white behind it.
     UnidentifiedImageError for whole numbers outside 0 to 65,535, or fractions outside 0 to 1.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from training.errors import UserError
+from common.errors import UserError
 
 
 class PickledType:
@@ -30,7 +30,7 @@ class PickledArray:
         self.state = state
 
     def bytes_array(self, file: str) -> np.ndarray:
-        """The array, of uint8. UserError when it is of another kind."""
+        """Return the array, of uint8. UserError when it is of another kind."""
         match self.state:
             case (_, tuple(shape), PickledType(code="u1"), fortran, bytes(raw)) if all(
                 isinstance(n, int) and n >= 0 for n in shape
@@ -40,7 +40,7 @@ class PickledArray:
 
 
 def pickled_text(text: Any, encoding: Any = "latin1") -> bytes:
-    """How Python 3 writes bytes in old pickles."""
+    """Return how Python 3 writes bytes in old pickles."""
     return str(text).encode("latin1")
 
 
@@ -63,7 +63,9 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def read_pickled(stream: Any, file: str | Path) -> dict[str, Any]:
-    """The dictionary pickled in a binary stream: text, numbers, lists, and uint8 arrays. UserError for anything else."""
+    """Return the dictionary pickled in a binary stream: text, numbers, lists, and uint8 arrays.
+    UserError for anything else.
+    """
     try:
         found = PlainUnpickler(stream, encoding="bytes").load()
     except Exception as error:  # a foreign file may fail in any way

@@ -11,8 +11,8 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from dataloaders.synthetic import CommonOptions, SyntheticDataset, require_above_zero
-from training.errors import UserError
 
 
 class PlanarShape(SyntheticDataset):
@@ -28,7 +28,7 @@ class PlanarShape(SyntheticDataset):
 
     @abstractmethod
     def shape(self, label: Tensor, generator: torch.Generator) -> Tensor:
-        """Noise-free points (B, 2) of the classes `label` (B,), newly allocated."""
+        """Return noise-free points (B, 2) of the classes `label` (B,), newly allocated."""
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         label = torch.randint(self.num_classes, (count,), generator=generator, device=generator.device)
@@ -144,17 +144,17 @@ class SCurve(PlanarShape):
 
 
 def uniform_like(label: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 uniforms on [0, 1) of the tensor's shape."""
+    """Return fp32 uniforms on [0, 1) of the tensor's shape."""
     return torch.rand(label.shape, generator=generator, device=generator.device)
 
 
 def on_circle(angle: Tensor, radius: Tensor) -> Tensor:
-    """radius (cos angle, sin angle): (B, 2)."""
+    """Return radius (cos angle, sin angle): (B, 2)."""
     return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
 
 
 def require_not_negative(knob: str, value: float) -> float:
-    """The knob's value; UserError when it is below zero."""
+    """Return the knob's value; UserError when it is below zero."""
     if not value >= 0:
         raise UserError(f"dataloaders.{knob} must be 0 or above, not {value}")
     return float(value)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from common.errors import UserError
 from dataloaders.tensor_dataset import TensorDataset
-from training.errors import UserError
 
 
 class RandomImages(TensorDataset):

@@ -7,8 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from dataloaders.synthetic import SyntheticDataset
-from training.errors import UserError
 
 
 class Source(ABC):
@@ -18,7 +18,7 @@ class Source(ABC):
 
     @abstractmethod
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """x0 (count, *state_shape) on the generator's device."""
+        """Return x0 (count, *state_shape) on the generator's device."""
 
     @abstractmethod
     def log_prob(self, x0: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from common.errors import UserError
 from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset, pair_sizes
-from training.errors import UserError
 
 AHEAD = 4  # batches that each worker reads in advance
 NAMED = 5  # unreadable rows that are named in the line about them
@@ -40,17 +40,17 @@ class Reader(Dataset[Read], ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Return how many rows there are."""
 
     @abstractmethod
     def __getitem__(self, rows: Rows) -> Read: ...
 
     def name(self, row: int) -> str:
-        """What a person calls a row."""
+        """Return what a person calls a row."""
         return str(row)
 
     def describe(self) -> str:
-        """What the rows are, in a few words."""
+        """Return what the rows are, in a few words."""
         return "rows"
 
 
@@ -75,7 +75,7 @@ class ReadAhead:
         )  # fmt: skip
 
     def batches(self, plan: Iterable[Rows]) -> Iterator[Read]:
-        """The planned batches. Only the newest iterator may be used: the workers serve one plan at a time."""
+        """Yield the planned batches. Only the newest iterator may be used: the workers serve one plan at a time."""
         self.turn += 1
         turn, self.plan[:] = self.turn, plan
         source = map(self.reader.__getitem__, list(self.plan)) if self.loader is None else iter(self.loader)
@@ -127,14 +127,16 @@ class StreamDataset(FlowDataset):
 
     @abstractmethod
     def states(self, stored: Tensor, generator: torch.Generator) -> Tensor:
-        """States (B, *state_shape) fp32 of what was stored (B, ...), on the device, `generator` giving what is random."""
+        """Return states (B, *state_shape) fp32 of what was stored (B, ...), on the device, `generator` giving what is
+        random.
+        """
 
     def chosen(self, rows: Tensor, order: torch.Generator) -> Tensor:
-        """The numbers by which the reader knows training rows (N,)."""
+        """Return the numbers by which the reader knows training rows (N,)."""
         return rows
 
     def numbers(self, rows: Sequence[int]) -> list[int]:
-        """The numbers by which a reader knows rows as they are."""
+        """Return the numbers by which a reader knows rows as they are."""
         return list(rows)
 
     def augmented(self, x: Tensor, label: Tensor | None, generator: torch.Generator) -> Batch:
@@ -166,14 +168,14 @@ class StreamDataset(FlowDataset):
                 print(unreadable_line(self.train, self.unreadable, "others stand in for them"), flush=True)
 
     def require_readable(self, unreadable: int, reader: Reader, least: int = 1) -> None:
-        """UserError when fewer than `least` can be read."""
+        """Raise UserError when fewer than `least` can be read."""
         left = len(reader) - unreadable
         if left < least:
             few = f"only {left}" if left else "none"
             raise UserError(f"{few} of the {len(reader):,} files of {type(self).__name__} can be read; are they damaged?")
 
     def read_all(self, reader: Reader, rows: Sequence[int]) -> Read:
-        """Rows as stored, in memory, without those that cannot be read: nothing stands in for them."""
+        """Return rows as stored, in memory, without those that cannot be read: nothing stands in for them."""
         numbers = self.numbers(rows)
         plan = [Rows(numbers[first : first + 64], 0) for first in range(0, len(numbers), 64)]
         parts, lost = [], set[int]()
@@ -185,7 +187,7 @@ class StreamDataset(FlowDataset):
         return Read(torch.cat([stored for stored, _ in parts]), torch.cat(labels) if labels else None, sorted(lost))
 
     def held_out_part(self) -> Read:
-        """All that is held out and can be read, as stored, in memory."""
+        """Return all that is held out and can be read, as stored, in memory."""
         if self.kept is None:
             kept = self.read_all(self.unseen, range(len(self.unseen)))
             if kept.unreadable:
@@ -195,8 +197,9 @@ class StreamDataset(FlowDataset):
         return self.kept
 
     def real_rows(self, count: int) -> Tensor:
-        """All held-out rows as stored, and behind them so many training ones that there are `count`, or all; the same ones
-        each time."""
+        """Return all held-out rows as stored, and behind them so many training ones that there are `count`, or all; the same
+        ones each time.
+        """
         kept = self.held_out_part()
         lacking = max(0, min(count - len(kept.stored), len(self.train)))
         if lacking > self.lent:
@@ -215,7 +218,7 @@ class StreamDataset(FlowDataset):
         return len(self.unseen)
 
     def held_out(self, count: int, generator: torch.Generator) -> Batch:
-        """A random subset of the held-out part; all of it when `count` is larger."""
+        """Return a random subset of the held-out part; all of it when `count` is larger."""
         there = len(self.held_out_part().stored)
         index = torch.randperm(there, generator=generator, device=generator.device)[:count]
         return self.unseen_states(index, generator)
@@ -232,7 +235,7 @@ class StreamDataset(FlowDataset):
         return self.states(read.stored.to(self.device), generator), label
 
     def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A random disjoint split of the held-out part and, where that is too small, of training rows beside it."""
+        """Return a random disjoint split of the held-out part and, where that is too small, of training rows beside it."""
         real = self.real_rows(first + second)
         first, second = pair_sizes(first, second, len(real))
         index = torch.randperm(len(real), generator=generator, device=generator.device).cpu()
@@ -242,6 +245,6 @@ class StreamDataset(FlowDataset):
 
 
 def unreadable_line(reader: Reader, rows: Collection[int], instead: str) -> str:
-    """One line that counts and names rows which cannot be read. instead: what is done without them."""
+    """Return one line that counts and names rows which cannot be read. instead: what is done without them."""
     names = ", ".join(reader.name(row) for row in sorted(rows)[:NAMED]) + (", ..." if len(rows) > NAMED else "")
     return f"note: {len(rows):,} of {len(reader):,} {reader.describe()} cannot be read, {instead}: {names}"

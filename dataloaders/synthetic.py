@@ -8,9 +8,9 @@ from typing import Self, TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset
 from dataloaders.gaussian_mixture import GaussianMixture
-from training.errors import UserError
 
 KMEANS_CENTROIDS = ((1.5, 2.0), (-2.0, 1.0), (-1.5, -2.0), (2.0, -1.5), (0.5, 0.5))
 
@@ -61,7 +61,7 @@ class SyntheticDataset(FlowDataset):
         return self.draw(first, generator)[0], self.draw(second, generator)[0]
 
     def require_shape(self, shape: tuple[int, ...]) -> None:
-        """UserError unless the configured state shape is the one the data has."""
+        """Raise UserError unless the configured state shape is the one the data has."""
         if self.state_shape != shape:
             raise UserError(
                 f"{type(self).__name__} data has shape {list(shape)}, not {list(self.state_shape)}; "
@@ -69,7 +69,7 @@ class SyntheticDataset(FlowDataset):
             )
 
     def require_classes(self, classes: int) -> None:
-        """UserError unless the configured number of classes is the one the data has."""
+        """Raise UserError unless the configured number of classes is the one the data has."""
         if self.num_classes != classes:
             raise UserError(
                 f"{type(self).__name__} data has {classes} classes, not {self.num_classes}; "
@@ -158,7 +158,9 @@ class EightGaussians(MixtureDataset):
 
 
 def for_each(knob: str, value: float | Sequence[float], count: int) -> Tensor:
-    """One number for each of `count` components (count,), the same for all where one is given. UserError unless above 0."""
+    """Return one number for each of `count` components (count,), the same for all where one is given. UserError unless above
+    0.
+    """
     numbers = [float(value)] * count if isinstance(value, int | float) else [float(number) for number in value]
     if len(numbers) != count or not all(0 < number < math.inf for number in numbers):
         raise UserError(
@@ -169,6 +171,6 @@ def for_each(knob: str, value: float | Sequence[float], count: int) -> Tensor:
 
 
 def require_above_zero(knob: str, value: float) -> None:
-    """UserError unless the knob's value is above zero."""
+    """Raise UserError unless the knob's value is above zero."""
     if not value > 0:
         raise UserError(f"dataloaders.{knob} must be above 0, not {value}")

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset, pair_sizes
-from training.errors import UserError
 
 
 class TensorDataset(FlowDataset):
@@ -75,7 +75,7 @@ class TensorDataset(FlowDataset):
         self.balanced = True
 
     def rows(self, index: Tensor) -> Batch:
-        """The states and labels at `index` (B,), counted from the first training row."""
+        """Return the states and labels at `index` (B,), counted from the first training row."""
         return as_states(self.states[index]), None if self.labels is None else self.labels[index]
 
     def epoch(self, plan: EpochPlan) -> Iterator[Batch]:
@@ -93,14 +93,14 @@ class TensorDataset(FlowDataset):
         return len(self.states) - self.train_size
 
     def held_out(self, count: int, generator: torch.Generator) -> Batch:
-        """A random subset of the held-out part; all of it when `count` is larger."""
+        """Return a random subset of the held-out part; all of it when `count` is larger."""
         return self.rows(self.train_size + self.shuffle(len(self.states) - self.train_size, generator)[:count])
 
     def training_part(self, count: int) -> Batch:
         return self.train_states, self.train_labels
 
     def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A random disjoint split of all data, held-out part included."""
+        """Return a random disjoint split of all data, held-out part included."""
         first, second = pair_sizes(first, second, len(self.states))
         index = self.shuffle(len(self.states), generator)
         return as_states(self.states[index[:first]]), as_states(self.states[index[first:][:second]])
@@ -116,7 +116,8 @@ def as_states(stored: Tensor) -> Tensor:
 
 
 def balanced_order(labels: Tensor, order: torch.Generator) -> Tensor:
-    """As many indices of `labels` (N,) as there are, (N,), shuffled: each class there is equally often, give or take one.
+    """Return as many indices of `labels` (N,) as there are, (N,), shuffled: each class there is equally often, give or take
+    one.
 
     Of a small class every row comes round before any comes again; of a large one only some rows come, others next epoch.
     """
@@ -131,7 +132,7 @@ def balanced_order(labels: Tensor, order: torch.Generator) -> Tensor:
 
 
 def stratified_rows(labels: Tensor | None, count: int, fraction: float, seed: int) -> Tensor:
-    """About fraction of `count` rows, in ascending order: 2 or more, not all, each label by its share.
+    """Return about fraction of `count` rows, in ascending order: 2 or more, not all, each label by its share.
 
     Rows are shuffled, grouped by label and picked at even spacing. The shuffle is NumPy's frozen legacy generator, so
     that a seed means the same split in every version of every library. fraction: between 0 and 1.

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.errors import UserError
+from common.progress import watched
+from common.seeds import generator_for
 from evaluation.evaluator import Evaluation, EvaluationInputs, Evaluator, flat_values, held_out_states
 from evaluation.metrics.base_metric import Score
 from losses.cross_entropy_loss import CrossEntropyLoss
 from losses.objective import Objective
-from training.errors import UserError
-from training.progress import watched
-from training.seeds import generator_for
 
 CLASSES_LOGGED = 20  # with more classes, only the worst one's accuracy is logged
 
@@ -26,7 +26,7 @@ class ClassifierEvaluation(Evaluation):
 
     @property
     def class_accuracy(self) -> Tensor:
-        """(K,): share of each class's images taken for what they are; NaN for a class without images."""
+        """Return (K,): share of each class's images taken for what they are; NaN for a class without images."""
         return self.confusion.diag() / self.confusion.sum(1)
 
     def heading(self, nfe: int) -> str:
@@ -34,7 +34,7 @@ class ClassifierEvaluation(Evaluation):
 
 
 def confusion_matrix(label: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """(K, K) int64 on the CPU: pairs of label (row) and predicted (column), both (N,), counted."""
+    """Return (K, K) int64 on the CPU: pairs of label (row) and predicted (column), both (N,), counted."""
     return torch.bincount((label * classes + predicted).cpu(), minlength=classes**2).view(classes, classes)
 
 
@@ -86,6 +86,6 @@ class ClassifierEvaluator(Evaluator):
 
 
 def share_score(name: str, right: Tensor, note: str = "") -> Score:
-    """The share of true values in right (N,), with its binomial standard error."""
+    """Return the share of true values in right (N,), with its binomial standard error."""
     share = right.float().mean().item()
     return Score(name, share, (share * (1 - share) / len(right)) ** 0.5, note=note)

@@ -28,7 +28,7 @@ class ExactFlow:
         return self.velocity(z, t)
 
     def velocity(self, z: Tensor, t: Tensor) -> Tensor:
-        """v(z, t), of z's shape. As trained: later than path.last_time it follows the path's own bounded sigma'."""
+        """Return v(z, t), of z's shape. As trained: later than path.last_time it follows the path's own bounded sigma'."""
         mixture = self.mixture.to(z.device, z.dtype)
         p = self.path.at(t.to(z.device, z.dtype))
         offsets, variances, log_joint = self.components(z, p)
@@ -39,11 +39,11 @@ class ExactFlow:
         return flat.T.reshape(z.shape)
 
     def log_prob(self, z: Tensor, t: Tensor) -> Tensor:
-        """log p_t(z) in nats: (B,)."""
+        """Return log p_t(z) in nats: (B,)."""
         return self.components(z, self.path.at(t.to(z.device, z.dtype)))[2].logsumexp(0)
 
     def components(self, z: Tensor, p: PathPoint) -> tuple[Tensor, Tensor, Tensor]:
-        """z - alpha m_k (K, D, B), S_k^2 (K, 1 or B) and log(w_k N(z; alpha m_k, S_k^2 I)) (K, B).
+        """Return z - alpha m_k (K, D, B), S_k^2 (K, 1 or B) and log(w_k N(z; alpha m_k, S_k^2 I)) (K, B).
 
         The batch comes last, which is several times faster than first; differences are taken before they are squared, so
         float32 loses nothing to cancellation.
@@ -69,7 +69,7 @@ class ExactFlow:
         return end.to(z.device, z.dtype)
 
     def scaled(self, z: Tensor, times: Tensor) -> Tensor:
-        """The flow map between the two times for a single component."""
+        """Return the flow map between the two times for a single component."""
         mixture = self.mixture.to("cpu", torch.float64)
         p = self.path.at(times)
         std = ((p.alpha * mixture.stds).square() + (p.sigma * self.source_std).square()).sqrt()
@@ -77,7 +77,7 @@ class ExactFlow:
         return p.alpha[1] * mean + std[1] / std[0] * (z - p.alpha[0] * mean)
 
     def integrated(self, z: Tensor, times: Tensor) -> Tensor:
-        """The flow map between the two times for several components."""
+        """Return the flow map between the two times for several components."""
         p = self.path.at(times)
         scale = p.alpha + p.sigma
         linear = ExactFlow(self.mixture.to("cpu", torch.float64), self.source_std, LinearPath())

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.seeds import generator_for
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.encoded import EncodedImages
 from dataloaders.stream import StreamDataset
 from dataloaders.tensor_dataset import TensorDataset
-from training.seeds import generator_for
 
 DRAWS = 1000  # states that stand for data drawn afresh
 BORROWED = 256  # training rows that stand for all of a set read from disk
@@ -49,7 +49,7 @@ def of_tensor(dataset: TensorDataset, device: torch.device) -> Iterator[Tensor]:
 
 @contents.register
 def of_stream(dataset: StreamDataset, device: torch.device) -> Iterator[Tensor]:
-    """The held-out part, which evaluations keep in memory, and some training rows: small sets' floors borrow those."""
+    """Yield the held-out part, which evaluations keep in memory, and some training rows: small sets' floors borrow those."""
     some = np.random.RandomState(0).permutation(len(dataset.train))[:BORROWED].tolist()
     for read in (dataset.held_out_part(), dataset.read_all(dataset.train, some)):
         yield from (part for part in (read.stored, read.labels) if part is not None)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import UserError
+from configuration.build import build
 from models.classifier.classifier import Classifier
-from training.build import build
-from training.checkpoint import load_checkpoint
-from training.errors import UserError
+from runs.checkpoint import load_checkpoint
 
 SHIPPED = Path(__file__).resolve().parents[1] / "models" / "classifier"  # <name>.safetensors, beside the code
 CHUNK, INCEPTION_CHUNK = 500, 50  # images seen at once
@@ -40,10 +40,10 @@ class FeatureNetwork(ABC):
 
     @abstractmethod
     def features(self, images: Tensor, device: torch.device) -> Tensor:
-        """Bytes (N, C, H, W) -> features (N, F) fp32 on `device`."""
+        """Return bytes (N, C, H, W) -> features (N, F) fp32 on `device`."""
 
     def metric(self, score: str) -> str:
-        """The metric's full name for a score: "frechet_distance", "kernel_distance", "precision", ..."""
+        """Return the metric's full name for a score: "frechet_distance", "kernel_distance", "precision", ..."""
         return f"eval/{score}_{self.name}"
 
     def describe(self) -> str:
@@ -75,7 +75,7 @@ class ClassifierFeatures(FeatureNetwork):
         return torch.cat([self.classifier.features(part) for part in scaled])
 
     def answers(self, features: Tensor) -> Tensor:
-        """The classes (N,) that features (N, F) are taken for."""
+        """Return the classes (N,) that features (N, F) are taken for."""
         return self.classifier.head(features).argmax(1)
 
 
@@ -122,7 +122,7 @@ class InceptionFeatures(FeatureNetwork):
 
 @cache
 def load_inception(folder: str) -> Any:
-    """clean-fid's wrapper around the TorchScript file. UserError when that is damaged."""
+    """Return clean-fid's wrapper around the TorchScript file. UserError when that is damaged."""
     from cleanfid.inception_torchscript import InceptionV3W
 
     try:
@@ -142,12 +142,12 @@ def weights_hash(network: torch.nn.Module) -> str:
 
 @cache
 def classifier_features(path: str) -> ClassifierFeatures:
-    """The features of a classifier: the name of a shipped one, or a checkpoint, or a run's model.safetensors.
+    """Return the features of a classifier: the name of a shipped one, or a checkpoint, or a run's model.safetensors.
 
     UserError when there is none, or it holds something else.
     """
-    from training.assemble import load_network
-    from training.vetting import stored_config
+    from configuration.stored import stored_config
+    from evaluation.parts import load_network
 
     file = SHIPPED / f"{path}.safetensors" if "/" not in path and (SHIPPED / f"{path}.safetensors").is_file() else Path(path)
     payload = load_checkpoint(file)

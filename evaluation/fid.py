@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from evaluation.metrics.distances import rows_at_once, squared_distances
-from training.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
 
 
 def squared_radii(points: Tensor, k: int) -> Tensor:
-    """(N,): squared distance of each of points (N, F) to its k-th nearest other one."""
+    """Return (N,): squared distance of each of points (N, F) to its k-th nearest other one."""
     blocks = points.split(rows_at_once(points))
     return torch.cat([squared_distances(rows, points).kthvalue(k + 1).values for rows in blocks])  # the first is itself
 
 
 def neighbour_shares(x: Tensor, y: Tensor, k: int = 5) -> dict[str, float]:
-    """precision: share of x inside the k-nearest-neighbour ball of some y; recall: share of y inside that of some x
+    """Return precision: share of x inside the k-nearest-neighbour ball of some y; recall: share of y inside that of some x
     (Kynkäänniemi et al. 2019, arXiv 1904.06991). density: balls of y that an x lies in, over k; coverage: share of the
     balls of y that hold an x (Naeem et al. 2020, arXiv 2002.09797). UserError for k + 1 images or fewer on a side.
     """

@@ -8,9 +8,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from common.errors import UserError
+from common.files import replacing
 from dataloaders.picture_modes import in_eight_bits
-from training.errors import UserError
-from training.files import replacing
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
@@ -35,7 +35,7 @@ def write_arrays(path: Path, images: Tensor, labels: Tensor | None) -> None:
 
 
 def read_images(path: Path) -> Tensor:
-    """Bytes (N, C, H, W) of a folder of pictures, its subfolders included, or of a .npz with arr_0 (N, H, W, C).
+    """Return bytes (N, C, H, W) of a folder of pictures, its subfolders included, or of a .npz with arr_0 (N, H, W, C).
 
     Pictures of equal channels throughout are gray, C = 1. UserError for what is missing, unreadable or of unequal sizes.
     """
@@ -79,7 +79,7 @@ def read_arrays(path: Path) -> Tensor:
 
 
 def open_npz(path: Path) -> dict[str, np.ndarray]:
-    """Its arrays. UserError when it is damaged, or holds Python objects."""
+    """Return its arrays. UserError when it is damaged, or holds Python objects."""
     import zipfile
 
     try:

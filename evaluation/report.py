@@ -28,13 +28,15 @@ def number(value: float) -> str:
 
 
 def score_rows(evaluation: Evaluation) -> list[tuple[str, str, str]]:
-    """(name, value +- standard error, noise floor) of each score."""
+    """Return (name, value +- standard error, noise floor) of each score."""
     loss = number(evaluation.values["eval/loss"]) + per_dimension(evaluation)
     return [("eval/loss", loss, ""), *rows_of(evaluation.scores)]
 
 
 def per_dimension(evaluation: Evaluation) -> str:
-    """The held-out loss over the numbers in a state, in brackets, where they are many and it is a plain sum over them."""
+    """Return the held-out loss over the numbers in a state, in brackets, where they are many and it is a plain sum over
+    them.
+    """
     if not isinstance(evaluation, GeneratorEvaluation):
         return ""
     generation = evaluation.generation
@@ -44,7 +46,7 @@ def per_dimension(evaluation: Evaluation) -> str:
 
 
 def rows_of(scores: list[Score]) -> list[tuple[str, str, str]]:
-    """(name, value +- standard error, noise floor and what the training set scores) of each score."""
+    """Return (name, value +- standard error, noise floor and what the training set scores) of each score."""
     rows = []
     for score in scores:
         value = number(score.value) + (f" +- {number(score.spread)}" if score.spread is not None else "")
@@ -62,7 +64,7 @@ def rows_of(scores: list[Score]) -> list[tuple[str, str, str]]:
 
 
 def absent_line(absent: list[Absent]) -> str:
-    """The scores that are not given, each reason once, in brackets: oracles and few-step scores as what they are."""
+    """Return the scores that are not given, each reason once, in brackets: oracles and few-step scores as what they are."""
     by_reason: dict[str, list[str]] = {}
     for item in absent:
         few = "few-step scores" if re.search(r"_\d+nfe$", item.name) else item.name
@@ -84,7 +86,7 @@ def short_names(names: list[str]) -> list[str]:
 
 
 def provenance_lines(scores: list[Score]) -> list[str]:
-    """One line for each provenance, naming the scores that have it."""
+    """Return one line for each provenance, naming the scores that have it."""
     by_provenance: dict[str, list[str]] = {}
     for score in scores:
         if score.provenance:
@@ -126,7 +128,7 @@ def print_wrapped(name: str, words: list[str]) -> None:
 
 
 def class_table(evaluation: ClassifierEvaluation) -> str:
-    """A Markdown table: of each class its held-out images, its accuracy, and what it is most often taken for."""
+    """Return a Markdown table: of each class its held-out images, its accuracy, and what it is most often taken for."""
     lines = ["| class | images | accuracy | most often taken for |", "|---|---|---|---|"]
     wrong = evaluation.confusion - evaluation.confusion.diag().diag()
     for k, (row, share) in enumerate(zip(wrong, evaluation.class_accuracy.tolist(), strict=True)):
@@ -136,9 +138,10 @@ def class_table(evaluation: ClassifierEvaluation) -> str:
 
 
 def draw_picture(path: Path, evaluation: Evaluation, title: str, images: int = 100) -> bool:
-    """Samples beside real data as a PNG: a scatter plot, or an image grid of about so many `images`, by class where there
-    are classes. A classifier's confusion matrix, beside it as a table in a .csv. False for data of any other form."""
-    from visualizers.pictures import confusion_picture, pick_by_class, scatter_picture
+    """Return samples beside real data as a PNG: a scatter plot, or an image grid of about so many `images`, by class where
+    there are classes. A classifier's confusion matrix, beside it as a table in a .csv. False for data of any other form.
+    """
+    from evaluation.pictures import confusion_picture, pick_by_class, scatter_picture
 
     if isinstance(evaluation, ClassifierEvaluation):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +181,7 @@ def draw_neighbours(path: Path, evaluation: Evaluation, name: str, rows: int = 1
         return False
     if not drawable(dataset.state_shape, decode) or dataset.train_size < k:
         return False
-    from visualizers.pictures import neighbours_picture
+    from evaluation.pictures import neighbours_picture
 
     train = dataset.train_states
     order = nearest(samples.flatten(1), train.flatten(1))[0].argsort()[:rows]
@@ -209,7 +212,7 @@ def draw_images(
 ) -> None:
     """All samples (N, ...) in a grid, each row of one class where there are labels, beside as many real states of the same
     classes. Latents are decoded first; decoded images and data of unknown range are taken to lie in [-1, 1]."""
-    from visualizers.pictures import image_grid_picture, matching
+    from evaluation.pictures import image_grid_picture, matching
 
     labels = None if label is None or (reference is not None and reference_label is None) else label.cpu().numpy()
     reference_labels = None
@@ -227,7 +230,7 @@ def draw_images(
 
 
 def score_line(evaluation: Evaluation) -> str:
-    """The first score with its floor, in words."""
+    """Return the first score with its floor, in words."""
     if not evaluation.scores:
         return ""
     score = evaluation.scores[0]

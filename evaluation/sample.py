@@ -8,11 +8,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from common.device import pick_device
+from common.distributed import rank
+from common.errors import UserError
+from common.files import write_atomically
+from common.progress import watched
+from common.seeds import generator_for
+from configuration.build import build
+from configuration.checks import check_rows_fit, check_values
+from configuration.compose import compose_config, parse_overrides, resolved
+from configuration.overrides import laid_over
+from configuration.stored import stored_config
 from dataloaders.base_dataloaders import Batch
-from evaluation.evaluator import (
+from evaluation.evaluator import EvaluationInputs, Evaluator
+from evaluation.generate import (
     CHUNK,
-    EvaluationInputs,
-    Evaluator,
     few_step_solver,
     few_step_words,
     fixed_labels,
@@ -22,13 +32,7 @@ from evaluation.evaluator import (
     solver_words,
 )
 from evaluation.metrics.base_metric import Generation, as_images
-from evaluation.report import draw_neighbours, draw_picture, print_scores
-from helpers_cfg import ClassifierFreeGuidance, Guidance, guided
-from losses.objective import FlowObjective, Objective
-from solvers.base_solver import BaseSolver, Sampler
-from solvers.dopri5 import Dopri5
-from solvers.likelihood import LogLikelihood, log_likelihood
-from training.assemble import (
+from evaluation.parts import (
     build_dataset,
     build_decoder,
     build_flow,
@@ -39,20 +43,16 @@ from training.assemble import (
     load_network,
     sampled_flow,
 )
-from training.build import build
-from training.checkpoint import load_checkpoint
-from training.checks import check_rows_fit, check_values
-from training.config import compose_config, parse_overrides, resolved
-from training.device import pick_device
-from training.ema import weights_in_words
-from training.errors import UserError
-from training.files import write_atomically
-from training.launch import laid_over, scores_file
-from training.progress import watched
-from training.ranks import rank
-from training.run_folder import json_number
-from training.seeds import generator_for
-from training.vetting import stored_config
+from evaluation.report import draw_neighbours, draw_picture, print_scores
+from helpers_cfg import ClassifierFreeGuidance, Guidance, guided
+from losses.objective import FlowObjective, Objective
+from runs.checkpoint import load_checkpoint
+from runs.provenance import weights_in_words
+from runs.result import scores_file
+from runs.run_folder import json_number
+from solvers.base_solver import BaseSolver, Sampler
+from solvers.dopri5 import Dopri5
+from solvers.likelihood import LogLikelihood, log_likelihood
 
 Label = int | Literal["all"] | Tensor | None
 
@@ -80,7 +80,8 @@ class TrainedModel:
         evaluations: int | None = None,
         guidance: Guidance | float | None = None,
     ) -> Tensor:
-        """n samples (n, *state_shape) on the CPU, latents of a latent model; sample i depends on its label, the seed and i.
+        """Return n samples (n, *state_shape) on the CPU, latents of a latent model; sample i depends on its label, the seed
+        and i.
 
         label: as in `labels`. solver, guidance: instead of the run's own; a number is a scale of classifier-free guidance,
         and 1 is none. evaluations: so many equal steps of one evaluation each instead of a solver, see few_steps.
@@ -100,7 +101,7 @@ class TrainedModel:
         return torch.cat(parts)
 
     def labels(self, n: int, label: Label) -> Tensor | None:
-        """The labels (n,) of n samples, None for an unconditional model.
+        """Return the labels (n,) of n samples, None for an unconditional model.
 
         label: a class; "all", every class in order, as equally often as n allows; labels (n,); None, the classes in turn.
         UserError for a label this model does not know.
@@ -121,7 +122,9 @@ class TrainedModel:
         return labels
 
     def flow(self, guidance: Guidance | float | None = None) -> FlowObjective:
-        """What is sampled: the objective, under the run's own guidance or another. UserError where the model allows none."""
+        """Return what is sampled: the objective, under the run's own guidance or another. UserError where the model allows
+        none.
+        """
         if guidance is None:
             return build_flow(self.objective, self.config, self.device)
         if guidance == 1:
@@ -132,7 +135,7 @@ class TrainedModel:
         )
 
     def images(self, states: Tensor) -> Tensor:
-        """States (N, ...) as images on the CPU: decoded where the model works on latents."""
+        """Return states (N, ...) as images on the CPU: decoded where the model works on latents."""
         return as_images(states.to(self.device), build_decoder(self.config, self.device)).cpu()
 
     def log_prob(self, x: Tensor, label: Tensor | None = None, solver: BaseSolver | None = None) -> Tensor:
@@ -156,12 +159,12 @@ class TrainedModel:
         return LogLikelihood(found.log_prob.cpu() - volume, error, found.x0.cpu())
 
     def real(self, n: int, seed: int = 0) -> Batch:
-        """At most n held-out states of the data the model learned, on the CPU, with their labels or None."""
+        """Return at most n held-out states of the data the model learned, on the CPU, with their labels or None."""
         dataset = build_dataset(self.config, torch.device("cpu"))
         return dataset.held_out(n, generator_for(seed, "evaluation/reference"))
 
     def velocity(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> Tensor:
-        """The learned velocity, unguided, at states x (B, ...) and times t, a number or (B,)."""
+        """Return the learned velocity, unguided, at states x (B, ...) and times t, a number or (B,)."""
         return self.objective.velocity(x, torch.as_tensor(t, device=x.device), label)
 
     def __call__(self, z: Tensor, r: Tensor | float, t: Tensor | float, label: Tensor | None = None) -> Tensor:
@@ -181,7 +184,7 @@ class TrainedModel:
 
 
 def check_guides_a_step(flow: FlowObjective, evaluations: int) -> None:
-    """UserError when guidance lies in an interval that none of so many equal steps starts in."""
+    """Raise UserError when guidance lies in an interval that none of so many equal steps starts in."""
     network = flow.network
     if isinstance(network, Guidance) and not any(
         network.interval[0] <= k / evaluations <= network.interval[1] for k in range(evaluations)
@@ -194,14 +197,16 @@ def check_guides_a_step(flow: FlowObjective, evaluations: int) -> None:
 
 
 def load(path: str | Path, device: str = "auto") -> TrainedModel:
-    """The generator of a checkpoint, rebuilt from the configuration stored in it. UserError if that cannot be done."""
+    """Return the generator of a checkpoint, rebuilt from the configuration stored in it. UserError if
+    that cannot be done.
+    """
     payload = load_checkpoint(Path(path))
     return trained_model(payload, stored_config(Path(path), payload), Path(path), pick_device(device))
 
 
 @torch.no_grad()
 def generation_of(model: TrainedModel, n: int, seed: int, label: Label, evaluations: int | None, cache: Path) -> Generation:
-    """n samples as metrics see them, beside the data the model learned; as TrainedModel.sample makes them."""
+    """Return n samples as metrics see them, beside the data the model learned; as TrainedModel.sample makes them."""
     config, device, labels = model.config, model.device, model.labels(n, label)
     solver, flow = build_solver(config), model.flow()
     samples = model.sample(n, seed, label, solver, evaluations).to(device)
@@ -217,7 +222,7 @@ def generation_of(model: TrainedModel, n: int, seed: int, label: Label, evaluati
 
 
 def settings_from_overrides(words: list[str]) -> dict[str, Any]:
-    """The nodes named on a command line, e.g. {"solver": ...} of ["solver=rk4", "solver.steps=8"].
+    """Return the nodes named on a command line, e.g. {"solver": ...} of ["solver=rk4", "solver.steps=8"].
 
     UserError for what cannot be read.
     """
@@ -228,14 +233,14 @@ def settings_from_overrides(words: list[str]) -> dict[str, Any]:
 
 
 def trained_objective(payload: dict[str, Any], config: dict[str, Any], path: Path, device: torch.device) -> Objective:
-    """The objective around a checkpoint's EMA network, frozen."""
+    """Return the objective around a checkpoint's EMA network, frozen."""
     objective = build_objective(config, device)
     load_network(objective.network, payload["ema"], path)
     return objective.eval().requires_grad_(False)
 
 
 def trained_model(payload: dict[str, Any], config: dict[str, Any], path: Path, device: torch.device) -> TrainedModel:
-    """UserError for a checkpoint that holds a classifier."""
+    """Raise UserError for a checkpoint that holds a classifier."""
     objective = trained_objective(payload, config, path, device)
     if not isinstance(objective, FlowObjective):
         raise UserError(

@@ -23,13 +23,13 @@ def one_thread() -> Iterator[None]:
 
 
 def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """work(item) of each, by as many threads as torch uses."""
+    """Return work(item) of each, by as many threads as torch uses."""
     threads = torch.get_num_threads()
     with one_thread(), ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(work, items))
 
 
 def parallel_sum(work: Callable[[Sequence[int]], float], items: Sequence[int]) -> float:
-    """The sum of work(share) over shares of `items`, dealt out in turn to as many threads as torch uses."""
+    """Return the sum of work(share) over shares of `items`, dealt out in turn to as many threads as torch uses."""
     workers = min(torch.get_num_threads(), len(items))
     return sum(side_by_side(work, [items[worker::workers] for worker in range(workers)]))

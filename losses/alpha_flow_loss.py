@@ -53,7 +53,7 @@ class AlphaFlowLoss(MeanFlowLoss):
         return {"loss": self.weighting(error.square().flatten(1).sum(1), batch.a)}
 
     def consistency_target(self, batch: AlphaBatch, rows: int, v: Tensor) -> Tensor:
-        """a v + (1 - a) u(z_s, s, t) on the first `rows` (rows, ...), without a graph."""
+        """Return a v + (1 - a) u(z_s, s, t) on the first `rows` (rows, ...), without a graph."""
         first, _ = batch.split(rows)
         assert isinstance(first, AlphaBatch) and first.a is not None
         step = first.a * (first.t - first.r)

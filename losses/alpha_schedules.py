@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 
-from training.errors import UserError
+from common.errors import UserError
 
 
 class AlphaSchedule(ABC):
@@ -11,7 +11,7 @@ class AlphaSchedule(ABC):
 
     @abstractmethod
     def share(self, progress: float) -> float:
-        """a in (0, 1] when `progress` in [0, 1] of the run is done."""
+        """Return a in (0, 1] when `progress` in [0, 1] of the run is done."""
 
 
 class SigmoidAlpha(AlphaSchedule):

@@ -1,15 +1,15 @@
 """Who is paired with whom: the joint distribution of noise x0 and data x1."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from training.errors import UserError
+from common.errors import UserError
 
 Pairs = tuple[Tensor, Tensor, Tensor | None]
-REFLOW_SEED = 1_000_003  # of a teacher's samples: no run's own
 
 
 class Coupling(ABC):
@@ -17,7 +17,7 @@ class Coupling(ABC):
 
     @abstractmethod
     def pair(self, x0: Tensor, x1: Tensor, label: Tensor | None, generator: torch.Generator) -> Pairs:
-        """x0, x1 (B, ...) and label (B,) as pairs, as many; a label stays with its x1."""
+        """Return x0, x1 (B, ...) and label (B,) as pairs, as many; a label stays with its x1."""
 
 
 class IndependentCoupling(Coupling):
@@ -57,45 +57,22 @@ class ReflowCoupling(Coupling):
     """Pairs (x0, X(x0)) of noise and where a trained flow carries it, in place of the batch's own (Liu et al. 2022,
     arXiv 2209.03003): training on them straightens the flow, so that few solver steps suffice.
 
-    teacher: a checkpoint; its EMA weights and its own source and solver make `count` pairs once, when first asked, and
-    batches are drawn from them. A conditional teacher's labels, as often each as in its data, come with them. UserError when
-    the teacher's states have another shape than the data.
+    teacher: a checkpoint. count: pairs made once, when first asked for; batches are drawn from them. make_pairs: called as
+    make_pairs(teacher, count, like), returns them; see evaluation.reflow.TeacherPairs.
     """
 
-    def __init__(self, teacher: str, count: int = 50_000):
+    def __init__(self, teacher: str, count: int, make_pairs: Callable[[str, int, Tensor], Pairs]):
         if count < 1:
             raise UserError(f"loss.coupling.count={count} must be at least 1: the number of pairs to draw batches from")
-        self.teacher, self.count = teacher, count
+        self.teacher, self.count, self.make_pairs = teacher, count, make_pairs
         self.pairs: Pairs | None = None
 
     def pair(self, x0: Tensor, x1: Tensor, label: Tensor | None, generator: torch.Generator) -> Pairs:
-        source, target, classes = self.pairs = self.pairs or self.make_pairs(x1)
+        if self.pairs is None:
+            self.pairs = self.make_pairs(self.teacher, self.count, x1)
+        source, target, classes = self.pairs
         rows = torch.randint(self.count, (len(x1),), generator=generator, device=x1.device)
         return source[rows], target[rows], None if classes is None else classes[rows]
-
-    def make_pairs(self, like: Tensor) -> Pairs:
-        """All pairs on the device of the data `like` (B, ...): noise, where it goes, and labels or None."""
-        with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):  # building reseeds torch's own
-            return self.pairs_of_teacher(like)
-
-    def pairs_of_teacher(self, like: Tensor) -> Pairs:
-        from evaluation.evaluator import data_labels, fixed_noise
-        from evaluation.sample import load
-        from training.assemble import build_dataset, build_source
-        from training.seeds import generator_for
-
-        model = load(self.teacher, like.device.type)
-        data = build_dataset(model.config, torch.device("cpu"))
-        generator = generator_for(REFLOW_SEED, "reflow/labels")
-        label = data_labels(data, model.objective.network.num_classes, self.count, generator)
-        target = model.sample(self.count, seed=REFLOW_SEED, label=label).to(like.device)
-        if target.shape[1:] != like.shape[1:]:
-            raise UserError(
-                f"loss.coupling.teacher={self.teacher} makes states of shape {tuple(target.shape[1:])}, the data has "
-                f"{tuple(like.shape[1:])}; use a teacher of this data"
-            )
-        source = fixed_noise(build_source(model.config, torch.device("cpu")), self.count, REFLOW_SEED).to(like.device)
-        return source, target, None if label is None else label.to(like.device)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ReflowCoupling":
         return self  # the EMA objective draws from the same pairs

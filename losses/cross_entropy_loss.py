@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from common.errors import UserError
 from dataloaders.sources import Source
 from losses.objective import Objective
 from models.classifier.classifier import Classifier
-from training.errors import UserError
 
 
 @dataclass

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataloaders.base_dataloaders import with_class
-from helpers_cfg import MeanFlowGuidance
+from common.errors import UserError
+from losses.meanflow_guidance import MeanFlowGuidance
 from losses.objective import FlowBatch, FlowObjective, SecondTime, expand_time
 from losses.total_derivative import DerivativeObjective
-from training.errors import UserError
+from models.inputs import with_class
 
 
 class MeanFlowLoss(DerivativeObjective):
@@ -46,7 +46,7 @@ class MeanFlowLoss(DerivativeObjective):
         return {"loss": self.weighting((u - target).square().flatten(1).sum(1))}
 
     def velocity_target(self, batch: FlowBatch) -> Tensor:
-        """v_c (B, ...), or with guidance its guided form on the rows that have a label."""
+        """Return v_c (B, ...), or with guidance its guided form on the rows that have a label."""
         if self.guidance is None or batch.label is None:
             return batch.conditional_velocity
         null = with_class(batch.label, self.network.num_classes)

@@ -14,22 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from dataloaders.base_dataloaders import make_unified_flow_matching_input, with_class
+from common.errors import UserError
 from dataloaders.sources import Source
 from losses.couplings import Coupling
 from losses.paths import ProbabilityPath
 from losses.predictions import Prediction
 from losses.time_samplers import TimeSampler
 from losses.weightings import Weighting
+from models.inputs import make_unified_flow_matching_input, with_class
 from models.network import Network
 from models.velocity_model import VelocityModel
-from training.errors import UserError
 
 SecondTime = Literal["end", "state"]
 
 
 def expand_time(t: Tensor, x: Tensor) -> Tensor:
-    """A scalar or (B,) time as (B, 1, ...), broadcasting against the states x (B, ...)."""
+    """Return a scalar or (B,) time as (B, 1, ...), broadcasting against the states x (B, ...)."""
     return t.to(device=x.device, dtype=torch.float32).expand(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1))
 
 
@@ -54,7 +54,7 @@ class FlowBatch:
         return self.input.shape[0]
 
     def split(self, rows: int) -> tuple["FlowBatch", "FlowBatch"]:
-        """The first `rows` rows and the rest, as views: fixed sizes, so shapes stay static."""
+        """Return the first `rows` rows and the rest, as views: fixed sizes, so shapes stay static."""
         named = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         first, rest = ({n: v[part] for n, v in named.items()} for part in (slice(rows), slice(rows, None)))
         return replace(self, **first), replace(self, **rest)
@@ -72,8 +72,9 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def batch(self, source: Source, x1: Tensor, label: Tensor | None, generator: torch.Generator, progress: float) -> Any:
-        """One forward pass's rows from data x1 (B, ...) and label (B,) or None, with all of the loss's randomness, from
-        `generator`; progress in [0, 1] is the share of the run that is done. len() of it is B."""
+        """Return one forward pass's rows from data x1 (B, ...) and label (B,) or None, with all of the loss's randomness,
+        from `generator`; progress in [0, 1] is the share of the run that is done. len() of it is B.
+        """
 
     @abstractmethod
     def forward(self, batch: Any, teacher: Any = None) -> dict[str, Tensor]:
@@ -187,8 +188,9 @@ class FlowObjective(Objective, ABC):
         )  # fmt: skip
 
     def drop_labels(self, label: Tensor | None, generator: torch.Generator) -> Tensor | None:
-        """Labels the network may see: a share of the classes nulled for a conditional network, none for an unconditional
-        one, which yet hears of an augmentation."""
+        """Return labels the network may see: a share of the classes nulled for a conditional network, none for an
+        unconditional one, which yet hears of an augmentation.
+        """
         classes = self.network.num_classes
         if label is None or (classes == 0 and label.ndim == 1):
             return None
@@ -198,13 +200,13 @@ class FlowObjective(Objective, ABC):
         return torch.where(dropped.reshape(-1, *(1,) * (label.ndim - 1)), with_class(label, classes), label)
 
     def unified(self, z: Tensor, r: Tensor, t: Tensor) -> Tensor:
-        """The network's input for states z (B, ...) at times r headed to t, scalars or (B,)."""
+        """Return the network's input for states z (B, ...) at times r headed to t, scalars or (B,)."""
         r, t = (time.to(z.device, torch.float32).expand(len(z)) for time in (r, t))
         second = torch.ones_like(t) if self.second_time == "end" else t
         return make_unified_flow_matching_input(z, torch.stack([r, second], dim=1))
 
     def predict(self, unified: Tensor, z: Tensor, r: Tensor, label: Tensor | None) -> Tensor:
-        """The network's output as a velocity at states z and times r."""
+        """Return the network's output as a velocity at states z and times r."""
         if len(z) == 0:  # one part of a batch that is all intervals, or all instants
             return z
         return self.prediction.velocity(self.network(unified, label), z, expand_time(r, z), self.path)
@@ -214,15 +216,17 @@ class FlowObjective(Objective, ABC):
         return self.predict(self.unified(x, t, t), x, t, label)
 
     def mean_velocity(self, z: Tensor, r: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """The network's u(z, r, t) at states z (B, ...) at times r, headed to t, scalars or (B,)."""
+        """Return the network's u(z, r, t) at states z (B, ...) at times r, headed to t, scalars or (B,)."""
         return self.predict(self.unified(z, r, t), z, r, label)
 
     def mean_velocity_of(self, batch: FlowBatch) -> Tensor:
-        """u on the rows of a batch (B, ...)."""
+        """Return u on the rows of a batch (B, ...)."""
         return self.mean_velocity(batch.input, batch.r, batch.t, batch.label)
 
     def mean_velocities(self, batch: FlowBatch, rows: int) -> Tensor:
-        """u on every row (B, ...): in one pass, unless dropout asks that the first `rows` be evaluated by themselves."""
+        """Return u on every row (B, ...): in one pass, unless dropout asks that the first `rows` be
+        evaluated by themselves.
+        """
         parts = batch.split(rows) if self.is_random and 0 < rows < len(batch) else (batch,)
         return torch.cat([self.mean_velocity_of(part) for part in parts])
 
@@ -235,7 +239,7 @@ class FlowObjective(Objective, ABC):
         return x + expand_time(t - r, x) * self.mean_velocity(x, r, t, label)
 
     def check_learns_flow_map(self) -> None:
-        """UserError when the objective does not teach the network maps from one time to another."""
+        """Raise UserError when the objective does not teach the network maps from one time to another."""
         if not self.learns_flow_map:
             raise UserError(
                 "this model knows only the velocity at an instant, not a map from one time to another; "

@@ -29,25 +29,25 @@ class ProbabilityPath(ABC):
 
     @abstractmethod
     def at(self, t: Tensor) -> PathPoint:
-        """Coefficients at times t."""
+        """Return coefficients at times t."""
 
     def state(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """z_t."""
+        """Return z_t."""
         p = self.at(t)
         return p.alpha * x1 + p.sigma * x0
 
     def conditional_velocity(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """dz_t / dt for fixed x0 and x1."""
+        """Return dz_t / dt for fixed x0 and x1."""
         p = self.at(t)
         return p.alpha_dot * x1 + p.sigma_dot * x0
 
     def velocity_from_x1(self, x1: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """Velocity at z of a prediction of x1; sigma is held above CLAMP, which costs a little near t = 1."""
+        """Return velocity at z of a prediction of x1; sigma is held above CLAMP, which costs a little near t = 1."""
         p = self.at(t)
         return (p.sigma_dot * (z - p.alpha * x1) + p.sigma * p.alpha_dot * x1) / p.sigma.clamp(min=CLAMP)
 
     def velocity_from_x0(self, x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """Velocity at z of a prediction of x0; alpha is held above CLAMP, which costs a little near t = 0."""
+        """Return velocity at z of a prediction of x0; alpha is held above CLAMP, which costs a little near t = 0."""
         p = self.at(t)
         return (p.alpha_dot * (z - p.sigma * x0) + p.alpha * p.sigma_dot * x0) / p.alpha.clamp(min=CLAMP)
 
@@ -62,7 +62,9 @@ class ProbabilityPath(ABC):
         return (p.alpha_dot * z - p.alpha * v) / (p.sigma * p.alpha_dot - p.sigma_dot * p.alpha)
 
     def score_from_velocity(self, v: Tensor, z: Tensor, t: Tensor, source_std: float = 1.0) -> Tensor:
-        """grad_z log p_t(z) = -E[x0 | z] / (sigma source_std^2) for a centred Gaussian source; infinite where sigma = 0."""
+        """Return grad_z log p_t(z) = -E[x0 | z] / (sigma source_std^2) for a centred Gaussian source; infinite where sigma =
+        0.
+        """
         return -self.x0_from_velocity(v, z, t) / (self.at(t).sigma * source_std**2)
 
 

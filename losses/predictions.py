@@ -12,7 +12,7 @@ class Prediction(ABC):
 
     @abstractmethod
     def velocity(self, output: Tensor, z: Tensor, t: Tensor, path: ProbabilityPath) -> Tensor:
-        """Velocity at states z (B, ...) and times t (broadcasting against z) for the network's output there."""
+        """Return velocity at states z (B, ...) and times t (broadcasting against z) for the network's output there."""
 
 
 class VelocityPrediction(Prediction):

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from losses.objective import FlowBatch, FlowObjective, SecondTime, expand_time
 from losses.time_samplers import DyadicTimes
-from training.errors import UserError
 
 
 class ShortcutLoss(FlowObjective):
@@ -37,7 +37,7 @@ class ShortcutLoss(FlowObjective):
         return {"loss": self.weighting(error.square().flatten(1).sum(1))}
 
     def two_steps(self, teacher: FlowObjective, batch: FlowBatch) -> Tensor:
-        """(u1 + u2) / 2 (B, ...), without a graph."""
+        """Return (u1 + u2) / 2 (B, ...), without a graph."""
         d = 0.5 * (batch.t - batch.r)
         middle, at_foot = batch.r + d, d < 1.5 * self.shortest
         with torch.no_grad():

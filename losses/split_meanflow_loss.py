@@ -41,7 +41,7 @@ class SplitMeanFlowLoss(FlowObjective):
         return {"loss": self.weighting(error.square().flatten(1).sum(1))}
 
     def joined(self, batch: FlowBatch) -> Tensor:
-        """l u1 + (1 - l) u2 (B, ...), without a graph, each evaluation with the dropout mask of u's own."""
+        """Return l u1 + (1 - l) u2 (B, ...), without a graph, each evaluation with the dropout mask of u's own."""
         assert isinstance(batch, SplitBatch) and batch.share is not None
         s = torch.lerp(batch.r, batch.t, batch.share)
         share = expand_time(batch.share, batch.input)

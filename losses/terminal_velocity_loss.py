@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from common.errors import UserError
 from losses.objective import FlowBatch, FlowObjective, SecondTime, expand_time
 from losses.total_derivative import STEP, Engine
-from training.errors import UserError
 
 
 class TerminalVelocityLoss(FlowObjective):
@@ -41,7 +41,7 @@ class TerminalVelocityLoss(FlowObjective):
         return {"loss": self.weighting(error.square().flatten(1).sum(1))}
 
     def arrival_error(self, batch: FlowBatch) -> Tensor:
-        """dX/dt - v(X, t) (B, ...), with the graph of dX/dt."""
+        """Return dX/dt - v(X, t) (B, ...), with the graph of dX/dt."""
         with torch.autocast(batch.input.device.type, enabled=False):
             u, du_dt = self.value_and_time_derivative(batch)
         duration = expand_time(batch.t - batch.r, u)
@@ -50,7 +50,7 @@ class TerminalVelocityLoss(FlowObjective):
         return u + duration * du_dt - arrival
 
     def value_and_time_derivative(self, batch: FlowBatch) -> tuple[Tensor, Tensor]:
-        """u and du/dt at fixed z_r and r, (B, ...) each, both with a graph and of one dropout mask."""
+        """Return u and du/dt at fixed z_r and r, (B, ...) each, both with a graph and of one dropout mask."""
 
         def u(t: Tensor) -> Tensor:
             return self.mean_velocity(batch.input, batch.r, t, batch.label)

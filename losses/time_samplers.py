@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from training.errors import UserError
+from common.errors import UserError
 
 
 class TimeSampler(ABC):
@@ -21,14 +21,14 @@ class TimeSampler(ABC):
 
     @abstractmethod
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Independent times of the given shape on the generator's device."""
+        """Return independent times of the given shape on the generator's device."""
 
     def interval_rows(self, n: int) -> int:
-        """How many rows of a batch of n, the first ones, have r != t."""
+        """Return how many rows of a batch of n, the first ones, have r != t."""
         return round(self.ratio * n)
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """r and t, (n,) each, r <= t; r = t from row interval_rows(n) on."""
+        """Return r and t, (n,) each, r <= t; r = t from row interval_rows(n) on."""
         rows = self.interval_rows(n)
         r, t = self.intervals(rows, generator)
         whole = round(self.whole * rows)
@@ -37,7 +37,7 @@ class TimeSampler(ABC):
         return torch.cat([r, instants]), torch.cat([t, instants])
 
     def intervals(self, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Random r and t, (rows,) each, r < t."""
+        """Return random r and t, (rows,) each, r < t."""
         pairs = self.draw((2, rows), generator)
         return pairs.amin(0), pairs.amax(0)
 

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from common.errors import UserError
 from losses.objective import FlowBatch, FlowObjective
-from training.errors import UserError
 
 Engine = Literal["auto", "func", "separate", "finite_difference"]
 STEP = 2e-3  # of the central difference: in fp32 its rounding (3e-5) and its truncation (4e-6 u''') are both small
 
 
 def picked_engine(engine: Engine, device: torch.device) -> Engine:
-    """auto is func on CUDA; elsewhere finite_difference: on the CPU it costs least, on MPS forward mode has gaps."""
+    """Return auto is func on CUDA; elsewhere finite_difference: on the CPU it costs least, on MPS forward mode has gaps."""
     if engine == "auto":
         return "func" if device.type == "cuda" else "finite_difference"
     return engine
@@ -40,7 +40,9 @@ class DerivativeObjective(FlowObjective):
         self.tangent_seen = False
 
     def value_and_derivative(self, batch: FlowBatch, rows: int, direction: Tensor) -> tuple[Tensor, Tensor]:
-        """u on every row, with its graph, and D_direction u on the first `rows`, without: (B, ...) and (rows, ...)."""
+        """Return u on every row, with its graph, and D_direction u on the first `rows`, without: (B,
+        ...) and (rows, ...).
+        """
         if rows == 0:
             return self.mean_velocities(batch, rows), direction
         interval, instant = batch.split(rows)
@@ -56,7 +58,8 @@ class DerivativeObjective(FlowObjective):
         return u, derivative
 
     def check_tangent(self, u: Tensor, derivative: Tensor) -> None:
-        """RuntimeError, a fault of ours, when the derivative is zero everywhere although u is not: it was lost on the way.
+        """Raise RuntimeError, a fault of ours, when the derivative is zero everywhere although u is not: it was lost on the
+        way.
 
         A network whose output is zero until its first step has no derivative yet, so one that is not zero is waited for
         and seen once; what is compiled is not looked at.
@@ -77,7 +80,7 @@ class DerivativeObjective(FlowObjective):
         return self.forward_mode(batch, direction)[1]
 
     def forward_mode(self, batch: FlowBatch, direction: Tensor) -> tuple[Tensor, Tensor]:
-        """u and D_direction u by torch.func.jvp, with attention in the one form that has a forward derivative."""
+        """Return u and D_direction u by torch.func.jvp, with attention in the one form that has a forward derivative."""
 
         def u(z: Tensor, r: Tensor) -> Tensor:
             return self.mean_velocity(z, r, batch.t, batch.label)

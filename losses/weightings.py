@@ -10,7 +10,7 @@ class Weighting(ABC):
 
     @abstractmethod
     def __call__(self, squared_error: Tensor, a: Tensor | float = 1.0) -> Tensor:
-        """squared_error L (B,), sums over dimensions -> a scalar loss.
+        """Return squared_error L (B,), sums over dimensions -> a scalar loss.
 
         a (B,): the share of its interval that a consistency step crosses. Its error is proportional to a, so that L / a has
         the gradient of the limit a -> 0.

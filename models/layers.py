@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataloaders.base_dataloaders import split_label
+from models.inputs import split_label
 
 
 class TimeFeatures(nn.Module):
@@ -34,7 +34,7 @@ class ClassEmbedding(nn.Embedding):
         super().__init__(num_classes + 1, width)
 
     def rows(self, label: Tensor | None, batch: int) -> Tensor:
-        """(batch, width) embeddings of `label` (batch,)."""
+        """Return (batch, width) embeddings of `label` (batch,)."""
         if label is None:
             return self.weight[-1].expand(batch, -1)
         return self(label)
@@ -59,13 +59,13 @@ class GroupNorm(nn.Module):
 
 
 def group_norm(x: Tensor, groups: int) -> Tensor:
-    """x (B, C, ...) with each of its groups of channels at mean 0 and variance 1, row by row."""
+    """Return x (B, C, ...) with each of its groups of channels at mean 0 and variance 1, row by row."""
     grouped = x.reshape(x.shape[0], groups, -1)
     return F.layer_norm(grouped, grouped.shape[-1:]).reshape(x.shape)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x (1 + scale) + shift, in one pass over x."""
+    """Return x (1 + scale) + shift, in one pass over x."""
     return torch.addcmul(shift, x, 1 + scale)
 
 
@@ -116,5 +116,5 @@ class RMSNorm(nn.Module):
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """x with its last dimension at mean 0 and variance 1; the scale and shift are the caller's."""
+    """Return x with its last dimension at mean 0 and variance 1; the scale and shift are the caller's."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)

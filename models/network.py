@@ -12,5 +12,5 @@ class Network(nn.Module):
         """Start values of the parameters; torch's own unless a model says otherwise."""
 
     def parameter_count(self) -> int:
-        """Number of trainable parameters."""
+        """Return number of trainable parameters."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.errors import UserError
+from common.errors import UserError
 
 if TYPE_CHECKING:
     from torch import device
@@ -81,7 +81,7 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 def as_npy(array: Any) -> bytes:
-    """An array in NumPy's file format."""
+    """Return an array in NumPy's file format."""
     import io
 
     import numpy as np
@@ -148,7 +148,7 @@ class Cache:
 
 
 def read_manifest(file: Path) -> dict[str, Any]:
-    """UserError when it is not one."""
+    """Raise UserError when it is not one."""
     try:
         manifest = json.loads(file.read_text())
         known = manifest["format"] == FORMAT and isinstance(manifest["shards"], list) and "made_from" in manifest
@@ -160,7 +160,7 @@ def read_manifest(file: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> None:
-    """UserError naming every damaged file."""
+    """Raise UserError naming every damaged file."""
     from dataloaders.picture_files import MANIFEST
 
     if not (folder / MANIFEST).is_file():
@@ -179,12 +179,12 @@ def verify(folder: Path) -> None:
 
 
 def build_pictures(overrides: list[str]) -> tuple["ImageStream", str, dict[str, Any]]:
-    """The set of pictures, the autoencoder's path, and what both are. UserError when they cannot be encoded."""
+    """Return the set of pictures, the autoencoder's path, and what both are. UserError when they cannot be encoded."""
     from omegaconf import DictConfig, OmegaConf
 
+    from configuration.build import build
+    from configuration.compose import compose_config, resolved
     from dataloaders.image_stream import ImageStream
-    from training.build import build
-    from training.config import compose_config, resolved
 
     chosen = any(word.startswith("vae=") for word in overrides)
     cfg = compose_config(["run_name=cache", *([] if chosen else ["vae=stable_diffusion"]), *overrides])
@@ -204,7 +204,7 @@ def build_pictures(overrides: list[str]) -> tuple["ImageStream", str, dict[str, 
 
 
 def files_of(dataset: "ImageStream") -> dict[str, Any]:
-    """How many pictures there are, and a hash of their names, sizes in bytes, labels and parts."""
+    """Return how many pictures there are, and a hash of their names, sizes in bytes, labels and parts."""
     import hashlib
     import os
 
@@ -220,8 +220,8 @@ def files_of(dataset: "ImageStream") -> dict[str, Any]:
 
 def encode(settings: dict[str, Any], overrides: list[str]) -> None:
     """Carry out the command: every shard that is not there yet, of both parts."""
+    from common.device import pick_device
     from models.vae.stable_diffusion_vae import WEIGHTS_FILE, StableDiffusionVAE
-    from training.device import pick_device
 
     dataset, path, pictures = build_pictures(overrides)
     vae = StableDiffusionVAE(path).to(pick_device(settings["device"]))
@@ -281,12 +281,13 @@ def encode_part(
 
 
 def batches(first: int, end: int, step: int) -> list[list[int]]:
-    """first .. end - 1 in lists of `step`."""
+    """Return first .. end - 1 in lists of `step`."""
     return [list(range(begin, min(begin + step, end))) for begin in range(first, end, step)]
 
 
 def moments_of(pictures: Any, vae: "StableDiffusionVAE", device: "device") -> Any:
-    """Pictures (B, 3, H, W) uint8 -> (B, 2, 2, C, h, w) fp16: mean and standard deviation, of each and of its mirror image.
+    """Return pictures (B, 3, H, W) uint8 -> (B, 2, 2, C, h, w) fp16: mean and standard deviation, of each and of its mirror
+    image.
 
     UserError for latents that fp16 cannot hold.
     """

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.checks import check_writable
-from training.errors import UserError
-from training.files import end_of, write_atomically
-from training.values import NOT_NEGATIVE, RANGES, whole_number
+from common.errors import UserError
+from common.files import end_of, write_atomically
+from configuration.values import NOT_NEGATIVE, RANGES, whole_number
+from runs.checks import check_writable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,8 +68,8 @@ def read_words(words: list[str]) -> tuple[dict[str, str | None], list[str]]:
 def evaluate(words: list[str]) -> "list[Score | Absent]":
     """Carry out the command; prints the scores and returns them."""
     settings, overrides = read_words(words)
-    from training.device import pick_device
-    from training.vetting import allow
+    from common.device import pick_device
+    from configuration.stored import allow
 
     allow(settings["trust"])
     device = pick_device(str(settings["device"]))
@@ -81,7 +81,7 @@ def evaluate(words: list[str]) -> "list[Score | Absent]":
 
 
 def label_of(text: str | None) -> "Label":
-    """UserError for what is neither a class nor all."""
+    """Raise UserError for what is neither a class nor all."""
     if text is None or text == "all":
         return "all" if text else None
     return whole_number("label", text, NOT_NEGATIVE, ", or all")
@@ -103,7 +103,7 @@ def replicates_of(settings: dict[str, str | None], network: "FeatureNetwork") ->
 
 
 def of_checkpoint(settings: dict[str, str | None], overrides: list[str]) -> "list[Score | Absent]":
-    """Samples of a checkpoint against its own data, or against files."""
+    """Return samples of a checkpoint against its own data, or against files."""
     from evaluation.metrics.features import FeatureMetric
     from evaluation.sample import generation_of, load, settings_from_overrides
 
@@ -127,7 +127,7 @@ def of_checkpoint(settings: dict[str, str | None], overrides: list[str]) -> "lis
 
 
 def of_files(settings: dict[str, str | None], device: Any) -> "list[Score | Absent]":
-    """Images in files against images or statistics in files."""
+    """Return images in files against images or statistics in files."""
     from evaluation.image_sets import read_images
 
     if settings["network"] is None:

@@ -40,7 +40,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
 
-from scripts.leaderboard_table import (
+from common.errors import UserError
+from common.files import write_atomically
+from configuration.compose import compose_config, groups, nearest, resolved
+from configuration.overrides import differences, flat
+from configuration.values import NEUTRAL
+from evaluation.leaderboard_table import (
     ENERGY,
     SECONDS,
     Results,
@@ -51,12 +56,7 @@ from scripts.leaderboard_table import (
     solver_evaluations,
     write_between,
 )
-from training.config import compose_config, groups, nearest, resolved
-from training.errors import UserError
-from training.files import write_atomically
-from training.launch import differences, flat
-from training.run_folder import RunFolder
-from training.values import NEUTRAL
+from runs.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 # Settings that neither change what a run learns nor how it is scored.
@@ -88,12 +88,12 @@ class Entry:
 
     @property
     def said(self) -> Path:
-        """What its process printed."""
+        """Return what its process printed."""
         return self.output_dir / "leaderboard" / f"{self.name}.log"
 
     @property
     def facts(self) -> Path:
-        """Where and with what it was trained."""
+        """Return where and with what it was trained."""
         return self.said.with_suffix(".json")
 
 
@@ -129,7 +129,7 @@ class Options:
 
 
 def read_words(words: list[str]) -> Options:
-    """The options of a command line. UserError for a word that is none."""
+    """Return the options of a command line. UserError for a word that is none."""
     split = words.index("--") if "--" in words else len(words)
     options = Options(extra=words[split + 1 :])
     known = [name for name in vars(options) if name != "extra"]
@@ -146,7 +146,7 @@ def read_words(words: list[str]) -> Options:
 
 
 def read_value(key: str, text: str, default: object) -> object:
-    """The value of one option, of its default's kind. UserError for another."""
+    """Return the value of one option, of its default's kind. UserError for another."""
     if isinstance(default, list):
         return [part for part in text.split(",") if part]
     if isinstance(default, Path):
@@ -162,7 +162,7 @@ def read_value(key: str, text: str, default: object) -> object:
 
 
 def read_board(path: Path) -> Board:
-    """The table of runs. UserError for a file that is not there or not such a table."""
+    """Return the table of runs. UserError for a file that is not there or not such a table."""
     if not path.is_file():
         raise UserError(f"config={path} is not a file; leave it out for configs/leaderboard.yaml")
     try:
@@ -181,7 +181,7 @@ def read_board(path: Path) -> Board:
 
 
 def chosen(key: str, asked: Sequence[str], known: Sequence[str]) -> list[str]:
-    """What was asked for, all that is known when nothing was. UserError for a word that is not known."""
+    """Return what was asked for, all that is known when nothing was. UserError for a word that is not known."""
     for word in asked:
         if word not in known:
             raise UserError(f"{key}={word} is not in the table{nearest(word, list(known))}; it has {', '.join(known)}")
@@ -189,7 +189,7 @@ def chosen(key: str, asked: Sequence[str], known: Sequence[str]) -> list[str]:
 
 
 def entries_of(board: Board, options: Options) -> dict[str, Entry]:
-    """Every run by name, in the order they are trained: all of one seed first, what others need before them.
+    """Return every run by name, in the order they are trained: all of one seed first, what others need before them.
 
     UserError when a placeholder names no objective higher up.
     """
@@ -203,7 +203,7 @@ def entries_of(board: Board, options: Options) -> dict[str, Entry]:
 
 
 def entry_of(board: Board, options: Options, objective: str, dataset: str, seed: int) -> Entry:
-    """One run, its placeholders replaced by the checkpoints they stand for."""
+    """Return one run, its placeholders replaced by the checkpoints they stand for."""
     needs: list[str] = []
     higher = list(board.objectives)[: list(board.objectives).index(objective)]
 
@@ -222,7 +222,7 @@ def entry_of(board: Board, options: Options, objective: str, dataset: str, seed:
 
 
 def settings_of(entry: Entry) -> dict[str, Any]:
-    """What the words of a run compose to, its name and seed aside. UserError for words that compose to nothing."""
+    """Return what the words of a run compose to, its name and seed aside. UserError for words that compose to nothing."""
     try:
         return composed(tuple(word for word in entry.words if not word.startswith(("run_name=", "seed="))))
     except UserError as error:
@@ -238,7 +238,7 @@ def composed(words: tuple[str, ...]) -> dict[str, Any]:
 
 
 def by_key(words: Sequence[str]) -> dict[str, str]:
-    """Words by what they set; how a run was begun and where it lies are no matter."""
+    """Return words by what they set; how a run was begun and where it lies are no matter."""
     pairs = (word.replace("'", "").partition("=") for word in words)
     return {key: value for key, _, value in pairs if key not in ("resume", "overwrite", "output_dir")}
 
@@ -262,7 +262,7 @@ def why_stale(entry: Entry, entries: dict[str, Entry]) -> str | None:
 
 
 def condition(entry: Entry, entries: dict[str, Entry]) -> str:
-    """missing, begun, failed, finished, or stale."""
+    """Return missing, begun, failed, finished, or stale."""
     status = entry.folder.read_status()
     if not entry.folder.config_path.is_file() or not status:
         return "missing"
@@ -272,7 +272,7 @@ def condition(entry: Entry, entries: dict[str, Entry]) -> str:
 
 
 def to_train(board: Board, entries: dict[str, Entry], options: Options) -> tuple[list[Entry], int]:
-    """The runs to carry out, with those they need, and how many of the chosen are not to be, being stale."""
+    """Return the runs to carry out, with those they need, and how many of the chosen are not to be, being stale."""
     objectives = chosen("only", options.only, list(board.objectives))
     datasets = chosen("data", options.data, board.datasets)
     seeds = chosen("seeds", options.seeds, list(map(str, board.seeds)))
@@ -380,7 +380,7 @@ class Crew:
 
 
 def scores_of(entry: Entry) -> dict[str, float]:
-    """The last scores of a finished run, what was not a number left out, and the seconds it trained."""
+    """Return the last scores of a finished run, what was not a number left out, and the seconds it trained."""
     known = entry.folder.read_status().get("scores", {})
     rows = entry.folder.read_metrics()
     judged = sum(row.get("eval/seconds") or 0.0 for row in rows)
@@ -389,7 +389,7 @@ def scores_of(entry: Entry) -> dict[str, float]:
 
 
 def collect(board: Board, entries: dict[str, Entry]) -> tuple[Results, list[Entry]]:
-    """Every row of every data set, from the files of the runs, and the runs whose scores are in them."""
+    """Return every row of every data set, from the files of the runs, and the runs whose scores are in them."""
     done: list[Entry] = []
     results: Results = {d: {o: Row([], len(board.seeds)) for o in board.objectives} for d in board.datasets}
     for entry in entries.values():
@@ -403,7 +403,7 @@ def collect(board: Board, entries: dict[str, Entry]) -> tuple[Results, list[Entr
 
 
 def caption(board: Board, entries: dict[str, Entry], results: Results, done: list[Entry], options: Options) -> str:
-    """What the figures are, where they were made, and the command that makes them again."""
+    """Return what the figures are, where they were made, and the command that makes them again."""
     chosen = [f"{key}={','.join(vars(options)[key])}" for key in ("only", "data", "seeds") if vars(options)[key]]
     chosen += [] if options.output_dir == Path("outputs") else [f"output_dir={options.output_dir}"]
     command = shlex.join(["python", "scripts/leaderboard.py", *chosen, *(["--", *options.extra] if options.extra else [])])
@@ -426,7 +426,7 @@ def caption(board: Board, entries: dict[str, Entry], results: Results, done: lis
 
 
 def provenance(done: list[Entry]) -> str:
-    """The hardware, days and torch versions that runs were made with."""
+    """Return the hardware, days and torch versions that runs were made with."""
     facts = [json.loads(entry.facts.read_text(encoding="utf-8")) for entry in done if entry.facts.is_file()]
     hardware = "; ".join(dict.fromkeys(fact["hardware"] for fact in facts)) or "hardware not recorded"
     torch_versions = " and ".join(dict.fromkeys(fact["torch"] for fact in facts)) or "not recorded"
@@ -479,7 +479,7 @@ def leaderboard(words: list[str]) -> int:
 
 
 def main(words: list[str]) -> int:
-    """The exit status: 0, 1 for a mistake or failed runs, 130 when stopped."""
+    """Return the exit status: 0, 1 for a mistake or failed runs, 130 when stopped."""
     if "--help" in words or "-h" in words:
         print(__doc__)
         return 0

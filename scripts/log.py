@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.front import front, split
-from training.errors import UserError
-from training.experiment_log import ExperimentLog
+from common.command_line import front, split
+from common.errors import UserError
+from runs.experiment_log import ExperimentLog
 
 ROOT = Path(__file__).resolve().parents[1]
 USAGE = 'python scripts/log.py note RUN "what you saw" [file=EXPERIMENT_LOG.md]'

@@ -27,13 +27,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from backends.modal import explained, note_job, open_volume
+from common.errors import UserError
+from common.files import in_working_folder, replacing, write_atomically
+from configuration.values import check_run_name
+from runs.experiment_log import PARTS, ExperimentLog, Section
+from runs.run_folder import STATES, RunFolder, as_object, as_row, is_number, timestamp, wrong_status
 from scripts.runs import list_row, table
 from scripts.trackio_rebuild import rebuild
-from training.errors import UserError
-from training.experiment_log import PARTS, ExperimentLog, Section
-from training.files import in_working_folder, replacing, write_atomically
-from training.run_folder import STATES, RunFolder, as_object, as_row, is_number, timestamp, wrong_status
-from training.values import check_run_name
 
 MODAL_APP = (sys.executable, "-m", "modal", "app")
 FIRST = ("config.yaml", "status.json")  # what tells one run from another
@@ -88,7 +88,7 @@ class Remote:
         self.output_dir = PurePosixPath(output_dir.as_posix())
 
     def files(self, folder: PurePosixPath) -> dict[PurePosixPath, Any]:
-        """Everything below a folder by its path, none where there is no such folder; each has a size and an mtime."""
+        """Return everything below a folder by its path, none where there is no such folder; each has a size and an mtime."""
         from modal.exception import NotFoundError
         from modal.types import FileEntryType
 
@@ -110,7 +110,7 @@ class Remote:
                 file.write(block)
 
     def runs(self) -> dict[str, list[PurePosixPath]]:
-        """The files of each run's folder, by the run's name; what processes left half-written is no part of it."""
+        """Return the files of each run's folder, by the run's name; what processes left half-written is no part of it."""
         found: dict[str, list[PurePosixPath]] = {}
         top = self.output_dir / "runs"
         for path in self.files(top):
@@ -123,7 +123,7 @@ class Remote:
         return {path: e for path, e in self.files(self.output_dir / "ckpts").items() if path.suffix == ".pt"}
 
     def job(self, run: str) -> dict[str, Any]:
-        """Which App carries out the run. UserError when it was not begun by backend=modal."""
+        """Return which App carries out the run. UserError when it was not begun by backend=modal."""
         if PurePosixPath("jobs") / f"{run}.json" not in self.files(PurePosixPath("jobs")):
             raise UserError(
                 f"no run {run} was sent to the Volume {self.name}; `python scripts/modal_app.py list` shows them"
@@ -133,7 +133,7 @@ class Remote:
 
 
 def chosen(remote: Remote, names: list[str]) -> dict[str, list[PurePosixPath]]:
-    """The runs of these names, or all. UserError for one there is not."""
+    """Return the runs of these names, or all. UserError for one there is not."""
     runs = remote.runs()
     for name in names:
         if name not in runs:
@@ -172,7 +172,7 @@ def read_run(remote: Remote, name: str, paths: list[PurePosixPath], to: RunFolde
 
 
 def damage(folder: RunFolder) -> str | None:
-    """What cannot be read of a run's small files, in words."""
+    """Return what cannot be read of a run's small files, in words."""
     status = as_object(folder.status_path.read_bytes().decode(errors="replace"))
     if status is None:
         return "its status.json is damaged"
@@ -196,7 +196,7 @@ def damage(folder: RunFolder) -> str | None:
 
 
 def oddity(config: dict[str, Any], status: dict[str, Any]) -> str | None:
-    """What a run's configuration or status has of another kind than a run writes, in words."""
+    """Return what a run's configuration or status has of another kind than a run writes, in words."""
     for key, inner in SECTIONS.items():
         lacking = [name for name in inner if not isinstance(config[key], dict) or name not in config[key]]
         if lacking:
@@ -207,7 +207,7 @@ def oddity(config: dict[str, Any], status: dict[str, Any]) -> str | None:
 
 
 def moment(text: str) -> datetime | None:
-    """The time of a time stamp; None for what is none."""
+    """Return the time of a time stamp; None for what is none."""
     try:
         return datetime.fromisoformat(text).astimezone()
     except (ValueError, OverflowError):
@@ -396,7 +396,7 @@ def stop(options: argparse.Namespace) -> list[str]:
 
 
 def complaint_of(words: list[str], status: int) -> list[str]:
-    """modal says itself what is wrong."""
+    """Return modal says itself what is wrong."""
     return [f"modal app {' '.join(words)} ended with status {status}"] if status else []
 
 

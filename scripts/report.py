@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.front import front, outputs, split, unknown
+from common.command_line import front, outputs, split, unknown
+from common.errors import UserError
+from common.files import write_atomically
+from runs.run_folder import RunFolder
 from scripts.runs import find_run, flat, number, overrides, read_config, rows_that_differ, state
-from training.errors import UserError
-from training.files import write_atomically
-from training.run_folder import RunFolder
 from visualizers.curves import BAND
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def told(output_dir: Path, name: str) -> Told:
 
 
 def table(header: list[str], rows: Iterable[list[str]], caption: str) -> str:
-    """A table that scrolls by itself where the page is narrower; first cells are headings of their rows."""
+    """Return a table that scrolls by itself where the page is narrower; first cells are headings of their rows."""
     head = "".join(f'<th scope="col">{breakable(cell)}</th>' for cell in header)
     body = "".join(
         f'<tr><th scope="row">{breakable(name)}</th>' + "".join(cell_of(cell) for cell in cells) + "</tr>"
@@ -117,13 +117,13 @@ def table(header: list[str], rows: Iterable[list[str]], caption: str) -> str:
 
 
 def cell_of(text: str) -> str:
-    """A cell; one that is a number, perhaps with its error or unit, keeps to a line."""
+    """Return a cell; one that is a number, perhaps with its error or unit, keeps to a line."""
     numeric = re.fullmatch(r"[-+±]? ?[\d.,]+(e[-+]?\d+)?( ± [\d.e+-]+)?( \w+)?", text)
     return f'<td class="number">{breakable(text)}</td>' if numeric else f"<td>{breakable(text)}</td>"
 
 
 def breakable(text: str) -> str:
-    """HTML of a text whose names may go on in a new line after their parts; numbers stay whole."""
+    """Return HTML of a text whose names may go on in a new line after their parts; numbers stay whole."""
     return re.sub(r"(?<=[A-Za-z])([/_.=])(?=\w)", r"\1<wbr>", escape(text)).replace("± ", "±&nbsp;")
 
 
@@ -134,11 +134,11 @@ def figure(kind: str, content: bytes, alt: str, caption: str) -> str:
 
 
 def curve_figures(runs: list[Told]) -> list[str]:
-    """A figure for the training loss and for each score the runs logged."""
+    """Return a figure for the training loss and for each score the runs logged."""
     from matplotlib import rc_context
 
+    from evaluation.pictures import new_figure
     from visualizers.curves import draw_metric, metrics_of, series
-    from visualizers.pictures import new_figure
 
     by_name = {run.name: run.rows for run in runs}
     figures = []
@@ -168,7 +168,7 @@ def sample_figures(run: Told) -> list[str]:
 
 
 def neighbour_figures(run: Told) -> list[str]:
-    """The newest picture of samples beside the training images nearest to them, or none."""
+    """Return the newest picture of samples beside the training images nearest to them, or none."""
     alt = "samples of {} that lie nearest to training images, each beside the five nearest"
     return [picture_figure(run, *newest, alt) for newest in run.pictures("neighbours")[-1:]]
 
@@ -195,7 +195,7 @@ def score_rows(run: Told) -> list[list[str]]:
 
 
 def floors(runs: list[Told], name: str) -> str:
-    """What real data score against real: of runs on different data, each of them."""
+    """Return what real data score against real: of runs on different data, each of them."""
     found = [(run.scores.get(f"{name}_floor"), run.scores.get(f"{name}_floor_sd")) for run in runs]
     known = [number(floor) + ("" if sd is None else f" ± {number(sd)}") for floor, sd in found if floor is not None]
     own = [value for run in runs if (value := run.scores.get(f"{name}_train")) is not None]
@@ -203,7 +203,7 @@ def floors(runs: list[Told], name: str) -> str:
 
 
 def fact_rows(run: Told, price: float | None) -> list[list[str]]:
-    """What was run, where, and for how long."""
+    """Return what was run, where, and for how long."""
     status, choices = run.status, run.config.get("choices", {})
     hours = status.get("seconds", 0.0) / 3600
     rows = [
@@ -219,8 +219,8 @@ def fact_rows(run: Told, price: float | None) -> list[list[str]]:
 
 
 def difference_rows(run: Told) -> list[list[str]]:
-    """Settings that differ from those of the same run without its overrides."""
-    from training.config import compose_config, resolved
+    """Return settings that differ from those of the same run without its overrides."""
+    from configuration.compose import compose_config, resolved
 
     base = resolved(compose_config([f"run_name={run.name}"]))
     columns = [flat(base), flat(run.config)]
@@ -228,15 +228,16 @@ def difference_rows(run: Told) -> list[list[str]]:
 
 
 def telling(rows: list[list[str]], *more: str) -> list[list[str]]:
-    """The rows of settings that say something of the training; a setting that one run lacks and another leaves empty does
-    not."""
+    """Return the rows of settings that say something of the training; a setting that one run lacks and another leaves empty
+    does not.
+    """
     kept = [row for row in rows if row[0].split(".")[0] not in (*UNINTERESTING, *more) and row[0] not in SHOWN_CHOICES]
     return [row for row in kept if not set(row[1:]) <= {"None", "-"}]
 
 
 def go_on(run: Told) -> str:
-    """The command that trains a finished run for as long again."""
-    from training.config import twice_as_long
+    """Return the command that trains a finished run for as long again."""
+    from configuration.compose import twice_as_long
 
     place = run.config["output_dir"]
     folder = "" if place == "outputs" else f" output_dir={shlex.quote(place)}"
@@ -244,7 +245,7 @@ def go_on(run: Told) -> str:
 
 
 def advice(run: Told) -> list[str]:
-    """What the numbers suggest, most urgent first."""
+    """Return what the numbers suggest, most urgent first."""
     scores, name, steps = run.scores, run.name, run.status.get("step", 0)
     found = []
     if state(run.folder, run.status) in ("interrupted", "failed", "lost"):
@@ -289,7 +290,7 @@ def advice(run: Told) -> list[str]:
 
 
 def page(runs: list[Told], price: float | None) -> str:
-    """The whole document."""
+    """Return the whole document."""
     title = ", ".join(run.name for run in runs)
     parts = [f"<h1>{escape(title)}</h1>"]
     if len(runs) > 1:
@@ -329,7 +330,7 @@ def page(runs: list[Told], price: float | None) -> str:
 
 
 def file_name(runs: list[Told]) -> str:
-    """All names, or where those are long the first and a hash of all: other runs get another file."""
+    """Return all names, or where those are long the first and a hash of all: other runs get another file."""
     names = "_".join(run.name for run in runs)
     digest = hashlib.sha256("\n".join(run.name for run in runs).encode()).hexdigest()[:8]
     return names if len(names) <= LONGEST else f"{runs[0].name[:LONGEST]}_and_{len(runs) - 1}_{digest}"

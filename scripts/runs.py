@@ -18,10 +18,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.front import outputs
-from training.errors import UserError, printable
-from training.files import outlive_readers
-from training.run_folder import RunFolder, higher_is_better, table
+from common.command_line import outputs
+from common.errors import UserError, printable
+from common.files import outlive_readers
+from runs.run_folder import RunFolder, higher_is_better, table
 
 NO_SCORE = re.compile(r"_floor\w*$|_se$|_ratio$|^eval/(nfe|seconds)$")  # of these none is the best
 HEADLINES = ("eval/energy_distance", "eval/fid", "eval/accuracy", "eval/kid", "eval/loss")  # in order of preference
@@ -72,7 +72,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def list_runs(options: argparse.Namespace) -> str:
-    """One line a run, the latest last."""
+    """Return one line a run, the latest last."""
     folders = sorted(run_folders(options.output_dir), key=lambda folder: folder.read_status().get("started", ""))
     if not folders:
         return f"no runs under {options.output_dir}: python launcher.py run_name=my_experiment makes one"
@@ -81,7 +81,7 @@ def list_runs(options: argparse.Namespace) -> str:
 
 
 def list_row_or_why(folder: RunFolder) -> list[str]:
-    """A run's line; of one that cannot be read, the rest of it is why: the other runs are listed all the same."""
+    """Return a run's line; of one that cannot be read, the rest of it is why: the other runs are listed all the same."""
     try:
         return list_row(folder)
     except UserError as error:
@@ -118,7 +118,7 @@ def show_run(options: argparse.Namespace) -> str:
 
 
 def compare_runs(options: argparse.Namespace) -> str:
-    """Settings that differ between the runs, then their last scores."""
+    """Return settings that differ between the runs, then their last scores."""
     names = list(dict.fromkeys(options.names))
     if len(names) < 2:
         raise UserError("compare needs at least two different runs: python scripts/runs.py compare A B")
@@ -136,7 +136,7 @@ def compare_runs(options: argparse.Namespace) -> str:
 
 def delete_runs(options: argparse.Namespace) -> str:
     """Delete runs of exactly these names: folder, saves, tracker run. UserError, and nothing goes, if one is trained."""
-    from training.checkpoint import saves_of
+    from runs.checkpoint import saves_of
 
     folders = [find_run(options.output_dir, name) for name in dict.fromkeys(options.names)]
     if not options.dry_run:
@@ -157,11 +157,11 @@ def delete_runs(options: argparse.Namespace) -> str:
 
 
 def delete_tracked(folder: RunFolder, dry_run: bool) -> int:
-    """How many runs of that name the dashboard has, or had."""
+    """Return how many runs of that name the dashboard has, or had."""
     tracker = read_config(folder).get("trackio") or {}
     if not tracker.get("enabled") or not str(tracker.get("_target_")).endswith("TrackioTracker"):
         return 0
-    from training.trackio_tracker import delete_run, run_names
+    from runs.trackio_tracker import delete_run, run_names
 
     project = str(tracker["project"])
     found = run_names(project).count(folder.name)
@@ -171,13 +171,13 @@ def delete_tracked(folder: RunFolder, dry_run: bool) -> int:
 
 
 def run_folders(output_dir: Path) -> list[RunFolder]:
-    """Every run under the output folder, by name."""
+    """Return every run under the output folder, by name."""
     paths = (output_dir / "runs").glob("*/status.json")
     return [RunFolder(path.parent) for path in sorted(paths)]
 
 
 def find_run(output_dir: Path, name: str) -> RunFolder:
-    """The run of that name.
+    """Return the run of that name.
 
     Raises:
         UserError: there is none; the message names the nearest.
@@ -191,7 +191,7 @@ def find_run(output_dir: Path, name: str) -> RunFolder:
 
 
 def state(folder: RunFolder, status: dict[str, Any]) -> str:
-    """The state as stored, or `lost` where a run of this machine says running and no process holds its folder."""
+    """Return the state as stored, or `lost` where a run of this machine says running and no process holds its folder."""
     stored = str(status.get("state", "-"))
     here = status.get("host") == platform.node()
     return "lost" if stored == "running" and here and not folder.is_held() else stored
@@ -204,7 +204,7 @@ def epochs(status: dict[str, Any]) -> str:
 
 
 def best_scores(folder: RunFolder) -> dict[str, float]:
-    """The best value of each eval metric, over metrics.jsonl and the status."""
+    """Return the best value of each eval metric, over metrics.jsonl and the status."""
     best: dict[str, float] = {}
     for scores in (folder.read_status().get("scores", {}), *evaluations(folder)):
         for name, value in scores.items():
@@ -215,12 +215,12 @@ def best_scores(folder: RunFolder) -> dict[str, float]:
 
 
 def evaluations(folder: RunFolder) -> list[dict[str, Any]]:
-    """The rows that hold an eval metric; the others, by far the most, are not parsed."""
+    """Return the rows that hold an eval metric; the others, by far the most, are not parsed."""
     return [row for _, row in folder.numbered_rows(holding='"eval/')]
 
 
 def last_metrics(folder: RunFolder) -> dict[str, float | None]:
-    """The last value of each metric, the status's scores included."""
+    """Return the last value of each metric, the status's scores included."""
     last: dict[str, float | None] = {}
     for row in folder.read_metrics():
         last |= row
@@ -233,7 +233,7 @@ def overrides(folder: RunFolder) -> str:
 
 
 def read_config(folder: RunFolder) -> dict[str, Any]:
-    """The resolved configuration, empty where the run stored none."""
+    """Return the resolved configuration, empty where the run stored none."""
     return folder.read_config() if folder.config_path.is_file() else {}
 
 
@@ -250,7 +250,7 @@ def all_keys(columns: list[dict[str, Any]]) -> list[str]:
 
 
 def rows_that_differ(columns: list[dict[str, Any]], show: Callable[[Any], str], ignored: tuple[str, ...]) -> list[list[str]]:
-    """A row for each key whose values are not all the same."""
+    """Return a row for each key whose values are not all the same."""
     rows = rows_of(columns, show, [key for key in all_keys(columns) if key not in ignored])
     return [row for row in rows if len(set(row[1:])) > 1]
 

@@ -24,17 +24,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaluation.state_pictures import draw
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.front import front, outputs
-from training.errors import UserError
-from training.files import replacing
-from training.values import COUNT, NOT_NEGATIVE, RANGES, whole_number
+from common.command_line import front, outputs
+from common.errors import UserError
+from common.files import replacing
+from configuration.values import COUNT, NOT_NEGATIVE, RANGES, whole_number
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dataloaders.base_dataloaders import Batch
     from evaluation.sample import TrainedModel
 
 DEFAULTS: dict[str, Any] = {
@@ -43,7 +44,6 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 NUMBERS = {"n": COUNT, "seed": NOT_NEGATIVE, "label": NOT_NEGATIVE, "nfe": RANGES["evaluations"]}
 GROUPS = ("solver", "guidance")
-MOST_REAL = 10_000  # real states looked through for some of each class
 SUFFIXES = (".png", ".npz", ".npy")
 
 
@@ -81,7 +81,7 @@ def is_folder(settings: dict[str, Any]) -> bool:
 
 
 def output_path(settings: dict[str, Any]) -> Path:
-    """Where the samples go. UserError for a form we do not write, or a folder that is not there."""
+    """Return where the samples go. UserError for a form we do not write, or a folder that is not there."""
     path = Path(settings["out"] or outputs() / "samples" / f"{Path(settings['ckpt']).stem}.png")
     if is_folder(settings):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -97,8 +97,8 @@ def sample(words: list[str]) -> Path:
     """Carry out the command; returns the file written."""
     settings, overrides = read_words(words)
     path = output_path(settings)
+    from configuration.stored import allow
     from evaluation.sample import load, settings_from_overrides
-    from training.vetting import allow
 
     allow(settings["trust"])
     model = load(settings["ckpt"], settings["device"])
@@ -145,41 +145,6 @@ def write(
             np.save(file, states.numpy())
     else:
         draw(path, states, labels, model, title, beside_real)
-
-
-def draw(
-    path: Path, states: "Tensor", labels: "Tensor | None", model: "TrainedModel", title: str, beside_real: bool
-) -> None:
-    """Points beside real ones; images beside real ones, by class where there are classes."""
-    from evaluation.report import draw_images, drawable
-    from training.assemble import build_decoder
-    from visualizers.pictures import scatter_picture
-
-    shape, decode = tuple(states.shape[1:]), build_decoder(model.config, model.device)
-    if drawable(shape, decode):
-        reference, reference_label = real_of(model, labels, len(states)) if beside_real else (None, None)
-        reference = None if reference is None else reference.to(model.device)
-        low_high = model.config["dataloaders"]["value_range"]
-        value_range = None if low_high is None else (low_high[0], low_high[1])
-        draw_images(path, states.to(model.device), labels, reference, reference_label, decode, value_range, title)
-    elif shape == (2,):
-        scatter_picture(path, states.numpy(), real_of(model, labels, len(states))[0][: len(states)].numpy(), title)
-    else:
-        raise UserError(f"states of shape {list(shape)} have no picture; use out=samples.npz")
-
-
-def real_of(model: "TrainedModel", labels: "Tensor | None", count: int) -> "Batch":
-    """Held-out states of the classes in `labels`, about `count` or more; of all where labels are None."""
-    import torch
-
-    if labels is None:
-        return model.real(count)
-    classes = labels.unique()
-    states, own = model.real(min(100 + 4 * count * model.objective.network.num_classes // len(classes), MOST_REAL))
-    if own is None:
-        return states, None
-    wanted = torch.isin(own, classes)
-    return states[wanted], own[wanted]
 
 
 def main(words: list[str]) -> int:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.front import matching as names_that_match
-from training.errors import UserError, printable
-from training.trackio_tracker import delete_run, run_names
+from common.command_line import matching as names_that_match
+from common.errors import UserError, printable
+from runs.trackio_tracker import delete_run, run_names
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def matching(project: str, pattern: str | None) -> list[str]:
-    """The names of the project's runs that the pattern matches as a whole, all of them without one.
+    """Return the names of the project's runs that the pattern matches as a whole, all of them without one.
 
     Raises:
         UserError: the pattern is no regular expression, or nothing matches it.

@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.errors import UserError
-from training.run_folder import RunFolder
-from training.trackio_tracker import TrackioTracker
+from common.errors import UserError
+from runs.run_folder import RunFolder
+from runs.trackio_tracker import TrackioTracker
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    """UserError for a run that has no metrics, before any is rebuilt."""
+    """Raise UserError for a run that has no metrics, before any is rebuilt."""
     place = options.output_dir / "runs"
     names = sorted(path.parent.name for path in place.glob("*/metrics.jsonl")) if options.all else options.runs
     if not names:

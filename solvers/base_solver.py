@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from solvers.time_grids import TimeGrid, UniformGrid
-from training.errors import UserError
 
 if TYPE_CHECKING:
     from losses.objective import FlowObjective
@@ -39,7 +39,7 @@ class Sampler(ABC):
 
     @property
     def evaluations_ahead(self) -> int:
-        """How often a solve will call the field, as far as can be known before."""
+        """Return how often a solve will call the field, as far as can be known before."""
         return self.steps
 
     @abstractmethod

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from solvers.base_solver import BaseSolver, Field, StepCallback
 from solvers.time_grids import TimeGrid
-from training.errors import UserError
 
 USUAL = 100  # evaluations
 FIRST_STEP = 0.05  # of the whole span; torchdiffeq's own guess may call the field past the last time

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from common.errors import UserError
 from solvers.base_solver import FreshNoise, Sampler
 from solvers.time_grids import TimeGrid
-from training.errors import UserError
 
 if TYPE_CHECKING:
     from losses.objective import FlowObjective
@@ -35,7 +35,7 @@ class FlowMapSolver(Sampler):
             )
 
     def sample(self, flow: FlowObjective, x0: Tensor, label: Tensor | None, fresh: FreshNoise) -> Tensor:
-        """UserError when the objective learns no flow map."""
+        """Raise UserError when the objective learns no flow map."""
         self.check(flow)
         self.evaluations = 0
         grid = self.times(x0)

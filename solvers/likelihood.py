@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from solvers.base_solver import BaseSolver, Field
-from training.errors import UserError
 
 Divergence = Literal["auto", "exact", "hutchinson"]
 EXACT_UP_TO = 16  # dimensions: "auto" is exact up to here, one vector-Jacobian product for each dimension
@@ -24,7 +24,7 @@ class LogLikelihood:
 
 
 def encode(field: Field, x1: Tensor, solver: BaseSolver) -> Tensor:
-    """The noise x0 (B, ...) that the flow carries to the data x1 (B, ...): the solver's grid walked backwards."""
+    """Return the noise x0 (B, ...) that the flow carries to the data x1 (B, ...): the solver's grid walked backwards."""
     return solver.solve(field, x1, solver.times(x1).flip(0))
 
 
@@ -39,7 +39,7 @@ def log_likelihood(
     probes: int = 16,
     generator: torch.Generator | None = None,
 ) -> LogLikelihood:
-    """log p_1(x1) = log p_0(x0) - int_0^1 div field(x_t, t) dt along the path that ends at x1 (B, ...).
+    """Return log p_1(x1) = log p_0(x0) - int_0^1 div field(x_t, t) dt along the path that ends at x1 (B, ...).
 
     Chen et al. 2018 (arXiv 1806.07366), eq. 8. The state and the divergence's integrals travel in one flat tensor
     (B, D + K), so that any solver works: K = 1 when exact, K = probes for Hutchinson's estimate (Grathwohl et al. 2019,
@@ -71,13 +71,13 @@ def is_exact(divergence: Divergence, dim: int) -> bool:
 
 
 def basis(x: Tensor) -> Tensor:
-    """The D unit vectors of x's (B, ...) state space: (D, 1, ...)."""
+    """Return the D unit vectors of x's (B, ...) state space: (D, 1, ...)."""
     dim = x[0].numel()
     return torch.eye(dim, dtype=x.dtype, device=x.device).reshape(dim, 1, *x.shape[1:])
 
 
 def rademacher(x: Tensor, probes: int, generator: torch.Generator | None) -> Tensor:
-    """Random signs (probes, B, ...), drawn on the generator's device."""
+    """Return random signs (probes, B, ...), drawn on the generator's device."""
     if probes < 2:
         raise UserError(f"probes={probes} gives no standard error; use 2 or more, or divergence=exact")
     generator = generator or torch.Generator().manual_seed(0)
@@ -86,7 +86,9 @@ def rademacher(x: Tensor, probes: int, generator: torch.Generator | None) -> Ten
 
 
 def slopes_along(field: Field, x: Tensor, t: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """The velocity (B, ...) at x (B, ...) and e^T (d velocity / dx) e (B, K) for the directions e (K, B or 1, ...)."""
+    """Return the velocity (B, ...) at x (B, ...) and e^T (d velocity / dx) e (B, K) for the directions e
+    (K, B or 1, ...).
+    """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         velocity = field(x, t)

@@ -27,7 +27,7 @@ class RungeKutta(BaseSolver):
     @property
     @abstractmethod
     def tableau(self) -> Tableau:
-        """The method's coefficients."""
+        """Return the method's coefficients."""
 
     @property
     def evaluations_ahead(self) -> int:
@@ -46,7 +46,7 @@ class RungeKutta(BaseSolver):
         return x
 
     def step(self, field: Field, x: Tensor, start: Tensor, end: Tensor) -> Tensor:
-        """x (B, ...) carried over one interval; lerp meets both of its ends exactly, where start + h may miss one."""
+        """Return x (B, ...) carried over one interval; lerp meets both of its ends exactly, where start + h may miss one."""
         h = end - start
         slopes: list[Tensor] = []
         for node, row in zip(self.tableau.nodes, self.tableau.matrix, strict=True):
@@ -55,7 +55,7 @@ class RungeKutta(BaseSolver):
 
 
 def advance(x: Tensor, h: Tensor, weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
-    """x + h sum_i weights_i slopes_i."""
+    """Return x + h sum_i weights_i slopes_i."""
     for weight, slope in zip(weights, slopes, strict=True):
         if weight != 0:
             x = x + (h * weight) * slope

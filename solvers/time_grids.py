@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from training.errors import UserError
+from common.errors import UserError
 
 
 class TimeGrid(ABC):
@@ -14,7 +14,7 @@ class TimeGrid(ABC):
 
     @abstractmethod
     def times(self, steps: int) -> Tensor:
-        """(steps + 1,) float64 times on the CPU."""
+        """Return (steps + 1,) float64 times on the CPU."""
 
 
 class UniformGrid(TimeGrid):

@@ -7,9 +7,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from configuration.compose import CONFIG_DIR, compose_config, groups, resolved
+from evaluation.leaderboard_table import START, STOP
 from scripts.leaderboard import Options
-from scripts.leaderboard_table import START, STOP
-from training.config import CONFIG_DIR, compose_config, groups, resolved
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

@@ -1,4 +1,4 @@
-"""A small run of each recipe, as earlier code left it (scripts/identity.py --fixtures), loads, goes on and is sampled."""
+"""A small run of each recipe, as earlier code left it (dev/identity.py --fixtures), loads, goes on and is sampled."""
 
 import shutil
 from pathlib import Path
@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import launcher
+from dev import identity
 from evaluation.sample import load
-from scripts import identity
-from training.run_folder import RunFolder
+from runs.run_folder import RunFolder
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import launcher
-from training.checkpoint import load_checkpoint
+from runs.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 

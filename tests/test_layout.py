@@ -1,5 +1,6 @@
 """The house: folders resolve to this checkout, every configuration composes and builds, the rules of the house hold."""
 
+import ast
 import importlib.util
 import json
 import re
@@ -10,17 +11,35 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from common.errors import UserError
+from configuration.build import build
+from configuration.compose import CONFIG_DIR, compose_config, groups, resolved
+from evaluation.parts import build_objective
 from losses.objective import FlowObjective
-from training.assemble import build_objective
-from training.build import build
-from training.config import CONFIG_DIR, compose_config, groups, resolved
+from losses.terms import named_terms
 from training.ema import ConstantEMA
-from training.errors import UserError
 from training.state import averaged_objective
-from training.terms import named_terms
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("backends", "dataloaders", "evaluation", "losses", "models", "scripts", "solvers", "training", "visualizers")
+FLOORS = (
+    "common",
+    "models",
+    "dataloaders",
+    "losses",
+    "solvers",
+    "helpers_cfg",
+    "configuration",
+    "runs",
+    "evaluation",
+    "training",
+    "train",
+    "backends",
+    "launcher",
+    "visualizers",
+    "scripts",
+    "dev",
+)  # each imports only from those before it
+FOLDERS = tuple(name for name in FLOORS if name not in ("helpers_cfg", "train", "launcher"))
 IMAGE_SETS = (
     "digits", "random_images", "photos", "cifar10", "cifar100", "image_folder", "celeba", "imagenet", "imagenet_pixels",
     "imagenet_encoded",
@@ -47,6 +66,46 @@ def test_house_rules():
         text = path.read_text()
         assert not re.search(r"\bhasattr\(|os\.path\.|import Protocol", text), path
         assert path.name == "trackers.py" or not re.search(r"except( Exception)?:", text), path
+
+
+def imports() -> dict[str, set[str]]:
+    """Return the modules of this project that each of them imports, lazily and for type checking included."""
+    files = [path for name in FLOORS for path in ((ROOT / name).rglob("*.py") if name in FOLDERS else [ROOT / f"{name}.py"])]
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
+    found: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        named: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}:{node.lineno}: imports are absolute, from the root"
+                named |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+        found[module] = named & modules.keys() - {module}
+    return found
+
+
+def upward(arrows: dict[str, set[str]]) -> list[str]:
+    """Return the imports from a floor above the importing one."""
+    floor = {name: height for height, name in enumerate(FLOORS)}
+    height = lambda module: floor[module.split(".")[0]]  # noqa: E731
+    return [f"{a} -> {b}" for a, others in arrows.items() for b in sorted(others) if height(b) > height(a)]
+
+
+def circles(arrows: dict[str, set[str]]) -> list[str]:
+    """Return the modules left after those that import nothing still left are taken away, again and again."""
+    left = dict(arrows)
+    while free := [module for module, others in left.items() if not others & left.keys()]:
+        for module in free:
+            del left[module]
+    return sorted(left)
+
+
+def test_floors_import_only_from_below_and_in_no_circle():
+    arrows = imports()
+    assert len(arrows) > 100 and not upward(arrows) and not circles(arrows)
+    assert upward(arrows | {"losses.paths": {"training.loop"}}) == ["losses.paths -> training.loop"]
+    assert set(circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()})) == {"a", "b", "c", "d"}
 
 
 CLASSIFIER_LOSSES = ("cross_entropy",)  # their contract is in test_classifiers.py

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import training.progress as progress_module
+import common.progress as progress_module
+from backends.submission import prepare
+from common.progress import Progress, each, in_words, seconds_a_row
 from evaluation.evaluator import GeneratorEvaluator
 from evaluation.sample import TrainedModel, load
 from training.assemble import assemble
-from training.launch import prepare
-from training.progress import Progress, each, in_words, seconds_a_row
 
 
 class Clock:

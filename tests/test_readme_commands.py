@@ -14,10 +14,10 @@ import torch
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
 import launcher
+from configuration.checks import check_contradictions, check_values
+from configuration.compose import compose_config, groups, parse_overrides, resolved
 from dataloaders.picture_files import MANIFEST
 from scripts import cache_latents, eval_fid, leaderboard, modal_app, runs, sample, trackio_delete, trackio_rebuild
-from training.checks import check_contradictions, check_values
-from training.config import compose_config, groups, parse_overrides, resolved
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs/experiment").glob("*.yaml"))]

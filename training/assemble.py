@@ -1,7 +1,5 @@
 """From a resolved configuration to the objects of a run."""
 
-import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,26 +7,31 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from common.device import gradient_scaler, pick_device, set_numerics
+from common.distributed import first_alone, rank, world
+from common.errors import UserError
+from configuration.build import build
+from configuration.compose import HANDED_ON, parse_overrides
+from configuration.stored import stored_config
 from dataloaders.base_dataloaders import FlowDataset
-from dataloaders.sources import Source
 from evaluation.evaluator import GeneratorEvaluator
-from evaluation.metrics.base_metric import Decode
-from helpers_cfg import Guidance, guided
+from evaluation.parts import (
+    build_dataset,
+    build_decoder,
+    build_objective,
+    build_solver,
+    build_source,
+    dataset_key,
+    load_network,
+    sampled_flow,
+)
+from helpers_cfg import Guidance
 from losses.objective import FlowObjective, Objective
-from solvers.base_solver import Sampler
-from training.build import build
-from training.checkpoint import CheckpointFolder, SilentCheckpointFolder, load_checkpoint
-from training.checks import check_fits
-from training.config import HANDED_ON, parse_overrides
-from training.device import gradient_scaler, pick_device, set_numerics
-from training.errors import UserError
-from training.launch import run_folder_of
-from training.ranks import first_alone, rank, world
+from runs.checkpoint import CheckpointFolder, SilentCheckpointFolder, load_checkpoint
+from runs.run_folder import run_folder_of
+from runs.trackers import NullTracker, tracker_from_config
 from training.run import Run
-from training.seeds import stream_seed
 from training.state import TrainState, averaged_objective
-from training.trackers import NullTracker, tracker_from_config
-from training.vetting import stored_config
 
 SAMPLE_COUNTS = {
     "evaluation.samples", "evaluation.final_samples", "dataloaders.training.evaluation_samples",
@@ -37,135 +40,6 @@ SAMPLE_COUNTS = {
 FEWEST_SAMPLES = 8
 MOMENT_ROWS = 2000
 LIGHT, LIGHT_GPU = {"cpu": 2.5e12}, 5e14  # parameters x pixels x rows through the network that take about ten seconds
-
-
-def build_dataset(config: dict[str, Any], device: torch.device) -> FlowDataset:
-    """The data on `device`, its epoch cut to limit_data draws if asked."""
-    dataset: FlowDataset = build(config["dataloaders"])
-    if config.get("balanced"):
-        dataset.balance()
-    if config["limit_data"]:
-        dataset.epoch_size = min(dataset.epoch_size, config["limit_data"])
-    dataset.num_workers = config.get("num_workers", 0)
-    return dataset.to(device)
-
-
-def build_source(config: dict[str, Any], device: torch.device) -> Source:
-    source: Source = build(config["source"])
-    return source.to(device)
-
-
-def build_solver(config: dict[str, Any]) -> Sampler:
-    solver: Sampler = build(config["solver"])
-    return solver
-
-
-def build_objective(config: dict[str, Any], device: torch.device) -> Objective:
-    """The objective around a freshly initialised network, the same for the same seed on every rank.
-
-    UserError for a network that cannot fit: four fp32 numbers for each weight, its average and the optimizer's two included.
-    """
-    with torch.device("meta"):
-        weights = build(config["model"]).parameter_count()
-    check_fits(f"the {weights:,} weights of this model", 16 * weights, "a smaller model")
-    torch.manual_seed(stream_seed(config["seed"], "weights"))
-    network = build(config["model"])
-    network.init_weights()
-    objective: Objective = build(config["loss"], network=network).to(device)
-    if config.get("standardized") and isinstance(objective, FlowObjective):
-        objective.standardise_by(**config["standardized"], state_shape=config["dataloaders"]["state_shape"])
-    return objective
-
-
-def sampled_flow(objective: Objective, config: dict[str, Any], device: torch.device) -> FlowObjective | None:
-    """What evaluations sample: build_flow of a flow; None of a classifier. UserError for a classifier under guidance."""
-    if isinstance(objective, FlowObjective):
-        return build_flow(objective, config, device)
-    if config.get("guidance"):
-        raise UserError("guidance steers samples, and a classifier makes none; leave guidance out")
-    return None
-
-
-def build_flow(objective: FlowObjective, config: dict[str, Any], device: torch.device) -> FlowObjective:
-    """What is sampled: the objective under the guidance that the configuration asks for, or itself without any.
-
-    A guidance with a checkpoint gets the network in it as `guide`. UserError for guidance that this model cannot have.
-    """
-    node = config.get("guidance")
-    if not node:
-        return objective
-    parts: dict[str, torch.nn.Module] = {"network": objective.network}
-    if "checkpoint" in node:
-        parts["guide"] = load_guide(Path(node["checkpoint"]), objective, config, device)
-    return guided(objective, build({key: value for key, value in node.items() if key != "checkpoint"}, **parts))
-
-
-def load_guide(path: Path, objective: FlowObjective, config: dict[str, Any], device: torch.device) -> torch.nn.Module:
-    """The EMA network of a checkpoint, frozen. UserError when its output does not mean what the objective's does."""
-    payload = load_checkpoint(path)
-    stored = stored_config(path, payload)
-    guide = build_objective(stored, device)
-    if not isinstance(guide, FlowObjective):
-        raise UserError(f"guidance.checkpoint={path} holds a classifier; give a weaker model trained on the same data")
-    theirs, ours = meaning(guide, stored), meaning(objective, config)
-    for what, value in theirs.items():
-        if value != ours[what]:
-            raise UserError(
-                f"guidance.checkpoint={path} cannot guide this model: its {what} is {value}, here it is {ours[what]}; "
-                "give a weaker model trained on the same data with the same loss"
-            )
-    load_network(guide.network, payload["ema"], path)
-    return guide.network.eval().requires_grad_(False)
-
-
-def meaning(objective: FlowObjective, config: dict[str, Any]) -> dict[str, Any]:
-    """What must agree for two networks' outputs to be combined, by name."""
-    return {
-        "state shape": list(config["dataloaders"]["state_shape"]),
-        "second_time": objective.second_time,
-        "prediction": type(objective.prediction).__name__,
-        "path": " ".join([type(objective.path).__name__, *(f"{k}={v}" for k, v in vars(objective.path).items())]),
-        "learning of a flow map": objective.learns_flow_map,
-        "standardization of the data": config.get("standardized"),
-    }
-
-
-def build_decoder(config: dict[str, Any], device: torch.device) -> Decode | None:
-    """From latent states to images in [-1, 1]: the decoder of the configuration's VAE; None where states are no latents."""
-    return build(config["vae"]).to(device).decode if config.get("vae") else None
-
-
-def dataset_key(config: dict[str, Any]) -> str:
-    """Names the data and all its settings, and the autoencoder whose decoder shows it, by its weights: part of every cache
-    key, beside a hash of the data themselves."""
-    vae = config.get("vae") or {}
-    files = sorted(Path(vae["path"]).glob("*.safetensors")) if "path" in vae else []
-    settings = json.dumps([config["dataloaders"], vae, [file_hash(file) for file in files]], sort_keys=True)
-    return f"{config['choices']['dataloaders']}-{hashlib.blake2s(settings.encode(), digest_size=8).hexdigest()}"
-
-
-def file_hash(path: Path) -> str:
-    """Of the file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, hashlib.blake2s).hexdigest()
-
-
-def load_network(network: torch.nn.Module, weights: dict[str, Any], path: Path) -> None:
-    """Copy saved weights into a network. UserError when they are of another shape or kind, or not finite."""
-    ours = network.state_dict()
-    wrong = [name for name, value in ours.items() if name not in weights or weights[name].shape != value.shape]
-    wrong += [name for name in weights if name not in ours]
-    if wrong:
-        raise UserError(
-            f"{path} holds another network than this model ({wrong[0]} differs); "
-            "use the model and data settings it was trained with"
-        )
-    for name, value in weights.items():
-        if value.is_floating_point() != ours[name].is_floating_point():
-            raise UserError(f"{path} holds {name} as {value.dtype}, and this model has {ours[name].dtype}; use another save")
-        if not value.isfinite().all():
-            raise UserError(f"{path} holds weights that are NaN or infinite (in {name}); use an earlier save")
-    network.load_state_dict(weights)
 
 
 def start_weights(objective: Objective, path: Path) -> None:
@@ -203,7 +77,7 @@ def adopt_model(config: dict[str, Any], path: Path) -> None:
 
 
 def assemble(config: dict[str, Any]) -> Run:
-    """Every part of the run, on its device, at its start or where its newest save left it. Writes nothing."""
+    """Return every part of the run, on its device, at its start or where its newest save left it. Writes nothing."""
     device = pick_device(config["device"])
     set_numerics(device, config["deterministic"])
     if not config["dataloaders"].get("standardize"):
@@ -256,7 +130,8 @@ def assemble(config: dict[str, Any]) -> Run:
 
 
 def moments(dataset: FlowDataset) -> dict[str, list[float]]:
-    """Mean and standard deviation of training rows, of each channel of images or dimension of vectors; a constant has 1.
+    """Return mean and standard deviation of training rows, of each channel of images or dimension of vectors; a constant has
+    1.
 
     Of all rows in memory, of MOMENT_ROWS read from disk.
     """
@@ -305,7 +180,7 @@ def fit_samples(run: Run) -> None:
 
 
 def check_same_arch(checkpoints: CheckpointFolder) -> None:
-    """UserError when a run that is to begin again has saves, of another model."""
+    """Raise UserError when a run that is to begin again has saves, of another model."""
     for folder in checkpoints.folder.parent.glob("*"):
         other = CheckpointFolder(folder.parent.parent, folder.name, checkpoints.run_name, keep=0)
         if other.saves():
@@ -346,7 +221,7 @@ def resume_state(state: TrainState, path: Path, payload: dict[str, Any], config:
 
 
 def forward_of(objective: Objective, config: dict[str, Any]) -> Any:
-    """The objective, or its compiled form: the whole loss is compiled, never the network alone.
+    """Return the objective, or its compiled form: the whole loss is compiled, never the network alone.
 
     With several ranks their gradients are averaged in its backward pass; all ranks wait here for each other.
     """

@@ -4,43 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
-from abc import ABC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.errors import UserError
+from common.progress import Progress
 from evaluation.report import per_dimension
-from training.errors import UserError
-from training.experiment_log import ExperimentLog
-from training.progress import Progress
-from training.run_folder import higher_is_better
-from training.telemetry import NoTelemetry, Telemetry, telemetry_for
+from runs.experiment_log import ExperimentLog
+from runs.run_folder import higher_is_better
+from runs.telemetry import NoTelemetry, Telemetry, telemetry_for
+from training.run import Callback
 
 if TYPE_CHECKING:
     from training.run import Run
-
-
-class Callback(ABC):
-    """Hooks in the order they are called. `run` may be read; run.stop_early(why) is the only thing to do to it."""
-
-    def fit_begin(self, run: Run) -> None: ...
-
-    def epoch_begin(self, run: Run) -> None: ...
-
-    def step_end(self, run: Run) -> None: ...
-
-    def extra_metrics(self, run: Run) -> dict[str, float]:
-        """Figures to log beside those of the loop."""
-        return {}
-
-    def evaluation_end(self, run: Run) -> None: ...
-
-    def epoch_end(self, run: Run) -> None: ...
-
-    def fit_end(self, run: Run) -> None:
-        """Called when the loop ends by itself or is interrupted."""
-
-    def close(self) -> None:
-        """Called last, whatever ended the run."""
 
 
 class ProgressBar(Callback):
@@ -182,8 +158,10 @@ def target_table(values: dict[str, float], targets: dict[str, float]) -> str:
 
 
 def compared_table(run: Run) -> str:
-    """The difference to the last finished run of the same data, model and loss, as a Markdown table; empty without one."""
-    from training.run_folder import RunFolder
+    """Return the difference to the last finished run of the same data, model and loss, as a Markdown table; empty without
+    one.
+    """
+    from runs.run_folder import RunFolder
 
     assert run.evaluation is not None
     same, found = ("dataloaders", "model", "loss"), []

@@ -1,7 +1,6 @@
 """Exponential moving average of a network's weights."""
 
 import copy
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +16,7 @@ class ConstantEMA:
         self.decay = decay
 
     def average_of(self, network: nn.Module) -> nn.Module:
-        """A copy of `network` that will hold the average: in eval mode, without gradients."""
+        """Return a copy of `network` that will hold the average: in eval mode, without gradients."""
         return copy.deepcopy(network).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -27,12 +26,3 @@ class ConstantEMA:
         torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
         for kept, new in zip(average.buffers(), network.buffers(), strict=True):
             kept.copy_(new)
-
-
-def weights_in_words(config: dict[str, Any], step: int) -> str:
-    """What a run of this configuration keeps as its average after so many steps, for provenance."""
-    settings = config.get("ema")
-    decay = settings.get("decay") if isinstance(settings, dict) else None
-    if decay == 0:
-        return f"the weights themselves (no EMA) at step {step:,}"
-    return "the EMA weights" + ("" if decay is None else f" (decay {decay})") + f" at step {step:,}"

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.device import autocast
+from common.errors import UserError
+from common.seeds import generator_for, seed_network, stream_seed
 from dataloaders.base_dataloaders import Batch, EpochPlan
-from training.device import autocast
-from training.errors import UserError
+from losses.terms import named_terms
+from runs.run_folder import higher_is_better
 from training.run import Run
-from training.run_folder import higher_is_better
-from training.seeds import generator_for, seed_network, stream_seed
 from training.step_hooks import total_norm
-from training.terms import named_terms
 
 MOST_STEPS = 2**24  # whose random numbers are distinct from those of another rank
 MOST_SKIPPED = 20  # steps in a row that on_nan=skip leaves out; more are no accident
@@ -44,7 +44,7 @@ def fit(run: Run) -> None:
 
 
 def epoch_groups(run: Run) -> Iterator[list[Any]]:
-    """The rest of the current epoch, one list of drawn batches per optimizer step.
+    """Yield the rest of the current epoch, one list of drawn batches per optimizer step.
 
     Each step's randomness comes from generators seeded by (seed, step, rank): nothing has to be saved to resume exactly.
     """
@@ -186,7 +186,7 @@ def end_epoch(run: Run) -> None:
 
 
 def evaluate(run: Run, final: bool) -> dict[str, float]:
-    """The scores by name. What goes wrong with them is raised once the epoch is saved: it costs no training."""
+    """Return the scores by name. What goes wrong with them is raised once the epoch is saved: it costs no training."""
     with ExitStack() as otherwise:
         otherwise.callback(save_unevaluated, run)
         values = run.evaluate(final)

@@ -1,9 +1,12 @@
 """A run: the parts a configuration names, assembled, and the few things they do together."""
 
+from __future__ import annotations
+
 import re
 import signal
 import sys
 import time
+from abc import ABC
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -14,24 +17,22 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from common.device import device_name
+from common.distributed import agreed, from_first, orphaned
+from common.files import DISK_ERRORS, disk_sentence
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
 from evaluation.evaluator import Evaluation, EvaluationInputs, Evaluator
 from evaluation.metrics.base_metric import Decode
 from losses.objective import FlowObjective, Objective
+from losses.terms import LossOutput
+from runs.checkpoint import FORMAT, CheckpointFolder, write_export
+from runs.provenance import git_commit, package_versions, weights_in_words
+from runs.run_folder import RunFolder
+from runs.trackers import Tracker
 from solvers.base_solver import Sampler
-from training.callbacks import Callback
-from training.checkpoint import FORMAT, CheckpointFolder, write_export
-from training.device import device_name
-from training.ema import weights_in_words
-from training.files import DISK_ERRORS, disk_sentence
-from training.provenance import git_commit, package_versions
-from training.ranks import agreed, from_first, orphaned
-from training.run_folder import RunFolder
 from training.state import TrainState
 from training.step_hooks import SkipNonFinite, StepHook
-from training.terms import LossOutput
-from training.trackers import Tracker
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Run:
 
     @property
     def teacher(self) -> Objective | None:
-        """The EMA objective, for losses that want a target from it."""
+        """Return the EMA objective, for losses that want a target from it."""
         return self.state.ema_objective if self.state.objective.needs_teacher else None
 
     def notify(self, hook: str) -> None:
@@ -141,7 +142,8 @@ class Run:
         return self.stop
 
     def shares(self, group: list[Any]) -> list[float]:
-        """What the mean loss of each batch of the coming step weighs here, so that the mean over ranks is that of all rows.
+        """Return what the mean loss of each batch of the coming step weighs here, so that the mean over ranks is that of all
+        rows.
 
         A batch's rows over the step's, times the number of ranks: that of a batch that left this rank no row is 0.
         """
@@ -160,11 +162,11 @@ class Run:
         return self.forward.no_sync()
 
     def elapsed(self) -> float:
-        """Seconds spent in the loop, earlier sittings included."""
+        """Return seconds spent in the loop, earlier sittings included."""
         return self.state.elapsed + (time.perf_counter() - self.clock if self.clock else 0.0)
 
     def split_time(self) -> float:
-        """Seconds since the last call, and as a side effect the steps in between."""
+        """Return seconds since the last call, and as a side effect the steps in between."""
         now, step = time.perf_counter(), self.state.step
         seconds = now - self.split_clock
         self.steps_since_split = step - self.split_step
@@ -208,7 +210,7 @@ class Run:
         return from_first(None if self.evaluation is None else self.evaluation.values) or {}
 
     def payload(self) -> dict[str, Any]:
-        """What a checkpoint holds: the state, and where it comes from."""
+        """Return what a checkpoint holds: the state, and where it comes from."""
         state = self.state.state_dict() | {"elapsed": self.elapsed()}
         return state | {
             "format": FORMAT,
@@ -235,7 +237,7 @@ class Run:
             self.checkpoints.settle()
 
     def last_save(self) -> str:
-        """The save a run that ends badly can go on from, in words."""
+        """Return the save a run that ends badly can go on from, in words."""
         with suppress(OSError):
             self.checkpoints.settle()
         saves = self.checkpoints.saves()
@@ -249,9 +251,33 @@ class Run:
             )
 
     def export_weights(self, network_state: dict[str, Tensor]) -> Path:
-        """model.safetensors: the EMA weights with the configuration, for use elsewhere."""
+        """Return model.safetensors: the EMA weights with the configuration, for use elsewhere."""
         path = self.folder.path / "model.safetensors"
         if self.rank == 0:
             self.folder.require_there()
             write_export(path, self.payload() | {"ema": network_state})
         return path
+
+
+class Callback(ABC):
+    """Hooks in the order they are called. `run` may be read; run.stop_early(why) is the only thing to do to it."""
+
+    def fit_begin(self, run: Run) -> None: ...
+
+    def epoch_begin(self, run: Run) -> None: ...
+
+    def step_end(self, run: Run) -> None: ...
+
+    def extra_metrics(self, run: Run) -> dict[str, float]:
+        """Figures to log beside those of the loop."""
+        return {}
+
+    def evaluation_end(self, run: Run) -> None: ...
+
+    def epoch_end(self, run: Run) -> None: ...
+
+    def fit_end(self, run: Run) -> None:
+        """Called when the loop ends by itself or is interrupted."""
+
+    def close(self) -> None:
+        """Called last, whatever ended the run."""

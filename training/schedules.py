@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any
 
-from training.errors import UserError
+from common.errors import UserError
 
 
 class Schedule(ABC):
@@ -19,7 +19,7 @@ class Schedule(ABC):
         self.warmup_steps = warmup_steps
 
     def factor(self, step: int, total_steps: int) -> float:
-        """The factor of step `step` in a run of `total_steps`."""
+        """Return the factor of step `step` in a run of `total_steps`."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps * self.shape(0.0, 0, total_steps)
         left = max(1, total_steps - self.warmup_steps)
@@ -27,7 +27,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def shape(self, share: float, step: int, total_steps: int) -> float:
-        """The factor after warm-up, `share` in [0, 1] of the remaining steps being done."""
+        """Return the factor after warm-up, `share` in [0, 1] of the remaining steps being done."""
 
     def observe(self, value: float) -> None:
         """Hear the monitored metric after an evaluation; only plateau listens."""

@@ -9,7 +9,7 @@ import torch
 from losses.objective import Objective
 from training.ema import ConstantEMA
 from training.schedules import Schedule
-from training.terms import Window
+from training.window import Window
 
 AnyObjective = TypeVar("AnyObjective", bound=Objective)
 
@@ -70,7 +70,7 @@ class TrainState:
 
 
 def averaged_objective(objective: AnyObjective, ema: ConstantEMA) -> AnyObjective:
-    """The same objective around the average of its network."""
+    """Return the same objective around the average of its network."""
     shallow = copy.copy(objective)
     shallow._modules = {**objective._modules, "network": ema.average_of(objective.network)}
     return shallow.eval()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from training.ranks import any_rank
+from common.distributed import any_rank
 from training.state import TrainState
 
 

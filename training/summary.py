@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from common.device import autocast, device_name
+from common.progress import LONG, in_words, seconds_a_row
+from configuration.build import build
+from configuration.compose import CONFIG_DIR, twice_as_long
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.stream import Rows, StreamDataset
 from dataloaders.tensor_dataset import TensorDataset
-from evaluation.evaluator import CHUNK, GeneratorEvaluator
+from evaluation.evaluator import GeneratorEvaluator
+from evaluation.generate import CHUNK
 from evaluation.report import print_scores
 from losses.couplings import MinibatchOTCoupling
 from losses.objective import FlowObjective
-from training.build import build
-from training.config import CONFIG_DIR, twice_as_long
-from training.device import autocast, device_name
-from training.progress import LONG, in_words, seconds_a_row
+from losses.terms import named_terms
 from training.run import Run
-from training.terms import named_terms
 
 READ = 16  # pictures that are read to see how long it takes
 COPIED = 10**7  # weights, at most, that are copied to see how long an update takes
@@ -43,13 +44,13 @@ def print_lines(rows: list[tuple[str, str]]) -> None:
 
 
 def megabytes(paths: list[Path]) -> str:
-    """The space they take; one file under several names counts once."""
+    """Return the space they take; one file under several names counts once."""
     sizes = {(status.st_dev, status.st_ino): status.st_size for status in (path.stat() for path in paths)}
     return f"{sum(sizes.values()) / 1e6:.1f} MB"
 
 
 def recipe_batch(config: dict[str, Any]) -> int | None:
-    """Rows of an optimizer step in the chosen experiment's recipe, or the data's own; None for debugging."""
+    """Return rows of an optimizer step in the chosen experiment's recipe, or the data's own; None for debugging."""
     if config["choices"].get("debug"):
         return None
     experiment = config["choices"].get("experiment")
@@ -146,7 +147,7 @@ def on_trial(run: Run) -> Iterator[torch.Generator]:
 
 
 def seconds_of_training(run: Run) -> float:
-    """What a row costs in training, forward and backward, but for reading it."""
+    """Return what a row costs in training, forward and backward, but for reading it."""
     objective = run.state.objective.train()
 
     def train(rows: int) -> None:
@@ -179,8 +180,9 @@ def beside_reading(run: Run, trained: float) -> float:
 
 
 def seconds_of_update(run: Run) -> float:
-    """What the optimizer and the moving average take in a step, tried on copies; 0 of large networks, whose passes take
-    far longer."""
+    """Return what the optimizer and the moving average take in a step, tried on copies; 0 of large networks, whose passes
+    take far longer.
+    """
     network, state = run.state.objective.network, run.state
     if network.parameter_count() > COPIED:
         return 0.0
@@ -200,7 +202,7 @@ def seconds_of_update(run: Run) -> float:
 
 @torch.no_grad()
 def seconds_of_sampling(run: Run) -> float:
-    """What a row costs the solver in an evaluation of the network; 0 where nothing is sampled."""
+    """Return what a row costs the solver in an evaluation of the network; 0 where nothing is sampled."""
     flow = run.flow
     if flow is None:
         return 0.0
@@ -224,7 +226,7 @@ def print_end(run: Run, picture: Path | None) -> None:
         print_scores(run.evaluation, run.solver.evaluations)
     print_lines(end_lines(run, picture, how))
     if picture and run.config.get("show"):
-        from visualizers.thumbnail import thumbnail
+        from evaluation.thumbnail import thumbnail
 
         print(thumbnail(picture))
 

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from scripts.front import front, matching, outputs, split, unknown
-from training.errors import UserError
-from training.run_folder import RunFolder
+from common.command_line import front, matching, outputs, split, unknown
+from common.errors import UserError
+from runs.run_folder import RunFolder
 from visualizers.scene import outputs_of
 
 if TYPE_CHECKING:
@@ -58,7 +58,9 @@ LINE = 15  # pixels of a line of the caption
 
 
 def chosen_runs(words: list[str], runs: Path) -> list[RunFolder]:
-    """The runs whose whole names match one of the words, the newest alone without words. UserError when one matches none."""
+    """Return the runs whose whole names match one of the words, the newest alone without words. UserError when one matches
+    none.
+    """
     folders = [RunFolder(path.parent) for path in runs.glob("*/metrics.jsonl")]
     if not folders:
         raise UserError(f"there are no runs with metrics in {runs}; train one, or give output_dir=<folder>")
@@ -78,13 +80,13 @@ def chosen_runs(words: list[str], runs: Path) -> list[RunFolder]:
 
 
 def series(rows: list[dict[str, Any]], metric: str) -> np.ndarray:
-    """(N, 2): step and value of the rows that have the metric."""
+    """Return (N, 2): step and value of the rows that have the metric."""
     known = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
     return np.array(known, dtype=float).reshape(-1, 2)
 
 
 def metrics_of(rows: list[dict[str, Any]]) -> list[str]:
-    """What is worth a panel: the training loss and every score, in the order they appear."""
+    """Return what is worth a panel: the training loss and every score, in the order they appear."""
     names = [name for row in rows for name in row if name == "train/loss" or name.startswith(("eval/", "oracle/"))]
     return [name for name in dict.fromkeys(names) if not name.endswith(SIDE)]
 
@@ -92,7 +94,7 @@ def metrics_of(rows: list[dict[str, Any]]) -> list[str]:
 def draw_metric(axes: Axes, metric: str, runs: dict[str, list[dict[str, Any]]]) -> None:
     from matplotlib.ticker import NullFormatter
 
-    from visualizers.pictures import INK
+    from evaluation.pictures import INK
 
     lowest, highest = np.inf, -np.inf
     right = 1.04 * max([row["step"] for rows in runs.values() for row in rows], default=1)
@@ -124,13 +126,13 @@ def draw_metric(axes: Axes, metric: str, runs: dict[str, list[dict[str, Any]]]) 
 
 def draw(words: list[str]) -> Path:
     """Carry out the command; returns the file written."""
-    from visualizers.pictures import new_figure, save_figure
+    from evaluation.pictures import new_figure, save_figure
 
     settings, names = split(words, dict.fromkeys(KEYS, ""))
     default = outputs_of(Path(settings["ckpt"])) if settings["ckpt"] else outputs()
     output, folder = Path(settings["output_dir"] or default), Path("pictures")
     if settings["ckpt"]:
-        from training.checkpoint import load_checkpoint
+        from runs.checkpoint import load_checkpoint
 
         name = load_checkpoint(Path(settings["ckpt"]))["run_name"]
         names, folder = [*names, re.escape(name)], folder / name

@@ -41,9 +41,9 @@ def expected_data(scene: Scene, states: Tensor, t: Tensor) -> Tensor:
 def draw(scene: Scene) -> list[Path]:
     import torch
 
+    from evaluation.films import write_film
+    from evaluation.pictures import draw_grids, tile
     from solvers.runge_kutta import RK4
-    from visualizers.films import write_film
-    from visualizers.pictures import draw_grids, tile
 
     scene.need_images("see particles.py")
     solver = scene.own_solver() if scene.solver else RK4(12)
@@ -81,8 +81,8 @@ def expected_first(scene: Scene, states: Tensor, t: Tensor) -> Tensor:
 
 
 def as_bytes(scene: Scene, states: Tensor) -> np.ndarray:
-    """States (N, ...) in the data's units as image bytes (N, H, W, 3), latents decoded."""
-    from visualizers.pictures import to_bytes
+    """Return states (N, ...) in the data's units as image bytes (N, H, W, 3), latents decoded."""
+    from evaluation.pictures import to_bytes
 
     known = scene.model.config["dataloaders"]["value_range"]
     decoded = scene.model.config.get("vae") is not None
@@ -91,15 +91,15 @@ def as_bytes(scene: Scene, states: Tensor) -> np.ndarray:
 
 
 def enlarged(grid: np.ndarray, width: int) -> np.ndarray:
-    from visualizers.pictures import rescale
+    from evaluation.pictures import rescale
 
     return rescale(grid, width / grid.shape[1])
 
 
 def captioned(frame: np.ndarray, words: str) -> np.ndarray:
-    """A frame (H, W, 3) with a line of words below it."""
-    from visualizers.films import pixels
-    from visualizers.pictures import new_figure
+    """Return a frame (H, W, 3) with a line of words below it."""
+    from evaluation.films import pixels
+    from evaluation.pictures import new_figure
 
     return np.concatenate([frame, pixels(new_figure(CAPTION, words, "", frame.shape[1]))])
 

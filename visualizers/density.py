@@ -35,8 +35,8 @@ def draw(scene: Scene) -> list[Path]:
     import torch
     from matplotlib.colors import LogNorm, Normalize
 
+    from evaluation.pictures import INK, new_figure, save_figure, shared_limits
     from evaluation.sample import TrainedModel
-    from visualizers.pictures import INK, new_figure, save_figure, shared_limits
     from visualizers.velocity_field import lattice
 
     scene.need_points("see samples.py")

@@ -28,7 +28,7 @@ RADII = (0.5, 1.0, 1.5, 2.0)  # standard deviations of the noise
 
 
 def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
-    """States (N, W, ...) between a and b (N, ...) along the great circle, norms going from one's to the other's."""
+    """Return states (N, W, ...) between a and b (N, ...) along the great circle, norms going from one's to the other's."""
     import torch
 
     x, y = a.flatten(1), b.flatten(1)
@@ -42,9 +42,9 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
 def carried(scene: Scene, noise: Tensor, label: Tensor | None) -> Tensor:
     import torch
 
-    from evaluation.evaluator import generate
+    from evaluation.generate import generate
+    from evaluation.parts import build_source
     from evaluation.sample import fresh_noise
-    from training.assemble import build_source
 
     fresh = fresh_noise(build_source(scene.model.config, torch.device("cpu")), scene.seed)
     with torch.no_grad():
@@ -64,8 +64,8 @@ def draw(scene: Scene) -> list[Path]:
 def draw_rows(scene: Scene, path: Path) -> None:
     import torch
 
+    from evaluation.pictures import draw_grids, tile
     from visualizers.denoising import as_bytes, enlarged
-    from visualizers.pictures import draw_grids, tile
 
     scene.need_images("see particles.py")
     rows, labels = scene.n, scene.labels
@@ -81,7 +81,7 @@ def draw_rows(scene: Scene, path: Path) -> None:
 def draw_circles(scene: Scene, path: Path) -> None:
     import torch
 
-    from visualizers.pictures import INK, new_figure, save_figure, shared_limits
+    from evaluation.pictures import INK, new_figure, save_figure, shared_limits
 
     angle = torch.linspace(0, 2 * np.pi, 721)
     circle = torch.stack([angle.cos(), angle.sin()], 1)

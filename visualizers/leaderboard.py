@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from scripts.front import front, split
-from scripts.leaderboard_table import ENERGY, SHORT, START, STOP
-from training.errors import UserError
+from common.command_line import front, split
+from common.errors import UserError
+from evaluation.leaderboard_table import ENERGY, SHORT, START, STOP
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,7 +48,7 @@ class Table:
 
 
 def read_tables(path: Path) -> list[Table]:
-    """Every data set's energy distances, as scripts/leaderboard.py wrote them. UserError where there are none."""
+    """Return every data set's energy distances, as scripts/leaderboard.py wrote them. UserError where there are none."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     written = text.partition(START)[2].partition(STOP)[0]
     tables = [read_table(*part.split("\n", 1)) for part in written.split("\n### ")[1:]]
@@ -58,7 +58,7 @@ def read_tables(path: Path) -> list[Table]:
 
 
 def read_table(name: str, body: str) -> Table:
-    """A Markdown table under its heading; cells that hold no number are left out."""
+    """Return a Markdown table under its heading; cells that hold no number are left out."""
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in body.splitlines() if line.startswith("|")]
     header, floor, *lines = rows[0], *rows[2:]
     found = {place: re.fullmatch(rf"{SHORT[ENERGY]}, (\d+)", title) for place, title in enumerate(header)}
@@ -71,7 +71,7 @@ def read_table(name: str, body: str) -> Table:
 
 
 def number(cell: str) -> tuple[float, float] | None:
-    """The mean of a cell and its spread, 0 where none is given."""
+    """Return the mean of a cell and its spread, 0 where none is given."""
     match = NUMBER.search(cell)
     return (float(match[1]), float(match[2] or 0.0)) if match else None
 
@@ -92,7 +92,7 @@ def by_rank(tables: list[Table]) -> list[str]:
 
 def draw_table(axes: Axes, table: Table, objectives: list[str], most: int) -> None:
     """A line of each objective: from its score in one evaluation to that by the solver."""
-    from visualizers.pictures import GENERATED_COLOR, INK, REAL_COLOR
+    from evaluation.pictures import GENERATED_COLOR, INK, REAL_COLOR
 
     mean, sd = table.floor
     axes.axvspan(mean - BAND * sd, mean + BAND * sd, color="#d0d0d0", linewidth=0, zorder=0)
@@ -118,10 +118,10 @@ def draw_table(axes: Axes, table: Table, objectives: list[str], most: int) -> No
 
 
 def picture(tables: list[Table]) -> Figure:
-    """A panel for each data set, the objectives below one another."""
+    """Return a panel for each data set, the objectives below one another."""
     from matplotlib.patches import Patch
 
-    from visualizers.pictures import INK, new_figure
+    from evaluation.pictures import INK, new_figure
 
     objectives, most = by_rank(tables), max(tables[0].scores)
     height, width = 145 + 30 * len(objectives), 175 + 153 * len(tables)
@@ -142,7 +142,7 @@ def picture(tables: list[Table]) -> Figure:
 
 def draw(words: list[str]) -> Path:
     """Carry out the command; returns the file written."""
-    from visualizers.pictures import save_figure
+    from evaluation.pictures import save_figure
 
     default = {"log": str(ROOT / "EXPERIMENT_LOG.md"), "out": str(ROOT / "outputs" / "pictures" / "leaderboard.png")}
     settings, rest = split(words, default)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def draw(scene: Scene) -> list[Path]:
-    from training.assemble import build_decoder
-    from visualizers.pictures import image_grid_picture
+    from evaluation.parts import build_decoder
+    from evaluation.pictures import image_grid_picture
 
     if scene.shape != (2,) and scene.label is None and scene.model.objective.network.num_classes:
         scene.label = "all"
@@ -61,7 +61,7 @@ def root_mean_square(differences: Tensor) -> float:
 def draw_points(path: Path, one: np.ndarray, many: np.ndarray, real: np.ndarray, title: str, measured: str) -> None:
     from matplotlib.collections import LineCollection
 
-    from visualizers.pictures import GENERATED_COLOR, INK, REAL_COLOR, new_figure, save_figure, shared_limits
+    from evaluation.pictures import GENERATED_COLOR, INK, REAL_COLOR, new_figure, save_figure, shared_limits
 
     low, high = shared_limits(np.concatenate([one, many]), real)
     figure = new_figure(450, title, measured)

@@ -32,7 +32,7 @@ LEGEND = "grey: the data; a particle keeps its colour"
 
 
 def ways(scene: Scene) -> dict[str, np.ndarray]:
-    """Where the particles are at each frame's time, by the name of the way they go: (frames, n, 2) each."""
+    """Return where the particles are at each frame's time, by the name of the way they go: (frames, n, 2) each."""
     import torch
 
     from solvers.flow_map import FlowMapSolver
@@ -50,7 +50,7 @@ def ways(scene: Scene) -> dict[str, np.ndarray]:
 
 
 def start_colors(start: np.ndarray) -> np.ndarray:
-    """An RGBA colour (n, 4) for each particle by its rank along x₁ at the start (n, 2)."""
+    """Return an RGBA colour (n, 4) for each particle by its rank along x₁ at the start (n, 2)."""
     from matplotlib import colormaps
 
     rank = start[:, 0].argsort().argsort() / max(len(start) - 1, 1)
@@ -60,8 +60,8 @@ def start_colors(start: np.ndarray) -> np.ndarray:
 def draw_panel(
     axes: Axes, points: np.ndarray, colors: np.ndarray, real: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> PathCollection:
-    """One panel; returns the particles."""
-    from visualizers.pictures import INK
+    """Return one panel; returns the particles."""
+    from evaluation.pictures import INK
 
     axes.scatter(real[:, 0], real[:, 1], s=5, c="#d5d5d5", linewidths=0)
     particles = axes.scatter(points[:, 0], points[:, 1], s=7, c=colors, linewidths=0)
@@ -72,8 +72,8 @@ def draw_panel(
 
 
 def draw(scene: Scene) -> list[Path]:
-    from visualizers.films import write_film
-    from visualizers.pictures import save_figure, shared_limits
+    from evaluation.films import write_film
+    from evaluation.pictures import save_figure, shared_limits
 
     scene.need_points("see denoising.py")
     paths, real = ways(scene), scene.real(1500)
@@ -90,8 +90,8 @@ def draw(scene: Scene) -> list[Path]:
 
 
 def still(paths: dict[str, np.ndarray], real: np.ndarray, low: np.ndarray, high: np.ndarray, title: str) -> Figure:
-    """The start, the middle and the end of every way."""
-    from visualizers.pictures import INK, new_figure
+    """Return the start, the middle and the end of every way."""
+    from evaluation.pictures import INK, new_figure
 
     frames = len(next(iter(paths.values())))
     colors, times = start_colors(next(iter(paths.values()))[0]), frame_times(frames).numpy()
@@ -111,8 +111,8 @@ def still(paths: dict[str, np.ndarray], real: np.ndarray, low: np.ndarray, high:
 def film_figure(
     paths: dict[str, np.ndarray], real: np.ndarray, low: np.ndarray, high: np.ndarray, title: str
 ) -> tuple[Figure, list[PathCollection]]:
-    """The first frame of the film, and what moves in it."""
-    from visualizers.pictures import INK, new_figure
+    """Return the first frame of the film, and what moves in it."""
+    from evaluation.pictures import INK, new_figure
 
     colors, count, particles = start_colors(next(iter(paths.values()))[0]), len(paths), []
     figure = new_figure(390, title, "", 300 * count + 40)
@@ -125,8 +125,8 @@ def film_figure(
 
 
 def filmed(figure: Figure, particles: list[PathCollection], paths: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """Every frame as bytes (H, W, 3)."""
-    from visualizers.films import pixels
+    """Return every frame as bytes (H, W, 3)."""
+    from evaluation.films import pixels
 
     frames = []
     for index, t in enumerate(frame_times(len(next(iter(paths.values())))).numpy()):

@@ -18,7 +18,7 @@ from visualizers.scene import Scene, main
 
 
 def draw(scene: Scene) -> list[Path]:
-    from scripts.sample import draw as draw_states
+    from evaluation.state_pictures import draw as draw_states
 
     scene.label = "all" if scene.label is None and scene.model.objective.network.num_classes else scene.label
     states = scene.model.sample(scene.n, scene.seed, scene.label, scene.own_solver())

@@ -10,11 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.front import outputs, unknown
-from training.checks import check_writable
-from training.errors import UserError
-from training.values import NOT_NEGATIVE, RANGES, whole_number
-from visualizers.films import FORMS
+from common.command_line import outputs, unknown
+from common.errors import UserError
+from configuration.values import NOT_NEGATIVE, RANGES, whole_number
+from evaluation.films import FORMS
+from runs.checks import check_writable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +52,7 @@ class Scene:
 
     @property
     def heading(self) -> str:
-        """What the title begins with: the run, and the class where one alone is shown."""
+        """Return what the title begins with: the run, and the class where one alone is shown."""
         return self.name + (f", class {self.label}" if isinstance(self.label, int) else "")
 
     @property
@@ -61,27 +61,27 @@ class Scene:
 
     @property
     def labels(self) -> Tensor | None:
-        """The classes (n,) of the samples, or None."""
+        """Return the classes (n,) of the samples, or None."""
         labels = self.model.labels(self.n, self.label)
         return None if labels is None else labels.to(self.model.device)
 
     def own_solver(self) -> Sampler:
-        """The solver typed, or the run's own."""
-        from training.assemble import build_solver
+        """Return the solver typed, or the run's own."""
+        from evaluation.parts import build_solver
 
         return self.solver or build_solver(self.model.config)
 
     def noise(self) -> Tensor:
-        """The source states (n, ...) at t = 0, on the model's device; those of sample i are its own, whatever n."""
+        """Return the source states (n, ...) at t = 0, on the model's device; those of sample i are its own, whatever n."""
         import torch
 
+        from evaluation.parts import build_source
         from evaluation.sample import fixed_noise
-        from training.assemble import build_source
 
         return fixed_noise(build_source(self.model.config, torch.device("cpu")), self.n, self.seed).to(self.model.device)
 
     def real(self, n: int) -> np.ndarray:
-        """At most n held-out states (n, ...), of the class asked for where one is."""
+        """Return at most n held-out states (n, ...), of the class asked for where one is."""
         if not isinstance(self.label, int):
             return self.model.real(n, self.seed)[0].numpy()
         states, own = self.model.real(2 * n * self.model.objective.network.num_classes, self.seed)
@@ -93,11 +93,11 @@ class Scene:
             self.label = 0
 
     def exact(self) -> ExactFlow | str:
-        """The exact flow, or why it is not known."""
+        """Return the exact flow, or why it is not known."""
         import torch
 
         from evaluation.metrics.oracles import known_flow
-        from training.assemble import build_dataset, build_source
+        from evaluation.parts import build_dataset, build_source
 
         cpu = torch.device("cpu")
         flow = self.model.flow()
@@ -105,22 +105,22 @@ class Scene:
         return known_flow(self.model.objective, dataset, source, flow is not self.model.objective)
 
     def need_points(self, instead: str) -> None:
-        """UserError unless the states are points in the plane."""
+        """Raise UserError unless the states are points in the plane."""
         if self.shape != (2,):
             shape = list(self.shape)
             raise UserError(f"draws points in the plane, and {self.name} makes states of shape {shape}; {instead}")
 
     def need_images(self, instead: str) -> None:
-        """UserError unless the states are images or latents of images."""
+        """Raise UserError unless the states are images or latents of images."""
+        from evaluation.parts import build_decoder
         from evaluation.report import drawable
-        from training.assemble import build_decoder
 
         if not drawable(self.shape, build_decoder(self.model.config, self.model.device)):
             raise UserError(f"draws images, and {self.name} makes states of shape {list(self.shape)}; {instead}")
 
 
 def walk(solver: Sampler, flow: FlowObjective, noise: Tensor, label: Tensor | None, times: Tensor) -> Tensor:
-    """Where samples (N, ...) are at `times` (T,), ascending in [0, 1], on their way through a solver: (T, N, ...).
+    """Return where samples (N, ...) are at `times` (T,), ascending in [0, 1], on their way through a solver: (T, N, ...).
 
     Between two points of the solver's grid a state is taken to move straight, as Euler's does. A flow map's step is one
     straight jump. UserError for a solver that noises its states again: they have no path.
@@ -150,7 +150,7 @@ def walk(solver: Sampler, flow: FlowObjective, noise: Tensor, label: Tensor | No
 
 
 def interpolated(states: Tensor, grid: Tensor, times: Tensor) -> Tensor:
-    """states (G, ...) known at grid (G,), linearly between: (T, ...) at times (T,)."""
+    """Return states (G, ...) known at grid (G,), linearly between: (T, ...) at times (T,)."""
     import torch
 
     after = torch.searchsorted(grid, times.float()).clamp(1, len(grid) - 1)
@@ -167,7 +167,7 @@ def frame_times(frames: int) -> torch.Tensor:
 
 
 def newest_checkpoint() -> Path:
-    """The newest save of any architecture. UserError when there is none."""
+    """Return the newest save of any architecture. UserError when there is none."""
     folder = outputs() / "ckpts"
     saves = sorted(folder.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
     if not saves:
@@ -176,7 +176,7 @@ def newest_checkpoint() -> Path:
 
 
 def outputs_of(checkpoint: Path) -> Path:
-    """The output folder that a checkpoint lies in; the usual one where it lies in none."""
+    """Return the output folder that a checkpoint lies in; the usual one where it lies in none."""
     found = next((folder.parent for folder in checkpoint.resolve().parents if folder.name == "ckpts"), None)
     return outputs() if found is None else found
 
@@ -191,7 +191,8 @@ def solver_label(solver: Sampler) -> str:
 
 
 def scene(words: list[str], n: int, frames: int, points: int | None = None) -> Scene:
-    """The scene a command line asks for; n (points: that of points in the plane) and frames: unless it says otherwise.
+    """Return the scene a command line asks for; n (points: that of points in the plane) and frames: unless it says
+    otherwise.
 
     UserError for what it cannot be.
     """
@@ -218,8 +219,8 @@ def scene(words: list[str], n: int, frames: int, points: int | None = None) -> S
     label = settings["label"] if settings["label"] in ("", "all") else whole_number("label", settings["label"], NOT_NEGATIVE)
     checkpoint = Path(settings["ckpt"]) if settings["ckpt"] else newest_checkpoint()
 
+    from configuration.stored import allow
     from evaluation.sample import load, settings_from_overrides
-    from training.vetting import allow
 
     allow(settings["trust"])
     model = load(checkpoint, settings["device"])

@@ -33,9 +33,9 @@ def draw(scene: Scene) -> list[Path]:
     import torch
     from matplotlib.collections import LineCollection
 
+    from evaluation.pictures import INK, new_figure, save_figure, shared_limits
     from solvers.base_solver import BaseSolver
     from solvers.runge_kutta import RK4
-    from visualizers.pictures import INK, new_figure, save_figure, shared_limits
 
     scene.need_points("see denoising.py")
     times, noise, flow = frame_times(51), scene.noise(), scene.model.flow()

@@ -49,7 +49,7 @@ class Field:
     def __init__(self, scene: Scene, times: np.ndarray):
         import torch
 
-        from visualizers.pictures import shared_limits
+        from evaluation.pictures import shared_limits
 
         self.units = "data units" if scene.model.objective.data_std is None else "standard deviations of the data"
         model, clock = scene.model, torch.from_numpy(times).float()
@@ -75,7 +75,7 @@ class Field:
 
     @property
     def kinds(self) -> dict[str, np.ndarray]:
-        """The fields there are, by name."""
+        """Return the fields there are, by name."""
         return {"learned": self.learned} | ({} if self.exact is None else {"exact": self.exact})
 
     @staticmethod
@@ -116,10 +116,10 @@ class Field:
         return [(0.13, 0.13, 0.13, min(0.12 + 3 * float(seen), 1.0)) for seen in density[rows, columns]]
 
     def draw(self, axes: Axes, index: int, velocities: np.ndarray, name: str) -> tuple[AxesImage, Quiver]:
-        """A panel at one time; returns what changes with it."""
+        """Return a panel at one time; returns what changes with it."""
         from matplotlib import colormaps
 
-        from visualizers.pictures import INK
+        from evaluation.pictures import INK
 
         extent = (self.low[0], self.high[0], self.low[1], self.high[1])
         density = self.density(index)
@@ -140,7 +140,7 @@ class Field:
 
 
 def lattice(low: np.ndarray, high: np.ndarray, side: int) -> np.ndarray:
-    """The middles of side x side cells between two corners, row by row along the first axis: (side^2, 2)."""
+    """Return the middles of side x side cells between two corners, row by row along the first axis: (side^2, 2)."""
     centres = [low[i] + (np.arange(side) + 0.5) / side * (high[i] - low[i]) for i in range(2)]
     return np.stack(np.meshgrid(*centres), -1).reshape(-1, 2)
 
@@ -152,8 +152,8 @@ def smooth(counts: np.ndarray) -> np.ndarray:
 
 
 def still(field: Field, title: str) -> Figure:
-    """Both fields at some times, one above the other."""
-    from visualizers.pictures import new_figure
+    """Return both fields at some times, one above the other."""
+    from evaluation.pictures import new_figure
 
     height, last = 130 + 260 * len(field.kinds), list(field.kinds)[-1]
     shown = sorted({round(t * (len(field.times) - 1)) for t in STILL})
@@ -171,8 +171,8 @@ def still(field: Field, title: str) -> Figure:
 
 
 def film_figure(field: Field, title: str) -> tuple[Figure, list[tuple[AxesImage, Quiver]]]:
-    """The first frame of the film, and what changes in it."""
-    from visualizers.pictures import new_figure
+    """Return the first frame of the film, and what changes in it."""
+    from evaluation.pictures import new_figure
 
     two = len(field.kinds) == 2
     figure = new_figure(520, title, "", 900 if two else 520)
@@ -184,8 +184,8 @@ def film_figure(field: Field, title: str) -> tuple[Figure, list[tuple[AxesImage,
 
 
 def filmed(figure: Figure, drawn: list[tuple[AxesImage, Quiver]], field: Field) -> list[np.ndarray]:
-    """Every frame as bytes (H, W, 3)."""
-    from visualizers.films import pixels
+    """Return every frame as bytes (H, W, 3)."""
+    from evaluation.films import pixels
 
     frames = []
     for index, t in enumerate(field.times):
@@ -201,8 +201,8 @@ def filmed(figure: Figure, drawn: list[tuple[AxesImage, Quiver]], field: Field) 
 
 
 def draw(scene: Scene) -> list[Path]:
-    from visualizers.films import write_film
-    from visualizers.pictures import save_figure
+    from evaluation.films import write_film
+    from evaluation.pictures import save_figure
 
     scene.need_points("see denoising.py")
     scene.choose_one_class()

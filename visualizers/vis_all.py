@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.errors import UserError
+from common.errors import UserError
 from visualizers.scene import newest_checkpoint, scene
 
 HERE = Path(__file__).resolve().parent

@@ -22,7 +22,9 @@ DECODE_CHUNK = 50  # states decoded at once
 
 @torch.no_grad()
 def as_images(states: Tensor, decode: Decode | None) -> Tensor:
-    """States (N, ...), generated or real, as what pictures and image scores look at: decoded on to the CPU if latents."""
+    """Return states (N, ...), generated or real, as what pictures and image scores look at: decoded on to the CPU if
+    latents.
+    """
     return states if decode is None else torch.cat([decode(part).float().cpu() for part in states.split(DECODE_CHUNK)])
 
 
@@ -105,27 +107,31 @@ class Generation:
 
     @property
     def data_key(self) -> str:
-        """Names the data by settings and content: part of every cache key."""
+        """Return names the data by settings and content: part of every cache key."""
         return f"{self.dataset_key} {self.data_hash}"
 
     @property
     def made(self) -> str:
-        """How the samples were made, for provenance."""
+        """Return how the samples were made, for provenance."""
         return f"from seed {self.seed} by {self.weights}, {self.steps}"
 
     @cached_property
     def images(self) -> Tensor:
-        """The samples as images, decoded once where they are latents and then kept on the CPU."""
+        """Return the samples as images, decoded once where they are latents and then kept on the CPU."""
         return as_images(self.samples, self.decode)
 
     def bytes_of(self, states: Tensor) -> Tensor:
-        """States (N, ...), generated or real, as image bytes (N, C, H, W): decoded if latents, clipped and rounded."""
+        """Return states (N, ...), generated or real, as image bytes (N, C, H, W): decoded if latents,
+        clipped and rounded.
+        """
         decoded = self.images if states is self.samples else as_images(states, self.decode)
         return to_bytes(decoded, self.dataset.value_range if self.decode is None else None)
 
 
 def to_bytes(images: Tensor, value_range: tuple[float, float] | None) -> Tensor:
-    """Images with values in value_range ([-1, 1] for None) as uint8, rounded to the nearest; what lies outside is cut."""
+    """Return images with values in value_range ([-1, 1] for None) as uint8, rounded to the nearest; what lies outside is
+    cut.
+    """
     low, high = value_range or (-1.0, 1.0)
     return (255 * (images.float() - low) / (high - low)).round().clamp(0, 255).to(torch.uint8)
 
@@ -138,7 +144,7 @@ class Metric(ABC):
         return []
 
     def evaluations_ahead(self, objective: FlowObjective) -> int:
-        """How many evaluations of the network the scores cost for each sample, if many."""
+        """Return how many evaluations of the network the scores cost for each sample, if many."""
         return 0
 
     @abstractmethod

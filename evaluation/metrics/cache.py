@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, from_numpy
 
-from training.files import locked, replacing
+from common.files import locked, replacing
 
 
 def cache_file(cache: Path, name: str, key: dict[str, object], suffix: str) -> Path:
-    """The file that holds `name` for this key."""
+    """Return the file that holds `name` for this key."""
     digest = hashlib.blake2s(json.dumps([name, key], sort_keys=True).encode(), digest_size=10).hexdigest()
     return cache / f"{name.replace('/', '_')}_{digest}{suffix}"
 
@@ -26,7 +26,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def cached_numbers(cache: Path, name: str, key: dict[str, object], compute: Callable[[], list[float]]) -> list[float]:
-    """compute()'s numbers, from the cache when the same key was computed before; a damaged file is computed anew.
+    """Return compute()'s numbers, from the cache when the same key was computed before; a damaged file is computed anew.
 
     key: everything the numbers depend on, as JSON values; it is written beside them, for people.
     """

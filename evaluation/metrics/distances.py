@@ -12,7 +12,7 @@ CPU_ELEMENTS, GPU_ELEMENTS = 2**20, 2**26  # distances held at once
 
 
 def rows_at_once(points: Tensor) -> int:
-    """How many rows to measure against `points` at once."""
+    """Return how many rows to measure against `points` at once."""
     return max(1, (CPU_ELEMENTS if points.device.type == "cpu" else GPU_ELEMENTS) // len(points))
 
 
@@ -58,7 +58,7 @@ def block_sum(x: Tensor, y: Tensor, chunk: int, starts: Sequence[int], same: boo
 
 
 def pair_sum(x: Tensor, y: Tensor, same: bool) -> float:
-    """block_sum over all of x."""
+    """Return block_sum over all of x."""
     chunk = rows_at_once(y)
     starts = range(0, len(x), chunk)
     if x.device.type == "cpu" and x.shape[1] <= FEW_DIMENSIONS:

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from evaluation.metrics.base_metric import Generation
 from evaluation.metrics.distances import all_distances, distance_sum, self_distance_sum
 from evaluation.metrics.two_sample import TwoSampleMetric
-from training.errors import UserError
 
 MOST = 2000  # states a side of the noise floor
 
@@ -52,7 +52,7 @@ class EnergyDistance(TwoSampleMetric):
         return [float(first), float(second), *(scale * distance for distance in distances)]
 
     def of_splits(self, pool: Tensor, first: int, splits: int, generator: torch.Generator) -> list[float]:
-        """All distances are measured once; their sums over the parts of every split are one matrix product."""
+        """Return all distances are measured once; their sums over the parts of every split are one matrix product."""
         distances = all_distances(pool)
         distances = distances.double() if pool.device.type == "cuda" else distances.cpu()  # see squared_distances
         n, m = first, len(pool) - first

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.seeds import generator_for
 from evaluation.feature_networks import FeatureNetwork
 from evaluation.fid import fit_gaussian, frechet_distance, kernel_distance, neighbour_shares
 from evaluation.metrics.base_metric import Absent, Score
-from training.seeds import generator_for
 
 DISTANCES = ("frechet_distance", "kernel_distance")
 SHARES = ("precision", "recall", "density", "coverage")
@@ -35,7 +35,7 @@ class Floor:
         return Floor(torch.tensor(numbers[4:]).view(replicates, -1 if numbers[4:] else 0), first, second, pool)
 
     def note(self, first: int, second: int, most: int | None = None) -> str:
-        """Its counts where they are not these of the score, which looks at `most` images of a side."""
+        """Return its counts where they are not these of the score, which looks at `most` images of a side."""
         limit = most or max(first, second, self.first, self.second)
         own = min(self.first, limit), min(self.second, limit)
         return "" if own == (min(first, limit), min(second, limit)) else f"of {own[0]:,} against {own[1]:,}"
@@ -53,14 +53,16 @@ class FeatureScores:
 
     @property
     def least(self) -> int:
-        """How many images a side must have."""
+        """Return how many images a side must have."""
         return self.k + 2 if self.k else 2
 
     def names(self) -> tuple[str, ...]:
         return (*DISTANCES, *(SHARES if self.k else ()))
 
     def fitting(self, count: int) -> "FeatureScores":
-        """Those of the scores, the first ones, that can be had of so many images on a side; none of fewer than two."""
+        """Return those of the scores, the first ones, that can be had of so many images on a side; none
+        of fewer than two.
+        """
         return self if count >= self.least else FeatureScores(0, self.points)
 
     def too_few(self, network: FeatureNetwork, first: int, second: int) -> list[Absent]:
@@ -79,7 +81,7 @@ class FeatureScores:
         return [frechet, kernel_distance(x, y), *(shares[name] for name in SHARES if self.k)]
 
     def drawn(self, x: Tensor, side: str) -> Tensor:
-        """At most `points` of the rows of x (N, F), from a fixed seed: files and samples may be sorted by class."""
+        """Return at most `points` of the rows of x (N, F), from a fixed seed: files and samples may be sorted by class."""
         if len(x) <= self.points:
             return x
         return x[torch.randperm(len(x), generator=generator_for(0, f"features/{side}"))[: self.points].to(x.device)]
@@ -91,8 +93,9 @@ class FeatureScores:
         return n, min(max(int(second * shrink), self.least), pool - n)
 
     def replicated(self, pool: Tensor, first: int, second: int, replicates: int) -> Floor:
-        """The scores between random disjoint parts, of these sizes, of one pool of real features (P, F); both sizes shrink
-        alike when it is too small, and what is too few for the shares may do for the distances."""
+        """Return the scores between random disjoint parts, of these sizes, of one pool of real features (P, F); both sizes
+        shrink alike when it is too small, and what is too few for the shares may do for the distances.
+        """
         scores = self.fitting(len(pool) // 2)
         if len(pool) < 2 * scores.least:
             return Floor(torch.empty(0, 0), 0, 0, len(pool))
@@ -112,7 +115,9 @@ class FeatureScores:
         counts: tuple[int, int],
         provenance: str,
     ) -> list[Score]:
-        """One Score for each value. own: what the training set scores, or empty. counts: samples and real images scored."""
+        """Return one Score for each value. own: what the training set scores, or empty. counts: samples and real images
+        scored.
+        """
         scores = []
         provenance += self.drawn_words(*counts)
         for i, short in enumerate(self.names()):
@@ -129,7 +134,7 @@ class FeatureScores:
         return scores
 
     def drawn_words(self, first: int, second: int) -> str:
-        """How many of so many images the shares look at, for provenance; nothing where it is all."""
+        """Return how many of so many images the shares look at, for provenance; nothing where it is all."""
         if not self.k or max(first, second) <= self.points:
             return ""
         n, m = (f"{min(count, self.points):,}" for count in (first, second))

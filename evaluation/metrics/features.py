@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import UserError
+from common.seeds import generator_for
 from dataloaders.tensor_dataset import TensorDataset
 from evaluation.feature_networks import ClassifierFeatures, FeatureNetwork, classifier_features
 from evaluation.fid import fit_gaussian, frechet_distance, from_moments
@@ -15,8 +17,6 @@ from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
 from evaluation.metrics.cache import cached_numbers, cached_tensor
 from evaluation.metrics.feature_scores import FeatureScores, Floor
 from evaluation.metrics.two_sample import not_finite
-from training.errors import UserError
-from training.seeds import generator_for
 
 ACCURACY = "eval/classifier_accuracy"
 
@@ -91,7 +91,9 @@ class FeatureMetric(Metric):
         return results
 
     def accuracy(self, generation: Generation, network: ClassifierFeatures, x: Tensor, provenance: str) -> Score | Absent:
-        """The share of samples that the classifier takes for the class they were asked for; floor: of held-out data."""
+        """Return the share of samples that the classifier takes for the class they were asked for;
+        floor: of held-out data.
+        """
         label = generation.label
         if label is None:
             return Absent(ACCURACY, "this model is not told the class (conditional=true)")
@@ -115,11 +117,11 @@ class FeatureMetric(Metric):
 
     @staticmethod
     def generator(generation: Generation, name: str) -> torch.Generator:
-        """The same in every run."""
+        """Return the same in every run."""
         return generator_for(0, f"features/{name}", 0, generation.samples.device)
 
     def key(self, generation: Generation, **more: object) -> dict[str, object]:
-        """What cached numbers depend on."""
+        """Return what cached numbers depend on."""
         return {
             "dataset": generation.data_key, "network": self.network.describe(), "rounding": "uint8",
             "decoded": generation.decode is not None, **more,
@@ -141,7 +143,9 @@ class FeatureMetric(Metric):
         return cached_tensor(generation.cache, f"features_{self.network.name}", key, compute).to(generation.samples.device)
 
     def floor(self, generation: Generation, first: int, second: int) -> Floor:
-        """The scores between two disjoint sets of real states of these sizes, or smaller ones of a small set, cached."""
+        """Return the scores between two disjoint sets of real states of these sizes, or smaller ones of
+        a small set, cached.
+        """
 
         def compute() -> list[float]:
             larger = max(first, second)
@@ -153,7 +157,9 @@ class FeatureMetric(Metric):
         return Floor.of(cached_numbers(generation.cache, f"features_{self.network.name}_floor", key, compute))
 
     def training_scores(self, generation: Generation, count: int, y: Tensor) -> list[float]:
-        """What `count` training states, or all if fewer, score against the held-out ones; empty where nobody asks that."""
+        """Return what `count` training states, or all if fewer, score against the held-out ones; empty where nobody asks
+        that.
+        """
         if self.reference == "train" or not isinstance(generation.dataset, TensorDataset):
             return []
 
@@ -184,7 +190,7 @@ def scores_between(
     made: str = "",
     replicates: int = 20,
 ) -> list[Score | Absent]:
-    """The scores of two sets of image bytes (N, C, H, W); the floor is of random parts of the reference. That and the
+    """Return the scores of two sets of image bytes (N, C, H, W); the floor is of random parts of the reference. That and the
     reference's features are cached. made: how generated images were, where they are."""
     everything, counts = FeatureScores(), (len(images), len(reference))
     for part in (images, reference):
@@ -215,7 +221,9 @@ def scores_against_statistics(
     device: torch.device,
     made: str = "",
 ) -> list[Score | Absent]:
-    """The Frechet distance of image bytes (N, C, H, W) to published statistics mu (F,), sigma (F, F) of the same network."""
+    """Return the Frechet distance of image bytes (N, C, H, W) to published statistics mu (F,), sigma (F, F) of the same
+    network.
+    """
     metric = network.metric("frechet_distance")
     reason = network.refusal(tuple(images.shape[1:]))
     if reason is not None:
@@ -232,5 +240,5 @@ def scores_against_statistics(
 
 
 def described(images: Tensor, made: str) -> str:
-    """What a set of images is, for provenance."""
+    """Return what a set of images is, for provenance."""
     return f"{len(images):,} images ({images_hash(images)})" + (f" {made}" if made else "")

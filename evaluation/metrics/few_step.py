@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from evaluation.evaluator import few_step_words, few_steps
+from common.errors import UserError
+from evaluation.generate import few_step_words, few_steps
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
 from losses.objective import FlowObjective
-from training.errors import UserError
 
 
 class FewStep(Metric):
@@ -48,7 +48,7 @@ def few_step_name(name: str, evaluations: int) -> str:
 
 
 def named(result: Score | Absent, evaluations: int) -> Score | Absent:
-    """The result under its few-step name, what goes with it too: x_median becomes x_1nfe_median."""
+    """Return the result under its few-step name, what goes with it too: x_median becomes x_1nfe_median."""
     name = few_step_name(result.name, evaluations)
     if isinstance(result, Absent):
         return replace(result, name=name)

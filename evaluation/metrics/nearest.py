@@ -5,13 +5,13 @@ import math
 import torch
 from torch import Tensor
 
+from common.seeds import generator_for
 from dataloaders.base_dataloaders import Batch
 from dataloaders.tensor_dataset import TensorDataset
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
 from evaluation.metrics.cache import cached_numbers
 from evaluation.metrics.distances import nearest
 from evaluation.metrics.two_sample import not_finite
-from training.seeds import generator_for
 
 RATIO, COPIES, CLASS_SHARE = "eval/nearest_distance_ratio", "eval/copies", "eval/class_share_min"
 ELEMENTS = 2**26  # numbers of training states in memory at once, for data read from disk
@@ -45,7 +45,7 @@ class NearestTraining(Metric):
             states = states.clamp(*dataset.value_range)
 
         def held_out() -> list[float]:
-            """How many held-out states there are, and `describe` of them."""
+            """Return how many held-out states there are, and `describe` of them."""
             real = dataset.held_out(self.points, generator_for(0, "nearest", 0, states.device))[0].to(states.device)
             return [len(real), *self.describe(dataset.num_classes, part, real)]
 

@@ -6,6 +6,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from common.seeds import generator_for
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
 from evaluation.closed_forms import ExactFlow
@@ -21,18 +22,19 @@ from losses.weightings import UniformWeighting
 from solvers.base_solver import BaseSolver, Field
 from solvers.dopri5 import Dopri5
 from solvers.likelihood import LogLikelihood, log_likelihood
-from training.seeds import generator_for
 
 CHUNK = 8192  # states the network sees at once
 
 
 def exact_flow(generation: Generation) -> ExactFlow | str:
-    """The flow that a perfect network would follow, in float64 on the CPU, or why it is not known."""
+    """Return the flow that a perfect network would follow, in float64 on the CPU, or why it is not known."""
     return known_flow(generation.objective, generation.dataset, generation.source, generation.guided)
 
 
 def known_flow(objective: FlowObjective, dataset: FlowDataset, source: Source, guided: bool) -> ExactFlow | str:
-    """The flow that a perfect network of this objective would follow, in float64 on the CPU, or why it is not known."""
+    """Return the flow that a perfect network of this objective would follow, in float64 on the CPU, or
+    why it is not known.
+    """
     if dataset.mixture is None:
         return f"the truth of {type(dataset).__name__} data is not known in closed form"
     if source.gaussian_std is None:
@@ -92,7 +94,7 @@ class OracleVelocity(Metric):
         ]
 
     def excess_loss(self, generation: Generation, flow: ExactFlow, error: Tensor, note: str) -> Score | Absent:
-        """error (N,): |v - v*|^2 at uniform times."""
+        """Return error (N,): |v - v*|^2 at uniform times."""
         name, reason, sampler = self.names()[2], why_no_least_loss(generation.objective), generation.objective.time_sampler
         if reason is not None:
             return Absent(name, reason)
@@ -116,7 +118,7 @@ class OracleVelocity(Metric):
         return error.flatten(1).square().sum(1), exact.flatten(1).square().sum(1)
 
     def model_velocity(self, generation: Generation, z: Tensor, t: Tensor) -> Tensor:
-        """The network's velocity (count, ...) in float64 on the CPU."""
+        """Return the network's velocity (count, ...) in float64 on the CPU."""
         device = generation.samples.device
         chunks = zip(z.to(device).split(CHUNK), t.to(device).split(CHUNK), strict=True)
         parts = [generation.objective.velocity(states, times) for states, times in chunks]
@@ -157,7 +159,7 @@ class OracleFlowMapError(Metric):
         return [Score(self.name, value, spread, extra=extra, note=f"{len(noise):,} samples")]
 
     def solvers_own(self, solver: BaseSolver, flow: ExactFlow, noise: Tensor, truth: Tensor) -> float:
-        """The same error of the run's solver on the exact field."""
+        """Return the same error of the run's solver on the exact field."""
         with one_thread():
             solved = copy.copy(solver).solve(flow, noise)  # a copy: its count of evaluations is the samples'
         return (solved - truth).flatten(1).square().sum(1).mean().sqrt().item()

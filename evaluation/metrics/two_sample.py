@@ -6,11 +6,11 @@ import torch
 from scipy.special import bdtr, nctdtrit, ndtri
 from torch import Tensor
 
+from common.errors import UserError
+from common.seeds import generator_for
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
 from evaluation.metrics.cache import cached_numbers
 from evaluation.threads import side_by_side
-from training.errors import UserError
-from training.seeds import generator_for
 
 LEVEL, CONFIDENCE = 0.99, 0.9  # with this confidence, this share of real sets lies below a floor's upper end
 
@@ -22,7 +22,7 @@ def not_finite(samples: Tensor) -> str | None:
 
 
 def upper_end(replicates: list[float]) -> float:
-    """A number that with 90 % confidence 99 % of further replicates stay below (a one-sided tolerance limit).
+    """Return a number that with 90 % confidence 99 % of further replicates stay below (a one-sided tolerance limit).
 
     From 230 replicates on one of the largest, whatever their law; of fewer, or of the normal law with their mean and
     standard deviation.
@@ -61,7 +61,7 @@ class TwoSampleMetric(Metric):
         """Between x (N, D) and y (M, D), finite fp32 states in random order on one device."""
 
     def counts(self, first: int, second: int) -> tuple[int, int]:
-        """How many of so many states the distance looks at."""
+        """Return how many of so many states the distance looks at."""
         return first, second
 
     def refusal(self, generation: Generation) -> str | None:
@@ -93,18 +93,20 @@ class TwoSampleMetric(Metric):
         ]  # fmt: skip
 
     def floor(self, generation: Generation, first: int, second: int) -> list[float]:
-        """How many real states each side has, and their distance, once for each replicate; none when they are too few."""
+        """Return how many real states each side has, and their distance, once for each replicate; none when they are too
+        few.
+        """
         settings = vars(self) | {"pools": self.pools}
         key = {"dataset": generation.data_key, "first": first, "second": second, "settings": settings}
         return cached_numbers(generation.cache, f"{self.name}_floor", key, lambda: self.replicate(generation, first, second))
 
     def replicate(self, generation: Generation, first: int, second: int) -> list[float]:
-        """What `floor` gives, computed."""
+        """Return what `floor` gives, computed."""
         device, stream = generation.samples.device, f"{self.name}/floor/{generation.data_key}"
         pools = min(self.pools or self.replicates, self.replicates)
 
         def of_pool(i: int) -> list[float]:
-            """Both sides' counts, then the distances of this pool's splits."""
+            """Return both sides' counts, then the distances of this pool's splits."""
             x, y = generation.dataset.real_pair(first, second, generator_for(0, stream, i, device))
             counts, splits = [float(len(x)), float(len(y))], len(range(i, self.replicates, pools))
             if min(len(x), len(y)) < self.least:
@@ -120,6 +122,7 @@ class TwoSampleMetric(Metric):
         return found + [distance for part in rest for distance in part[2:]]
 
     def of_splits(self, pool: Tensor, first: int, splits: int, generator: torch.Generator) -> list[float]:
-        """The distance between the parts of random splits of pool (N, D), `first` states and the rest; generator: on the
-        CPU."""
+        """Return the distance between the parts of random splits of pool (N, D), `first` states and the rest; generator: on
+        the CPU.
+        """
         raise NotImplementedError

@@ -5,9 +5,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from common.seeds import generator_for
 from evaluation.metrics.base_metric import Generation
 from evaluation.metrics.two_sample import TwoSampleMetric
-from training.seeds import generator_for
 
 
 def wasserstein2(x: Tensor, y: Tensor) -> float:
@@ -18,7 +18,7 @@ def wasserstein2(x: Tensor, y: Tensor) -> float:
 
 
 def sliced_wasserstein2(x: Tensor, y: Tensor, directions: Tensor) -> float:
-    """sqrt(mean over directions (P, D), unit vectors, of the squared W2 of the projections) (Bonneel et al. 2015).
+    """Return sqrt(mean over directions (P, D), unit vectors, of the squared W2 of the projections) (Bonneel et al. 2015).
 
     Of x and y (N, D). In one dimension the best pairing is by rank, so each projection is exact.
     """
@@ -67,7 +67,7 @@ class SlicedWasserstein(TwoSampleMetric):
         return min(first, second), min(first, second)
 
     def directions(self, like: Tensor) -> Tensor:
-        """(P, D) unit vectors for states `like` (N, D)."""
+        """Return (P, D) unit vectors for states `like` (N, D)."""
         generator = generator_for(0, f"{self.name}/directions")
         normal = torch.randn(self.projections, like.shape[1], generator=generator)
         return torch.nn.functional.normalize(normal).to(like)
@@ -77,7 +77,7 @@ class SlicedWasserstein(TwoSampleMetric):
         return sliced_wasserstein2(x[:first], y[:second], self.directions(x))
 
     def of_splits(self, pool: Tensor, first: int, splits: int, generator: torch.Generator) -> list[float]:
-        """All states are projected and ranked once; each split takes its own from the ranks."""
+        """Return all states are projected and ranked once; each split takes its own from the ranks."""
         projected = (self.directions(pool) @ pool.T).cpu().numpy()
         ranks = np.argsort(projected)
         ranked, distances = np.take_along_axis(projected, ranks, 1), []

@@ -4,16 +4,16 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from common.errors import UserError
 from models.classifier.classifier import Classifier
 from models.layers import GroupNorm
-from training.errors import UserError
 
 Norm = Literal["batch", "group"]
 GROUPS = 8  # of channels, for norm=group
 
 
 def normalisation(norm: Norm, channels: int) -> nn.Module:
-    """UserError for another word, or channels that groups do not divide."""
+    """Raise UserError for another word, or channels that groups do not divide."""
     if norm not in ("batch", "group"):
         raise UserError(f"model.norm takes batch or group, not {norm!r}")
     if norm == "group" and channels % GROUPS:

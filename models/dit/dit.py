@@ -4,14 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataloaders.base_dataloaders import split_unified_flow_matching_input
+from common.errors import UserError
+from models.inputs import split_unified_flow_matching_input
 from models.layers import Conditioning, RMSNorm, layer_norm, modulate, zero_
 from models.velocity_model import VelocityModel
-from training.errors import UserError
 
 
 def sincos_positions(height: int, width: int, channels: int) -> Tensor:
-    """(height width, channels): sines and cosines of the row in one half of the channels, of the column in the other.
+    """Return (height width, channels): sines and cosines of the row in one half of the channels, of the column in the other.
 
     Angular frequencies from 1 down to 1 / 10,000, as in Vaswani et al. 2017 (arXiv 1706.03762, sec. 3.5), for each axis.
     """
@@ -58,7 +58,7 @@ class DiTBlock(nn.Module):
 
 
 def check_sizes(sides: list[int], patch_size: int, hidden_size: int, heads: int) -> None:
-    """UserError when the patches do not tile the image or the width does not split into heads and position waves."""
+    """Raise UserError when the patches do not tile the image or the width does not split into heads and position waves."""
     if any(side % patch_size for side in sides):
         raise UserError(
             f"this DiT reads patches of {patch_size}x{patch_size}, which do not tile images of {sides[0]}x{sides[1]}; "
@@ -118,7 +118,7 @@ class DiT(VelocityModel):
                 zero_(block.modulation)
 
     def patches(self, state: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, H/p W/p, C p p)."""
+        """Return (B, C, H, W) -> (B, H/p W/p, C p p)."""
         (rows, columns), p = self.grid, self.patch_size
         return (
             state.reshape(len(state), -1, rows, p, columns, p)

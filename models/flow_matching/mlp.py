@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from dataloaders.base_dataloaders import split_unified_flow_matching_input
+from models.inputs import split_unified_flow_matching_input
 from models.layers import ClassEmbedding, TimeFeatures
 from models.velocity_model import VelocityModel
 

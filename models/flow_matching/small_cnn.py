@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from dataloaders.base_dataloaders import split_unified_flow_matching_input
+from common.errors import UserError
+from models.inputs import split_unified_flow_matching_input
 from models.layers import ClassEmbedding, GroupNorm, TimeFeatures
 from models.velocity_model import VelocityModel
-from training.errors import UserError
 
 
 class ResidualBlock(nn.Module):

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataloaders.base_dataloaders import split_unified_flow_matching_input
+from common.errors import UserError
+from models.inputs import split_unified_flow_matching_input
 from models.layers import Conditioning, GroupNorm, group_norm, modulate, zero_
 from models.velocity_model import VelocityModel
-from training.errors import UserError
 
 GROUP_CHANNELS = 8  # channels that are normalised together
 HEAD_CHANNELS = 64  # channels of an attention head, where the width allows
@@ -97,7 +97,7 @@ class Halved(nn.Module):
 
 
 def check_pyramid(sides: list[int], widths: list[int]) -> None:
-    """UserError when the sides do not halve evenly from level to level, or the widths do not form groups."""
+    """Raise UserError when the sides do not halve evenly from level to level, or the widths do not form groups."""
     halvings = len(widths) - 1
     if any(side % 2**halvings for side in sides):
         raise UserError(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.errors import UserError
+from common.errors import UserError
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 HUB_ID = "stabilityai/sd-vae-ft-ema"
@@ -39,7 +39,8 @@ class StableDiffusionVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> latents (B, 4, H/8, W/8), means or, with a generator on any device, samples.
+        """Return images (B, 3, H, W) in [-1, 1] -> latents (B, 4, H/8, W/8), means or, with a generator on any device,
+        samples.
 
         UserError for sides that are no multiples of 8.
         """
@@ -50,7 +51,7 @@ class StableDiffusionVAE(nn.Module):
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, (B, 4, H/8, W/8) each, of the latents of images (B, 3, H, W) in [-1, 1].
+        """Return mean and standard deviation, (B, 4, H/8, W/8) each, of the latents of images (B, 3, H, W) in [-1, 1].
 
         UserError for sides that are no multiples of 8.
         """
@@ -67,18 +68,18 @@ class StableDiffusionVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, 4, h, w) -> images (B, 3, 8h, 8w), about [-1, 1], on the same device."""
+        """Return latents (B, 4, h, w) -> images (B, 3, 8h, 8w), about [-1, 1], on the same device."""
         pixels = latents.shape[2] * latents.shape[3] * self.factor**2
         parts = (latents / self.scale + self.shift).split(self.rows(pixels))
         return torch.cat([self.autoencoder.decode(part).sample for part in parts])
 
     def rows(self, pixels: int) -> int:
-        """Images of so many pixels that go through at once: a bound on memory whatever the batch."""
+        """Return images of so many pixels that go through at once: a bound on memory whatever the batch."""
         return max(1, PIXELS // pixels)
 
 
 def load_autoencoder(path: str) -> Any:
-    """diffusers' AutoencoderKL, in fp32. UserError when it cannot be had whole."""
+    """Return diffusers' AutoencoderKL, in fp32. UserError when it cannot be had whole."""
     if find_spec("diffusers") is None:
         raise UserError("vae needs the diffusers package, which is not installed: pip install 'diffusers>=0.42,<0.43'")
     on_hub = path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).exists()
@@ -99,7 +100,7 @@ def load_autoencoder(path: str) -> Any:
 
 
 def checked_folder(folder: Path) -> Path:
-    """The folder itself. UserError when it, or a file in it, is missing."""
+    """Return the folder itself. UserError when it, or a file in it, is missing."""
     if not folder.is_dir():
         raise UserError(f"vae.path={folder} is not a folder; {remedy(str(folder))}")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -109,7 +110,7 @@ def checked_folder(folder: Path) -> Path:
 
 
 def remedy(path: str, on_hub: bool = False) -> str:
-    """What to do about a folder that is not an autoencoder's."""
+    """Return what to do about a folder that is not an autoencoder's."""
     folder = "a folder, give it as vae.path," if on_hub else path
     source = path if on_hub else HUB_ID
     return f"put {CONFIG_FILE} and {WEIGHTS_FILE} of {source} on the Hugging Face hub into {folder} and try again"

@@ -1,0 +1,192 @@
+"""From typed overrides to a configuration that is checked and ready to run: new, resumed, or one job of a sweep."""
+
+import hashlib
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+
+from backends.base_backend import Backend
+from common.errors import UserError
+from common.files import in_working_folder
+from configuration.build import build
+from configuration.checks import check_contradictions, check_devices, check_memory, check_values
+from configuration.compose import compose_config, parse_overrides, resolved
+from configuration.overrides import differences, laid_over
+from configuration.stored import (
+    AS_TYPED,
+    allow_for,
+    check_new_parts,
+    check_plain,
+    check_targets,
+    upgraded,
+    without_downloads,
+)
+from configuration.values import FREE
+from runs.checks import check_files, check_run_is_new
+from runs.result import RunResult, result_of
+from runs.run_folder import CONFIG_REMEDY, RunFolder, run_folder_of
+
+# Of a whole config.yaml, from its first keys to its last.
+WRITTEN = ("run_name", "dataloaders", "model", "loss", "optimizer", "choices", "overrides", "changed")
+
+
+def submit(config: dict[str, Any]) -> RunResult:
+    """Hand a prepared configuration to its backend; returns what came of it."""
+    backend: Backend = build(config["backend"])
+    return result_of(config, backend.submit(config["overrides"], config))
+
+
+def describe(config: dict[str, Any]) -> str:
+    """Return what `submit` would do with a prepared configuration, and where, in a few lines. UserError
+    for what it refuses.
+    """
+    backend: Backend = build(config["backend"])
+    name, choices, folder = config["run_name"], config["choices"], run_folder_of(config)
+    what = f"{choices['model']} learns {choices['dataloaders']} by {choices['loss']}"
+    lines = {"backend": str(choices["backend"]), **backend.describe(config["overrides"], config)}
+    if config["resume"] and backend.elsewhere:
+        what = "goes on as it was begun there"
+    elif config["eval_checkpoint"]:
+        what = f"scores {config['eval_checkpoint']}"
+    else:
+        lines |= {
+            "run folder": str(folder.path) + (" (goes on)" if config["resume"] else ""),
+            "checkpoints": str(Path(config["output_dir"]) / "ckpts" / choices["model"]),
+        }
+    width = max(map(len, lines))
+    return "\n".join([f"{name}: {what}", *(f"  {line:<{width}}  {value}" for line, value in lines.items())])
+
+
+def prepare(overrides: list[str]) -> dict[str, Any]:
+    """Return the resolved configuration of a run, with `command`, `overrides` and `changed` (key -> (old, new)) beside its
+    keys.
+
+    UserError for anything that is wrong with it. Nothing is written. For a backend elsewhere what hangs on a machine's
+    files, such as a run to resume, is left to that machine.
+    """
+    config = resolved(compose_config(overrides))
+    check_values(config)
+    check_contradictions(config)
+    config |= {
+        "command": "python launcher.py " + shlex.join(overrides),
+        "overrides": overrides,
+        "changed": {},
+    }
+    allow_for(config)
+    check_new_parts(config)
+    if not config["resume"]:
+        check_devices(config)  # else once it is known what the run was begun with
+    backend: Backend = build(config["backend"])
+    if backend.elsewhere:
+        return config
+    if config["resume"]:
+        config = resumed(config, parse_overrides(overrides))
+        check_new_parts(config)
+        check_values(config)
+        check_devices(config)
+    check_memory(config)
+    check_files(config)
+    check_run_is_new(config, run_folder_of(config).path)
+    return config
+
+
+def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
+    """Return the stored configuration of the run with what was typed now laid over it.
+
+    The stored one may be anyone's: it builds what is allowed, fetches nothing, and has nothing written elsewhere. UserError
+    for that, when there is no such run, or when a setting that matters differs and resume is not `force`.
+    """
+    folder = run_folder_of(config)
+    if not folder.config_path.is_file():
+        raise UserError(
+            f"there is no run {config['run_name']} in {folder.path.parent} to resume; "
+            "leave resume=true out to start it, or see `python scripts/runs.py list`"
+        )
+    folder.check_entries()
+    before = upgraded(folder.read_config())
+    lacking = [key for key in WRITTEN if key not in before]
+    if lacking:
+        raise UserError(f"{folder.config_path} is cut: it lacks {', '.join(lacking)}; {CONFIG_REMEDY}")
+    now = {override.key_or_group.split(".")[0] for override in typed}
+    before.setdefault("monitor_mode", "min")  # as it was before there was a choice
+    before |= {key: value for key, value in config.items() if key not in before and key not in now}  # a key of later date
+    check_plain(before, folder.config_path)
+    merged = laid_over(without_downloads(before), config, typed)
+    check_targets(merged, folder.config_path, set(merged) - set(AS_TYPED))
+    check_log(merged["log"], folder, typed)
+    changed = {k: pair for k, pair in differences(before, merged).items() if k.split(".")[-1] not in ("download", "url")}
+    hard = {key: pair for key, pair in changed.items() if key.split(".")[0] not in FREE}
+    if hard and config["resume"] != "force":
+        listed = "; ".join(f"{key} was {old!r} and is now {new!r}" for key, (old, new) in hard.items())
+        raise UserError(
+            f"run {config['run_name']} was made with other settings: {listed}; leave them out to go on as it was, "
+            "or say resume=force"
+        )
+    soft = {
+        key: pair
+        for key, pair in changed.items()
+        if key.split(".")[0] in ("epochs", "max_steps", "device", "devices", "guidance")
+    }
+    return merged | {"changed": hard | soft}
+
+
+def check_log(log: dict[str, Any], folder: RunFolder, typed: list[Override]) -> None:
+    """Raise UserError where a run would go on in a log outside the working folder that this command does not name."""
+    file, named = str(log.get("file")), any(override.key_or_group in ("log", "log.file") for override in typed)
+    if log.get("expect") and not named and not in_working_folder(Path(file)):
+        raise UserError(
+            f"{folder.config_path} has the run's section written to {file}, outside the working folder; add "
+            f"log.file={file} if it belongs there"
+        )
+
+
+def sweep_name(run_name: str, swept: list[tuple[str, str]]) -> str:
+    """Return run_name with the job's own overrides appended: short, fit for a file name, the same whatever their order."""
+    leaves = [key.split(".")[-1] for key, _ in swept]
+    parts = []
+    for key, value in sorted(swept):
+        leaf = key.split(".")[-1]
+        word = f"{leaf if leaves.count(leaf) == 1 else key}={value}"
+        clean = re.sub(r"[^A-Za-z0-9._=+\-]+", "-", word).strip("-")
+        if len(clean) > 40 or clean != word.replace("/", "-"):
+            clean = f"{clean[:32]}-{hashlib.blake2s(word.encode(), digest_size=3).hexdigest()}"
+        parts.append(clean)
+    return "_".join([run_name, *parts])
+
+
+def sweep_job(job: list[str], swept_keys: set[str]) -> list[str] | RunResult:
+    """Return the overrides of one job of a sweep under its own run_name, resuming what was begun; its result if it has
+    finished.
+
+    UserError when a run of that name exists that another command made.
+    """
+    parsed = parse_overrides(job)
+    swept = [
+        (o.key_or_group, o.input_line.partition("=")[2]) for o in parsed if o.key_or_group in swept_keys and o.input_line
+    ]
+    bare = [text for text in job if not re.match(r"(resume|overwrite)=", text)]
+    config = resolved(compose_config(bare))
+    name = sweep_name(str(config["run_name"]), swept)
+    overrides = [*(text for text in bare if not text.startswith("run_name=")), f"run_name='{name}'"]
+    folder = RunFolder(Path(config["output_dir"]) / "runs" / name)
+    if not folder.config_path.is_file():
+        return overrides
+    if settings_of(folder.read_config().get("overrides", [])) != settings_of(overrides):
+        raise UserError(
+            f"run {name} exists in {folder.path.parent} from another command; give this sweep another run_name, "
+            "or remove that run"
+        )
+    status = folder.read_status()
+    if status.get("state") == "finished":
+        return result_of(config | {"run_name": name})
+    return [*overrides, "resume=true" if status.get("step") else "overwrite=true"]
+
+
+def settings_of(overrides: list[str]) -> list[str]:
+    """Return the overrides that say what a run is, sorted: without where it is carried out, and whether it goes on."""
+    keys = [override.key_or_group.split(".")[0] for override in parse_overrides(overrides)]
+    elsewhere = ("resume", "overwrite", "backend", "devices")
+    return sorted(text for text, key in zip(overrides, keys, strict=True) if key not in elsewhere)

@@ -1,0 +1,111 @@
+"""A sweep is checked whole before its first job, and its jobs fail one by one without ending it."""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.types import Glob
+from hydra.errors import CompactHydraException
+
+from backends.submission import describe, prepare, submit, sweep_job
+from common.errors import UserError
+from configuration.compose import parse_overrides
+from runs.result import RunResult, result_of
+from runs.run_folder import table
+
+SHOWN = 3  # scores in the closing table, beside the monitored one
+HEADLINES = (
+    "eval/energy_distance_1nfe", "eval/energy_distance", "eval/fid", "eval/accuracy", "oracle/velocity_error",
+    "eval/nearest_distance_ratio", "eval/loss",
+)  # fmt: skip
+
+
+class JobFailedError(CompactHydraException):
+    """One job of a sweep failed; Hydra goes on with the others and exits with status 1 at the end."""
+
+    @staticmethod
+    @contextmanager
+    def from_user_errors() -> Iterator[None]:
+        """Say at once what is wrong with the job."""
+        try:
+            yield
+        except UserError as error:
+            print(f"launcher.py: {error}", file=sys.stderr)
+            raise JobFailedError("a job of the sweep failed, see above; the same command runs it again") from error
+
+
+class Sweep:
+    """The jobs of -m, composed whole before the first begins: a file edited meanwhile changes none of them.
+
+    swept: the keys that vary; they name the jobs. A sweeper that chooses values as it goes (hydra/sweeper=...) has its jobs
+    composed when they come. UserError for the first job that could not start.
+    """
+
+    def __init__(self, words: list[str]) -> None:
+        overrides = parse_overrides(words)
+        self.results: dict[tuple[str, ...], RunResult] = {}
+        self.swept = {o.key_or_group for o in overrides if o.is_sweep_override()}
+        self.prepared: dict[tuple[str, ...], dict[str, Any] | RunResult] = {}
+        if not any(word.startswith("hydra/sweeper") for word in words):
+            for override in overrides:
+                if override.is_interval_sweep() or isinstance(override.value(), Glob):
+                    raise UserError(
+                        f"{override.input_line} lists no values; a sweep tries those it is given, as in "
+                        f"{override.key_or_group}=FIRST,SECOND (it does not search an interval yet)"
+                    )
+            (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+            self.prepared = {tuple(job): self.prepare(job) for job in jobs}
+
+    def prepare(self, job: Sequence[str]) -> dict[str, Any] | RunResult:
+        """Return the checked configuration of a job, or its result when it has finished."""
+        made = sweep_job(list(job), self.swept)
+        return made if isinstance(made, RunResult) else prepare(made)
+
+    def describe(self) -> str:
+        """Return what the sweep would do, job by job. UserError for a sweeper that chooses its jobs as it goes."""
+        if not self.prepared:
+            raise UserError("--dry-run lists a sweep's jobs, and this hydra/sweeper chooses them as it goes; leave it out")
+        return "\n".join(
+            f"{' '.join(job)}: has finished, would be skipped" if isinstance(config, RunResult) else describe(config)
+            for job, config in self.prepared.items()
+        )
+
+    def run(self, job: Sequence[str]) -> RunResult:
+        """Carry out a job unless it has finished; its failure is said at once and reported to Hydra."""
+        key = tuple(job)
+        config = self.prepared[key] if key in self.prepared else self.prepare(job)
+        if isinstance(config, RunResult):
+            print(f"{config.name}: has finished, skipped")
+            self.results[key] = config
+            return config
+        try:
+            with JobFailedError.from_user_errors():
+                self.results[key] = submit(config)
+        except BaseException:
+            self.results[key] = failed = result_of(config)
+            failed.state = failed.state if failed.state == "interrupted" else "failed"
+            raise
+        return self.results[key]
+
+    def closing_table(self) -> str:
+        """Return the jobs that have been begun or skipped, a line each: run, what varies, state, scores;
+        the best is marked.
+        """
+        results = list(self.results.values())
+        shown = [name for name in HEADLINES if any(name in result.scores for result in results)][:SHOWN]
+        keys = sorted(self.swept)
+        rows = [["", "run", *keys, "state", f"best {results[0].monitor}", *shown]]
+        higher = results[0].higher
+        known = [result for result in results if result.state == "finished" and math.isfinite(result)]
+        best = (max if higher else min)(known, default=math.inf)
+        for job, result in self.results.items():
+            values = dict(word.partition("=")[::2] for word in job)
+            scores = [f"{result.scores[name]:.4g}" if result.scores.get(name) is not None else "-" for name in shown]
+            monitored = f"{float(result):.4g}" if math.isfinite(result) else "-"
+            mark = "*" if result == best and math.isfinite(best) else ""
+            rows.append([mark, result.name, *(values.get(key, "-") for key in keys), result.state, monitored, *scores])
+        which = "highest" if higher else "lowest"
+        return f"sweep: {len(results)} jobs, * the {which} {results[0].monitor} of those that finished\n{table(rows)}"

@@ -1,0 +1,137 @@
+"""The processes of one run: who they are, what they tell each other, and how they end together.
+
+One process is a run as well: every function here then answers at once. Several are started by torchrun, or by the launcher
+through it (backends/torchrun.py), and find RANK, WORLD_SIZE and MASTER_ADDR in their environment. Each holds the whole
+state; only rank 0 writes and speaks.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from backends.submission import prepare
+from common import distributed
+from common.distributed import LostRankError, explained_losses, orphaned, wait_for_all, world
+from common.errors import UserError
+from configuration.checks import check_devices
+from configuration.compose import parse_overrides
+from train import carry_out
+
+PREPARED = "DENOISING_ZOO_PREPARED"  # the launcher's checked configuration, for the processes it starts
+SENTENCE = "DENOISING_ZOO_SENTENCE"  # the file in which it looks for what they found wrong
+LOST = 75  # exit status of a process that ends because another has
+START, PATIENCE = timedelta(minutes=15), timedelta(hours=24)  # to meet; to wait, as the others do for rank 0's scores
+
+
+def together(work: Callable[[], Any]) -> NoReturn:
+    """Do this process's part of the work among the others that torchrun has started, and end.
+
+    What goes wrong is said by the first process to fail alone, a UserError's sentence through the launcher if that has
+    started it. Status 0, that of a SystemExit, 130 after an early SIGINT, LOST where another has died, else 1.
+    """
+    if SENTENCE in os.environ:
+        Path(os.environ[SENTENCE]).with_name(f"process-{os.getpid()}").write_text(str(os.getpid()))
+    met = threading.Event()
+    threading.Thread(target=leave_if_orphaned, args=(met,), daemon=True).start()
+    distributed.meeting, number, count = next(dist.rendezvous("env://", timeout=START))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=distributed.meeting, rank=number, world_size=count, timeout=PATIENCE)
+    met.set()
+    try:
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere if number else sys.stdout), explained_losses():
+            status = status_of(work)
+            wait_for_all()  # torchrun would end those that still save
+    except LostRankError:
+        status = LOST
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    except Exception as error:
+        status = 1
+        if first_to_fail(str(error) or type(error).__name__):
+            tell(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if orphaned():
+        remove_its_folder()
+    os._exit(status)  # an orderly end aborts when a thread of the process group still wants the interpreter
+
+
+def status_of(work: Callable[[], Any]) -> int:
+    """0, or the status of the SystemExit that ended it."""
+    try:
+        work()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def tell(error: Exception) -> None:
+    """A UserError to the launcher, or where there is none in a sentence on stderr; a bug of ours with its traceback."""
+    if not isinstance(error, UserError):
+        traceback.print_exception(error)
+    elif SENTENCE in os.environ:
+        Path(os.environ[SENTENCE]).write_text(str(error))
+    else:
+        print(f"launcher.py: {error}", file=sys.stderr)
+
+
+def first_to_fail(why: str) -> bool:
+    """Whether no other process has failed before; leaves word of why."""
+    meeting = distributed.meeting
+    assert meeting is not None
+    try:
+        if meeting.add("failed", 1) > 1:
+            return False
+        meeting.set("why", why)
+    except dist.DistError:  # without torchrun's agent rank 0 keeps the words, and it has ended
+        return False
+    return True
+
+
+def configuration(overrides: list[str]) -> dict[str, Any]:
+    """Return what the launcher has checked for this process, or what `overrides` mean; `devices` is the number of processes.
+
+    UserError for what is wrong with them, or for another typed number of devices.
+    """
+    prepared = os.environ.get(PREPARED)
+    config: dict[str, Any] = json.loads(prepared) if prepared else prepare(overrides)
+    if config["devices"] != world() and any(o.key_or_group == "devices" for o in parse_overrides(overrides)):
+        raise UserError(f"torchrun has started {world()} processes, and devices={config['devices']}; leave devices out")
+    if config["choices"]["backend"] not in ("local", "torchrun"):
+        where = config["choices"]["backend"]
+        raise UserError(f"torchrun carries out a run here, and backend={where} elsewhere; leave one of them out")
+    config["devices"] = world()
+    check_devices(config)
+    return config
+
+
+def leave_if_orphaned(met: threading.Event) -> None:
+    """End this process if its agent dies before all have met: nothing is lost yet, and it would wait for long."""
+    while not met.wait(1):
+        if orphaned():
+            remove_its_folder()
+            os._exit(LOST)
+
+
+def remove_its_folder() -> None:
+    """Remove the temporary folder that the launcher made for its processes and, being killed, has left."""
+    place = Path(os.environ.get(SENTENCE, "")).parent
+    if place.name.startswith("torchrun-"):
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def take_part(overrides: list[str]) -> NoReturn:
+    """Carry out a run together with the other processes that torchrun has started, and end this one."""
+    together(lambda: carry_out(configuration(overrides)))

@@ -1,0 +1,73 @@
+"""What the small scripts share: words to settings, and the process boundary."""
+
+import errno
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from common.errors import UserError, printable
+from common.files import DISK_ERRORS, disk_sentence, outlive_readers
+
+ROOT = Path(__file__).resolve().parents[1]
+MATCH_SECONDS = 3  # that comparing names with a typed regular expression may take
+
+
+def outputs() -> Path:
+    """Return where runs, checkpoints and pictures are looked for: outputs/ of the working folder, else the repository's."""
+    return Path("outputs") if Path("outputs").is_dir() else ROOT / "outputs"
+
+
+def unknown(word: str, keys: Iterable[str]) -> str:
+    """That a key=value word has no known key."""
+    return f"unknown key in {word!r}; the keys are {', '.join(keys)}"
+
+
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """Return the names that a regular expression matches as a whole. UserError for one that is none, or takes seconds."""
+    try:
+        expression = re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{pattern!r} is not a regular expression ({error}): write old_.* for old_1, old_2, ...") from None
+
+    def give_up(*_: object) -> None:
+        raise UserError(f"{pattern!r} takes too long to compare with the names; write it without repeats inside repeats")
+
+    before = signal.signal(signal.SIGALRM, give_up)  # which a search for a match lets in
+    signal.alarm(MATCH_SECONDS)
+    try:
+        return [name for name in names if expression.fullmatch(name)]
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def split(words: list[str], settings: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Return the settings with what key=value words say of them, and all other words."""
+    pairs = [(word, word.partition("=")) for word in words]
+    said = {key: value for _, (key, equals, value) in pairs if equals and key in settings}
+    return settings | said, [word for word, (key, equals, _) in pairs if not (equals and key in settings)]
+
+
+def front(words: list[str], doc: str | None, carry_out: Callable[[list[str]], object]) -> int:
+    """Carry out a command line and print what comes of it; the exit status. A user's mistake is one sentence.
+
+    So is a path that cannot be written, such as one below a file, or a full disk.
+    """
+    if "--help" in words or "-h" in words:
+        print(doc)
+        return 0
+    outlive_readers()
+    try:
+        print(carry_out(words))
+    except UserError as error:
+        sentence = str(error)
+    except OSError as error:
+        if error.errno not in (*DISK_ERRORS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST):
+            raise
+        sentence = f"{printable(disk_sentence(error))}; make room there, or choose another place (most often by out=)"
+    else:
+        return 0
+    print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+    return 1

@@ -1,0 +1,91 @@
+"""The device a run computes on, and the numerical switches that go with it."""
+
+import contextlib
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from common.errors import UserError
+
+BUSY_GIB, WAIT_SECONDS = 2.0, 30.0  # a GPU of which others hold more is in use; how often to look again
+AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """Return auto is CUDA, then MPS, then CPU. UserError for a device this machine does not have."""
+    if name not in ("auto", "cpu", "cuda", "mps"):
+        raise UserError(f"device takes auto, cpu, cuda or mps, not {name!r}")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        there = ", ".join(kind for kind, found in available.items() if found)
+        raise UserError(f"device={name} is not available on this machine; use device=auto or one of: {there}")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        take_own_gpu(int(os.environ["LOCAL_RANK"]))
+    return torch.device(name)
+
+
+def take_own_gpu(place: int) -> None:
+    """Of several processes here, each computes on its own CUDA device. UserError for more processes than devices."""
+    there = torch.cuda.device_count()
+    if place >= there:
+        raise UserError(
+            f"this machine has {there} CUDA device(s) and more processes than that; start so many, or use device=cpu"
+        )
+    torch.cuda.set_device(place)
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a person calls the device."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def set_numerics(device: torch.device, deterministic: bool) -> None:
+    """On CUDA: TF32 and cuDNN autotuning, or deterministic kernels throughout. The CPU is deterministic as it is."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
+    torch.use_deterministic_algorithms(deterministic)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = not deterministic
+        torch.backends.cudnn.allow_tf32 = not deterministic
+        torch.backends.cudnn.benchmark = not deterministic
+
+
+def memory_of_others(device: torch.device) -> float:
+    """GiB of a CUDA device that other processes hold, this one's own context (half a GiB) included; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0.0
+    free, total = torch.cuda.mem_get_info(device)
+    return float(total - free - torch.cuda.memory_reserved(device)) / 2**30
+
+
+def wait_for_device(device: torch.device, wait: bool, pause: Callable[[float], None] = time.sleep) -> None:
+    """One line while others use the GPU; with `wait`, return only when they no longer do."""
+    held = memory_of_others(device)
+    if held < BUSY_GIB:
+        return
+    if not wait:
+        print(f"note: other processes hold {held:.0f} GiB of this GPU; it may be slow or not fit (wait=true waits for them)")
+        return
+    print(f"waiting: other processes hold {held:.0f} GiB of this GPU (wait=true)", flush=True)
+    while memory_of_others(device) >= BUSY_GIB:
+        pause(WAIT_SECONDS)
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which a loss is computed; fp32 is no context at all."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=AUTOCAST_TYPES[precision])
+
+
+def gradient_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
+    """Loss scaling for fp16; otherwise a scaler that does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -1,0 +1,127 @@
+"""Collectives over the processes of a run; with one process each answers at once."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from common.errors import UserError
+
+AGENT = "DENOISING_ZOO_AGENT"  # the launcher's process, which watches them
+
+
+DIED = "another process of the run has died"
+
+
+PARENT = os.getppid()
+
+
+T = TypeVar("T")
+
+
+meeting: dist.Store | None = None  # where ranks leave words that outlive them
+
+
+class LostRankError(UserError):
+    """Another process of the run has died."""
+
+
+def rank() -> int:
+    """Return this process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Return how many processes the run has."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def explained_losses() -> Iterator[None]:
+    """Errors of a broken connection as LostRankError, with the word that the other left if it could."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error) and "NCCL" not in str(error):
+            raise
+        why = DIED
+        with suppress(dist.DistError):
+            if meeting is not None and meeting.check(["why"]):
+                why = meeting.get("why").decode()
+        raise LostRankError(why) from error
+
+
+def wait_for_all() -> None:
+    """Until every rank has come here."""
+    if world() > 1:
+        dist.all_reduce(torch.zeros(1))
+
+
+@contextmanager
+def first_alone(alone: bool) -> Iterator[None]:
+    """A block that rank 0 carries out before the others begin it, if `alone`."""
+    if alone and rank():
+        wait_for_all()
+    try:
+        yield
+    finally:
+        if alone and rank() == 0:
+            wait_for_all()
+
+
+def from_first(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    if world() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def agreed(own: T | None) -> T | None:
+    """Return the value of the lowest rank that has one, on every rank; None where none has. Between the CPUs: no device
+    waits.
+    """
+    if world() == 1:
+        return own
+    some = torch.tensor([float(own is not None)])
+    dist.all_reduce(some)
+    if not some:
+        return None
+    values: list[T | None] = [None] * world()
+    dist.all_gather_object(values, own)
+    return next(value for value in values if value is not None)
+
+
+def any_rank(flag: bool) -> bool:
+    """Return whether `flag` holds on any rank. Between the CPUs: no device waits."""
+    if world() == 1:
+        return flag
+    some = torch.tensor([float(flag)])
+    dist.all_reduce(some)
+    return bool(some)
+
+
+def averaged(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return means over the ranks of scalars of the same names."""
+    if world() == 1 or not values:
+        return dict(values)
+    mean = torch.stack(list(values.values()))
+    dist.all_reduce(mean)
+    return dict(zip(values, mean / world(), strict=True))
+
+
+def put_together(parts: Tensor) -> Tensor:
+    """Return the sum over the ranks: of tensors that are zero but for each rank's own rows, all rows, exactly."""
+    if world() > 1:
+        dist.all_reduce(parts)
+    return parts
+
+
+def orphaned() -> bool:
+    """Whether the agent that started this process, and watched it, is gone."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != int(os.environ.get(AGENT, PARENT))

@@ -1,0 +1,124 @@
+"""How long things take: said before those of more than ten seconds, and shown while they go on, on stderr."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+LONG = 10.0  # seconds that nobody is told of
+BETWEEN = 30.0  # seconds at least between two lines, and a tenth of the whole
+FORM = {
+    "leave": False, "delay": 1.0, "bar_format": "{desc}: {percentage:3.0f} %|{bar}| {elapsed} gone, {remaining} left",
+}  # fmt: skip
+TRIAL = 1.0  # seconds that are tried at once, about
+
+T = TypeVar("T")
+
+
+def on_terminal() -> bool:
+    """Whether people see stderr as it is written."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def in_words(seconds: float) -> str:
+    """8 s, 6 min, 1.5 h or 3 days."""
+    for most, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < most:
+            return f"{seconds / unit:.2g} {name}" if seconds / unit < 10 else f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 86_400:,.0f} days"
+
+
+def bar(**settings: Any) -> Any:
+    """Return a tqdm bar on stderr, for a terminal alone. One that does not know its size, as over some links, counts as 80 x
+    24.
+    """
+    from tqdm import tqdm
+
+    if on_terminal():
+        known = min(os.get_terminal_size(sys.stderr.fileno())) > 0
+        settings |= {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
+    return tqdm(disable=not on_terminal(), **settings)
+
+
+class Progress:
+    """Of one job of known size: a bar on a terminal, else an estimate in words once it is known to be long, and lines."""
+
+    def __init__(self, what: str, total: int, initial: int = 0, **form: Any):
+        """initial: what was done earlier. form: of the bar, as tqdm takes it."""
+        self.what, self.total, self.initial, self.done = what, total, initial, initial
+        self.begun = self.told = time.perf_counter()
+        self.silent = True
+        self.bar = bar(desc=what, total=total, initial=initial, **(form or FORM))
+
+    def advance(self, done: int) -> None:
+        """So much more of the total is done."""
+        done = min(done, self.total - self.done)
+        self.done += done
+        self.bar.update(done)
+        if self.bar.disable:
+            self.speak(time.perf_counter())
+
+    def speak(self, now: float) -> None:
+        """A line, if one is due."""
+        gone = now - self.begun
+        left = gone * (self.total - self.done) / max(self.done - self.initial, 1)
+        due = gone > 1 and gone + left > LONG if self.silent else now - self.told > max(BETWEEN, (gone + left) / 10)
+        if due and left > 0:
+            share = "" if self.silent else f"{self.done / self.total:.0%} done, "
+            print(f"{self.what}: {share}about {in_words(left)} left", file=sys.stderr, flush=True)
+            self.silent, self.told = False, now
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Progress]:
+    """`Progress` of a job, for as long as it goes on."""
+    shown = Progress(what, total)
+    try:
+        yield shown
+    finally:
+        shown.bar.close()
+
+
+@contextmanager
+def watched(network: nn.Module, what: str, rows: int) -> Iterator[None]:
+    """Progress of a job that takes `rows` rows through the network in all, shown as they go through it."""
+    with progress(what, rows) as shown:
+        handle = network.register_forward_hook(lambda module, given, answer: shown.advance(len(given[0])))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def each(items: Iterable[T], what: str) -> Iterator[T]:
+    """Yield the items, with progress."""
+    items = items if isinstance(items, Sized) else list(items)
+    with progress(what, len(items)) as shown:
+        for item in items:
+            yield item
+            shown.advance(1)
+
+
+def seconds_a_row(work: Callable[[int], object], most: int, device: torch.device) -> float:
+    """Return seconds a row of work(rows), tried with 2, 8, 32, ... rows, up to `most` or to what takes TRIAL seconds.
+
+    Two at least: a batch norm takes no single row.
+    """
+
+    def tried(rows: int) -> float:
+        begun = time.perf_counter()
+        work(rows)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    rows = min(2, most)
+    tried(rows)  # the first one prepares
+    while (seconds := tried(rows)) < TRIAL / 4 and rows < most:
+        rows = min(4 * rows, most)
+    return (seconds if seconds > TRIAL else (tried(rows) + tried(rows)) / 2) / rows

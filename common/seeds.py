@@ -1,0 +1,36 @@
+"""Where every random number of a run comes from: named streams, numbered draws, no hidden state.
+
+A generator is seeded afresh from (seed, stream, index) whenever it is used, so that a resumed run, a rerun and every
+rank know their own numbers without a saved generator state. Seeds of one run never collide: the stream's base is a hash,
+and draws count up from it.
+"""
+
+import hashlib
+
+import torch
+
+SEED_SPACE = 2**32  # the CPU generator (mt19937) looks at 32 bits of its seed
+
+
+def stream_seed(seed: int, stream: str, index: int = 0) -> int:
+    """Return the 32-bit seed of draw `index` of the named stream; distinct for distinct indices of one stream."""
+    base = int.from_bytes(hashlib.blake2s(f"{seed}:{stream}".encode(), digest_size=4).digest(), "little")
+    return (base + index) % SEED_SPACE
+
+
+def seed_network(seed: int, index: int, device: torch.device) -> None:
+    """Seed what dropout draws from, the default generator of `device`, for step `index`.
+
+    torch.manual_seed would do, but visits every kind of device: 170 microseconds against 2.
+    """
+    number = stream_seed(seed, "network", index)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
+    elif device.type == "mps":
+        torch.mps.manual_seed(number)
+    torch.default_generator.manual_seed(number)
+
+
+def generator_for(seed: int, stream: str, index: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a new generator on `device`, seeded for draw `index` of the named stream."""
+    return torch.Generator(device=device).manual_seed(stream_seed(seed, stream, index))

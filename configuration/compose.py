@@ -1,0 +1,308 @@
+"""From the words of a command line to a checked configuration, without importing torch.
+
+A command line is composed once: Hydra composes the groups, then each `key=value` is laid over them here, so that an
+unknown key, a wrong type or a value out of range becomes one sentence that names the nearest right word.
+"""
+
+import difflib
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.initialize import get_gh_backup, restore_gh_from_backup
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+
+from common.errors import UserError
+from configuration.values import as_typed, check_run_name, check_value, declared
+from dataloaders.array_header import array_classes, array_shape
+from dataloaders.picture_files import attribute_classes, folder_classes, imagenet_classes, latent_classes, latent_shape
+
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+AUGMENT_PARAMETERS = 9  # of dataloaders.augmentation.parameters
+HANDED_ON = "training"  # a group's node of settings that other parts take from it; no constructor sees it
+
+
+def vector_shape(shape: Any) -> Any:
+    """Return the state shape, for models of vectors. UserError for images."""
+    if len(shape) != 1:
+        raise UserError(
+            f"this model takes vectors, but the data has states of shape {list(shape)}; "
+            "choose an image model (model=cnn) or a set of points (dataloaders=kmeans)"
+        )
+    return shape
+
+
+def image_shape(shape: Any) -> Any:
+    """Return the state shape, for models of images. UserError for vectors."""
+    if len(shape) != 3:
+        raise UserError(
+            f"this model takes images (channels, height, width), but the data has states of shape {list(shape)}; "
+            "choose model=mlp or an image set (dataloaders=digits)"
+        )
+    return shape
+
+
+def conditional_classes(conditional: bool, num_classes: int) -> int:
+    """Return how many classes the network is told of. UserError when it should be conditional on data without labels."""
+    if conditional and not num_classes:
+        raise UserError("conditional=true needs labels, and this data has none; use conditional=false")
+    return num_classes if conditional else 0
+
+
+def augment_dim(probability: float) -> int:
+    """Return how many numbers the network is told of what the augmentation did to a picture."""
+    return AUGMENT_PARAMETERS if probability else 0
+
+
+def label_classes(num_classes: int) -> int:
+    """Return how many classes a classifier tells apart. UserError for data without labels."""
+    if not num_classes:
+        raise UserError(
+            "a classifier needs labels, and this data has none; choose labelled images (dataloaders=digits), "
+            "or loss=mse with a velocity model"
+        )
+    return num_classes
+
+
+def register_resolvers() -> None:
+    """The functions that configs/ calls as ${name:argument}."""
+    for function in (
+        vector_shape, image_shape, conditional_classes, label_classes, array_classes, augment_dim, folder_classes,
+        imagenet_classes, attribute_classes, latent_classes,
+    ):  # fmt: skip
+        OmegaConf.register_new_resolver(function.__name__, function, replace=True)
+    for shape in (array_shape, latent_shape):
+        OmegaConf.register_new_resolver(shape.__name__, as_list(shape), replace=True)
+
+
+def as_list(shape: Callable[[str], list[int]]) -> Callable[[str], Any]:
+    """Return the function with its result as configurations hold lists."""
+    return lambda path: OmegaConf.create(shape(path))
+
+
+def groups() -> dict[str, list[str]]:
+    """Return every config group ("loss", "loss/path", ...) and its choices."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(CONFIG_DIR.rglob("*.yaml")):
+        if file.parent != CONFIG_DIR:
+            found.setdefault(file.parent.relative_to(CONFIG_DIR).as_posix(), []).append(file.stem)
+    return found
+
+
+@cache
+def known_targets() -> set[str]:
+    """Return every class that a file of configs/ names as its `_target_`."""
+    files = CONFIG_DIR.rglob("*.yaml")
+    return {target for file in files for target in re.findall(r"_target_:\s*([\w.]+)", file.read_text(encoding="utf-8"))}
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """' (did you mean x?)' or nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def parse_overrides(overrides: list[str]) -> list[Override]:
+    """Hydra's own reading of each override. UserError for one it cannot read."""
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        if re.fullmatch(r"run_name=[\w.+\-]+=[\w.=+\-]*", text):  # a sweep's run_name holds =, which Hydra wants quoted
+            text = f"run_name='{text.removeprefix('run_name=')}'"
+        if re.fullmatch(r"trust=[\w.]+(,[\w.]+)+", text):  # a list, not the jobs of a sweep
+            text = f"trust=[{text.removeprefix('trust=')}]"
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            override = None
+        if override is None and text.startswith("run_name="):
+            check_run_name(text.removeprefix("run_name="))
+        if override is None or not override.key_or_group:
+            raise UserError(
+                f"cannot read {text!r}: write key=value or group=choice, and quote spaces and special characters "
+                "as in 'key=\"a, b\"'"
+            )
+        parsed.append(override)
+    return parsed
+
+
+def is_group(override: Override) -> bool:
+    """Whether it chooses a file of configs/ (or one of Hydra's own) rather than sets a value."""
+    key = override.key_or_group.split("@")[0]
+    return ((CONFIG_DIR / key).is_dir() and not isinstance(override.value(), dict)) or key.startswith("hydra/")
+
+
+def check_choice(override: Override) -> None:
+    """Raise UserError for a choice that its group does not have."""
+    choices = groups().get(override.key_or_group.split("@")[0])
+    value = override.value()
+    if choices is not None and not override.is_delete() and value is not None and str(value) not in choices:
+        raise UserError(
+            f"{override.key_or_group}={value} does not exist{nearest(str(value), choices)}; choices: {', '.join(choices)}"
+        )
+
+
+def compose_config(overrides: list[str]) -> DictConfig:
+    """Return the configuration a command line means, choices included under `choices`. UserError with one sentence
+    otherwise.
+    """
+    register_resolvers()
+    parsed = [override for override in parse_overrides(overrides) if not override.key_or_group.startswith("hydra")]
+    for override in parsed:
+        if override.is_sweep_override():
+            raise UserError(f"{override.input_line} lists several values; add -m to run one job for each")
+    chosen = [override for override in parsed if is_group(override)]
+    for override in chosen:
+        check_choice(override)
+    outer = get_gh_backup()  # Hydra's own, while it runs the jobs of a sweep
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+            words = [str(override.input_line) for override in chosen if override.value() is not None]
+            cfg = compose("train", words, return_hydra_config=True)
+    except HydraException as error:
+        raise UserError(f"cannot compose these choices: {str(error).splitlines()[0]}") from error
+    finally:
+        restore_gh_from_backup(outer)
+    choices = {key: value for key, value in cfg.hydra.runtime.choices.items() if "hydra" not in key and "@" not in key}
+    for override in chosen:
+        if override.value() is None and choices.get(override.key_or_group) is not None:
+            raise UserError(f"{override.input_line}: a run cannot do without it; choose one of its files, see --help")
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    cfg["choices"] = dict(choices)
+    for override in parsed:
+        if override not in chosen:
+            lay_over(cfg, override)
+    return cfg
+
+
+def flat_keys(cfg: Any, prefix: str = "") -> list[str]:
+    """Return every key of a nested configuration, dotted, inner nodes included."""
+    keys = []
+    for key in map(str, cfg if isinstance(cfg, DictConfig) else ()):
+        keys.append(f"{prefix}{key}")
+        if not OmegaConf.is_missing(cfg, key) and isinstance(cfg._get_node(key), DictConfig):
+            keys += flat_keys(cfg[key], f"{prefix}{key}.")
+    return keys
+
+
+def select(node: Any, key: str) -> Any:
+    """Return the value at a dotted key of nested dicts."""
+    for part in key.split("."):
+        node = node[part]
+    return node
+
+
+def lay_over(cfg: DictConfig, override: Override) -> None:
+    """Set, add (+key) or delete (~key) one value. UserError for an unknown key or a value of another type."""
+    key, known = override.key_or_group, flat_keys(cfg)
+    if not override.is_add() and not override.is_force_add() and key not in known:
+        group = key.split(".")[0]
+        if group == "tracker":
+            raise UserError(
+                f"there is no setting {key}; a tracker's settings are those of trackio: trackio{key[len(group) :]}"
+            )
+        if group in groups() and group not in cfg:
+            raise UserError(f"{key} is a setting of a chosen {group}; add {group}={groups()[group][0]} or another choice")
+        owners = [choice for choice in groups().get(group, []) if has_setting(group, choice, key)]
+        if owners:
+            raise UserError(f"{key} is a setting of {group}={' or '.join(owners)}, which is not chosen here; add it")
+        known += [group for group in groups() if "/" in group]
+        raise UserError(f"there is no setting {key}{nearest(key, known)}; `python launcher.py --cfg job` lists them all")
+    if override.is_delete():
+        if "." not in key and key not in groups():
+            raise UserError(f"{key} cannot be left out, every run has one; set it, as in {key}={cfg._get_node(key)}")
+        delete(cfg, key)
+        return
+    value = checked(cfg, key, override.value(), raw_text(override))
+    OmegaConf.update(cfg, key, value, merge=isinstance(value, dict), force_add=True)
+
+
+def has_setting(group: str, choice: str, key: str) -> bool:
+    """Whether the file of a choice has the dotted key of its group, such as backend.gpu."""
+    node = OmegaConf.load(CONFIG_DIR / group / f"{choice}.yaml")
+    return isinstance(node, DictConfig) and key.removeprefix(f"{group}.") in flat_keys(node)
+
+
+def delete(cfg: DictConfig, key: str) -> None:
+    """Remove the node at a dotted key."""
+    parent, _, leaf = key.rpartition(".")
+    del (OmegaConf.select(cfg, parent) if parent else cfg)[leaf]
+
+
+def raw_text(override: Override) -> str:
+    """Return the value as it was typed."""
+    return str(override.input_line).partition("=")[2].strip("'\"")
+
+
+def held(cfg: DictConfig, key: str) -> Any:
+    """Return what a dotted key holds; None where that is missing or cannot be told yet."""
+    try:
+        return OmegaConf.select(cfg, key, throw_on_missing=False)
+    except OmegaConfBaseException:
+        return None
+
+
+def checked(cfg: DictConfig, key: str, value: Any, text: str) -> Any:
+    """Return the value that was typed as `text`, for the key. UserError unless it may stand there;
+    ${...} is left for later.
+    """
+    if isinstance(value, str) and value.startswith("${"):
+        return value
+    setting, before = declared(key, held(cfg, f"{key.rpartition('.')[0]}._target_")), held(cfg, key)
+    if setting is not None:
+        value = as_typed(value, text, setting)
+        check_value(key, value, setting)
+    elif isinstance(before, DictConfig) and value is not None and not isinstance(value, dict):
+        inner = [*flat_keys(before), "x"][0]
+        raise UserError(f"{key} takes a group of settings: set one of its keys, such as {key}.{inner}, not {text!r}")
+    return value
+
+
+def twice_as_long(config: dict[str, Any]) -> str:
+    """Return the override with which a finished run goes on to twice its length."""
+    return f"max_steps={2 * config['max_steps']}" if config["max_steps"] else f"epochs={2 * config['epochs']}"
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """Return the configuration as plain values, every interpolation carried out. UserError for what is missing or
+    impossible.
+    """
+    unset = OmegaConf.to_container(cfg)
+    missing = [key for key in flat_keys(cfg) if select(unset, key) == "???"]
+    if missing:
+        example = "run_name=my_experiment" if missing[0] == "run_name" else f"{missing[0]}=..."
+        raise UserError(f"{missing[0]} is missing; add it to the command, such as {example}")
+    reading = [key for key in flat_keys(cfg) if re.search(r"\$\{\s*oc\.env\b", str(select(unset, key)))]
+    if reading:
+        raise UserError(
+            f"{reading[-1]} reads the environment by ${{oc.env:...}}, and what it reads would be kept in config.yaml, saves "
+            "and reports; write the value itself, and leave what is secret to the program that needs it, as WANDB_API_KEY is"
+        )
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise cause from None
+        group, _, rest = str(error.msg).partition("'")[2].partition("'")[0].partition(".")
+        if isinstance(error, InterpolationKeyError) and rest and group in cfg["choices"]:
+            lacking, asked = f"configs/{group}/{cfg['choices'][group]}.yaml", error.full_key
+            add = "`training: {lr: 1e-3}`" if rest == "training.lr" else rest
+            raise UserError(
+                f"{asked} is taken from {group}.{rest}, which {lacking} lacks; add {add} there, or give {asked}=<a value>"
+            ) from error
+        raise UserError(f"a setting cannot be worked out: {str(error).splitlines()[0]}") from error
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}

@@ -1,0 +1,53 @@
+"""A stored configuration with newly typed overrides laid over it, and what changed."""
+
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+from omegaconf import OmegaConf
+
+from common.errors import UserError
+from configuration.checks import has, lookup
+from configuration.compose import delete, is_group
+
+
+def laid_over(stored: dict[str, Any], config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
+    """`stored` with each typed override's value, or chosen group, taken from `config`."""
+    merged = OmegaConf.create(stored)
+    for override in typed:
+        if override.key_or_group.startswith("hydra"):
+            continue
+        key = override.key_or_group.split("@")[0]
+        if is_group(override):
+            if merged["choices"].get(key) == config["choices"].get(key):
+                continue  # the same choice again: the stored settings of it stand
+            if key in ("experiment", "debug"):
+                raise UserError(f"{key}={config['choices'].get(key)} can only be given when a run starts; leave it out here")
+            merged["choices"][key] = config["choices"].get(key)
+            key = "trackio" if key == "tracker" else key.replace("/", ".")
+        if key == "conditional" and stored.get(key) != config[key]:
+            raise UserError("whether a network is told the class is decided when a run starts; leave conditional out here")
+        if override.is_delete():
+            if has(stored, key):
+                delete(merged, key)
+            continue
+        value = lookup(config, key) if has(config, key) else None
+        OmegaConf.update(merged, key, value, merge=False, force_add=True)
+    for key in ("resume", "overwrite", "command", "overrides", "changed", "output_dir", "trust"):
+        merged[key] = config[key]
+    plain = OmegaConf.to_container(merged)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of a nested dict by dotted key."""
+    if not isinstance(config, dict) or not config:
+        return {prefix.rstrip("."): config}
+    return {k: v for key, value in config.items() for k, v in flat(value, f"{prefix}{key}.").items()}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return key -> (old, new) for every leaf that differs."""
+    before, after = flat(old), flat(new)
+    keys = [*before, *(key for key in after if key not in before)]
+    return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}

@@ -1,0 +1,263 @@
+"""What a configuration may have built and called, wherever it comes from: a command, a run's folder, a checkpoint.
+
+No torch here: the launcher's checks use it.
+"""
+
+import inspect
+import pkgutil
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from configuration.build import interpolation_in
+from configuration.compose import CONFIG_DIR, known_targets, parse_overrides
+
+NEEDED_PARTS = ("model", "loss", "dataloaders", "source", "solver", "evaluation", "choices")
+BUILT_PARTS = (*NEEDED_PARTS, "guidance", "vae")
+FILE_KEYS = ("path", "root", "held_out_root", "teacher", "checkpoint", "network")  # of settings that may name files
+AS_TYPED = ("command", "overrides", "changed", "log")  # of a configuration: what the user typed, never built from
+
+# Where the modules of stored `_target_`s are today.
+MOVED = {
+    "training.trackers.": "runs.trackers.",
+    "training.trackio_tracker.": "runs.trackio_tracker.",
+    "helpers_cfg.MeanFlowGuidance": "losses.meanflow_guidance.MeanFlowGuidance",
+}
+
+# What the part under a key must be; ".*" stands for each of its entries.
+BASES = {
+    "model": "models.network.Network",
+    "loss": "losses.objective.Objective",
+    "loss.path": "losses.paths.ProbabilityPath",
+    "loss.coupling": "losses.couplings.Coupling",
+    "loss.time_sampler": "losses.time_samplers.TimeSampler",
+    "loss.weighting": "losses.weightings.Weighting",
+    "loss.alpha": "losses.alpha_schedules.AlphaSchedule",
+    "loss.prediction": "losses.predictions.Prediction",
+    "dataloaders": "dataloaders.base_dataloaders.FlowDataset",
+    "source": "dataloaders.sources.Source",
+    "solver": "solvers.base_solver.Sampler",
+    "solver.grid": "solvers.time_grids.TimeGrid",
+    "guidance": "helpers_cfg.Guidance",
+    "vae": "torch.nn.Module",
+    "optimizer": "torch.optim.Optimizer",
+    "schedule": "training.schedules.Schedule",
+    "evaluation": "evaluation.evaluator.Evaluator",
+    "evaluation.metrics.*": "evaluation.metrics.base_metric.Metric",
+    "callbacks.*": "training.run.Callback",
+    "trackio": "runs.trackers.Tracker",
+    "backend": "backends.base_backend.Backend",
+}
+
+allowed: list[
+    str
+] = []  # by the command being carried out, beside what configs/ names: classes, and modules with all in them
+
+
+def allow_for(config: dict[str, Any]) -> None:
+    """Let stored configurations name what this command, composed to `config`, types as a `_target_` or trusts."""
+    allow(config["trust"])
+    for override in parse_overrides(config["overrides"]):
+        value = None if override.is_delete() else override.value()
+        allowed.extend(targets_in({override.key_or_group.rpartition(".")[2]: value}))
+
+
+def allow(trust: str | list[str] | None) -> None:
+    """Let stored configurations name what trust= names, a list or `a,b`, and nothing that an earlier command trusted."""
+    allowed[:] = re.findall(r"[^\s,\[\]'\"]+", trust) if isinstance(trust, str) else trust or []
+
+
+def is_allowed(target: str) -> bool:
+    return target in known_targets() or any(target == name or target.startswith(f"{name}.") for name in allowed)
+
+
+def upgraded(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored configuration with what older versions named otherwise under its name of today."""
+    return upgraded_node(config) if is_plain(config) else config
+
+
+def upgraded_node(node: Any) -> Any:
+    if isinstance(node, list | tuple):
+        return [upgraded_node(inner) for inner in node]
+    if not isinstance(node, dict):
+        return node
+    kept = {key: upgraded_node(value) for key, value in node.items()}
+    target = str(kept.get("_target_", ""))
+    old = next((prefix for prefix in MOVED if target.startswith(prefix)), None)
+    if old is not None:
+        kept["_target_"] = MOVED[old] + target.removeprefix(old)
+    if target == "losses.couplings.ReflowCoupling":
+        kept = {"make_pairs": {"_target_": "evaluation.reflow.TeacherPairs"}} | kept
+    return kept
+
+
+def check_targets(config: dict[str, Any], where: Path, parts: Any) -> None:
+    """Raise UserError for a stored `_target_` under one of the keys `parts` that neither configs/ nor this command names."""
+    found = [(part, target) for part in parts for target in targets_in(config.get(part)) if not is_allowed(target)]
+    if found:
+        modules = dict.fromkeys([*allowed, *(target.rpartition(".")[0] or target for _, target in found)])
+        part, target = found[0]
+        raise UserError(
+            f"{where} wants {target[:80]} called as its {part}, which no file in configs/ names; add "
+            f"trust={','.join(modules)[:200]} if you trust what is named there, or use another file"
+        )
+
+
+def check_plain(config: dict[str, Any], where: Path) -> None:
+    """Raise UserError for a stored configuration with parts missing or of another kind, or with an interpolation."""
+    unresolved = interpolation_in({key: value for key, value in config.items() if key not in AS_TYPED})
+    if is_plain(config) and unresolved is not None:
+        raise UserError(
+            f"{where} has {unresolved[:80]!r} in its configuration, where a run of this project stores values only; "
+            "use a file you trust"
+        )
+    if not is_plain(config) or not is_whole(config):
+        raise UserError(f"{where} holds no whole configuration, so its model cannot be built; use another save")
+
+
+def stored_config(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration in a checkpoint, which may be anyone's: it builds what is allowed, calls and fetches nothing
+    else.
+
+    UserError for one with parts missing or of another kind, an interpolation, or a `_target_` that is not allowed.
+    """
+    config: dict[str, Any] = upgraded(payload["config"])
+    if is_plain(config):
+        check_targets(config, path, BUILT_PARTS)
+    check_plain(config, path)
+    kept = without_downloads(config)
+    assert isinstance(kept, dict)
+    return with_files_found(kept, places_of(path, kept))
+
+
+def check_new_parts(config: dict[str, Any]) -> None:
+    """Raise UserError for a part of a class that is not there, or not of its group. Only what configs/ lacks is imported."""
+    for key, base in BASES.items():
+        for name, node in nodes_at(config, key):
+            target = node.get("_target_") if isinstance(node, dict) else None
+            if target is None or target in targets_of(key):
+                continue
+            asked, wanted = found_class(name, str(target)), found_class(name, base)
+            if not issubclass(asked, wanted):
+                raise UserError(
+                    f"{name}._target_={target} is no {wanted.__name__}; give a class derived from {base}, such as "
+                    f"{sorted(targets_of(key))[0]}"
+                )
+
+
+def nodes_at(config: dict[str, Any], key: str) -> list[tuple[str, Any]]:
+    """Return (key, node) of what a configuration has under a dotted key of BASES; none where it has nothing."""
+    found: list[tuple[str, Any]] = [("", config)]
+    for part in key.split("."):
+        inner = [(name, node) for name, node in found if isinstance(node, dict)]
+        found = [(f"{name}.{k}".strip("."), node[k]) for name, node in inner for k in (node if part == "*" else [part])
+                 if k in node]  # fmt: skip
+    return found
+
+
+@cache
+def targets_of(key: str) -> set[str]:
+    """Return what the files of configs/ for the part under a key of BASES name as a `_target_`."""
+    parts = {"trackio": "tracker"}.get(key, key).split(".")
+    own = CONFIG_DIR.joinpath(*parts)
+    files = own.glob("*.yaml") if own.is_dir() else (CONFIG_DIR / parts[0]).glob("*.yaml")
+    return {target for file in files for target in re.findall(r"_target_:\s*([\w.]+)", file.read_text(encoding="utf-8"))}
+
+
+def found_class(key: str, path: str) -> type:
+    """Return the class at a dotted path. UserError, naming the key that asks for it, where there is none."""
+    try:
+        found = pkgutil.resolve_name(path)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{key}._target_={path} cannot be imported ({error}); give module.Class, importable from here"
+        ) from error
+    if not inspect.isclass(found):
+        raise UserError(f"{key}._target_={path} is no class; give module.Class")
+    return found
+
+
+def places_of(path: Path, config: dict[str, Any]) -> list[Path]:
+    """Return where relative paths in a checkpoint's configuration may start: the run's working folder, this one, the
+    checkout.
+
+    The first is known by where the run's output_dir lies, unless that was absolute.
+    """
+    outputs = next((folder.parent for folder in path.resolve().parents if folder.name in ("ckpts", "runs")), None)
+    below = Path(str(config.get("output_dir", "outputs")))
+    relative = outputs and not below.is_absolute() and outputs.parts[-len(below.parts) :] == below.parts
+    made_in = outputs.parents[len(below.parts) - 1] if outputs and relative else Path.cwd()
+    return [*([made_in] if made_in != Path.cwd() else []), Path(), CONFIG_DIR.parent]
+
+
+def with_files_found(node: Any, places: list[Path], key: str = "") -> Any:
+    """Return a configuration whose relative paths of files and folders lead there from the working folder, where there is
+    one.
+    """
+    if isinstance(node, dict):
+        return {name: with_files_found(inner, places, name) for name, inner in node.items()}
+    if key not in FILE_KEYS or not isinstance(node, str) or not node:
+        return node
+    found = (place / node for place in places if exists(place / node))
+    return str(next(found, node))
+
+
+def exists(path: Path) -> bool:
+    """Return whether there is a file or folder; False also for a text that no path can be."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def is_whole(config: dict[str, Any]) -> bool:
+    """Whether it has every part a model is built from."""
+    parts, choices = [config.get(part) for part in NEEDED_PARTS], config.get("choices")
+    return (
+        all(isinstance(node, dict) and ("_target_" in node or node is choices) for node in parts)
+        and all(isinstance(config["choices"].get(group), str) for group in ("model", "loss", "dataloaders"))
+        and isinstance(config["dataloaders"].get("state_shape"), list)
+        and isinstance(config.get("seed"), int)
+        and "limit_data" in config
+    )
+
+
+def is_plain(node: Any, depth: int = 20) -> bool:
+    """Whether nothing but dicts by name, lists and scalars is nested there, and no deeper than any configuration is."""
+    if not isinstance(node, dict | list | tuple):
+        return node is None or isinstance(node, str | int | float)
+    named = not isinstance(node, dict) or all(isinstance(key, str) for key in node)
+    inner = node.values() if isinstance(node, dict) else node
+    return named and depth > 0 and all(is_plain(value, depth - 1) for value in inner)
+
+
+@cache
+def known_urls() -> set[str]:
+    """Return every address that a file of configs/ has its data fetched from."""
+    files = CONFIG_DIR.rglob("*.yaml")
+    return {url for file in files for url in re.findall(r"\burl:\s*(\S+)", file.read_text(encoding="utf-8"))}
+
+
+def without_downloads(node: Any) -> Any:
+    """Return the nested configuration with every `download` off, and every `url` empty that no file of configs/ names."""
+    if isinstance(node, list | tuple):
+        return [without_downloads(inner) for inner in node]
+    if not isinstance(node, dict):
+        return node
+    kept = {key: without_downloads(value) for key, value in node.items()}
+    if "download" in kept:
+        kept["download"] = False
+    if "url" in kept and str(kept["url"]) not in known_urls():
+        kept["url"] = ""
+    return kept
+
+
+def targets_in(node: Any) -> Iterator[str]:
+    """Yield every `_target_` of a nested configuration, as text."""
+    if isinstance(node, dict) and "_target_" in node:
+        yield str(node["_target_"])
+    for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
+        yield from targets_in(inner)

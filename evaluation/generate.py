@@ -1,0 +1,129 @@
+"""Sampling from fixed per-index seeds, in chunks, by a solver or by few steps."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from common.distributed import put_together, rank, world
+from common.seeds import generator_for
+from dataloaders.base_dataloaders import FlowDataset
+from dataloaders.sources import Source
+from helpers_cfg import Guidance
+from losses.objective import FlowObjective
+from solvers.base_solver import Sampler
+from solvers.flow_map import FlowMapSolver
+from solvers.runge_kutta import Euler
+
+SEED_BLOCK = 256  # noise is drawn in blocks of this many samples, each from its own seed: any batch size, the same set
+
+
+CHUNK = 1024  # samples carried through the solver at once, whatever the number of ranks that share them
+
+
+Fresh = Callable[[int, int, int], Tensor]  # fresh(k, first, count) -> noise (count, ...) of step k, from sample `first` on
+
+
+def fixed_noise(source: Source, count: int, seed: int, stream: str = "sample", first: int = 0) -> Tensor:
+    """Return noise (count, ...) on the CPU of the samples from number `first` on, for a source on the CPU.
+
+    Sample i depends on (seed, stream, i) alone: it is the same for every count, batch size and device count.
+    """
+    begin, end = first // SEED_BLOCK, -(-(first + count) // SEED_BLOCK)
+    drawn = torch.cat([source.sample(SEED_BLOCK, generator_for(seed, stream, i)) for i in range(begin, end)])
+    return drawn[first - begin * SEED_BLOCK :][:count]
+
+
+def fresh_noise(source: Source, seed: int) -> Fresh:
+    """Return the noise that re-noising solvers add: that of sample i in step k depends on (seed, k, i) alone. For a source
+    on the CPU.
+    """
+    return lambda k, first, count: fixed_noise(source, count, seed, f"renoise/{k}", first)
+
+
+def fixed_labels(num_classes: int, count: int) -> Tensor | None:
+    """Return labels 0, 1, 2, ... in turn, or None for an unconditional network."""
+    return torch.arange(count) % num_classes if num_classes else None
+
+
+def data_labels(dataset: FlowDataset, num_classes: int, count: int, generator: torch.Generator) -> Tensor | None:
+    """Return labels (count,) of held-out states, so classes come as often as in the data; None for an
+    unconditional network.
+    """
+    if not num_classes:
+        return None
+    labels = dataset.held_out(count, generator)[1]
+    assert labels is not None, "a conditional network has learned from labels"
+    return labels[torch.arange(count, device=labels.device) % len(labels)]
+
+
+def generate(
+    flow: FlowObjective, solver: Sampler, noise: Tensor, label: Tensor | None, fresh: Fresh | None = None
+) -> Tensor:
+    """Return noise (N, ...) carried to data by what the objective has learned, in chunks.
+
+    label (N,) or None. fresh: as fresh_noise gives it; only re-noising solvers need it.
+    """
+    firsts = range(0, len(noise), CHUNK)
+    labels = [None] * len(firsts) if label is None else label.split(CHUNK)
+    parts = zip(noise.split(CHUNK), labels, firsts, strict=True)
+    return torch.cat([sample_chunk(flow, solver, x0, own, fresh, first) for x0, own, first in parts])
+
+
+def generate_together(
+    flow: FlowObjective, solver: Sampler, noise: Tensor, label: Tensor | None, fresh: Fresh | None = None
+) -> Tensor:
+    """`generate`, its chunks shared out among the ranks, all of which call this: the same samples, exactly, on every rank.
+
+    Rank 0 carries the last chunk, so that its solver has counted what it would have counted alone.
+    """
+    samples, firsts = torch.zeros_like(noise), range(0, len(noise), CHUNK)
+    for first in firsts[(len(firsts) - 1 - rank()) % world() :: world()]:
+        chunk = slice(first, first + CHUNK)
+        own = None if label is None else label[chunk]
+        samples[chunk] = sample_chunk(flow, solver, noise[chunk], own, fresh, first)
+    return put_together(samples)
+
+
+def sample_chunk(
+    flow: FlowObjective, solver: Sampler, x0: Tensor, label: Tensor | None, fresh: Fresh | None, first: int
+) -> Tensor:
+    """Return the samples, in the units of the data, from number `first` on that the noise x0 (B, ...), for label (B,) or
+    None, is carried to.
+    """
+
+    def added(k: int) -> Tensor:
+        assert fresh is not None, "a re-noising solver needs fresh noise"
+        return fresh(k, first, len(x0)).to(x0)
+
+    return flow.in_data_units(solver.sample(flow, x0, label, added))
+
+
+def few_steps(objective: FlowObjective, noise: Tensor, label: Tensor | None, evaluations: int) -> Tensor:
+    """Return noise (N, ...) carried to t = 1 in so many equal steps of one evaluation each.
+
+    By the objective's flow map where it learns one, else by Euler steps of its velocity.
+    """
+    return generate(objective, few_step_solver(objective, evaluations), noise, label)
+
+
+def few_step_solver(objective: FlowObjective, evaluations: int) -> Sampler:
+    """Return the solver that takes few_steps."""
+    return FlowMapSolver(evaluations) if objective.learns_flow_map else Euler(evaluations)
+
+
+def few_step_words(objective: FlowObjective, evaluations: int | None = None) -> str:
+    """Return what few_steps does, for provenance; without a number of evaluations the score's name tells it."""
+    what = "the flow map" if objective.learns_flow_map else "Euler"
+    steps = f"steps of {what}: {evaluations or 'as many as the name says'}"
+    return steps + guidance_words(objective)
+
+
+def solver_words(flow: FlowObjective, solver: Sampler) -> str:
+    """Return how samples were made by a solver, after it has solved, for provenance."""
+    return f"{solver.evaluations} evaluations by {type(solver).__name__}" + guidance_words(flow)
+
+
+def guidance_words(flow: FlowObjective) -> str:
+    """Return its guidance, if it has one, after a comma."""
+    return f", {flow.network.describe()}" if isinstance(flow.network, Guidance) else ""

@@ -1,0 +1,197 @@
+"""The tables of scripts/leaderboard.py: from scores of runs to Markdown, and into the files that show it."""
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import end_of, locked, write_atomically
+
+START, STOP = "<!-- leaderboard -->", "<!-- end of leaderboard -->"
+COUNTS = (1, 2, 4)
+ENERGY, W2, FLOW_MAP = "eval/energy_distance", "eval/w2", "oracle/flow_map_error"
+SHORT = {ENERGY: "energy distance", W2: "W2", FLOW_MAP: "flow-map error"}
+SECONDS = "training seconds"
+
+
+@dataclass
+class Row:
+    """What is known of one objective on one data set: scores of each finished seed; planned, failed, stale: seeds."""
+
+    scores: list[dict[str, float]]
+    planned: int
+    failed: int = 0
+    stale: int = 0
+
+    @property
+    def empty_word(self) -> str:
+        """Return what its cells say while no seed has finished."""
+        return "failed" if self.failed else "stale" if self.stale else "not run"
+
+    @property
+    def remark(self) -> str:
+        """Return what is not as planned, for the name of the row."""
+        parts = [f"{len(self.scores)} of {self.planned} seeds"] * (0 < len(self.scores) < self.planned)
+        parts += [f"{count} {word}" for count, word in ((self.failed, "failed"), (self.stale, "stale")) if count]
+        return f" ({', '.join(parts)})" if parts and self.scores else ""
+
+    def values(self, metric: str) -> list[float]:
+        return [scores[metric] for scores in self.scores if metric in scores]
+
+
+Results = dict[str, dict[str, Row]]  # dataset -> objective -> row
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean and its standard error, None for a single value."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+def rounded(value: float, spread: float | None) -> str:
+    """Value ± spread to the spread's first digit (two digits where that is a 1); alone, to about three digits."""
+    if spread:
+        exponent = math.floor(math.log10(spread))
+        decimals = min(max(0, -exponent + (spread / 10**exponent < 1.95)), 6)
+        return f"{value:z.{decimals}f} ± {spread:.{decimals}f}"
+    size = abs(value)
+    return f"{value:z.{0 if size >= 100 else 1 if size >= 10 else 4 if size >= 1e-3 else 5}f}"
+
+
+def cell(row: Row, metric: str, best: bool = False) -> str:
+    """Return mean ± standard error over seeds, of the seconds the least, or in a word why there is none."""
+    if not row.scores:
+        return row.empty_word
+    values = row.values(metric)
+    if not values:
+        known = not metric.startswith("oracle/") or row.values("oracle/velocity_error")
+        return "not finite" if known else "-"
+    text = f"{min(values):.0f}" if metric == SECONDS else rounded(*mean_and_error(values))  # other work can only slow a run
+    part = f" ({len(values)} of {len(row.scores)})" if len(values) < len(row.scores) else ""
+    return (f"**{text}**" if best else text) + part
+
+
+def best_of(rows: dict[str, Row], metric: str) -> str | None:
+    """Return the objective with the least mean; None where no run knows the metric."""
+    means = {objective: statistics.fmean(row.values(metric)) for objective, row in rows.items() if row.values(metric)}
+    return min(means, key=lambda objective: means[objective]) if means else None
+
+
+def keys(metric: str) -> list[str]:
+    """Return the metric at 1, 2 and 4 evaluations and by the solver."""
+    return [*(f"{metric}_{n}nfe" for n in COUNTS), metric]
+
+
+def floor_cell(rows: dict[str, Row], metric: str) -> str:
+    """Return the same score of real against real, mean ± sd; of the flow-map error, what the solver makes of the exact
+    field.
+    """
+    scores = [scores for row in rows.values() for scores in row.scores]
+    if metric == FLOW_MAP:
+        exact = [found[f"{FLOW_MAP}_exact_field"] for found in scores if f"{FLOW_MAP}_exact_field" in found]
+        return f"{rounded(statistics.fmean(exact), None)} (exact field)" if exact else "-"
+    floor = next((found for found in scores if f"{metric}_floor" in found), None)
+    return rounded(floor[f"{metric}_floor"], floor[f"{metric}_floor_sd"]) if floor else "-"
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def dataset_table(rows: dict[str, Row], metrics: list[str], solver: int) -> str:
+    """Return one line per objective under the floor; the best one-step values in bold."""
+    best = {metric: best_of(rows, metric) for metric in metrics if metric.endswith("_1nfe")}
+    floor = ["floor (real against real)", *(floor_cell(rows, metric) for metric in metrics)]
+    lines = [
+        [objective + row.remark, *(cell(row, metric, best.get(metric) == objective) for metric in metrics)]
+        for objective, row in rows.items()
+    ]
+    return markdown(["objective", *(heading(metric, solver) for metric in metrics)], [floor, *lines])
+
+
+def heading(metric: str, solver: int) -> str:
+    """Return a column's title: the score and the evaluations a sample costs."""
+    found = re.fullmatch(r"(.+)_(\d+)nfe", metric)
+    name, steps = (found[1], found[2]) if found else (metric, str(solver))
+    return f"{SHORT[name]}, {steps}" if name in SHORT else metric
+
+
+def overview_table(results: Results, datasets: list[str], solver: int) -> str:
+    """Objectives against data sets: energy distance in one evaluation and by the solver."""
+    columns = [(dataset, metric) for dataset in datasets for metric in (f"{ENERGY}_1nfe", ENERGY)]
+    best = {dataset: best_of(results[dataset], f"{ENERGY}_1nfe") for dataset in datasets}
+    floor = ["floor (real against real)", *(floor_cell(results[dataset], metric) for dataset, metric in columns)]
+    lines = []
+    for objective in results[datasets[0]]:
+        cells = [
+            cell(results[d][objective], metric, metric != ENERGY and best[d] == objective) + results[d][objective].remark
+            for d, metric in columns
+        ]
+        lines.append([objective, *cells])
+    header = [f"{dataset}, {1 if metric != ENERGY else solver}" for dataset, metric in columns]
+    return markdown(["energy distance", *header], [floor, *lines])
+
+
+def solver_evaluations(results: Results) -> int:
+    """Return what a sample costs by the solver, in evaluations."""
+    found = [int(n) for rows in results.values() for row in rows.values() for n in row.values("eval/nfe")]
+    return found[0] if found else 50
+
+
+def full_text(results: Results, told: str) -> str:
+    """Return a table for each data set."""
+    solver = solver_evaluations(results)
+    metrics = [*keys(ENERGY), *keys(W2), *keys(FLOW_MAP), SECONDS]
+    parts = [f"### {dataset}\n\n{dataset_table(rows, metrics, solver)}" for dataset, rows in results.items()]
+    return "\n\n".join([told, *parts])
+
+
+def short_text(results: Results, told: str) -> str:
+    """Return the first data set with fewer columns, the others in one table."""
+    solver, first, others = solver_evaluations(results), next(iter(results)), list(results)[1:]
+    metrics = [*keys(ENERGY), f"{FLOW_MAP}_1nfe", FLOW_MAP, f"{W2}_1nfe", SECONDS]
+    parts = [told, f"**{first}**", dataset_table(results[first], metrics, solver)]
+    if others:
+        parts += ["**The other data sets**", overview_table(results, others, solver)]
+    return "\n\n".join([*parts, "The full tables are in EXPERIMENT_LOG.md."])
+
+
+def write_between(path: Path, body: str) -> None:
+    """Replace what stands between the markers, every other word kept; the section comes last where there is none.
+
+    UserError when only one of the markers is there, or they are not in order.
+    """
+    path = end_of(path)
+    with locked(path):
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if START not in text and STOP not in text:
+            text = f"{text.rstrip()}\n\n## Leaderboard\n\n{START}\n{STOP}\n".lstrip()
+        before, start, rest = text.partition(START)
+        _, stop, after = rest.partition(STOP)
+        if not start or not stop or START in rest or STOP in after:
+            raise UserError(f"{path} needs {START} and, after it, {STOP}, once each; mend it, or remove both")
+        write_atomically(path, f"{before}{START}\n{body}\n{STOP}{after}")
+
+
+def as_json(results: Results, told: str) -> str:
+    """Return every mean, standard error and count, and the single values, for other programs."""
+    told_rows = [
+        {
+            "dataset": dataset, "objective": objective, "planned": row.planned, "finished": len(row.scores),
+            "failed": row.failed, "stale": row.stale,
+            "scores": {m: score_record(row.values(m)) for m in sorted({m for scores in row.scores for m in scores})},
+        }
+        for dataset, rows in results.items() for objective, row in rows.items()
+    ]  # fmt: skip
+    return json.dumps({"caption": told, "rows": told_rows}, indent=1) + "\n"
+
+
+def score_record(values: list[float]) -> dict[str, Any]:
+    mean, error = mean_and_error(values)
+    return {"mean": mean, "standard_error": error, "values": values}

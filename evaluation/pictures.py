@@ -1,0 +1,331 @@
+"""Sample pictures: generated points beside real ones, generated images beside real ones, as PNG files 900 pixels wide.
+
+Figures are built on the Agg canvas without pyplot, so that nothing global is touched and no display is needed. The
+background is opaque white with dark text, which reads on light and dark pages alike; the two colours are told apart by
+every kind of colour vision, and never carry the meaning alone (each panel has its title).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+GENERATED_COLOR = "#0072B2"  # blue and vermilion of Okabe and Ito's palette
+REAL_COLOR = "#D55E00"
+INK = "#222222"
+DPI = 100
+WIDTH = 900  # pixels
+MAX_POINTS = 5000  # more cannot be told apart on 400 pixels, and drawing them takes the time
+MAX_IMAGE = 256  # pixels a side that a single image is enlarged to at most
+MARGIN = 8  # pixels around the grids
+LABEL_MARGIN = 36  # pixels at the sides where rows have class numbers
+MAX_HEIGHT = 3000  # pixels of a grid of many rows
+MAX_CLASSES = 20  # with more, a picture during training shows some of them
+GAP = 28  # pixels between the two grids: wider than between the images of one
+
+
+def scatter_picture(path: Path, samples: np.ndarray, reference: np.ndarray, title: str = "", score_line: str = "") -> None:
+    """Generated points and real ones, side by side on the same axes.
+
+    Args:
+        path: the PNG file to write, 900 x 450 pixels.
+        samples: (N, 2) generated; rows that are not finite are left out and counted in the panel's title.
+        reference: (M, 2) real.
+        title: what run and step this is.
+        score_line: the scores, under the title.
+
+    Raises:
+        ValueError: the points are not two-dimensional.
+    """
+    for points in (samples, reference):
+        if points.ndim != 2 or points.shape[1] != 2:
+            raise ValueError(f"a scatter picture needs points of shape (N, 2), not {points.shape}")
+    figure = new_figure(450, title, score_line)
+    low, high = shared_limits(samples, reference)
+    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    axes[0].set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), ylabel="x₂")
+    for panel, name, points, color in zip(
+        axes, ("generated", "real"), (samples, reference), (GENERATED_COLOR, REAL_COLOR), strict=True
+    ):
+        draw_points(panel, points, color)
+        panel.set_title(f"{name} ({describe_count(points, low, high)})", color=INK, fontsize=11, pad=5)
+    figure.subplots_adjust(left=0.075, right=0.985, bottom=0.12, top=0.80, wspace=0.06)
+    save_figure(figure, path)
+
+
+def image_grid_picture(
+    path: Path,
+    images: np.ndarray,
+    value_range: tuple[float, float] = (-1.0, 1.0),
+    columns: int = 8,
+    reference: np.ndarray | None = None,
+    title: str = "",
+    labels: np.ndarray | None = None,
+    reference_labels: np.ndarray | None = None,
+    names: tuple[str, str] = ("generated", "real"),
+    score_line: str = "",
+) -> None:
+    """Generated images in a grid, beside a grid of real ones where `reference` is given.
+
+    With labels, each class takes a row or several of its own, its number at the left, and real images stand in the row of
+    their class; `columns` then follows from how many there are of a class. Classes of one image each are a plain grid.
+
+    Args:
+        path: the PNG file to write, 600 to 1350 pixels wide: every image pixel becomes a square of whole pixels, and
+            only images too large for that are reduced.
+        images: (N, C, H, W), C = 1 (gray) or 3 (RGB).
+        value_range: the values shown as black and as full brightness; what lies outside is clipped.
+        columns: images in a row of the generated grid.
+        reference: (M, C, H, W) real; as many as there are generated ones are shown, or all, in as many columns as they fill.
+        title: what run and step this is.
+        labels, reference_labels: (N,) and (M,) classes.
+        names: what stands above the two grids.
+        score_line: what was measured, under the title.
+
+    Raises:
+        ValueError: the images are not (N, C, H, W) with one or three channels.
+    """
+    first, second = names
+    grids = {first: images} if reference is None else {first: images, second: reference[: len(images)]}
+    for batch in grids.values():
+        if batch.ndim != 4 or batch.shape[1] not in (1, 3):
+            raise ValueError(f"an image grid needs images of shape (N, 1 or 3, H, W), not {batch.shape}")
+    columns, row_labels = min(columns, len(images)), np.zeros(0, dtype=int)
+    widths = {name: min(columns, -(-len(batch) // -(-len(images) // columns))) for name, batch in grids.items()}
+    widths[first] = columns
+    levels = {name: to_bytes(batch, value_range) for name, batch in grids.items()}
+    if labels is not None and np.unique(labels, return_counts=True)[1].max() > 1:
+        columns, row_labels = class_layout(labels)
+        known = {first: labels, second: reference_labels if reference_labels is not None else labels}
+        widths = {name: filled_columns(known[name][: len(batch)], row_labels, columns) for name, batch in grids.items()}
+        levels = {
+            name: by_class(batch, known[name][: len(batch)], row_labels, widths[name]) for name, batch in levels.items()
+        }
+    tiled = {name: tile(batch, widths[name]) for name, batch in levels.items()}
+    scale = min(WIDTH / sum(grid.shape[1] for grid in tiled.values()), MAX_HEIGHT / tiled[first].shape[0])
+    scale = min(scale, max(MAX_IMAGE / images.shape[2], 1.0))
+    draw_grids(path, {name: rescale(grid, scale) for name, grid in tiled.items()}, title, row_labels, score_line)
+
+
+def neighbours_picture(
+    path: Path, samples: np.ndarray, neighbours: np.ndarray, value_range: tuple[float, float], title: str
+) -> None:
+    """Generated images in a column, beside a grid whose row i holds the training images nearest to sample i.
+
+    Args:
+        path: the PNG file to write.
+        samples: (N, C, H, W), C = 1 (gray) or 3 (RGB).
+        neighbours: (N k, C, H, W), those of the first sample first.
+        value_range: the values shown as black and as full brightness.
+        title: what run this is.
+    """
+    k = len(neighbours) // len(samples)
+    column, grid = tile(to_bytes(samples, value_range), 1), tile(to_bytes(neighbours, value_range), k)
+    scale = min(
+        WIDTH / (grid.shape[1] + column.shape[1]), MAX_HEIGHT / grid.shape[0], max(MAX_IMAGE / samples.shape[2], 1.0)
+    )
+    grids = {"generated": rescale(column, scale), f"the {k} training images nearest to it": rescale(grid, scale)}
+    draw_grids(path, grids, title)
+
+
+def confusion_picture(path: Path, counts: np.ndarray, title: str = "") -> None:
+    """A classifier's confusion matrix: each row a class, its columns what its images were taken for, darker for more.
+
+    Args:
+        path: the PNG file to write.
+        counts: (K, K) images; with at most MAX_CLASSES classes each cell states its number.
+        title: what run and step this is.
+    """
+    figure = new_figure(900, title, f"{counts.trace() / max(counts.sum(), 1):.2%} of {counts.sum():,} right")
+    axes = figure.add_axes((0.09, 0.05, 0.87, 0.83))
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xlabel("taken for", color=INK)
+    axes.set_ylabel("class", color=INK)
+    if len(counts) <= MAX_CLASSES:
+        axes.set_xticks(range(len(counts)))
+        axes.set_yticks(range(len(counts)))
+        for row, column in np.argwhere(counts > 0):
+            ink = "white" if shares[row, column] > 0.5 else INK
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=ink, fontsize=9)
+    save_figure(figure, path)
+
+
+def class_layout(labels: np.ndarray) -> tuple[int, np.ndarray]:
+    """Columns of a grid by class that is about as wide as it is high, and the class of each of its rows, ascending."""
+    classes, counts = np.unique(labels, return_counts=True)
+    rows_each = max(1, round(len(labels) ** 0.5 / len(classes)))
+    columns = -(-int(counts.max()) // rows_each)
+    return columns, np.repeat(classes, -(-counts // columns))
+
+
+def filled_columns(labels: np.ndarray, row_labels: np.ndarray, most: int) -> int:
+    """Return how many of `most` columns images of these classes (N,) reach into, in rows of these classes."""
+    reached = [-(-(labels == label).sum() // (row_labels == label).sum()) for label in np.unique(row_labels)]
+    return max(1, min(most, int(max(reached))))
+
+
+def by_class(images: np.ndarray, labels: np.ndarray, row_labels: np.ndarray, columns: int) -> np.ndarray:
+    """Byte images (N, H, W, 3) in reading order of a grid with these classes a row; cells without an image are white."""
+    cells = np.full((len(row_labels), columns, *images.shape[1:]), 255, dtype=np.uint8)
+    for label in np.unique(row_labels):
+        rows, own = np.flatnonzero(row_labels == label), images[labels == label]
+        for place, image in enumerate(own[: len(rows) * columns]):
+            cells[rows[place // columns], place % columns] = image
+    return cells.reshape(-1, *images.shape[1:])
+
+
+def pick_by_class(labels: np.ndarray, images: int) -> np.ndarray:
+    """Return indices of about `images` rows, equally many of each class: of all classes, or of some at
+    even spacing if many.
+    """
+    classes = np.unique(labels)
+    if len(classes) > MAX_CLASSES:
+        classes = classes[np.linspace(0, len(classes) - 1, max(1, round(images**0.5))).astype(int)]
+    each = max(1, images // len(classes))
+    return np.concatenate([np.flatnonzero(labels == label)[:each] for label in classes])
+
+
+def matching(labels: np.ndarray, reference_labels: np.ndarray) -> np.ndarray:
+    """Return indices of real rows: as many of each class as `labels` has, or as there are."""
+    counted = zip(*np.unique(labels, return_counts=True), strict=True)
+    return np.concatenate([np.flatnonzero(reference_labels == label)[:count] for label, count in counted])
+
+
+def draw_grids(
+    path: Path,
+    grids: dict[str, np.ndarray],
+    title: str,
+    row_labels: np.ndarray | None = None,
+    score_line: str = "",
+    column_labels: list[str] | None = None,
+) -> None:
+    """Write byte grids (H, W, 3) side by side, pixel for pixel, under their names, the title and what was measured.
+
+    row_labels: written at the left of the rows; none where it is empty. column_labels: above the columns of each grid, in
+    the place of its name.
+    """
+    row_labels = np.zeros(0, dtype=int) if row_labels is None else row_labels
+    header = (56 if title else 30) + (20 if score_line else 0)
+    width = sum(grid.shape[1] for grid in grids.values()) + GAP * (len(grids) - 1)
+    height = max(grid.shape[0] for grid in grids.values())
+    margin = LABEL_MARGIN if len(row_labels) else MARGIN
+    wide = max(width + 2 * margin, 10 * len(title), 8 * len(score_line))
+    figure = new_figure(header + height + MARGIN, title, score_line, wide)
+    total_width, total_height = figure.get_size_inches() * DPI
+    left = (total_width - width) / 2
+    for row, label in enumerate(row_labels):
+        middle = 1 - (header + (row + 0.5) / len(row_labels) * height) / total_height
+        figure.text((left - 6) / total_width, middle, str(label), ha="right", va="center", color=INK, fontsize=9)
+    for name, grid in grids.items():
+        bottom = total_height - header - grid.shape[0]
+        figure.figimage(grid, left, bottom, origin="upper")
+        middle = (left + grid.shape[1] / 2) / total_width
+        for column, label in enumerate(column_labels or []):
+            place = (left + (column + 0.5) / len(column_labels or []) * grid.shape[1]) / total_width
+            figure.text(place, 1 - (header - 8) / total_height, label, ha="center", va="bottom", color=INK, fontsize=9)
+        figure.text(middle, 1 - (header - 8) / total_height, name, ha="center", va="bottom", color=INK, fontsize=11)
+        left += grid.shape[1] + GAP
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path, **metadata: str) -> None:
+    """Write a figure as a PNG in one step, with texts beside it: a reader finds the whole picture, or the one before."""
+    with replacing(path) as file:
+        figure.savefig(file, format="png", metadata=metadata)
+
+
+def new_figure(height: int, title: str, score_line: str, width: int = WIDTH) -> Figure:
+    """Return an empty white figure of that many pixels with its two heading lines."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.text(0.5, 1 - 6 / height, title, ha="center", va="top", color=INK, fontsize=12, weight="bold")
+    figure.text(0.5, 1 - 30 / height, score_line, ha="center", va="top", color=INK, fontsize=10)
+    return figure
+
+
+def draw_points(axes: Axes, points: np.ndarray, color: str) -> None:
+    """The finite points, at most MAX_POINTS of them, on equal axes."""
+    shown = finite_rows(points)[:MAX_POINTS]
+    size = float(np.clip(8000 / max(len(shown), 1), 4, 12))
+    axes.scatter(shown[:, 0], shown[:, 1], s=size, c=color, alpha=0.55, linewidths=0)
+    axes.set_aspect("equal", adjustable="box")
+    axes.set_xlabel("x₁", color=INK)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=9)
+
+
+def describe_count(points: np.ndarray, low: np.ndarray, high: np.ndarray) -> str:
+    """Return how many points there are and how many of them the panel does not show, by reason."""
+    finite = finite_rows(points)
+    outside = int(((finite < low) | (finite > high)).any(axis=1).sum())
+    shown = f"{len(points):,}" if len(finite) <= MAX_POINTS else f"{MAX_POINTS:,} of {len(points):,}"
+    missing = {"outside": outside, "not finite": len(points) - len(finite)}
+    return ", ".join([shown, *(f"{count:,} {why}" for why, count in missing.items() if count)])
+
+
+def shared_limits(samples: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest corner (2,) for both panels: every real point and all but the stray generated ones.
+
+    Generated points count from their 0.5 to their 99.5 percentile and no farther out than half the real points' extent:
+    one that flew off would shrink everything else to a dot. No side is shorter than 0.6 of the longest.
+    """
+    real, generated = finite_rows(reference), finite_rows(samples)
+    if len(real) == 0:
+        return np.full(2, -1.0), np.full(2, 1.0)
+    low, high = real.min(axis=0), real.max(axis=0)
+    extent = max(float((high - low).max()), 1e-6)
+    if len(generated):
+        bulk = np.quantile(generated, [0.005, 0.995], axis=0)
+        low = np.minimum(low, np.maximum(bulk[0], low - extent / 2))
+        high = np.maximum(high, np.minimum(bulk[1], high + extent / 2))
+    short = np.maximum(0.6 * (high - low).max() - (high - low), 0) / 2
+    margin = short + 0.05 * extent
+    return low - margin, high + margin
+
+
+def finite_rows(points: np.ndarray) -> np.ndarray:
+    """Return the rows without NaN or infinity."""
+    return points[np.isfinite(points).all(axis=1)]
+
+
+def to_bytes(images: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
+    """Return (N, C, H, W) in `value_range` to (N, H, W, 3) in 0..255; NaN is black."""
+    low, high = value_range
+    levels = np.nan_to_num((images.astype(np.float32) - low) / (high - low), nan=0.0).clip(0, 1)
+    colored = np.repeat(levels, 3, axis=1) if images.shape[1] == 1 else levels
+    return np.rint(255 * colored).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def tile(images: np.ndarray, columns: int) -> np.ndarray:
+    """Return (N, H, W, 3) to one (rows (H + 1) - 1, columns (W + 1) - 1, 3), one white pixel between images."""
+    count, height, width, channels = images.shape
+    rows = -(-count // columns)
+    cells = np.full((rows * columns, height + 1, width + 1, channels), 255, dtype=np.uint8)
+    cells[:count, :height, :width] = images
+    grid = cells.reshape(rows, columns, height + 1, width + 1, channels).transpose(0, 2, 1, 3, 4)
+    return grid.reshape(rows * (height + 1), columns * (width + 1), channels)[:-1, :-1]
+
+
+def rescale(image: np.ndarray, scale: float) -> np.ndarray:
+    """Return the image about `scale` times as large: each pixel a square of whole pixels, or whole
+    blocks averaged to one.
+    """
+    if scale >= 2 / 3:
+        factor = max(1, round(scale))
+        return image.repeat(factor, axis=0).repeat(factor, axis=1)
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(image).reduce(round(1 / scale)))

@@ -1,0 +1,46 @@
+"""Pictures of a trained model's samples beside real states."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from dataloaders.base_dataloaders import Batch
+from evaluation.parts import build_decoder
+from evaluation.pictures import scatter_picture
+from evaluation.report import draw_images, drawable
+from evaluation.sample import TrainedModel
+
+MOST_REAL = 10_000  # real states looked through for some of each class
+
+
+def draw(
+    path: Path, states: "Tensor", labels: "Tensor | None", model: "TrainedModel", title: str, beside_real: bool
+) -> None:
+    """Points beside real ones; images beside real ones, by class where there are classes."""
+
+    shape, decode = tuple(states.shape[1:]), build_decoder(model.config, model.device)
+    if drawable(shape, decode):
+        reference, reference_label = real_of(model, labels, len(states)) if beside_real else (None, None)
+        reference = None if reference is None else reference.to(model.device)
+        low_high = model.config["dataloaders"]["value_range"]
+        value_range = None if low_high is None else (low_high[0], low_high[1])
+        draw_images(path, states.to(model.device), labels, reference, reference_label, decode, value_range, title)
+    elif shape == (2,):
+        scatter_picture(path, states.numpy(), real_of(model, labels, len(states))[0][: len(states)].numpy(), title)
+    else:
+        raise UserError(f"states of shape {list(shape)} have no picture; use out=samples.npz")
+
+
+def real_of(model: "TrainedModel", labels: "Tensor | None", count: int) -> "Batch":
+    """Held-out states of the classes in `labels`, about `count` or more; of all where labels are None."""
+
+    if labels is None:
+        return model.real(count)
+    classes = labels.unique()
+    states, own = model.real(min(100 + 4 * count * model.objective.network.num_classes // len(classes), MOST_REAL))
+    if own is None:
+        return states, None
+    wanted = torch.isin(own, classes)
+    return states[wanted], own[wanted]

@@ -1,0 +1,90 @@
+"""What a run needs of the disk: its files, folders it may write to, and a name that is free."""
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import end_of
+from configuration.checks import has, lookup
+from runs.experiment_log import ExperimentLog
+from runs.run_folder import RunFolder
+
+
+def check_files(config: dict[str, Any]) -> None:
+    """Raise UserError for a file that should be there, or an output folder that cannot be written."""
+    for key in ("init_from", "eval_checkpoint"):
+        path = None if key == "init_from" and config["resume"] else config[key]
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"{key}={path} is not a file; give the path of a checkpoint such as outputs/ckpts/mlp/last.pt")
+    teacher = lookup(config, "loss.coupling.teacher") if has(config, "loss.coupling.teacher") else None
+    if teacher is not None and not Path(teacher).is_file():
+        raise UserError(f"loss.coupling.teacher={teacher} is not a file; give the checkpoint of a trained flow")
+    guide = lookup(config, "guidance.checkpoint") if has(config, "guidance.checkpoint") else None
+    if guide is not None and not Path(guide).is_file():
+        raise UserError(f"guidance.checkpoint={guide} is not a file; give the path of a weaker model's checkpoint")
+    check_writable("output_dir", Path(config["output_dir"]))
+    if config["log"]["expect"]:
+        log = ExperimentLog(Path(config["log"]["file"]))
+        log.read()
+        check_writable("log.file", end_of(log.path).parent)
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Raise UserError unless `folder` is there, or can be made, and can be written to."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not takes_folders(existing):
+        raise UserError(
+            f"{key}={folder} cannot be written: {existing} is not a folder this user may write to; give another {key}"
+        )
+
+
+def takes_folders(folder: Path) -> bool:
+    """Whether a folder can be made in `folder`. It is tried where the file system has no room of its own, as /proc."""
+    if os.statvfs(folder).f_blocks:
+        return os.access(folder, os.W_OK | os.X_OK)
+    try:
+        Path(tempfile.mkdtemp(prefix=".tried-", dir=folder)).rmdir()
+    except OSError:
+        return False
+    return True
+
+
+def check_run_is_new(config: dict[str, Any], run_folder: Path) -> None:
+    """Raise UserError when the name is taken and nothing says what to do about it, or is another run's but for the case."""
+    name, there = config["run_name"], [path.name for path in run_folder.parent.glob("*")]
+    alike = next((other for other in there if other.lower() == name.lower()), name)
+    if name not in there and alike != name:
+        raise UserError(
+            f"run_name={name} differs from the run {alike} in {run_folder.parent} only in capitals, which not every disk "
+            f"tells apart; write {alike}, or choose another name"
+        )
+    if config["resume"] or config["overwrite"] or config["eval_checkpoint"]:
+        return
+    left = first_save(config)
+    if (run_folder / "config.yaml").exists() and (left or not ended_unbegun(RunFolder(run_folder))):
+        raise UserError(
+            f"run_name={name} exists already in {run_folder}; go on with it by resume=true, "
+            "replace it (the old run is moved aside) by overwrite=true, or choose another name"
+        )
+    if left is not None:
+        raise UserError(
+            f"run_name={name} has saves already, such as {left}, of a run whose folder is gone; "
+            "move them aside by overwrite=true, or choose another name"
+        )
+
+
+def first_save(config: dict[str, Any]) -> Path | None:
+    """Return a save of a run of this name, or None."""
+    name, saves = config["run_name"], Path(config["output_dir"]) / "ckpts"
+    epoch_save = re.compile(re.escape(name) + r"_epoch_\d{4,}\.pt")
+    archived = (path for path in saves.glob("*/archive/*.pt") if epoch_save.fullmatch(path.name))
+    return next((path for path in (*saves.glob(f"*/{name}_last.pt"), *archived)), None)
+
+
+def ended_unbegun(folder: RunFolder) -> bool:
+    """Whether the run there came to its end before its first step."""
+    status = folder.read_status()
+    return status.get("state") in ("failed", "interrupted") and status.get("step") == 0

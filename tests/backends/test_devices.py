@@ -1,0 +1,367 @@
+"""One run in several processes: the same gradients, weights and samples as in one, own noise for each, and one end for all.
+
+The processes are real. Most assertions share one job of two: this file, run as a program, is one of its ranks.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import launcher
+from backends.submission import prepare
+from backends.workers import together
+from common.distributed import agreed, rank, world
+from common.errors import UserError
+from dataloaders.base_dataloaders import EpochPlan
+from losses.objective import FlowBatch
+from runs.checkpoint import load_checkpoint
+from train import carry_out
+from training import loop
+from training.assemble import assemble
+from training.loop import epoch_groups, train_step
+from training.run import Callback, Run, Stop
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "trackio.enabled=false", "device=cpu", "evaluation=loss_only", "evaluation.samples=64", "evaluation.final_samples=64",
+    "model.width=16", "model.depth=2", "solver.steps=4", "callbacks=none", "output_dir=.",
+]  # fmt: skip
+LOSSES = {
+    "flow matching": ["loss=mse"],
+    "MeanFlow, forward mode": ["loss=meanflow", "loss.jvp=func", "loss/weighting=adaptive"],
+    "MeanFlow, differences": ["loss=meanflow", "loss.jvp=finite_difference"],
+    "improved MeanFlow": ["loss=improved_meanflow", "loss.time_sampler.ratio=0.5"],
+    "shortcut, with a teacher": ["loss=shortcut", "loss.time_sampler.ratio=0.25"],
+    "with labels": ["loss=meanflow", "conditional=true"],
+}
+SENTENCE = "what every rank finds is said once"
+
+
+class StopAt(Callback):
+    """A vote of rank 0, the only one with callbacks, that behaves as a signal does after the given step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def step_end(self, run: Run) -> None:
+        if run.state.step == self.step:
+            run.asked = Stop("stopped by SIGTERM", signal=signal.SIGTERM)
+
+
+def assembled(*words: str) -> Run:
+    return assemble(prepare(["run_name=x", *SMALL, f"devices={world()}", *words]))
+
+
+def own_rows(batch: FlowBatch, intervals: int) -> FlowBatch:
+    """This rank's rows of a batch drawn for all, its part of those with r < t first."""
+    rows = torch.arange(len(batch))
+    mine = torch.cat([rows[:intervals][rank() :: world()], rows[intervals:][rank() :: world()]])
+    return replace(batch, **{name: value[mine] for name, value in vars(batch).items() if isinstance(value, torch.Tensor)})
+
+
+def trained(words: list[str]) -> dict[str, torch.Tensor]:
+    """Gradient of the first step, then weights, average and mean loss after four, each of two batches of 32 rows."""
+    run = assembled("batch_size=32", "gradient_accumulation_steps=2", "log_every=1000", "grad_clip=0.5", *words)
+    parameters = list(run.state.objective.network.parameters())
+    start = [p.detach().clone() for p in parameters]
+    run.state.optimizer = torch.optim.SGD([{"params": parameters, "lr": 0.05, "initial_lr": 0.05}])
+    generator, found = torch.Generator().manual_seed(1), {}
+    for step in range(4):
+        group = []
+        for _ in range(2):
+            x1, label = next(run.dataset.epoch(EpochPlan(32, generator, generator)))
+            batch = run.state.objective.batch(run.source, x1, label, generator, 0.0)
+            group.append(own_rows(batch, run.state.objective.time_sampler.interval_rows(32)))
+        values = train_step(run, group)
+        run.state.window.add(values)
+        if step == 0:
+            rate = run.state.optimizer.param_groups[0]["lr"]
+            clipped = torch.cat([(b - p.detach()).flatten() / rate for b, p in zip(start, parameters, strict=True)])
+            found["gradient"] = clipped * max(1.0, float(values["grad_norm"]) / 0.5)
+    run.state.window.meet()
+    found |= {f"mean {name}": total / 4 for name, total in run.state.window.sums.items()}
+    found |= {f"network.{k}": v for k, v in run.state.objective.network.state_dict().items()}
+    return found | {f"ema.{k}": v for k, v in run.state.ema_objective.network.state_dict().items()}
+
+
+def drawn() -> dict[str, torch.Tensor]:
+    """What two steps draw on this rank, the state of dropout's generator among it."""
+    run = assembled("batch_size=50", "dataloaders.epoch_size=100")
+    groups = []
+    for group in epoch_groups(run):
+        groups.append({**vars(group[0]), "dropout": torch.rand(4)})
+    return {k: torch.cat([g[k] for g in groups]) for k in ("raw_source", "raw_target", "r", "dropout")}
+
+
+def judged(*words: str) -> dict[str, Any]:
+    """Values on this rank, samples on the first: of 2,500, so of two whole chunks and a part."""
+    run = assembled("evaluation=generator", "evaluation.samples=2500", "evaluation.metrics={}", *words)
+    return {"values": run.evaluate(final=False), "samples": run.evaluation and run.evaluation.generation.samples}
+
+
+def skipped() -> dict[str, Any]:
+    """A step in which one batch, of rank 1 where there are two, is not finite."""
+    run = assembled("batch_size=50", "on_nan=skip")
+    group = next(epoch_groups(run))
+    before = [p.detach().clone() for p in run.state.objective.network.parameters()]
+    if rank() == world() - 1:
+        group[0].unified_input[0] = float("nan")
+    values = train_step(run, group)
+    same = all(torch.equal(b, p) for b, p in zip(before, run.state.objective.network.parameters(), strict=True))
+    return {"skipped": run.state.skipped, "same": same, "values": len(values)}
+
+
+def ragged() -> list[str]:
+    """Two runs whose epochs end in a batch of one row: undisturbed, and stopped by rank 0 within an epoch and resumed."""
+    words = [*SMALL, f"devices={world()}", "batch_size=50", "dataloaders.epoch_size=101", "epochs=3", "model.dropout=0.2"]
+    carry_out(prepare(["run_name=whole", *words]))
+    try:
+        carry_out(prepare(["run_name=parts", *words, f"+callbacks.stop={{_target_: {__name__}.StopAt, step: 4}}"]))
+    except SystemExit as stop:
+        assert stop.code == 143
+    carry_out(prepare(["run_name=parts", "resume=true", "callbacks=none", "output_dir=.", f"trust={__name__}"]))
+    return ["whole", "parts"]
+
+
+def part(place: Path) -> None:
+    """What one rank of the job does; the last is a mistake that all ranks find."""
+    found: dict[str, Any] = {name: trained(words) for name, words in LOSSES.items()}
+    found |= {"drawn": drawn(), "judged": judged(), "adaptive": judged("solver=dopri5"), "skipped": skipped()}
+    found["agreed"] = [agreed("second" if rank() else None), agreed(None), agreed(f"rank {rank()}")]
+    ragged()
+    torch.save(found, place / f"rank{rank()}.pt")
+    raise UserError(SENTENCE)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[dict[str, Any]], str]]:
+    """The folder of a job of two ranks, what each found, and what they said on stderr."""
+    place = tmp_path_factory.mktemp("job")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__], cwd=place, stderr=subprocess.PIPE, text=True,
+            env=os.environ | shared | {"RANK": str(number), "PYTHONPATH": str(ROOT)},
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [1, 1] and (place / "rank1.pt").is_file(), "\n".join(said)
+    yield place, [torch.load(place / f"rank{number}.pt", weights_only=False) for number in range(2)], "".join(said)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_and_weights_are_those_of_one_process(job, loss, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    alone, (first, second) = trained(LOSSES[loss]), (found[loss] for found in job[1])
+    assert alone.keys() == first.keys() and alone["gradient"].norm() > 0.01
+    for name, value in alone.items():
+        torch.testing.assert_close(first[name], value, rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_no_rank_draws_what_another_draws(job):
+    for name, first in job[1][0]["drawn"].items():
+        both = torch.cat([first, job[1][1]["drawn"][name]])
+        assert len(first) == (8 if name == "dropout" else 50)
+        assert len(torch.unique(both, dim=0)) == len(both), name
+
+
+def test_going_on_with_another_number_of_devices_repeats_no_random_number(tmp_path, monkeypatch):
+    """The numbers of the seeds: of two ranks for steps 0 to 9, then of one for 10 to 19."""
+    words = [*SMALL, "run_name=x", f"output_dir={tmp_path}", "batch_size=128", "dataloaders.epoch_size=12800"]
+    run, real, numbers = assemble(prepare(words)), loop.stream_seed, []
+    monkeypatch.setattr(loop, "stream_seed", lambda seed, name, index: (numbers.append(index), real(seed, name, index))[1])
+    for number, count, first in ((0, 2, 0), (1, 2, 0), (0, 1, 10)):
+        run.rank, run.world, run.state.step = number, count, first
+        assert len(list(islice(epoch_groups(run), 10))) == 10
+    assert len(numbers) == 30 == len(set(numbers))
+
+
+def test_a_resumed_runs_own_batch_is_what_its_devices_share(tmp_path):
+    """Not that of its recipe, 1,024 rows, which three could not share."""
+    words = ["run_name=x", f"output_dir={tmp_path}"]
+    launcher.run(*SMALL, *words, "batch_size=96", "max_steps=1")
+    assert prepare([*words, "resume=true", "devices=3", "max_steps=2"])["batch_size"] == 96
+    with pytest.raises(UserError, match="batch_size=96 rows cannot be shared evenly by devices=5"):
+        prepare([*words, "resume=true", "devices=5", "max_steps=2"])
+
+
+@pytest.mark.parametrize(("name", "words"), [("judged", []), ("adaptive", ["solver=dopri5"])])
+def test_evaluation_samples_are_those_of_one_process(job, name, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    alone, (first, second) = judged(*words), (found[name] for found in job[1])
+    assert torch.equal(first["samples"], alone["samples"]) and len(torch.unique(first["samples"], dim=0)) == 2500
+    assert second["samples"] is None
+    assert first["values"] == second["values"] == alone["values"]
+
+
+def test_a_batch_that_breaks_one_rank_is_left_out_by_all(job):
+    assert job[1][0]["skipped"] == job[1][1]["skipped"] == {"skipped": 1, "same": True, "values": 0}
+
+
+def test_ranks_agree_on_what_one_of_them_says(job):
+    assert job[1][0]["agreed"] == job[1][1]["agreed"] == ["second", None, "rank 0"]
+
+
+def test_epochs_end_raggedly_and_a_stopped_run_goes_on_bit_for_bit(job):
+    place = job[0]
+    whole, parts = (load_checkpoint(place / f"ckpts/mlp/{name}_last.pt") for name in ("whole", "parts"))
+    assert whole["step"] == parts["step"] == 9
+    for kind in ("network", "ema"):
+        assert whole[kind].keys() == parts[kind].keys()
+        assert all(value.isfinite().all() and torch.equal(value, parts[kind][name]) for name, value in whole[kind].items())
+    one, two = ([json.loads(line) for line in (place / f"runs/{name}/metrics.jsonl").open()] for name in ("whole", "parts"))
+    for row, same in zip(one, two, strict=True):
+        names = [name for name in row if name in ("step", "train/loss", "train/grad_norm", "eval/loss")]
+        assert [row[name] for name in names] == pytest.approx([same[name] for name in names], rel=1e-6)
+
+
+def test_a_mistake_that_all_find_is_said_once(job):
+    assert job[2].count(SENTENCE) == 1 and "Traceback" not in job[2]
+
+
+MISTAKES = [
+    (["devices=0"], "devices takes a whole number of at least 1"),
+    (["devices=3", "batch_size=256"], "use batch_size=255"),
+    (["--devices", "2", "--device", "mps"], "one MPS device"),
+    (["--devices"], "--devices needs a value, such as --devices 2"),
+]
+
+
+@pytest.mark.parametrize(("words", "sentence"), MISTAKES, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_devices_that_cannot_be_are_refused_in_a_sentence(words, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert launcher.main(["run_name=x", *words]) == 1
+    said = capsys.readouterr().err
+    assert sentence in said and said.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_more_devices_than_the_machine_has_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert launcher.main(["run_name=x", "device=cuda", "devices=2"]) == 1
+    assert "devices=2, and this machine has 1 CUDA device(s)" in capsys.readouterr().err
+    assert launcher.main(["run_name=x", "device=cuda", "devices=2", "--dry-run"]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_says_how_many_processes_share_how_many_rows(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert launcher.main(["run_name=x", "--dry-run", "--devices", "2", "device=cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "2 processes" in said and "1024 rows, 512 on each device" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def launched(place: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "launcher.py"), "run_name=x", *words], cwd=place, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(place)},
+    )  # fmt: skip
+
+
+def wait_for_step(place: Path, process: subprocess.Popen[str], step: int) -> None:
+    """Until the run has logged a later step."""
+    file, deadline = place / "runs/x/metrics.jsonl", time.monotonic() + 300
+    while not file.is_file() or not any(json.loads(row)["step"] > step for row in file.read_text().split("\n")[:-1]):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+
+
+def process_of_rank(agent: int, number: int) -> int:
+    """The process that torchrun's agent has started as this rank."""
+    for name in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((name / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == agent and f"\0RANK={number}\0" in (name / "environ").read_text():
+                return int(name.name)
+        except OSError:
+            continue  # it has ended meanwhile
+    raise AssertionError(f"no rank {number}")
+
+
+def status(place: Path) -> dict[str, Any]:
+    return json.loads((place / "runs/x/status.json").read_text())
+
+
+def wait_until_gone(processes):
+    """What is killed may stay listed for a moment, without a command line."""
+    end = time.monotonic() + 120
+    while any(path.exists() and path.read_text() for path in (Path(f"/proc/{number}/cmdline") for number in processes)):
+        assert time.monotonic() < end, f"processes {processes} live on"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").is_file(), reason="finds the processes of ranks in /proc")
+def test_a_run_of_two_is_stopped_killed_and_goes_on_with_one_and_with_two(tmp_path, monkeypatch):
+    long = [*SMALL, "batch_size=128", "dataloaders.epoch_size=2560", "log_every=10", "max_steps=1000000"]
+    process = launched(tmp_path, "--devices", "2", *long)
+    wait_for_step(tmp_path, process, 0)
+    process.terminate()
+    out, err = process.communicate(timeout=300)
+    stopped = status(tmp_path)
+    assert process.returncode == 143 and "128 rows, 64 on each device; lr 0.005" in out
+    assert err == "" and "x interrupted (stopped by SIGTERM)" in out
+    assert stopped["state"] == "interrupted" and stopped["step"] > 0
+    assert load_checkpoint(tmp_path / "ckpts/mlp/x_last.pt")["step"] == stopped["step"]
+
+    process = launched(tmp_path, "resume=true", "output_dir=.")  # on two: the run's own setting
+    wait_for_step(tmp_path, process, stopped["step"])
+    os.kill(process_of_rank(process.pid, 1), signal.SIGKILL)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert err.count("\n") == 1 and "rank 1 of 2 was killed by SIGKILL" in err and "resume=true" in err
+    assert status(tmp_path)["state"] == "failed" and "rank 1 of 2" in status(tmp_path)["why"]
+
+    process = launched(tmp_path, "resume=true", "output_dir=.")
+    wait_for_step(tmp_path, process, status(tmp_path)["step"])
+    ranks = [process_of_rank(process.pid, number) for number in (0, 1)]
+    os.kill(ranks[1], signal.SIGSTOP)  # as one that hangs, for which the first signal would wait for ever
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        process.terminate()
+        time.sleep(0.1)
+    assert process.returncode == 143 and list(tmp_path.glob("torchrun-*")) == []
+    wait_until_gone(ranks)
+
+    saved = load_checkpoint(tmp_path / "ckpts/mlp/x_last.pt")
+    assert saved["config"]["devices"] == 2 and not any("module" in key for key in saved["network"])
+    monkeypatch.chdir(tmp_path)
+    launcher.run("run_name=x", "resume=true", "output_dir=.", "devices=1", f"max_steps={saved['step'] + 20}")
+    assert status(tmp_path)["state"] == "finished" and status(tmp_path)["step"] == saved["step"] + 20
+    alone = load_checkpoint(tmp_path / "ckpts/mlp/x_last.pt")
+
+    process = launched(tmp_path, "resume=true", "output_dir=.", "--devices", "2", f"max_steps={saved['step'] + 40}")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and err == "" and "goes on with 2 devices instead of 1" in out, err
+    assert status(tmp_path)["state"] == "finished" and status(tmp_path)["step"] == saved["step"] + 40
+    both = load_checkpoint(tmp_path / "ckpts/mlp/x_last.pt")
+    for key in ("network", "ema", "window"):
+        assert alone[key].keys() == both[key].keys()
+    rows = [json.loads(row) for row in (tmp_path / "runs/x/metrics.jsonl").open()]
+    lives = [[row for row in rows if begun < row["step"] <= begun + 20] for begun in (saved["step"], saved["step"] + 20)]
+    one, two = (set().union(*life) for life in lives)
+    assert one == two and {"train/loss", "train/samples_per_second", "eval/loss"} <= one
+    assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
+
+
+if __name__ == "__main__":
+    together(lambda: part(Path.cwd()))

@@ -1,0 +1,191 @@
+"""What a model, a teacher or a guidance is asked for and cannot give is one sentence; what it can give follows the data."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import launcher
+from common.errors import UserError
+from configuration.compose import CONFIG_DIR
+from dataloaders.array_dataset import ArrayDataset
+from evaluation.generate import data_labels
+from evaluation.sample import load
+from helpers_cfg import ClassifierFreeGuidance
+from losses.flow_matching_loss import FlowMatchingLoss
+from runs.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_labels_of_an_evaluation_come_as_often_as_in_the_data(tmp_path: Path) -> None:
+    labels = np.repeat([0, 1], [900, 100])
+    np.savez(tmp_path / "two.npz", x=np.random.default_rng(0).normal(size=(1000, 2)).astype("float32"), y=labels)
+    dataset = ArrayDataset(path=str(tmp_path / "two.npz"), state_shape=[2], num_classes=2)
+    drawn = data_labels(dataset, 2, 1000, torch.Generator().manual_seed(0))
+    held_out = dataset.held_out(10_000, torch.Generator().manual_seed(0))[1]
+    assert drawn is not None and held_out is not None and drawn.shape == (1000,)
+    assert abs(drawn.float().mean() - held_out.float().mean()) < 0.02 and 0.03 < held_out.float().mean() < 0.2
+    assert data_labels(dataset, 0, 10, torch.Generator()) is None
+
+
+def test_guidance_that_guides_no_step_and_too_few_samples_for_all_classes_are_said(small_run) -> None:
+    folder = small_run("x", "loss=meanflow", "conditional=true", "max_steps=2")
+    model = load(folder / "ckpts/mlp/x_last.pt", device="cpu")
+    guided = ClassifierFreeGuidance(model.objective.network, 3.0, [0.2, 0.8])
+    with pytest.raises(UserError, match="guides none of 1 step"):
+        model.sample(10, evaluations=1, guidance=guided)
+    assert not torch.equal(model.sample(10, evaluations=2, guidance=guided), model.sample(10, evaluations=2))
+    with pytest.raises(UserError, match="wants a sample of each of the 5 classes"):
+        model.sample(4, label="all")
+    assert model.labels(5, "all").tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_conditional_run_wants_a_teacher_of_classes(small_run) -> None:
+    teacher = small_run("plain", "max_steps=2") / "ckpts/mlp/plain_last.pt"
+    words = [f"loss.coupling.teacher={teacher}", "loss.coupling.count=64", "max_steps=2"]
+    with pytest.raises(UserError, match="these pairs have none"):
+        small_run("student", "loss=reflow", "conditional=true", *words)
+    small_run("other", "loss=reflow", *words)
+
+
+def test_weights_are_not_read_as_what_they_are_not(small_run) -> None:
+    flow = small_run("flow", "max_steps=2") / "ckpts/mlp/flow_last.pt"
+    with pytest.raises(UserError, match="cannot be read as a loss whose second time"):
+        small_run("judged", f"eval_checkpoint={flow}", "loss=meanflow")
+    with pytest.raises(UserError, match="choose the same loss/prediction"):
+        small_run("next", f"init_from={flow}", "loss/prediction=x1")
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [(["loss/weighting=adaptive", "loss.weighting.c=-5"], "loss.weighting.c takes a number above 0"),
+     (["loss/weighting=adaptive", "loss.weighting.p=-3"], "loss.weighting.p takes a number from 0 to 2"),
+     (["loss=reflow", "loss.coupling.teacher=nowhere.pt"], "loss.coupling.teacher=nowhere.pt is not a file"),
+     (["solver=flow_map"], "loss=mse teaches only the velocity at an instant"),
+     (["~seed"], "seed cannot be left out"),
+     (["model.width=999999999999999999999"], "model.width takes a whole number of at least 1 and at most 100,000"),
+     (["optimizer.betas=[2,3]"], "optimizer.betas takes two numbers of at least 0 and below 1"),
+     (["optimizer.betas=[0.9]"], "optimizer.betas takes two numbers"),
+     (["log.expect=much", "log.file=/proc/log.md"], "log.file=/proc cannot be written"),
+     (["log.expect=much", "log.file=tests"], "tests is not a regular file"),
+     (["log.expect=much", "log.file=launcher.py/log.md"], "not a folder this user may write to; give another log"),
+     (["trackio.project="], "trackio.project takes a name"),
+     (["async_save=true"], "async_save takes auto, always or never"),
+     (["output_dir=/proc/x"], "/proc is not a folder this user may write to")],
+)  # fmt: skip
+def test_it_is_said_before_anything_is_written(
+    words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launcher.main(["run_name=x", f"output_dir={tmp_path}", *words]) == 1
+    assert sentence in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+VECTOR = """
+from losses.flow_matching_loss import FlowMatchingLoss
+class Mine(FlowMatchingLoss):
+    def forward(self, batch, teacher=None):
+        return super().forward(batch, teacher)["loss"] * batch.input.new_ones(3)
+"""
+
+
+def test_a_run_that_failed_before_its_first_step_leaves_its_name_free(
+    small_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose own new loss forgets .mean() does; without overwrite, as nothing is lost."""
+    (tmp_path / "own_loss.py").write_text(VECTOR)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["loss._target_=own_loss.Mine", "max_steps=2", "log_every=1"]
+    with pytest.raises(UserError, match=r"loss has shape \[3\], and a loss is one number.*add \.mean\(\)"):
+        small_run("x", *words)
+    folder = RunFolder(tmp_path / "outputs/runs/x")
+    status = folder.read_status()
+    assert (status["state"], status["step"]) == ("failed", 0) and "\n" not in status["why"]
+    folder.append_metrics(0, 0, 0.0, {"stale": 1.0})
+    folder.close()
+    monkeypatch.setattr("own_loss.Mine.forward", FlowMatchingLoss.forward)
+    small_run("x", *words)
+    assert folder.read_status()["state"] == "finished" and "stale" not in folder.metrics_path.read_text()
+    assert [path.name for path in folder.path.parent.iterdir()] == ["x"]
+    folder.write_status("failed", 0, 0, 0.0)  # but saves are never written over
+    with pytest.raises(UserError, match="run_name=x exists already"):
+        small_run("x", *words)
+
+
+def test_a_new_model_that_names_no_learning_rate_is_told_where_to(tmp_path: Path, monkeypatch, capsys) -> None:
+    configs = tmp_path / "configs"
+    shutil.copytree(CONFIG_DIR, configs)
+    text = (configs / "model/mlp.yaml").read_text().partition("training:")[0]
+    (configs / "model/own.yaml").write_text(text)
+    monkeypatch.setattr("configuration.compose.CONFIG_DIR", configs)
+    assert launcher.main(["run_name=x", "model=own", f"output_dir={tmp_path}"]) == 1
+    assert capsys.readouterr().err == (
+        "launcher.py: optimizer.lr is taken from model.training.lr, which configs/model/own.yaml lacks; add "
+        "`training: {lr: 1e-3}` there, or give optimizer.lr=<a value>\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["trackio.project=${oc.env:OWN_KEY}", "log.reason='of ${ oc.env:OWN_KEY}'", "+callbacks.own={a: ['${oc.env:OWN_KEY}']}",
+     "trackio.project='${oc.decode:${oc.env:OWN_KEY}}'"],
+)  # fmt: skip
+def test_what_the_environment_holds_is_stored_nowhere(word: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("OWN_KEY", "SECRET")
+    assert launcher.main(["run_name=x", f"output_dir={tmp_path}", word, "--dry-run"]) == 1
+    said = capsys.readouterr().err
+    assert f"{word.split('=')[0].strip('+')}" in said and "SECRET" not in said and said.count("\n") == 1
+    assert "reads the environment by ${oc.env:...}" in said
+
+
+def test_an_interrupt_is_one_whatever_error_becomes_of_it(monkeypatch, capsys) -> None:
+    """omegaconf, among others, catches KeyboardInterrupt where it looks for errors of its own."""
+
+    def busy(_: list[str]) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt as error:
+            raise ValueError("something about flags") from error
+
+    monkeypatch.setattr(launcher, "launch", busy)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert launcher.main(["run_name=x"]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "launcher.py: stopped before anything was begun\n"
+
+
+EARLY = """
+import builtins, os, runpy, signal, sys
+real = builtins.__import__
+def importing(name, *rest):
+    if name == "common.errors":
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(name, *rest)
+builtins.__import__ = importing
+sys.argv = ["launcher.py", "run_name=x"]
+runpy.run_path("launcher.py", run_name="__main__")
+"""
+
+
+def test_an_interrupt_while_modules_are_imported_is_one_line() -> None:
+    done = subprocess.run([sys.executable, "-c", EARLY], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "launcher.py: stopped before anything was begun\n")
+
+
+def test_what_a_resumed_run_cannot_change_even_by_force(small_run) -> None:
+    small_run("x", "epochs=1", "max_steps=2")
+    with pytest.raises(UserError, match="leave conditional out"):
+        small_run("x", "resume=force", "conditional=true", "max_steps=4")
+    with pytest.raises(UserError, match="holds the state of another schedule than plateau"):
+        small_run("x", "resume=force", "schedule=plateau", "max_steps=4")

@@ -1,0 +1,301 @@
+"""The run's folder: every file survives a crash, and a resumed run's metrics show each step once."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+
+from backends.submission import prepare
+from common.errors import UserError
+from common.files import share, write_atomically
+from runs.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[2]
+WRITER = """
+import sys
+from pathlib import Path
+from runs.run_folder import RunFolder
+folder = RunFolder(Path(sys.argv[1]))
+step = 0
+while True:
+    step += 1
+    folder.append_metrics(step, 0, 0.1, {"train/loss": 1.0})
+    folder.write_status("running", step, 0, 0.1, {"eval/loss": 1.0} | {f"metric_{n}": 1.0 for n in range(200)})
+    print(step, flush=True)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "runs" / "x")
+
+
+def append_steps(folder: RunFolder, *steps: int) -> None:
+    for step in steps:
+        folder.append_metrics(step, step // 2, 1.5, {"train/loss": step / 10})
+
+
+def test_rows_are_flat_and_on_disk_at_once(folder: RunFolder) -> None:
+    folder.append_metrics(3, 1, 2.00049, {"train/loss": 0.5, "epoch_share": 0.25})
+    row = {"step": 3, "epoch": 1, "elapsed_seconds": 2.0, "train/loss": 0.5, "epoch_share": 0.25}
+    assert json.loads(folder.metrics_path.read_text()) == row
+    assert folder.read_metrics() == [row]
+
+
+def test_not_a_number_is_null(folder: RunFolder) -> None:
+    folder.append_metrics(1, 0, 0.0, {"nan": float("nan"), "inf": float("inf"), "one": 1.0})
+    row = json.loads(folder.metrics_path.read_text(), parse_constant=pytest.fail)
+    assert (row["nan"], row["inf"], row["one"]) == (None, None, 1.0)
+    folder.write_status("failed", 1, 0, 0.0, {"eval/loss": float("nan")}, why="loss is NaN")
+    assert folder.read_status()["scores"] == {"eval/loss": None}
+
+
+def test_torn_last_line_is_left_out_and_overwritten(folder: RunFolder) -> None:
+    append_steps(folder, 1, 2)
+    folder.close()
+    with folder.metrics_path.open("a") as file:
+        file.write('{"step": 3, "tr')
+    assert [row["step"] for row in folder.read_metrics()] == [1, 2]
+    append_steps(RunFolder(folder.path), 3)
+    assert [row["step"] for row in folder.read_metrics()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 6, "epo'])
+def test_trimmed_run_shows_each_step_once(folder: RunFolder, torn: str) -> None:
+    append_steps(folder, 1, 2, 3, 4, 5)
+    with folder.metrics_path.open("a") as file:
+        file.write(torn)
+    folder.trim_metrics(3)
+    append_steps(folder, 4, 5, 6)
+    assert [row["step"] for row in folder.read_metrics()] == [1, 2, 3, 4, 5, 6]
+    assert [path.name for path in folder.path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("bad", ['{"step": 3, "tr', "\0" * 300, "[1]", '{"epoch": 1}', '{"step": "a"}', "\xff", "[" * 10**5])
+@pytest.mark.parametrize("last", [True, False], ids=["as the last line", "in the middle"])
+def test_damaged_lines_cost_only_themselves(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str], bad: str, last: bool
+) -> None:
+    """A last one is as if torn. Before others it is told, and a resume keeps the file as it was beside the mended one."""
+    append_steps(folder, 1, 2, 3)
+    lines = folder.metrics_path.read_bytes().splitlines(keepends=True)
+    lines.insert(3 if last else 1, bad.encode("latin-1") + b"\n")
+    before = b"".join(lines)
+    folder.metrics_path.write_bytes(before)
+    for _ in range(2):
+        assert [row["step"] for row in folder.read_metrics()] == [1, 2, 3]
+    said = capsys.readouterr().err
+    assert said == ("" if last else f"note: {folder.metrics_path} is damaged; left out: line 2\n")
+    for copy in (".damaged", ".damaged.2"):
+        folder.metrics_path.write_bytes(before)
+        folder.trim_metrics(2)
+        kept = folder.metrics_path.with_name(f"metrics.jsonl{copy}")
+        assert kept.exists() is not last and (last or kept.read_bytes() == before)
+        append_steps(folder, 3)
+        assert [row["step"] for row in RunFolder(folder.path).read_metrics()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "bad", ["", "\0" * 40, '{"state": "run', "[1]", '{"scores": [1]}', '{"step": "a"}', '{"seconds": "b"}']
+)
+def test_a_damaged_status_is_an_unknown_one(folder: RunFolder, capsys: pytest.CaptureFixture[str], bad: str) -> None:
+    folder.write_status("running", 10, 1, 5.0, {"eval/loss": 0.5})
+    folder.status_path.write_text(bad)
+    assert folder.read_status() == {} == folder.read_status()
+    assert capsys.readouterr().err.count("is damaged; what became of the run is unknown") == 1
+    folder.write_status("finished", 20, 2, 9.0)
+    assert folder.read_status()["state"] == "finished"
+
+
+def test_scores_that_are_not_numbers_stay_so(folder: RunFolder) -> None:
+    folder.write_status("running", 1, 0, 0.0, {"eval/loss": float("nan")})
+    folder.write_status("running", 2, 0, 0.0)
+    assert folder.read_status()["scores"] == {"eval/loss": None}
+
+
+@pytest.mark.parametrize("bad", ["", "a: [1, 2", "[1, 2]", "word", "\0\0", "a: ${b", "run_name: x\nepochs: 3\n", "\xff"])
+def test_a_damaged_configuration_is_one_sentence_when_a_run_goes_on(folder: RunFolder, bad: str) -> None:
+    folder.path.mkdir(parents=True)
+    folder.config_path.write_bytes(bad.encode("latin-1"))
+    with pytest.raises(UserError) as refused:
+        prepare(["run_name=x", "resume=true", f"output_dir={folder.path.parents[1]}"])
+    assert str(folder.config_path) in str(refused.value) and "\n" not in str(refused.value)
+    assert "put back a copy of it" in str(refused.value)
+
+
+def test_trimming_before_the_first_row_is_nothing(folder: RunFolder) -> None:
+    folder.trim_metrics(3)
+    assert folder.read_metrics() == []
+
+
+def test_status_keeps_its_start_scores_and_details(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter(["first", "second"])
+    monkeypatch.setattr("runs.run_folder.timestamp", lambda: next(times))
+    folder.write_status("running", 10, 1, 5.0, {"eval/loss": 0.5}, epochs=3)
+    folder.write_status("interrupted", 20, 2, 9.0, why="Ctrl-C")
+    status = folder.read_status()
+    assert (status["started"], status["updated"], status["state"]) == ("first", "second", "interrupted")
+    assert (status["step"], status["epoch"], status["seconds"], status["why"]) == (20, 2, 9.0, "Ctrl-C")
+    assert (status["scores"], status["epochs"], status["pid"]) == ({"eval/loss": 0.5}, 3, os.getpid())
+
+
+def test_unknown_state_is_refused(folder: RunFolder) -> None:
+    with pytest.raises(AssertionError):
+        folder.write_status("done", 0, 0, 0.0)
+
+
+def test_nothing_written_yet_reads_as_empty(folder: RunFolder) -> None:
+    assert (folder.read_status(), folder.read_metrics()) == ({}, [])
+
+
+def test_config_and_overrides(folder: RunFolder) -> None:
+    folder.write_config("epochs: 3\n", ["epochs=3", "model=unet"])
+    assert folder.config_path.read_text() == "epochs: 3\n"
+    assert folder.overrides_path.read_text() == "epochs=3\nmodel=unet\n"
+
+
+def test_sample_pictures_sort_by_step(folder: RunFolder) -> None:
+    paths = [folder.sample_picture(step) for step in (1000, 20, 300_000)]
+    assert sorted(paths) == [paths[1], paths[0], paths[2]]
+    assert paths[0].parent == folder.path / "samples" and paths[0].suffix == ".png"
+
+
+def test_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "status.json"
+    write_atomically(path, "old")
+
+    def disk_full(descriptor: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(OSError, match="no space"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("write", [write_atomically, lambda path, text: share(saved(path.parent, text), path)])
+def test_a_written_file_is_the_one_at_the_end_of_its_links_with_its_mode_and_owner(tmp_path: Path, write) -> None:
+    end, middle, first = tmp_path / "there" / "log.md", tmp_path / "middle", tmp_path / "first"
+    end.parent.mkdir()
+    middle.symlink_to("there/log.md")
+    first.symlink_to(middle)
+    write(first, "made")
+    assert end.read_text() == "made" and first.is_symlink() and middle.is_symlink()
+
+
+def saved(folder: Path, text: str) -> Path:
+    path = folder / "saved"
+    path.write_text(text)
+    return path
+
+
+def test_a_replaced_file_keeps_its_mode_and_owner(tmp_path: Path) -> None:
+    path = tmp_path / "log.md"
+    path.write_text("old")
+    path.chmod(0o640)
+    owner = (1234, 4321) if os.getuid() == 0 else (os.getuid(), os.getgid())
+    os.chown(path, *owner)
+    write_atomically(path, "new")
+    status = path.stat()
+    assert path.read_text() == "new" and status.st_mode & 0o7777 == 0o640 and (status.st_uid, status.st_gid) == owner
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to a pipe", "link to itself"])
+def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "there"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    given = tmp_path / "given"
+    given.symlink_to(given if kind == "link to itself" else path)
+    before = path.stat().st_ino
+    with pytest.raises(UserError, match="is not a regular file"):
+        write_atomically(given if "link" in kind else path, "new")
+    assert path.stat().st_ino == before and sorted(tmp_path.iterdir()) == [given, path]
+
+
+def test_killed_writer_leaves_whole_files(folder: RunFolder) -> None:
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(folder.path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "1\n"
+    for _ in range(50):
+        assert folder.read_status()["state"] == "running"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    told = int(process.communicate()[0].split()[-1])
+    assert folder.read_status()["step"] >= told
+    assert [row["step"] for row in folder.read_metrics()][:told] == list(range(1, told + 1))
+
+
+def test_a_folder_that_is_deleted_while_its_run_writes_is_noticed_and_not_made_again(folder: RunFolder) -> None:
+    folder.lock()
+    append_steps(folder, 1)
+    shutil.rmtree(folder.path)
+    for write in (lambda: append_steps(folder, 2), folder.sync_metrics, lambda: folder.write_status("running", 2, 0, 0.0)):
+        with pytest.raises(UserError, match="was deleted or moved while the run wrote there"):
+            write()
+    assert not folder.path.exists()
+    folder.release()
+
+
+TALKER = """
+import sys
+from common.files import outlive_readers
+outlive_readers(sys.argv[1])
+for n in range(3):
+    print("x" * 100_000, flush=True)
+    print(f"line {n}", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("note", ["the work goes on", ""])
+def test_a_reader_that_leaves_costs_a_line_and_not_the_process(note: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", TALKER, note], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read().splitlines()
+    process.stderr.close()
+    first = ["note: standard output takes no more (broken pipe); the work goes on"] if note else []
+    assert said == [*first, "line 0", "line 1", "line 2"] and process.wait(60) == 0
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_leads_nowhere_and_no_file_gets_its_number(closed: str, tmp_path: Path) -> None:
+    opens = f"\nopened = open({str(tmp_path / 'x')!r}, 'w')\nopened.write(str(opened.fileno()))"
+    command = ["bash", "-c", f'exec "$0" -c "$1" "" {closed}', sys.executable, TALKER + opens]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    assert int((tmp_path / "x").read_text()) > 2
+
+
+def test_import_is_light() -> None:
+    script = "import sys, training.run_folder, training.experiment_log; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+def test_a_folder_moved_aside_between_opening_and_locking_is_not_taken_for_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by another process with overwrite=true, that then begins the run anew: this one must see that it is held."""
+    other, mine, first = RunFolder(tmp_path / "x"), RunFolder(tmp_path / "x"), []
+    real = fcntl.flock
+
+    def flock(file: TextIO, operation: int) -> None:
+        if not first:
+            first.append(1)
+            (tmp_path / "x").rename(tmp_path / "x.old")
+            other.lock()
+        real(file, operation)
+
+    monkeypatch.setattr("runs.run_folder.fcntl.flock", flock)
+    with pytest.raises(UserError, match="is being trained by another process"):
+        mine.lock()
+    other.release()
+    mine.lock()
+    mine.release()

@@ -1,0 +1,247 @@
+"""scripts/runs.py and scripts/trackio_delete.py: what they print, what they refuse, and from where they run."""
+
+import contextlib
+import io
+import os
+import platform
+import re
+import sqlite3
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+from runs.run_folder import RunFolder
+from runs.trackio_tracker import TrackioTracker, run_names
+from scripts import runs, trackio_delete
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def output_dir(tmp_path: Path) -> Path:
+    first = RunFolder(tmp_path / "runs" / "moons_mlp")
+    first.write_config("run_name: moons_mlp\nepochs: 10\noptimizer: {lr: 0.001}\nmodel: {width: 64}\n", ["epochs=10"])
+    first.append_metrics(100, 1, 1.0, {"train/loss": 0.9, "eval/energy_distance": 0.011, "eval/accuracy": 0.9})
+    first.append_metrics(200, 2, 2.0, {"train/loss": 0.8, "eval/energy_distance": 0.022, "eval/accuracy": 0.8})
+    first.write_status("finished", 200, 2, 90.0, {"eval/energy_distance": 0.022}, epochs=10)
+    second = RunFolder(tmp_path / "runs" / "moons_cnn")
+    second.write_config("run_name: moons_cnn\nepochs: 10\noptimizer: {lr: 0.002}\nloss: {p: 1}\n", [])
+    second.append_metrics(50, 1, 1.0, {"train/loss": float("nan")})
+    second.write_status("failed", 50, 1, 30.0, why="the loss is not finite")
+    return tmp_path
+
+
+def run_main(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, list[str], str]:
+    code = runs.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return code, out.rstrip("\n").split("\n"), err
+
+
+def cells(lines: list[str], first: str) -> list[str]:
+    (line,) = [line for line in lines if line.split()[:1] == [first]]
+    return line.split()
+
+
+def test_list_tells_state_and_best_scores(output_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, lines, _ = run_main(capsys, "list", "--output-dir", output_dir)
+    assert (code, len(lines)) == (0, 3)
+    row = ["moons_mlp", "finished", "200", "2/10", "1.5", "energy_distance", "0.011,", "accuracy", "0.9"]
+    assert cells(lines, "moons_mlp") == row
+    assert cells(lines, "moons_cnn") == ["moons_cnn", "failed", "50", "1", "0.5", "-"]
+
+
+def test_list_of_nothing_says_how_to_begin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, lines, _ = run_main(capsys, "--output-dir", tmp_path, "list")
+    assert code == 0 and "python launcher.py run_name=" in lines[0]
+
+
+def test_run_whose_folder_nobody_holds_is_lost(
+    output_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may have its number by now, as this one has here."""
+    alive, killed = (RunFolder(output_dir / "runs" / name) for name in ("alive", "killed"))
+    for folder in (alive, killed):
+        folder.lock()
+        folder.write_status("running", 1, 0, 0.0)
+    killed.release()
+    monkeypatch.setattr("runs.run_folder.platform.node", lambda: "another-machine")
+    RunFolder(output_dir / "runs" / "away").write_status("running", 1, 0, 0.0)
+    monkeypatch.undo()
+    _, lines, _ = run_main(capsys, "list", "--output-dir", output_dir)
+    assert [cells(lines, name)[1] for name in ("alive", "killed", "away")] == ["running", "lost", "running"]
+
+
+def test_values_of_another_kind_are_left_out(output_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = RunFolder(output_dir / "runs" / "odd")
+    odd.path.mkdir()
+    odd.metrics_path.write_text('{"step": 1, "eval/loss": {"a": 1}, "eval/fid": "x", "eval/accuracy": 0.5}\n')
+    odd.status_path.write_text(f'{{"state": "running", "host": "{platform.node()}", "scores": {{"eval/loss": "x"}}}}')
+    worse = RunFolder(output_dir / "runs" / "worse")
+    for text in ('{"seconds": "x"}', '{"step": null}', '{"state": "running", "seconds": 60.0'):
+        worse.path.mkdir(exist_ok=True)
+        worse.status_path.write_text(text)
+        code, lines, _ = run_main(capsys, "list", "--output-dir", output_dir)
+        assert code == 0 and cells(lines, "worse")[1] == "-" and cells(lines, "moons_mlp")[1] == "finished"
+        assert cells(lines, "odd") == ["odd", "lost", "-", "-", "0.0", "accuracy", "0.5"]
+    assert run_main(capsys, "show", "odd", "--output-dir", output_dir)[0] == 0
+    assert run_main(capsys, "compare", "odd", "moons_mlp", "--output-dir", output_dir)[0] == 0
+
+
+def test_show_tells_overrides_metrics_and_files(output_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, lines, _ = run_main(capsys, "show", "moons_mlp", "--output-dir", output_dir)
+    assert lines[0] == "moons_mlp: finished at step 200, epoch 2/10, 1.5 minutes"
+    assert "  epochs=10" in lines
+    assert cells(lines, "eval/accuracy") == ["eval/accuracy", "0.8", "0.9"]
+    assert cells(lines, "train/loss") == ["train/loss", "0.8"]
+    assert any("metrics.jsonl" in line and "KiB" in line for line in lines)
+    RunFolder(output_dir / "runs/moons_mlp").append_metrics(
+        200, 2, 90.0, {"eval/w2": 0.5, "eval/w2_floor": 0.7, "eval/nfe": 50.0}
+    )
+    _, lines, _ = run_main(capsys, "show", "moons_mlp", "--output-dir", output_dir)
+    assert cells(lines, "eval/w2")[1:] == ["0.5", "0.5"]
+    assert [cells(lines, name)[1:] for name in ("eval/w2_floor", "eval/nfe")] == [["0.7"], ["50"]]
+    _, lines, _ = run_main(capsys, "show", "moons_cnn", "--output-dir", output_dir)
+    assert "the loss is not finite" in lines
+    assert cells(lines, "train/loss") == ["train/loss", "nan"]
+
+
+def test_compare_tells_only_the_settings_that_differ(output_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, lines, _ = run_main(capsys, "compare", "moons_mlp", "moons_cnn", "--output-dir", output_dir)
+    assert cells(lines, "optimizer.lr") == ["optimizer.lr", "0.001", "0.002"]
+    assert cells(lines, "model.width") == ["model.width", "64", "-"]
+    assert cells(lines, "loss.p") == ["loss.p", "-", "1"]
+    assert not [line for line in lines if line.startswith(("epochs", "run_name"))]
+    assert cells(lines, "eval/energy_distance") == ["eval/energy_distance", "0.022", "-"]
+    assert cells(lines, "train/loss") == ["train/loss", "0.8", "nan"]
+
+
+def test_unknown_run_is_one_sentence_with_the_nearest_name(output_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run_main(capsys, "show", "moon_mlp", "--output-dir", output_dir)
+    assert code == 1 and "did you mean moons_mlp?" in err and err.count("\n") == 1
+    code, _, err = run_main(capsys, "compare", "moons_mlp", "moons_mlp", "--output-dir", output_dir)
+    assert code == 1 and "two different runs" in err
+
+
+def test_runs_from_any_folder_without_the_libraries(output_dir: Path) -> None:
+    """-S hides site-packages: the script finds the repository by itself and needs nothing else."""
+    command = [sys.executable, "-S", str(ROOT / "scripts/runs.py"), "show", "moons_mlp", "--output-dir", "."]
+    done = subprocess.run(command, cwd=output_dir, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("moons_mlp: finished")
+
+
+def test_delete_takes_a_runs_three_places_and_nothing_of_its_neighbours(small_run, tmp_path, capsys) -> None:
+    """Neither of one whose name begins alike, nor of one that a process trains."""
+    project = f"deleted-{uuid.uuid4().hex[:6]}"
+    tracked = ["trackio.enabled=true", f"trackio.project={project}"]
+    for name in ("x", "x_epoch_0001", "y"):
+        folder = small_run(name, "max_steps=2", *tracked)
+    before = sorted(folder.rglob("*"))
+    capsys.readouterr()
+    code, lines, _ = run_main(capsys, "delete", "x", "--dry-run", "--output-dir", folder)
+    assert (code, lines[0]) == (0, "would delete") and "3 saves, 1 dashboard runs" in lines[1]
+    assert sorted(folder.rglob("*")) == before and "x" in run_names(project)
+    held = RunFolder(folder / "runs/y")
+    held.lock()
+    code, _, said = run_main(capsys, "delete", "x", "y", "--output-dir", folder)
+    assert code == 1 and "run y is being trained by another process right now (process" in said
+    held.release()
+    assert sorted(folder.rglob("*")) == before and "x" in run_names(project)
+    assert run_main(capsys, "delete", "x", "--output-dir", folder)[0] == 0
+    gone = {path.relative_to(folder) for path in set(before) - set(folder.rglob("*"))}
+    saves = {Path("ckpts/mlp") / name for name in ("x_last.pt", "x_best.pt", "archive/x_epoch_0001.pt")}
+    assert saves <= gone and all(path in saves or path.parts[:2] == ("runs", "x") for path in gone)
+    assert run_names(project) == ["x_epoch_0001", "y"]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> str:
+    name = f"project-{uuid.uuid4().hex[:8]}"
+    for run_name in ("test_1", "test_2", "keep_test_3"):
+        tracker = TrackioTracker(name)
+        tracker.start(run_name, {}, tmp_path, None)
+        tracker.log({"a": 1.0}, 1)
+        tracker.finish()
+    return name
+
+
+def test_delete_takes_whole_names_only(project: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert trackio_delete.main(["test_.*", "--yes", "--project", project]) == 0
+    assert run_names(project) == ["keep_test_3"]
+    assert capsys.readouterr().out == f"deleted 2 of the project {project}:\n  test_1\n  test_2\n"
+
+
+def test_dry_run_and_list_delete_nothing(project: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert trackio_delete.main(["test_.*", "--dry-run", "--project", project]) == 0
+    assert capsys.readouterr().out == "would delete:\n  test_1\n  test_2\n"
+    assert trackio_delete.main(["--list", "--project", project]) == 0
+    assert capsys.readouterr().out == "keep_test_3\ntest_1\ntest_2\n"
+    assert len(run_names(project)) == 3
+
+
+@pytest.mark.parametrize(("answer", "left"), [("\n", 3), ("n\n", 3), ("", 3), ("y\n", 1)])
+def test_delete_asks_first(answer: str, left: int, project: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
+    assert trackio_delete.main(["test_.*", "--project", project]) == (0 if left == 1 else 1)
+    assert len(run_names(project)) == left
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"), [(["te("], "not a regular expression"), (["est_1"], "no run of"), ([], "say which runs")]
+)
+def test_delete_refuses_in_one_sentence(
+    pattern: list[str], said: str, project: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert trackio_delete.main([*pattern, "--yes", "--project", project]) == 1
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+    assert len(run_names(project)) == 3
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../keep_test_3", ""])
+def test_delete_of_a_name_that_is_a_path_leaves_all_other_pictures(
+    name: str, project: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """trackio takes any name, its rows may come from anyone, and a run's pictures lie in a folder of its name."""
+    media = Path(os.environ["TRACKIO_DIR"]) / "media"
+    pictures = [media / project / "keep_test_3/0/a.png", media / f"{project}2/x/0/a.png"]
+    for picture in pictures:
+        picture.parent.mkdir(parents=True)
+        picture.write_bytes(b"x")
+    with contextlib.closing(sqlite3.connect(media.parent / f"{project}.db")) as database, database:
+        database.execute("UPDATE metrics SET run_name = ? WHERE run_name = 'test_1'", (name,))
+        database.execute("UPDATE configs SET run_name = ? WHERE run_name = 'test_1'", (name,))
+    assert trackio_delete.main([re.escape(name), "--yes", "--project", project]) == 0
+    assert "its pictures, if any, stay" in capsys.readouterr().err
+    assert run_names(project) == ["keep_test_3", "test_2"] and all(picture.exists() for picture in pictures)
+
+
+def test_delete_says_that_the_database_is_held(
+    project: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda path, **keys: connect(path, **(keys | {"timeout": 0.1})))
+    with contextlib.closing(connect(Path(os.environ["TRACKIO_DIR"]) / f"{project}.db")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert trackio_delete.main(["test_1", "--yes", "--project", project]) == 1
+        other.rollback()
+    err = capsys.readouterr().err
+    assert "could not delete the run test_1" in err and err.count("\n") == 1 and len(run_names(project)) == 3
+
+
+@pytest.mark.parametrize("arguments", [["--list"], ["test_1", "--yes"]], ids=["list", "delete"])
+def test_delete_says_so_when_the_database_is_damaged(
+    arguments: list[str], project: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Path(os.environ["TRACKIO_DIR"]) / f"{project}.db").write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)
+    assert trackio_delete.main([*arguments, "--project", project]) == 1
+    err = capsys.readouterr().err
+    assert f"trackio refuses the project {project}: " in err and err.count("\n") == 1
+
+
+def test_delete_runs_from_any_folder_on_the_users_trackio_dir(project: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts/trackio_delete.py"), "--list", "--project", project]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "keep_test_3\ntest_1\ntest_2\n"

@@ -1,0 +1,498 @@
+"""A run end to end, small: determinism, exact resume, accumulation, guards, and the files it leaves."""
+
+import json
+import math
+import pickle
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import launcher
+from backends.submission import prepare
+from common.errors import UserError
+from evaluation.evaluator import GeneratorEvaluator
+from evaluation.sample import load
+from runs.checkpoint import load_checkpoint
+from runs.run_folder import RunFolder
+from training.assemble import assemble
+from training.loop import epoch_groups, fit, train_step
+from training.run import Callback, Run, Stop
+
+TIMING = ("second", "elapsed")
+
+
+def metric_rows(folder: Path, name: str) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not any(word in k for word in TIMING)} for row in rows]
+
+
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    payload = load_checkpoint(folder / f"ckpts/mlp/{name}_last.pt")
+    return {f"{kind}.{k}": v for kind in ("network", "ema") for k, v in payload[kind].items()}
+
+
+def assert_equal_runs(first: Path, second: Path, name: str) -> None:
+    one, two = weights(first, name), weights(second, name)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert metric_rows(first, name) == metric_rows(second, name)
+
+
+class StopAt(Callback):
+    """Behaves as a signal does after the given step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def step_end(self, run: Run) -> None:
+        if run.state.step == self.step:
+            run.stop = Stop("stopped by SIGTERM", signal=signal.SIGTERM)
+
+
+EVERYTHING = [
+    "gradient_accumulation_steps=3",
+    "model.dropout=0.2",
+    "schedule=one_cycle",
+    "schedule.warmup_steps=3",
+    "ema.decay=0.9",
+]
+STOP = "+callbacks.stop={_target_: %s.StopAt, step: %d}"
+
+
+def test_the_same_seed_gives_bit_identical_runs_and_another_seed_does_not(small_run):
+    first, second = small_run("x", output="a"), small_run("x", output="b")
+    assert_equal_runs(first, second, "x")
+    other = small_run("x", "seed=1", output="c")
+    assert not torch.equal(weights(first, "x")["network.layers.0.weight"], weights(other, "x")["network.layers.0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("extra", "stop"),
+    [
+        pytest.param(EVERYTHING, 4, id="accumulation, dropout, schedule, EMA, between log lines of an epoch"),
+        pytest.param(EVERYTHING, 3, id="at the end of an epoch"),
+        pytest.param(
+            ["schedule=plateau", "schedule.patience=0", "schedule.gamma=0.5", "optimizer.lr=1e-12"], 20, id="plateau"
+        ),
+        pytest.param(["loss/coupling=minibatch_ot", "conditional=true"], 9, id="minibatch OT, label dropout"),
+        pytest.param(["precision=bf16"], 9, id="bf16"),
+        pytest.param(["dataloaders=moons", "source=eight_gaussians"], 9, id="data as source"),
+    ],
+)
+def test_a_run_stopped_and_resumed_equals_the_uninterrupted_one(small_run, extra, stop, monkeypatch):
+    whole = small_run("x", *extra, output="whole")
+    monkeypatch.setattr("training.callbacks.DeviceTelemetry", StopAt)
+    with pytest.raises(SystemExit) as stopped:
+        small_run("x", *extra, f"+callbacks.telemetry.step={stop}", output="parts")
+    assert stopped.value.code == 143
+    monkeypatch.undo()
+    parts = whole.parent / "parts"
+    status = json.loads((parts / "runs/x/status.json").read_text())
+    assert status["state"] == "interrupted" and status["step"] == stop
+    small_run("x", "resume=true", "~callbacks.telemetry", output="parts")
+    assert_equal_runs(whole, parts, "x")
+    assert json.loads((parts / "runs/x/status.json").read_text())["state"] == "finished"
+
+
+LOSSES = (Path(__file__).resolve().parents[2] / "configs/loss").glob("*.yaml")
+OBJECTIVES = sorted(path.stem for path in LOSSES if path.stem != "cross_entropy")  # that one: test_classifiers.py
+
+
+@pytest.mark.parametrize("loss", OBJECTIVES)
+def test_every_objective_resumes_in_mid_epoch_bit_for_bit(small_run, loss, monkeypatch):
+    """Weights, metrics and samples; with accumulation, EMA, a schedule, labels and their dropout, minibatch OT."""
+    words = [f"loss={loss}", "conditional=true", "batch_size=64", "dataloaders.epoch_size=500", "epochs=2", *EVERYTHING]
+    words.remove("gradient_accumulation_steps=3")
+    words.append("gradient_accumulation_steps=2")
+    if loss == "reflow":
+        teacher = small_run("teacher", "conditional=true", "epochs=1", output="teacher") / "ckpts/mlp/teacher_last.pt"
+        words += [f"loss.coupling.teacher={teacher}", "loss.coupling.count=200"]
+    else:
+        words.append("loss/coupling=minibatch_ot")
+    whole = small_run("x", *words, output="whole")
+    monkeypatch.setattr("training.callbacks.DeviceTelemetry", StopAt)
+    with pytest.raises(SystemExit):
+        small_run("x", *words, "+callbacks.telemetry.step=5", output="parts")
+    monkeypatch.undo()
+    parts = small_run("x", "resume=true", "~callbacks.telemetry", output="parts")
+    assert_equal_runs(whole, parts, "x")
+    one, two = (load(folder / "ckpts/mlp/x_last.pt", device="cpu").sample(16) for folder in (whole, parts))
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("loss", [*OBJECTIVES, "cross_entropy"])
+def test_every_objective_trains_in_bf16_and_compiled_as_in_fp32(small_run, loss, monkeypatch):
+    """20 steps from the same seed: in bf16 to within 5 % of fp32's held-out loss, compiled to within 1e-4 of eager."""
+    words = [f"loss={loss}", "max_steps=20", "epochs=1", "batch_size=32", "dataloaders.epoch_size=640", "optimizer.lr=1e-3"]
+    if loss == "cross_entropy":
+        words += ["dataloaders=digits", "model=small_cnn_classifier", "evaluation=classifier", "model.width=8"]
+        words += ["dataloaders.epoch_size=1438"]
+    if loss == "reflow":
+        teacher = small_run("teacher", "max_steps=2", output="teacher") / "ckpts/mlp/teacher_last.pt"
+        words += [f"loss.coupling.teacher={teacher}", "loss.coupling.count=200"]
+
+    def held_out(name: str, *extra: str) -> float:
+        rows = (small_run(name, *words, *extra) / f"runs/{name}/metrics.jsonl").read_text().splitlines()
+        return [row["eval/loss"] for row in map(json.loads, rows) if "eval/loss" in row][-1]
+
+    compile_fully, compiled = torch.compile, []
+
+    def quickly(module: Any, mode: str) -> Any:
+        compiled.append(mode)
+        return compile_fully(module, backend="aot_eager", dynamic=False)
+
+    monkeypatch.setattr(torch, "compile", quickly)
+    exact = held_out("fp32")
+    assert held_out("bf16", "precision=bf16") == pytest.approx(exact, rel=0.05)
+    assert held_out("compiled", "compile=true") == pytest.approx(exact, rel=1e-4) and compiled == ["default"]
+
+
+def test_what_was_logged_after_the_last_save_is_logged_once(small_run, monkeypatch):
+    """A SIGKILL between saves leaves rows of steps that the resumed run takes again."""
+
+    class Killed(Callback):
+        def step_end(self, run: Run) -> None:
+            if run.state.step == 13:
+                raise InterruptedError("as if killed")
+
+    whole = small_run("x", output="whole")
+    monkeypatch.setattr("training.callbacks.DeviceTelemetry", Killed)
+    with pytest.raises(InterruptedError):
+        small_run("x", output="parts")
+    monkeypatch.undo()
+    assert metric_rows(whole.parent / "parts", "x")[-1]["step"] == 12
+    small_run("x", "resume=true", output="parts")
+    assert_equal_runs(whole, whole.parent / "parts", "x")
+
+
+def test_a_finite_dataset_resumes_mid_epoch_without_repeating_or_skipping(small_run, tmp_path, monkeypatch):
+    import numpy as np
+
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).normal(size=(700, 2)).astype("float32"))
+    data = ["dataloaders=array", f"dataloaders.path={tmp_path / 'data.npz'}", "dataloaders.epoch_size=null"]
+    whole = small_run("x", *data, output="whole")
+    monkeypatch.setattr("training.callbacks.DeviceTelemetry", StopAt)
+    with pytest.raises(SystemExit):
+        small_run("x", *data, "+callbacks.telemetry.step=7", output="parts")
+    monkeypatch.undo()
+    small_run("x", "resume=true", "~callbacks.telemetry", output="parts")
+    assert_equal_runs(whole, tmp_path / "parts", "x")
+
+
+def small_config(tmp_path: Path, *overrides: str) -> dict:
+    base = ["run_name=x", f"output_dir={tmp_path / 'o'}", "trackio.enabled=false", "callbacks=none", "device=cpu"]
+    return prepare([*base, "model.width=16", "dataloaders.epoch_size=250", *overrides])
+
+
+def test_a_ragged_last_group_weighs_each_row_alike(tmp_path):
+    """250 rows as batches of 100, 100, 50 in one step: the gradient is that of the 250 rows at once."""
+    run = assemble(small_config(tmp_path, "batch_size=100", "gradient_accumulation_steps=3", "grad_clip=null"))
+    (group,) = list(epoch_groups(run))
+    assert [len(batch) for batch in group] == [100, 100, 50]
+    z, u, v = (torch.cat([getattr(b, n) for b in group]) for n in ("input", "unified_input", "conditional_velocity"))
+    losses = (run.state.objective.network(u) - v).square().sum(1)
+    expected = torch.autograd.grad(losses.mean(), list(run.state.objective.network.parameters()))
+    norm = torch.cat([g.flatten() for g in expected]).norm()
+    values = train_step(run, group)
+    torch.testing.assert_close(values["loss"], losses.mean().detach())
+    torch.testing.assert_close(values["grad_norm"], norm)
+    assert z.shape == (250, 2)
+
+
+def test_clipping_bounds_the_step(tmp_path):
+    """Plain SGD with rate 1: the weights move by at most the clipped norm."""
+    settings = ["optimizer=sgd", "optimizer.lr=1.0", "optimizer.momentum=0", "optimizer.nesterov=false", "schedule=constant"]
+    run = assemble(small_config(tmp_path, *settings, "grad_clip=0.01"))
+    before = [p.clone() for p in run.state.objective.network.parameters()]
+    values = train_step(run, next(iter(epoch_groups(run))))
+    moved = torch.cat([(p - b).flatten() for p, b in zip(run.state.objective.network.parameters(), before, strict=True)])
+    assert values["grad_norm"] > 0.01
+    torch.testing.assert_close(moved.norm(), torch.tensor(0.01), rtol=1e-3, atol=0)
+
+
+def test_each_step_sees_fresh_noise_and_ranks_see_their_own(tmp_path):
+    run = assemble(small_config(tmp_path, "batch_size=50", "epochs=2"))
+    first = torch.cat([g[0].raw_source for g in epoch_groups(run)])
+    run.state.step = run.steps_per_epoch
+    second = torch.cat([g[0].raw_source for g in epoch_groups(run)])
+    run.state.step, run.world = 0, 2
+    ranks = []
+    for run.rank in (0, 1):
+        ranks.append(torch.cat([g[0].raw_source for g in epoch_groups(run)]))
+    for draws in (torch.cat([first, second]), torch.cat(ranks)):
+        assert len(torch.unique(draws, dim=0)) == len(draws)
+    assert len(first) == 250 and len(ranks[0]) == len(ranks[1]) == 125
+
+
+def test_each_epoch_of_a_finite_set_has_its_own_order(tmp_path):
+    import numpy as np
+
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(100, 2)))
+    data = ["dataloaders=array", f"dataloaders.path={tmp_path / 'x.npy'}", "dataloaders.epoch_size=null", "batch_size=90"]
+    run = assemble(small_config(tmp_path, *data))
+    (first,) = [g[0].raw_target for g in epoch_groups(run)]
+    run.state.step = 1
+    (second,) = [g[0].raw_target for g in epoch_groups(run)]
+    assert not torch.equal(first, second)
+    assert torch.equal(first.sort(0).values, second.sort(0).values)
+
+
+def test_overfit_shows_the_same_batch_every_step(tmp_path):
+    run = assemble(small_config(tmp_path, "debug=overfit"))
+    batches = [g[0] for g in epoch_groups(run)]
+    assert len(batches) > 1
+    assert all(torch.equal(batches[0].unified_input, b.unified_input) for b in batches)
+
+
+def test_overfit_drives_the_loss_down(small_run):
+    folder = small_run(
+        "x", "debug=overfit", "model.width=64", "batch_size=16", "max_steps=400", "log_every=50", "grad_clip=null"
+    )
+    losses = [row["train/loss"] for row in metric_rows(folder, "x") if "train/loss" in row]
+    assert losses[-1] < 0.05 * losses[0]
+
+
+def test_a_nan_loss_stops_the_run_and_saves_nothing_broken(small_run, tmp_path, monkeypatch):
+    class Poison(Callback):
+        def step_end(self, run: Run) -> None:
+            if run.state.step == 12:
+                with torch.no_grad():
+                    next(run.state.objective.network.parameters()).fill_(float("nan"))
+
+    monkeypatch.setattr("training.callbacks.DeviceTelemetry", Poison)
+    with pytest.raises(UserError, match=r"train/loss became NaN.*last good save is .*x_last\.pt"):
+        small_run("x")
+    status = json.loads((tmp_path / "outputs/runs/x/status.json").read_text())
+    assert status["state"] == "failed" and "NaN" in status["why"]
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "outputs", "x").values())
+
+
+def test_running_out_of_memory_names_what_to_turn(small_run, monkeypatch):
+    class Greedy(Callback):
+        def step_end(self, run: Run) -> None:
+            torch.empty(2**50)
+
+    monkeypatch.setattr("training.callbacks.DeviceTelemetry", Greedy)
+    with pytest.raises(UserError, match=r"batch_size.*gradient_accumulation_steps.*precision"):
+        small_run("x")
+
+
+def test_a_model_too_large_for_memory_is_explained(small_run):
+    with pytest.raises(UserError, match="out of memory; use a smaller model"):
+        small_run("x", "model.width=10000000")
+
+
+def test_a_live_run_is_neither_doubled_nor_overwritten(small_run, tmp_path):
+    live = RunFolder(tmp_path / "outputs/runs/x")
+    live.lock()
+    for words in ([], ["overwrite=true"]):
+        with pytest.raises(UserError, match="another process right now"):
+            small_run("x", *words)
+    live.release()
+    small_run("x")
+    live.lock()
+    with pytest.raises(UserError, match="another process right now"):
+        small_run("x", "resume=true", "epochs=4")
+
+
+def test_a_run_that_ended_before_its_first_save_begins_again(small_run, capsys):
+    with pytest.raises(UserError, match="monitor"):
+        small_run("x", "monitor=eval/fid", output="broken")
+    folder = small_run("x", "epochs=1")
+    for path in (folder / "ckpts").rglob("*.pt"):
+        path.unlink()
+    before = metric_rows(folder, "x")
+    small_run("x", "resume=true")
+    assert "beginning it again" in capsys.readouterr().out
+    assert metric_rows(folder, "x") == before
+
+
+def test_a_wrong_monitor_costs_no_training(small_run):
+    with pytest.raises(UserError, match="monitor=eval/fid"):
+        small_run("x", "monitor=eval/fid")
+    folder = small_run("x", "resume=true", "monitor=eval/loss")
+    assert_equal_runs(folder, small_run("x", output="right"), "x")
+
+
+@pytest.mark.parametrize("error, length, step", [(UserError, "epochs=3", 8), (ZeroDivisionError, "max_steps=3", 3)])
+def test_an_evaluation_that_fails_costs_no_training(small_run, monkeypatch, capsys, error, length, step):
+    def fail(*_, **__):
+        raise error("this score fails")
+
+    whole = small_run("x", "schedule=constant", "max_steps=10", output="whole")
+    monkeypatch.setattr(GeneratorEvaluator, "evaluate", fail)
+    with pytest.raises(error, match="this score fails"):
+        small_run("x", "schedule=constant", length)
+    monkeypatch.undo()
+    assert f"note: the evaluation after step {step} failed; the last good save is" in capsys.readouterr().err
+    folder = small_run("x", "resume=true", "max_steps=10")
+    assert "beginning it again" not in capsys.readouterr().out
+    one, two = weights(whole, "x"), weights(folder, "x")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize(("mode", "best"), [("auto", 3), ("min", 0), ("max", 3)])
+def test_patience_and_the_best_save_know_that_accuracy_is_better_when_higher(small_run, monkeypatch, mode, best):
+    def evaluate(run, final):
+        return {"eval/accuracy": [0.5, 0.6, 0.7, 0.8, 0.6, 0.65, 0.7][run.epoch - 1]}
+
+    monkeypatch.setattr("training.loop.evaluate", evaluate)
+    folder = small_run("x", "monitor=eval/accuracy", f"monitor_mode={mode}", "patience=2", "epochs=7", "schedule=constant")
+    saved, last = (load_checkpoint(folder / f"ckpts/mlp/x_{name}.pt") for name in ("best", "last"))
+    assert saved["epoch"] == best + 1 and last["epoch"] == best + 3
+    assert last["best"] == pytest.approx([0.5, 0.6, 0.7, 0.8][best])
+
+
+def test_a_finished_run_says_which_setting_would_extend_it(small_run, capsys):
+    small_run("x", "max_steps=5")
+    small_run("x", "resume=true", "epochs=9")
+    assert "give a larger max_steps= (it has 5)" in capsys.readouterr().out
+
+
+def test_a_run_leaves_its_files(small_run, tmp_path):
+    folder = small_run("x", 'log.expect="the loss falls below 5"', "epochs=5")
+    run = folder / "runs/x"
+    assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == {
+        "config.yaml", "overrides.txt", "status.json", "metrics.jsonl", "log.md", "model.safetensors"
+    }  # fmt: skip
+    assert {path.name for path in (folder / "ckpts/mlp/archive").iterdir()} == {
+        f"x_epoch_{epoch:04d}.pt" for epoch in (3, 4, 5)
+    }
+    assert {path.name for path in (folder / "ckpts/mlp").glob("*.pt")} == {"x_last.pt", "x_best.pt", "last.pt"}
+    names = set().union(*metric_rows(folder, "x"))
+    assert {"train/loss", "train/grad_norm", "train/lr", "epoch", "eval/loss", "eval/nfe"} <= names
+    exported, saved = (load(path, device="cpu") for path in (run / "model.safetensors", folder / "ckpts/mlp/x_last.pt"))
+    assert exported.step == saved.step and torch.equal(exported.sample(4), saved.sample(4))
+    small_run("next", f"init_from={run / 'model.safetensors'}", "max_steps=1")
+    assert "the loss falls below 5" in (tmp_path / "EXPERIMENT_LOG.md").read_text()
+
+
+def test_a_run_from_python_is_a_number_with_scores_and_paths(small_run, tmp_path, capsys):
+    folder = small_run("x", "optimizer.lr=0.5", "schedule=constant")
+    words = [f"output_dir={folder}", "trackio.enabled=false"]
+    again = launcher.run("run_name=x", "resume=true", *words)  # has nothing left to do
+    evaluated = [row["eval/loss"] for row in metric_rows(folder, "x") if "eval/loss" in row]
+    assert again == min(evaluated) < again.scores["eval/loss"] == evaluated[-1] and again.state == "finished"
+    assert again.path == folder / "runs/x" and again.checkpoint == folder / "ckpts/mlp/x_last.pt"
+    scored = launcher.run("run_name=any", f"eval_checkpoint={again.checkpoint}", *words)
+    assert scored == scored.scores["eval/loss"] == pytest.approx(evaluated[-1]) and scored.checkpoint == again.checkpoint
+    assert json.loads(scored.path.read_text()) == scored.scores and scored.path == folder / "evaluations/any.json"
+    other = launcher.run("run_name=any", f"eval_checkpoint={again.checkpoint}", "monitor=eval/fid", *words)
+    assert other == math.inf and pickle.loads(pickle.dumps(other)).scores == other.scores
+
+
+def test_a_finished_run_is_extended_by_more_epochs(small_run):
+    folder = small_run("x", "epochs=2", "schedule=constant")
+    small_run("x", "resume=true", "epochs=4")
+    longer = small_run("x", "epochs=4", "schedule=constant", output="longer")
+    assert [row["step"] for row in metric_rows(folder, "x")] == [row["step"] for row in metric_rows(longer, "x")]
+    assert torch.equal(weights(folder, "x")["network.layers.0.weight"], weights(longer, "x")["network.layers.0.weight"])
+
+
+def test_resume_refuses_other_settings_key_by_key_unless_forced(small_run):
+    small_run("x", "epochs=1")
+    with pytest.raises(UserError, match=r"batch_size was 128 and is now 64; optimizer\.lr was 0\.005 and is now 0\.001"):
+        small_run("x", "resume=true", "epochs=2", "optimizer.lr=0.001", "batch_size=64")
+    folder = small_run("x", "resume=force", "epochs=2", "optimizer.lr=0.001", "log.reason='slower at the end'")
+    assert "slower at the end" in (folder / "runs/x/log.md").read_text()
+
+
+def test_resume_never_mixes_runs_whose_names_begin_alike(small_run):
+    folder = small_run("x", "epochs=2")
+    small_run("x_epoch_0001", "epochs=1", "seed=5")
+    assert load_checkpoint(folder / "ckpts/mlp/x_last.pt")["run_name"] == "x"
+    small_run("x", "resume=true", "epochs=3")
+    assert load_checkpoint(folder / "ckpts/mlp/x_last.pt")["step"] == 24
+
+
+def test_init_from_starts_at_the_other_runs_average(small_run, tmp_path):
+    folder = small_run("x", "epochs=1")
+    path = folder / "ckpts/mlp/x_last.pt"
+    run = assemble(small_config(tmp_path, f"init_from={path}", "model.depth=2"))
+    saved = load_checkpoint(path)["ema"]
+    assert all(torch.equal(value, saved[name]) for name, value in run.state.objective.network.state_dict().items())
+    with pytest.raises(UserError, match="another network"):
+        assemble(small_config(tmp_path, f"init_from={path}", "model.depth=2", "model.width=17"))
+
+
+def test_a_run_that_started_from_another_resumes_exactly_even_before_its_first_save(small_run, tmp_path):
+    start = f"init_from={small_run('start', 'epochs=1', output='start') / 'ckpts/mlp/start_last.pt'}"
+    whole = small_run("x", start, "schedule=constant", output="whole")
+    parts = small_run("x", start, "schedule=constant", "epochs=1", output="parts")
+    for path in (parts / "ckpts").rglob("*.pt"):
+        path.unlink()
+    small_run("x", "resume=true", "epochs=2", output="parts")  # nothing saved: begins at the other run's weights again
+    small_run("x", "resume=true", "epochs=3", output="parts")
+    assert_equal_runs(whole, parts, "x")
+
+
+def test_patience_ends_a_run_early_as_finished(small_run):
+    folder = small_run("x", "epochs=50", "patience=2", "optimizer.lr=1e-12")
+    status = json.loads((folder / "runs/x/status.json").read_text())
+    assert status["state"] == "finished" and "has not improved" in status["why"] and status["epoch"] < 50
+
+
+def test_an_unknown_monitor_names_those_there_are(small_run):
+    with pytest.raises(UserError, match=r"monitor=eval/fid .*eval/loss"):
+        small_run("x", "monitor=eval/fid")
+
+
+def test_best_is_the_save_with_the_lowest_monitored_value(small_run):
+    folder = small_run("x", "epochs=6", "optimizer.lr=0.5", "schedule=constant")
+    losses = {row["step"]: row["eval/loss"] for row in metric_rows(folder, "x") if "eval/loss" in row}
+    assert load_checkpoint(folder / "ckpts/mlp/x_best.pt")["step"] == min(losses, key=losses.__getitem__)
+
+
+def test_max_steps_may_end_inside_an_epoch_with_a_last_evaluation_and_save(small_run):
+    folder = small_run("x", "max_steps=5")
+    saved = load_checkpoint(folder / "ckpts/mlp/x_last.pt")
+    assert saved["step"] == 5 and saved["epoch"] == 1
+    assert metric_rows(folder, "x")[-1]["step"] == 5 and "eval/loss" in metric_rows(folder, "x")[-1]
+
+
+def test_eval_checkpoint_scores_without_a_run(small_run, capsys):
+    folder = small_run("x", "epochs=1")
+    capsys.readouterr()
+    small_run("any_name", f"eval_checkpoint={folder / 'ckpts/mlp/x_last.pt'}", "evaluation.samples=32", "device=cpu")
+    assert "eval/loss" in capsys.readouterr().out
+    assert not (folder / "runs/any_name").exists()
+
+
+def test_an_interrupted_run_counts_its_seconds_on(small_run, monkeypatch):
+    folder = small_run("x", "epochs=1")
+    before = load_checkpoint(folder / "ckpts/mlp/x_last.pt")["elapsed"]
+    small_run("x", "resume=true", "epochs=2")
+    assert json.loads((folder / "runs/x/status.json").read_text())["seconds"] > before > 0
+
+
+def test_the_loop_leaves_the_objective_bare_under_compile(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda module, mode: seen.append((type(module).__name__, mode)) or module)
+    run = assemble(small_config(tmp_path, "compile=true", "compile_mode=reduce-overhead", "max_steps=2"))
+    assert seen == [("FlowMatchingLoss", "reduce-overhead")]
+    assert not any("_orig_mod" in name for name in run.state.state_dict()["network"])
+    assert callable(fit)
+
+
+def test_without_scores_only_the_picture_is_sampled(tmp_path):
+    run = assemble(small_config(tmp_path, "evaluation=loss_only", "evaluation.samples=64", "evaluation.final_samples=200"))
+    values = run.evaluate(final=True)
+    assert len(run.evaluation.generation.samples) == 64 and values["eval/loss"] > 0
+    run.evaluator.samples, run.evaluator.loss_samples = 10, 100
+    assert run.evaluate(final=True)["eval/loss"] != values["eval/loss"]  # which is of held-out states of their own number
+
+
+@pytest.mark.parametrize("words", [[], ["dataloaders=digits", "loss=cross_entropy", "dataloaders.epoch_size=1438"]])
+def test_no_score_is_of_no_held_out_state(words, tmp_path, monkeypatch):
+    run = assemble(
+        small_config(tmp_path, *words, *(["model=small_cnn_classifier", "evaluation=classifier"] if words else []))
+    )
+    held_out = type(run.dataset).held_out
+    monkeypatch.setattr(type(run.dataset), "held_out", lambda self, count, generator: [
+        part if part is None else part[:0] for part in held_out(self, count, generator)
+    ])  # fmt: skip
+    with pytest.raises(UserError, match="no held-out states to score"):
+        run.evaluate(final=True)

@@ -1,0 +1,60 @@
+"""Sums of per-step values over a logging window."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.distributed import averaged
+
+
+class Window:
+    """Sums of per-step values since the last log line, kept on the device so that no step waits for it."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.whole: int | Tensor = 0  # steps until a sum was no longer finite
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add one step's scalars."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+        self.count += 1
+        self.whole = self.whole + torch.stack(list(self.sums.values())).isfinite().all()
+
+    def meet(self) -> None:
+        """Each sum becomes its mean over the ranks, all of which call this."""
+        self.sums = averaged(self.sums)
+
+    def means(self) -> dict[str, float]:
+        """Return means over the window (one device synchronisation)."""
+        return {name: total.item() / self.count for name, total in self.sums.items()} if self.count else {}
+
+    def non_finite(self, overflows: bool = False) -> str | None:
+        """Return the name of a value that was NaN or infinite in this window, if any.
+
+        overflows: gradients may, as under fp16, whose scaler then leaves out the step.
+        """
+        return next(
+            (n for n, m in self.means().items() if not math.isfinite(m) and not (overflows and n == "grad_norm")), None
+        )
+
+    def broken_step(self, step: int) -> int | None:
+        """Return the first step, of this window that ends with `step`, whose values were not all finite;
+        None if all were.
+        """
+        return step - self.count + int(self.whole) + 1 if int(self.whole) < self.count else None
+
+    def clear(self) -> None:
+        self.sums, self.count, self.whole = {}, 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": dict(self.sums), "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.count = self.whole = state["count"]  # nothing broken is saved
