@@ -25,7 +25,7 @@ from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
-    from runs.result import RunResult
+    from run_files.result import RunResult
 
 # Threads that wait sleep soon instead of spinning: no slower on an idle machine, twice as fast on a shared one.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")

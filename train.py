@@ -22,9 +22,9 @@ from common.errors import UserError
 from common.files import DISK_ERRORS, disk_sentence
 from configuration.stored import allow_for
 from evaluation.sample import evaluate_checkpoint
-from runs.checkpoint import saves_of
-from runs.checks import check_run_is_new
-from runs.run_folder import RunFolder, SilentRunFolder, run_folder_of
+from run_files.checkpoint import saves_of
+from run_files.checks import check_run_is_new
+from run_files.run_folder import RunFolder, SilentRunFolder, run_folder_of
 from training.assemble import assemble
 from training.loop import fit
 from training.run import Run, Stop

@@ -25,8 +25,8 @@ from backends.on_volume import carry_out_on
 from common.errors import UserError
 from configuration.checks import check_devices
 from configuration.compose import nearest, parse_overrides
-from runs.provenance import COMMIT_VARIABLE, git_commit
-from runs.run_folder import as_object, parsed_config, timestamp
+from run_files.provenance import COMMIT_VARIABLE, git_commit
+from run_files.run_folder import as_object, parsed_config, timestamp
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = PurePosixPath("/root")  # there: where modal looks for the modules of functions

@@ -16,7 +16,7 @@ from typing import Any
 
 from common.files import write_atomically
 from configuration.compose import compose_config, parse_overrides
-from runs.run_folder import RunFolder, best_monitored
+from run_files.run_folder import RunFolder, best_monitored
 
 LAUNCHER = Path(__file__).resolve().parents[1] / "launcher.py"
 GRACE_SECONDS = 25.0  # for a save: an interrupted container has about 30

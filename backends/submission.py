@@ -25,9 +25,9 @@ from configuration.stored import (
     without_downloads,
 )
 from configuration.values import FREE
-from runs.checks import check_files, check_run_is_new
-from runs.result import RunResult, result_of
-from runs.run_folder import CONFIG_REMEDY, RunFolder, run_folder_of
+from run_files.checks import check_files, check_run_is_new
+from run_files.result import RunResult, result_of
+from run_files.run_folder import CONFIG_REMEDY, RunFolder, run_folder_of
 
 # Of a whole config.yaml, from its first keys to its last.
 WRITTEN = ("run_name", "dataloaders", "model", "loss", "optimizer", "choices", "overrides", "changed")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from backends.base_backend import Backend
 from common.errors import UserError
-from runs.run_folder import run_folder_of
+from run_files.run_folder import run_folder_of
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

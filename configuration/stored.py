@@ -22,8 +22,8 @@ AS_TYPED = ("command", "overrides", "changed", "log")  # of a configuration: wha
 
 # Where the modules of stored `_target_`s are today.
 MOVED = {
-    "training.trackers.": "runs.trackers.",
-    "training.trackio_tracker.": "runs.trackio_tracker.",
+    "training.trackers.": "run_files.trackers.",
+    "training.trackio_tracker.": "run_files.trackio_tracker.",
     "helpers_cfg.MeanFlowGuidance": "losses.meanflow_guidance.MeanFlowGuidance",
 }
 
@@ -48,7 +48,7 @@ BASES = {
     "evaluation": "evaluation.evaluator.Evaluator",
     "evaluation.metrics.*": "evaluation.metrics.base_metric.Metric",
     "callbacks.*": "training.run.Callback",
-    "trackio": "runs.trackers.Tracker",
+    "trackio": "run_files.trackers.Tracker",
     "backend": "backends.base_backend.Backend",
 }
 

@@ -108,7 +108,7 @@ def watched_disk(notice: Notice) -> Iterator[None]:
         mock.patch("os.replace", announced("rename to", os.replace, 1)),
         mock.patch("os.link", announced("link for", os.link, 1)),
         mock.patch("os.unlink", announced("remove", os.unlink, 0)),
-        mock.patch("runs.run_folder.FileIO", WatchedRows),
+        mock.patch("run_files.run_folder.FileIO", WatchedRows),
     ):
         yield
 
@@ -188,7 +188,7 @@ def same(first: Any, second: Any) -> bool:
 
 def check_equal(killed: Path, alone: Path) -> None:
     """Raise UserError for the first thing in which the killed run differs from the one left alone."""
-    from runs.checkpoint import load_checkpoint
+    from run_files.checkpoint import load_checkpoint
 
     mine, theirs = (load_checkpoint(folder / "ckpts/mlp/x_last.pt") for folder in (killed, alone))
     for key in ("step", "network", "ema", "optimizer", "schedule", "window", "best", "waited"):
@@ -237,7 +237,7 @@ def drive(folder: Path, kills: int, chance: random.Random, more: Sequence[str] =
 
 def save_stages() -> list[str]:
     """Return every stage of the save at an epoch's end that is also the best so far, in order."""
-    from runs.checkpoint import CheckpointFolder
+    from run_files.checkpoint import CheckpointFolder
 
     seen: list[str] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,7 @@ from torch import Tensor
 from common.errors import UserError
 from configuration.build import build
 from models.classifier.classifier import Classifier
-from runs.checkpoint import load_checkpoint
+from run_files.checkpoint import load_checkpoint
 
 SHIPPED = Path(__file__).resolve().parents[1] / "models" / "classifier"  # <name>.safetensors, beside the code
 CHUNK, INCEPTION_CHUNK = 500, 50  # images seen at once

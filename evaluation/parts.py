@@ -17,7 +17,7 @@ from dataloaders.sources import Source
 from evaluation.metrics.base_metric import Decode
 from helpers_cfg import guided
 from losses.objective import FlowObjective, Objective
-from runs.checkpoint import load_checkpoint
+from run_files.checkpoint import load_checkpoint
 from solvers.base_solver import Sampler
 
 

@@ -46,10 +46,10 @@ from evaluation.parts import (
 from evaluation.report import draw_neighbours, draw_picture, print_scores
 from helpers_cfg import ClassifierFreeGuidance, Guidance, guided
 from losses.objective import FlowObjective, Objective
-from runs.checkpoint import load_checkpoint
-from runs.provenance import weights_in_words
-from runs.result import scores_file
-from runs.run_folder import json_number
+from run_files.checkpoint import load_checkpoint
+from run_files.provenance import weights_in_words
+from run_files.result import scores_file
+from run_files.run_folder import json_number
 from solvers.base_solver import BaseSolver, Sampler
 from solvers.dopri5 import Dopri5
 from solvers.likelihood import LogLikelihood, log_likelihood

@@ -15,11 +15,8 @@ from evaluation.sample import TrainedModel
 MOST_REAL = 10_000  # real states looked through for some of each class
 
 
-def draw(
-    path: Path, states: "Tensor", labels: "Tensor | None", model: "TrainedModel", title: str, beside_real: bool
-) -> None:
+def draw(path: Path, states: Tensor, labels: Tensor | None, model: TrainedModel, title: str, beside_real: bool) -> None:
     """Points beside real ones; images beside real ones, by class where there are classes."""
-
     shape, decode = tuple(states.shape[1:]), build_decoder(model.config, model.device)
     if drawable(shape, decode):
         reference, reference_label = real_of(model, labels, len(states)) if beside_real else (None, None)
@@ -33,9 +30,8 @@ def draw(
         raise UserError(f"states of shape {list(shape)} have no picture; use out=samples.npz")
 
 
-def real_of(model: "TrainedModel", labels: "Tensor | None", count: int) -> "Batch":
+def real_of(model: TrainedModel, labels: Tensor | None, count: int) -> Batch:
     """Held-out states of the classes in `labels`, about `count` or more; of all where labels are None."""
-
     if labels is None:
         return model.real(count)
     classes = labels.unique()

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Run dev/benchmark.py: `python scripts/benchmark.py --help`."""
 
 import runpy

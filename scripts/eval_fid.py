@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.errors import UserError
 from common.files import end_of, write_atomically
 from configuration.values import NOT_NEGATIVE, RANGES, whole_number
-from runs.checks import check_writable
+from run_files.checks import check_writable
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -56,7 +56,7 @@ from evaluation.leaderboard_table import (
     solver_evaluations,
     write_between,
 )
-from runs.run_folder import RunFolder
+from run_files.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 # Settings that neither change what a run learns nor how it is scored.

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command_line import front, split
 from common.errors import UserError
-from runs.experiment_log import ExperimentLog
+from run_files.experiment_log import ExperimentLog
 
 ROOT = Path(__file__).resolve().parents[1]
 USAGE = 'python scripts/log.py note RUN "what you saw" [file=EXPERIMENT_LOG.md]'

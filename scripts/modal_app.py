@@ -30,8 +30,8 @@ from backends.modal import explained, note_job, open_volume
 from common.errors import UserError
 from common.files import in_working_folder, replacing, write_atomically
 from configuration.values import check_run_name
-from runs.experiment_log import PARTS, ExperimentLog, Section
-from runs.run_folder import STATES, RunFolder, as_object, as_row, is_number, timestamp, wrong_status
+from run_files.experiment_log import PARTS, ExperimentLog, Section
+from run_files.run_folder import STATES, RunFolder, as_object, as_row, is_number, timestamp, wrong_status
 from scripts.runs import list_row, table
 from scripts.trackio_rebuild import rebuild
 

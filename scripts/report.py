@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command_line import front, outputs, split, unknown
 from common.errors import UserError
 from common.files import write_atomically
-from runs.run_folder import RunFolder
+from run_files.run_folder import RunFolder
 from scripts.runs import find_run, flat, number, overrides, read_config, rows_that_differ, state
 from visualizers.curves import BAND
 

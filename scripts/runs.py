@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command_line import outputs
 from common.errors import UserError, printable
 from common.files import outlive_readers
-from runs.run_folder import RunFolder, higher_is_better, table
+from run_files.run_folder import RunFolder, higher_is_better, table
 
 NO_SCORE = re.compile(r"_floor\w*$|_se$|_ratio$|^eval/(nfe|seconds)$")  # of these none is the best
 HEADLINES = ("eval/energy_distance", "eval/fid", "eval/accuracy", "eval/kid", "eval/loss")  # in order of preference
@@ -136,7 +136,7 @@ def compare_runs(options: argparse.Namespace) -> str:
 
 def delete_runs(options: argparse.Namespace) -> str:
     """Delete runs of exactly these names: folder, saves, tracker run. UserError, and nothing goes, if one is trained."""
-    from runs.checkpoint import saves_of
+    from run_files.checkpoint import saves_of
 
     folders = [find_run(options.output_dir, name) for name in dict.fromkeys(options.names)]
     if not options.dry_run:
@@ -161,7 +161,7 @@ def delete_tracked(folder: RunFolder, dry_run: bool) -> int:
     tracker = read_config(folder).get("trackio") or {}
     if not tracker.get("enabled") or not str(tracker.get("_target_")).endswith("TrackioTracker"):
         return 0
-    from runs.trackio_tracker import delete_run, run_names
+    from run_files.trackio_tracker import delete_run, run_names
 
     project = str(tracker["project"])
     found = run_names(project).count(folder.name)

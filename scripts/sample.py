@@ -24,8 +24,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.state_pictures import draw
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command_line import front, outputs
@@ -144,6 +142,8 @@ def write(
         with replacing(path) as file:
             np.save(file, states.numpy())
     else:
+        from evaluation.state_pictures import draw
+
         draw(path, states, labels, model, title, beside_real)
 
 

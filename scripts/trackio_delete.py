@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command_line import matching as names_that_match
 from common.errors import UserError, printable
-from runs.trackio_tracker import delete_run, run_names
+from run_files.trackio_tracker import delete_run, run_names
 
 
 def main(arguments: list[str] | None = None) -> int:

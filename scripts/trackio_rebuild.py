@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError
-from runs.run_folder import RunFolder
-from runs.trackio_tracker import TrackioTracker
+from run_files.run_folder import RunFolder
+from run_files.trackio_tracker import TrackioTracker
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import torch
 import launcher
 from dev import identity
 from evaluation.sample import load
-from runs.run_folder import RunFolder
+from run_files.run_folder import RunFolder
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import launcher
-from runs.checkpoint import load_checkpoint
+from run_files.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -29,7 +29,7 @@ FLOORS = (
     "solvers",
     "helpers_cfg",
     "configuration",
-    "runs",
+    "run_files",
     "evaluation",
     "training",
     "train",

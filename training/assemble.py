@@ -27,9 +27,9 @@ from evaluation.parts import (
 )
 from helpers_cfg import Guidance
 from losses.objective import FlowObjective, Objective
-from runs.checkpoint import CheckpointFolder, SilentCheckpointFolder, load_checkpoint
-from runs.run_folder import run_folder_of
-from runs.trackers import NullTracker, tracker_from_config
+from run_files.checkpoint import CheckpointFolder, SilentCheckpointFolder, load_checkpoint
+from run_files.run_folder import run_folder_of
+from run_files.trackers import NullTracker, tracker_from_config
 from training.run import Run
 from training.state import TrainState, averaged_objective
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from common.errors import UserError
 from common.progress import Progress
 from evaluation.report import per_dimension
-from runs.experiment_log import ExperimentLog
-from runs.run_folder import higher_is_better
-from runs.telemetry import NoTelemetry, Telemetry, telemetry_for
+from run_files.experiment_log import ExperimentLog
+from run_files.run_folder import higher_is_better
+from run_files.telemetry import NoTelemetry, Telemetry, telemetry_for
 from training.run import Callback
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def compared_table(run: Run) -> str:
     """Return the difference to the last finished run of the same data, model and loss, as a Markdown table; empty without
     one.
     """
-    from runs.run_folder import RunFolder
+    from run_files.run_folder import RunFolder
 
     assert run.evaluation is not None
     same, found = ("dataloaders", "model", "loss"), []

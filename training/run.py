@@ -26,10 +26,10 @@ from evaluation.evaluator import Evaluation, EvaluationInputs, Evaluator
 from evaluation.metrics.base_metric import Decode
 from losses.objective import FlowObjective, Objective
 from losses.terms import LossOutput
-from runs.checkpoint import FORMAT, CheckpointFolder, write_export
-from runs.provenance import git_commit, package_versions, weights_in_words
-from runs.run_folder import RunFolder
-from runs.trackers import Tracker
+from run_files.checkpoint import FORMAT, CheckpointFolder, write_export
+from run_files.provenance import git_commit, package_versions, weights_in_words
+from run_files.run_folder import RunFolder
+from run_files.trackers import Tracker
 from solvers.base_solver import Sampler
 from training.state import TrainState
 from training.step_hooks import SkipNonFinite, StepHook

@@ -26,7 +26,7 @@ import numpy as np
 
 from common.command_line import front, matching, outputs, split, unknown
 from common.errors import UserError
-from runs.run_folder import RunFolder
+from run_files.run_folder import RunFolder
 from visualizers.scene import outputs_of
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def draw(words: list[str]) -> Path:
     default = outputs_of(Path(settings["ckpt"])) if settings["ckpt"] else outputs()
     output, folder = Path(settings["output_dir"] or default), Path("pictures")
     if settings["ckpt"]:
-        from runs.checkpoint import load_checkpoint
+        from run_files.checkpoint import load_checkpoint
 
         name = load_checkpoint(Path(settings["ckpt"]))["run_name"]
         names, folder = [*names, re.escape(name)], folder / name

@@ -14,7 +14,7 @@ from common.command_line import outputs, unknown
 from common.errors import UserError
 from configuration.values import NOT_NEGATIVE, RANGES, whole_number
 from evaluation.films import FORMS
-from runs.checks import check_writable
+from run_files.checks import check_writable
 
 if TYPE_CHECKING:
     import numpy as np

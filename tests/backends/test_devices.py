@@ -26,7 +26,7 @@ from common.distributed import agreed, rank, world
 from common.errors import UserError
 from dataloaders.base_dataloaders import EpochPlan
 from losses.objective import FlowBatch
-from runs.checkpoint import load_checkpoint
+from run_files.checkpoint import load_checkpoint
 from train import carry_out
 from training import loop
 from training.assemble import assemble

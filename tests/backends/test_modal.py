@@ -30,9 +30,9 @@ from common.errors import UserError
 from configuration.build import build
 from configuration.compose import parse_overrides
 from dev.kill_test import SMALL, same
-from runs.checkpoint import load_checkpoint
-from runs.run_folder import RunFolder
-from runs.trackio_tracker import TrackioTracker
+from run_files.checkpoint import load_checkpoint
+from run_files.run_folder import RunFolder
+from run_files.trackio_tracker import TrackioTracker
 from scripts import modal_app
 
 modal = pytest.importorskip("modal")

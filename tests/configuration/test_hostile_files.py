@@ -25,7 +25,7 @@ from configuration.build import build
 from dataloaders.cifar import Cifar
 from evaluation.feature_networks import classifier_features
 from evaluation.sample import load
-from runs.checkpoint import FORMAT, KEYS, load_checkpoint, write_checkpoint, write_export
+from run_files.checkpoint import FORMAT, KEYS, load_checkpoint, write_checkpoint, write_export
 from scripts import eval_fid, report, sample, trackio_delete
 from training.assemble import assemble
 from visualizers import curves, scene, vis_all
@@ -191,9 +191,11 @@ def test_a_configuration_in_a_checkpoint_calls_nothing_but_what_configs_name(sma
     for key in part.split("."):
         node = node[key]
     node.clear()
-    node.update({"_target_": "runs.provenance.subprocess.check_output", "args": f"touch {tmp_path / 'harm'}", "shell": True})
+    node.update(
+        {"_target_": "run_files.provenance.subprocess.check_output", "args": f"touch {tmp_path / 'harm'}", "shell": True}
+    )
     torch.save(payload, tmp_path / "hostile.pt")
-    with pytest.raises(UserError, match=r"wants training\.provenance\.subprocess\.check_output called"):
+    with pytest.raises(UserError, match=r"wants run_files\.provenance\.subprocess\.check_output called"):
         load(tmp_path / "hostile.pt", device="cpu")
     for words in (f"eval_checkpoint={tmp_path / 'hostile.pt'}", f"init_from={tmp_path / 'hostile.pt'}"):
         with pytest.raises(UserError, match="which no file in configs/ names"):
@@ -268,8 +270,8 @@ def test_contents_of_another_kind_are_one_sentence(changed, contents):
     assert re.search(said, one_sentence(path, lambda: load(path, device="cpu")))
 
 
-CALL = "_target_: runs.provenance.subprocess.check_output, args: touch HARM, shell: true"
-CALLED = {"_target_": "runs.provenance.subprocess.check_output", "args": "touch HARM", "shell": True}
+CALL = "_target_: run_files.provenance.subprocess.check_output, args: touch HARM, shell: true"
+CALLED = {"_target_": "run_files.provenance.subprocess.check_output", "args": "touch HARM", "shell": True}
 
 
 @pytest.mark.parametrize("out", ["taken", "file/below"])
@@ -367,7 +369,7 @@ def test_what_a_checkpoint_wants_called_is_called_once_it_is_trusted(changed, tm
     (tmp_path / "own_parts.py").write_text("from models.flow_matching.mlp import MLP\nclass Own(MLP): pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     path = changed(lambda payload: payload["config"]["model"].update(_target_="own_parts.Own"))
-    words = [f"ckpt={path}", "n=12", f"out={tmp_path}{'/s.npz' * (front == 'sample')}"]
+    words = [f"ckpt={path}", "n=12", f"out={tmp_path}{'/s.npz' * (front != 'scene')}"]
     drawing = lambda words: scene.main(words, "", lambda _: [], n=9)  # noqa: E731
     main = {"sample": sample.main, "eval_fid": eval_fid.main, "scene": drawing}[front]
     assert main([*words, f"trust={trusted}"]) == (1 if front == "eval_fid" else 0)

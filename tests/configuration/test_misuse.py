@@ -20,7 +20,7 @@ from evaluation.generate import data_labels
 from evaluation.sample import load
 from helpers_cfg import ClassifierFreeGuidance
 from losses.flow_matching_loss import FlowMatchingLoss
-from runs.run_folder import RunFolder
+from run_files.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 

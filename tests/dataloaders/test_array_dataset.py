@@ -17,7 +17,7 @@ from dataloaders.array_header import array_classes, array_shape
 from evaluation.generate import fixed_noise
 from evaluation.parts import build_source
 from evaluation.sample import load
-from runs.run_folder import RunFolder
+from run_files.run_folder import RunFolder
 
 POINTS = np.random.RandomState(0).randn(40, 3)
 LABELS = np.arange(40) % 4

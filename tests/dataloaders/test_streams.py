@@ -363,7 +363,7 @@ def test_a_folder_of_which_nothing_can_be_read_is_one_sentence(pictures: Path) -
 @pytest.mark.parametrize("change, words", [
     ({"root": "/nowhere"}, "no folder /nowhere"),
     ({"size": 0}, "dataloaders.size takes"),
-    ({"crop": "square"}, "none of resized, whole, random"),
+    ({"crop": "square"}, "takes resized, whole or random"),
     ({"channels": 4}, "takes 3 (colours) or 1 (grey)"),
     ({"held_out_fraction": 1.5}, "held_out_fraction=1.5"),
     ({"held_out_root": "/nowhere"}, "no folder /nowhere"),

@@ -25,9 +25,9 @@ from common.files import share, write_atomically
 from dev.kill_test import watched_disk
 from evaluation.leaderboard_table import write_between
 from evaluation.metrics.cache import cached_numbers
-from runs.checkpoint import FORMAT, KEYS, CheckpointFolder, load_checkpoint
-from runs.run_folder import RunFolder
-from runs.trackers import NullTracker
+from run_files.checkpoint import FORMAT, KEYS, CheckpointFolder, load_checkpoint
+from run_files.run_folder import RunFolder
+from run_files.trackers import NullTracker
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -183,7 +183,7 @@ def test_a_run_asked_to_go_on_without_a_disk_does_and_tells_so(small_run, tmp_pa
 def test_a_disk_that_refuses_the_first_file_asks_for_no_resume(small_run, monkeypatch):
     """There is no run to resume yet."""
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr("runs.run_folder.write_atomically", lambda *_: (_ for _ in ()).throw(full))
+    monkeypatch.setattr("run_files.run_folder.write_atomically", lambda *_: (_ for _ in ()).throw(full))
     with pytest.raises(UserError, match="make room, and try again"):
         small_run("x")
 
@@ -191,8 +191,8 @@ def test_a_disk_that_refuses_the_first_file_asks_for_no_resume(small_run, monkey
 FULL_DISK = """
 import sys, torch
 from pathlib import Path
-from runs.checkpoint import CheckpointFolder, load_checkpoint
-from runs.checkpoint import FORMAT, KEYS
+from run_files.checkpoint import CheckpointFolder, load_checkpoint
+from run_files.checkpoint import FORMAT, KEYS
 folder = CheckpointFolder(Path(sys.argv[1]), "mlp", "x", keep=0)
 large = {key: {} for key in KEYS} | {"network": {"w": torch.randn(300_000)}}
 large |= {"best": 0.0, "waited": 0, "elapsed": 0.0, "run_name": "x", "second_time": None, "format": FORMAT}
@@ -368,7 +368,7 @@ def test_a_name_that_differs_only_in_capitals_is_refused(small_run, words):
 def test_a_clock_that_goes_back_breaks_nothing(small_run, monkeypatch):
     """What is timed goes by another clock, and a run keeps its place by when it began."""
     hours = itertools.count(20, -1)
-    monkeypatch.setattr("runs.run_folder.timestamp", lambda: f"2026-03-01T{next(hours):02d}:00:00+00:00")
+    monkeypatch.setattr("run_files.run_folder.timestamp", lambda: f"2026-03-01T{next(hours):02d}:00:00+00:00")
     monkeypatch.setattr("time.time", lambda: float(next(hours)))
     for words in (["max_steps=2"], ["max_steps=4", "resume=true"], ["max_steps=2", "overwrite=true"]):
         folder = RunFolder(small_run("x", *words) / "runs/x")

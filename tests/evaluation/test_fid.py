@@ -37,7 +37,7 @@ from evaluation.metrics.nearest import NearestTraining
 from evaluation.metrics.wasserstein import SlicedWasserstein
 from evaluation.parts import dataset_key
 from evaluation.report import absent_line, print_table, provenance_lines, rows_of
-from runs.provenance import weights_in_words
+from run_files.provenance import weights_in_words
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -361,12 +361,12 @@ def test_floors_of_small_sets_tell_their_counts(digits: Digits, generation: Call
     enough = scored(generation(digits, many[:1000]), replicates=2, k=0)[NAMES[0]]
     assert enough.floor_note == "" and "floor: 1,000 against 359 real images" in enough.provenance  # of 1,797 states
     small = scored(generation(digits, many), replicates=2, k=0)[NAMES[0]]
-    assert small.floor_note == "of 1,522 against 273" and "floor: 1,522 against 273 real images" in small.provenance
+    assert small.floor_note == "of 1,523 against 273" and "floor: 1,523 against 273 real images" in small.provenance
     energy = EnergyDistance(2).compute(generation(digits, many))[0]
     assert isinstance(energy, Score) and energy.floor_note == "of 1,523 against 273"
     sliced = SlicedWasserstein(4, 2).compute(generation(digits, many))[0]
     assert isinstance(sliced, Score) and sliced.floor_note == ""  # it looks at 359 of each side
-    assert "(of 1,522 against 273), training set" in rows_of([small])[0][2]
+    assert "(of 1,523 against 273), training set" in rows_of([small])[0][2]
 
 
 def test_few_images_have_the_scores_and_floors_that_can_be_had(tmp_path: Path) -> None:

@@ -512,21 +512,22 @@ def test_reflow_pairs_are_where_the_teacher_carries_the_noise(small_run):
     """Each x1 is the teacher's own sample of its x0, the same pairs for the EMA objective and for the next process."""
     from evaluation.generate import generate
     from evaluation.parts import build_solver
+    from evaluation.reflow import TeacherPairs
     from evaluation.sample import load
 
     folder = small_run("teacher")
     path = folder / "ckpts/mlp/teacher_last.pt"
-    coupling = ReflowCoupling(str(path), count=300)
+    coupling = ReflowCoupling(str(path), 300, TeacherPairs())
     x = torch.zeros(40, 2)
     x0, x1, label = coupling.pair(x, x, None, torch.Generator().manual_seed(0))
     model = load(path, "cpu")
     with torch.no_grad():
         carried = generate(model.objective, build_solver(model.config), x0, None)
     torch.testing.assert_close(x1, carried, atol=1e-5, rtol=1e-5)
-    again = ReflowCoupling(str(path), count=300).pair(x, x, None, torch.Generator().manual_seed(0))
+    again = ReflowCoupling(str(path), 300, TeacherPairs()).pair(x, x, None, torch.Generator().manual_seed(0))
     assert torch.equal(again[0], x0) and torch.equal(again[1], x1) and label is None
     with pytest.raises(UserError, match="teacher of this data"):
-        coupling.__class__(str(path), count=10).pair(torch.zeros(4, 3), torch.zeros(4, 3), None, torch.Generator())
+        ReflowCoupling(str(path), 10, TeacherPairs()).pair(torch.zeros(4, 3), torch.zeros(4, 3), None, torch.Generator())
 
 
 def test_a_flow_is_fine_tuned_into_a_one_step_model_by_one_command(small_run, capsys):

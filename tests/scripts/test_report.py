@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
-from runs.experiment_log import ExperimentLog
-from runs.run_folder import RunFolder
+from run_files.experiment_log import ExperimentLog
+from run_files.run_folder import RunFolder
 from scripts import log, report
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)

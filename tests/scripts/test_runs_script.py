@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from runs.run_folder import RunFolder
-from runs.trackio_tracker import TrackioTracker, run_names
+from run_files.run_folder import RunFolder
+from run_files.trackio_tracker import TrackioTracker, run_names
 from scripts import runs, trackio_delete
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ def test_run_whose_folder_nobody_holds_is_lost(
         folder.lock()
         folder.write_status("running", 1, 0, 0.0)
     killed.release()
-    monkeypatch.setattr("runs.run_folder.platform.node", lambda: "another-machine")
+    monkeypatch.setattr("run_files.run_folder.platform.node", lambda: "another-machine")
     RunFolder(output_dir / "runs" / "away").write_status("running", 1, 0, 0.0)
     monkeypatch.undo()
     _, lines, _ = run_main(capsys, "list", "--output-dir", output_dir)

@@ -168,7 +168,7 @@ def test_pictures_of_a_latent_model_are_decoded_and_its_numbers_are_not(small_ru
         colour = torch.tensor([1.0, -1.0, -1.0])[None, :, None, None]
         return colour.expand(len(states), 3, 16, 16)
 
-    monkeypatch.setattr("evaluation.parts.build_decoder", lambda config, device: decode)
+    monkeypatch.setattr("evaluation.state_pictures.build_decoder", lambda config, device: decode)
     assert sample.main([f"ckpt={path}", "n=20", "label=all", f"out={tmp_path / 's.png'}", "solver.steps=1"]) == 0
     pixels = np.asarray(Image.open(tmp_path / "s.png").convert("RGB")).astype(int)
     assert ((pixels == [255, 0, 0]).all(axis=-1)).mean() > 0.5

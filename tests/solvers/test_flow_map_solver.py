@@ -169,4 +169,4 @@ def test_a_run_is_scored_by_its_flow_map_and_by_its_renoising_variant(small_run,
     torch.testing.assert_close(model(noise, 0.5, 0.5), model.velocity(noise, 0.5))
     small_run("e", f"eval_checkpoint={path}", "solver=flow_map", "solver.steps=2", "solver.renoise=true")
     said = capsys.readouterr().out
-    assert "2 evaluations each" in said and "oracle/flow_map_error: this solver adds fresh noise" in said
+    assert "2 evaluations each" in said and "this solver adds fresh noise" in " ".join(said.split())

@@ -25,7 +25,7 @@ from evaluation.sample import load
 from losses.cross_entropy_loss import CrossEntropyLoss, LabelledBatch
 from models.classifier.classifier import Classifier
 from models.flow_matching.mlp import MLP
-from runs.checkpoint import load_checkpoint
+from run_files.checkpoint import load_checkpoint
 from scripts import sample
 from solvers.runge_kutta import Euler
 from training.assemble import assemble

@@ -10,7 +10,7 @@ import torch
 from backends.submission import prepare
 from common.device import wait_for_device
 from common.errors import UserError
-from runs.checkpoint import load_checkpoint
+from run_files.checkpoint import load_checkpoint
 from training.assemble import assemble
 from training.loop import epoch_groups, train_step
 from training.run import Callback, Run

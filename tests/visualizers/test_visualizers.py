@@ -22,7 +22,7 @@ from evaluation import pictures
 from evaluation.closed_forms import ExactFlow
 from evaluation.films import FRAMES_A_SECOND, HOLD, HOLD_FIRST, write_film
 from losses.paths import LinearPath
-from runs.run_folder import RunFolder
+from run_files.run_folder import RunFolder
 from solvers.flow_map import FlowMapSolver
 from solvers.runge_kutta import RK4, Euler
 from visualizers import curves, denoising, density, interpolation, particles, trajectories, velocity_field, vis_all

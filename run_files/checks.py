@@ -9,8 +9,8 @@ from typing import Any
 from common.errors import UserError
 from common.files import end_of
 from configuration.checks import has, lookup
-from runs.experiment_log import ExperimentLog
-from runs.run_folder import RunFolder
+from run_files.experiment_log import ExperimentLog
+from run_files.run_folder import RunFolder
 
 
 def check_files(config: dict[str, Any]) -> None:

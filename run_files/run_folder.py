@@ -15,8 +15,6 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
-from omegaconf import OmegaConf
-
 from common.errors import UserError, printable
 from common.files import own_file, read_own, remove_temporaries, share, write_atomically
 
@@ -424,6 +422,7 @@ def parsed_config(text: str, where: str) -> dict[str, Any]:
     lines of them stand for any number of values).
     """
     import yaml
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:

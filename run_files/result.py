@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from runs.run_folder import best_monitored, higher_is_better, run_folder_of
+from run_files.run_folder import best_monitored, higher_is_better, run_folder_of
 
 
 class RunResult(float):

@@ -16,13 +16,13 @@ import pytest
 from backends.submission import prepare
 from common.errors import UserError
 from common.files import share, write_atomically
-from runs.run_folder import RunFolder
+from run_files.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITER = """
 import sys
 from pathlib import Path
-from runs.run_folder import RunFolder
+from run_files.run_folder import RunFolder
 folder = RunFolder(Path(sys.argv[1]))
 step = 0
 while True:
@@ -138,7 +138,7 @@ def test_trimming_before_the_first_row_is_nothing(folder: RunFolder) -> None:
 
 def test_status_keeps_its_start_scores_and_details(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter(["first", "second"])
-    monkeypatch.setattr("runs.run_folder.timestamp", lambda: next(times))
+    monkeypatch.setattr("run_files.run_folder.timestamp", lambda: next(times))
     folder.write_status("running", 10, 1, 5.0, {"eval/loss": 0.5}, epochs=3)
     folder.write_status("interrupted", 20, 2, 9.0, why="Ctrl-C")
     status = folder.read_status()
@@ -275,7 +275,7 @@ def test_a_closed_stream_leads_nowhere_and_no_file_gets_its_number(closed: str, 
 
 
 def test_import_is_light() -> None:
-    script = "import sys, training.run_folder, training.experiment_log; assert 'torch' not in sys.modules"
+    script = "import sys, run_files.run_folder, run_files.experiment_log; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
@@ -293,7 +293,7 @@ def test_a_folder_moved_aside_between_opening_and_locking_is_not_taken_for_the_r
             other.lock()
         real(file, operation)
 
-    monkeypatch.setattr("runs.run_folder.fcntl.flock", flock)
+    monkeypatch.setattr("run_files.run_folder.fcntl.flock", flock)
     with pytest.raises(UserError, match="is being trained by another process"):
         mine.lock()
     other.release()

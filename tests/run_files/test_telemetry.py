@@ -11,8 +11,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from runs import telemetry
-from runs.telemetry import AppleTelemetry, NoTelemetry, RollingMean, TorchCudaTelemetry, parse_macmon, telemetry_for
+from run_files import telemetry
+from run_files.telemetry import AppleTelemetry, NoTelemetry, RollingMean, TorchCudaTelemetry, parse_macmon, telemetry_for
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD_LINE = (
@@ -217,5 +217,5 @@ def test_cpu_has_none() -> None:
 
 
 def test_import_is_light() -> None:
-    script = "import sys, training.telemetry; assert not {'torch', 'pynvml'} & set(sys.modules)"
+    script = "import sys, run_files.telemetry; assert not {'torch', 'pynvml'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

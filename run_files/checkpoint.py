@@ -19,7 +19,7 @@ from safetensors.torch import save
 from common.errors import UserError
 from common.files import remove_temporaries, replacing, share
 from configuration.values import RUN_NAME
-from runs.run_folder import tell_once
+from run_files.run_folder import tell_once
 
 FORMAT = "denoising-zoo-checkpoint-1"
 KINDS: dict[str, Any] = {

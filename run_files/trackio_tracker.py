@@ -13,8 +13,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from runs.run_folder import RunFolder
-from runs.trackers import Tracker
+from run_files.run_folder import RunFolder
+from run_files.trackers import Tracker
 
 NOT_METRICS = ("step", "elapsed_seconds", "provenance")  # columns that metrics.jsonl has for itself
 

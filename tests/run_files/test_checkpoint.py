@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from common.errors import UserError
-from runs import checkpoint
-from runs.checkpoint import ASYNC_BYTES, FORMAT, KEYS, CheckpointFolder, load_checkpoint
+from run_files import checkpoint
+from run_files.checkpoint import ASYNC_BYTES, FORMAT, KEYS, CheckpointFolder, load_checkpoint
 
 
 class Harm:

@@ -18,18 +18,18 @@ import yaml
 from PIL import Image
 
 from common.errors import UserError
-from runs.run_folder import RunFolder
-from runs.trackers import GuardedTracker, NullTracker, TensorboardTracker, Tracker, WandbTracker, tracker_from_config
-from runs.trackio_tracker import TrackioTracker, delete_run, run_names
+from run_files.run_folder import RunFolder
+from run_files.trackers import GuardedTracker, NullTracker, TensorboardTracker, Tracker, WandbTracker, tracker_from_config
+from run_files.trackio_tracker import TrackioTracker, delete_run, run_names
 
 ROOT = Path(__file__).resolve().parents[2]
 SCORE = "eval/energy_distance"
 BEGIN = """
 import os, signal, sys
 from pathlib import Path
-from runs.run_folder import RunFolder
-from runs.trackers import GuardedTracker
-from runs.trackio_tracker import TrackioTracker
+from run_files.run_folder import RunFolder
+from run_files.trackers import GuardedTracker
+from run_files.trackio_tracker import TrackioTracker
 project, folder = sys.argv[1], RunFolder(Path(sys.argv[2]))
 tracker = GuardedTracker(TrackioTracker(project))
 tracker.start("x", {}, folder.path, None)
@@ -313,6 +313,6 @@ def test_every_tracker_config_builds(path: Path) -> None:
 
 
 def test_importing_the_trackers_imports_no_tracker() -> None:
-    script = "import sys, training.trackers, training.trackio_tracker; print(sorted(sys.modules))"
+    script = "import sys, run_files.trackers, run_files.trackio_tracker; print(sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert not [name for name in ("trackio", "torch", "wandb", "tensorboard", "numpy") if f"'{name}'" in loaded]

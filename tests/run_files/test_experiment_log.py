@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from runs.experiment_log import ExperimentLog, Section
+from run_files.experiment_log import ExperimentLog, Section
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITER = """
 import sys
 from pathlib import Path
-from runs.experiment_log import ExperimentLog
+from run_files.experiment_log import ExperimentLog
 log = ExperimentLog(Path(sys.argv[1]))
 log.begin(sys.argv[2], "command of " + sys.argv[2], "model: mlp", expect="works")
 for number in range(25):
@@ -27,7 +27,7 @@ log.finish(sys.argv[2], "table of " + sys.argv[2])
 ENDLESS = """
 import itertools, sys, time
 from pathlib import Path
-from runs.experiment_log import ExperimentLog
+from run_files.experiment_log import ExperimentLog
 log, name = ExperimentLog(Path(sys.argv[1])), sys.argv[2]
 for number in itertools.count():
     log.add_result(name, f"result {number}")
@@ -37,7 +37,7 @@ for number in itertools.count():
 CUT_SHORT = """
 import resource, signal, sys
 from pathlib import Path
-from runs.experiment_log import ExperimentLog
+from run_files.experiment_log import ExperimentLog
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel ends the process at the first byte beyond the limit
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
