@@ -42,6 +42,7 @@ class FlowDataset(ABC):
     Attributes
     state_shape: shape of one state, (D,) or (C, H, W).
     num_classes: number of labels, 0 when unlabelled.
+    class_names: what people call the labels, in order; None where they are only numbers.
     value_range: (low, high) of image values, None for vectors.
     epoch_size: training draws in an epoch, over all ranks.
     mixture: the closed-form density of the data where it is known (oracles need it), else None.
@@ -50,6 +51,7 @@ class FlowDataset(ABC):
     """
 
     mixture: GaussianMixture | None = None
+    class_names: list[str] | None = None
     num_workers: int = 0
     standardize: bool = False
 

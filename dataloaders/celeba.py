@@ -57,6 +57,7 @@ class CelebA(ImageStream):
             readers[0], readers[1].subset(chosen, "resized"), state_shape=state_shape, num_classes=num_classes,
             classes=attribute_classes(attributes), value_range=value_range, epoch_size=epoch_size, **augmentation,
         )  # fmt: skip
+        self.class_names = combinations(attributes) if attributes else None
 
 
 def reader_of(place: Path, names: list[str], labels: dict[str, int] | None, size: int, centre: int) -> PictureReader:
@@ -103,6 +104,14 @@ def read_labels(file: Path, attributes: list[str]) -> dict[str, int]:
             raise UserError(f"line {number} of {file} is not a picture and {len(names)} times 1 or -1: {line[:40]!r}")
         labels[words[0]] = sum(2**k for k, column in enumerate(columns) if words[column] == "1")
     return labels
+
+
+def combinations(attributes: Sequence[str]) -> list[str]:
+    """Return the name of each label of read_labels, such as "Male, not Smiling"."""
+    return [
+        ", ".join(name if label >> k & 1 else f"not {name}" for k, name in enumerate(attributes))
+        for label in range(2 ** len(attributes))
+    ]
 
 
 def safe(name: str) -> bool:

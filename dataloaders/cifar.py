@@ -18,6 +18,7 @@ from dataloaders.image_tensor import ImageTensor
 from dataloaders.plain_pickle import read_pickled
 
 SHAPE = (3, 32, 32)
+META_FILES = ("batches.meta", "meta")  # of CIFAR-10 and CIFAR-100
 MOST_BYTES = 2**29  # of a batch; the largest, CIFAR-100's training part, has 155 million
 
 
@@ -55,12 +56,14 @@ class Cifar(ImageTensor):
         if not (place / folder).is_dir():
             self.require_archive(place / archive, url, md5, download, remedy)
         parts = read_parts(place / folder, place / archive, [*train_files, test_file], remedy)
-        batches = [as_pictures(*part, label_key, num_classes) for part in parts]
+        batches = [as_pictures(*part, label_key, num_classes) for part in parts if part[0].name not in META_FILES]
         train = [torch.cat(tensors) for tensors in zip(*batches[:-1], strict=True)]
         super().__init__(
             (train[0], train[1]), batches[-1], state_shape=state_shape, num_classes=num_classes, epoch_size=epoch_size,
             value_range=value_range, **augmentation,
         )  # fmt: skip
+        meta = next((part for part in parts if part[0].name in META_FILES), None)
+        self.class_names = None if meta is None else names_in(*meta, label_key, num_classes)
 
     @staticmethod
     def require_archive(archive: Path, url: str, md5: str | None, download: bool, remedy: str) -> None:
@@ -73,7 +76,8 @@ class Cifar(ImageTensor):
 
 
 def read_parts(folder: Path, archive: Path, names: Sequence[str], remedy: str) -> list[tuple[Path, IO[bytes]]]:
-    """Return each named file of the folder, or where there is none of the archive, as (where it is, its content).
+    """Return each named file of the folder, or where there is none of the archive, as (where it is, its content); last the
+    one that names the classes, if there is one.
 
     UserError when one is missing or the archive cannot be read.
     """
@@ -81,8 +85,9 @@ def read_parts(folder: Path, archive: Path, names: Sequence[str], remedy: str) -
         for name in names:
             if not (folder / name).is_file():
                 raise UserError(f"{folder} has no {name}; {remedy}")
-        return [(folder / name, io.BytesIO((folder / name).read_bytes())) for name in names]
-    wanted = {f"{folder.name}/{name}": name for name in names}
+        there = [*names, *(name for name in META_FILES if (folder / name).is_file())]
+        return [(folder / name, io.BytesIO((folder / name).read_bytes())) for name in there]
+    wanted = {f"{folder.name}/{name}": name for name in (*names, *META_FILES)}
     contents: dict[str, bytes] = {}
     try:
         with tarfile.open(archive) as tar:
@@ -97,9 +102,17 @@ def read_parts(folder: Path, archive: Path, names: Sequence[str], remedy: str) -
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise UserError(f"{archive} cannot be read to its end ({error}); delete it, then {remedy}") from error
     for member_name, name in wanted.items():
-        if name not in contents:
+        if name not in contents and name not in META_FILES:
             raise UserError(f"{archive} has no {member_name}; delete it, then {remedy}")
-    return [(archive / name, io.BytesIO(contents[name])) for name in names]
+    return [(archive / name, io.BytesIO(contents[name])) for name in (*names, *META_FILES) if name in contents]
+
+
+def names_in(file: Path, content: IO[bytes], label_key: str, num_classes: int) -> list[str] | None:
+    """Return what a meta file calls the labels under `label_key`; None if it does not name all. UserError if it is unfit."""
+    names = read_pickled(content, file).get(f"{label_key.removesuffix('s')}_names")
+    if not isinstance(names, list) or len(names) != num_classes or not all(isinstance(name, bytes | str) for name in names):
+        return None
+    return [name.decode("latin1") if isinstance(name, bytes) else name for name in names]
 
 
 def as_pictures(file: Path, content: IO[bytes], label_key: str, num_classes: int) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ class EncodedImages(FlowDataset):
         if epoch_size is not None:
             raise UserError("an epoch is all training pictures; leave dataloaders.epoch_size out, limit_data shortens it")
         super().__init__(list(shape), images.epoch_size, num_classes)
-        self.images, self.vae = images, vae
+        self.images, self.vae, self.class_names = images, vae, images.class_names
         self.seen: Tensor | None = None  # some training rows
 
     def to(self, device: torch.device | str) -> Self:

@@ -64,7 +64,7 @@ class ImageFolder(ImageStream):
             train, unseen.subset(chosen, crop), state_shape=state_shape,
             num_classes=num_classes, classes=len(classes), value_range=value_range, epoch_size=epoch_size, **augmentation,
         )  # fmt: skip
-        self.standardize = standardize
+        self.standardize, self.class_names = standardize, classes or None
 
 
 class ImageNet(ImageFolder):

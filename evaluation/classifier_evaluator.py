@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.progress import watched
 from common.seeds import generator_for
 from evaluation.evaluator import Evaluation, EvaluationInputs, Evaluator, flat_values, held_out_states
@@ -20,9 +20,22 @@ CLASSES_LOGGED = 20  # with more classes, only the worst one's accuracy is logge
 
 @dataclass
 class ClassifierEvaluation(Evaluation):
-    """confusion (K, K): how many images of each class (row) were taken for each class (column)."""
+    """confusion (K, K): how many images of each class (row) were taken for each class (column).
+    class_names: of the K; None: they are numbers.
+    """
 
     confusion: Tensor
+    class_names: list[str] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Return what each class is called in a line of text: its name, on one line, or else its number."""
+        if self.class_names is None:
+            return [str(k) for k in range(len(self.confusion))]
+        encodable = [
+            name.encode(errors="backslashreplace").decode() for name in self.class_names
+        ]  # folders in other encodings
+        return [printable(" ".join(name.split())) for name in encodable]
 
     @property
     def class_accuracy(self) -> Tensor:
@@ -70,7 +83,7 @@ class ClassifierEvaluator(Evaluator):
         values = {"eval/loss": loss}
         for score in scores:
             values |= flat_values(score)
-        return ClassifierEvaluation(list(scores), [], values, time.perf_counter() - begun, confusion)
+        return ClassifierEvaluation(list(scores), [], values, time.perf_counter() - begun, confusion, dataset.class_names)
 
     def scores(self, logits: Tensor, label: Tensor, confusion: Tensor) -> list[Score]:
         """Accuracy and what belongs to it, with binomial standard errors."""

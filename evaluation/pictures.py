@@ -136,23 +136,25 @@ def neighbours_picture(
     draw_grids(path, grids, title)
 
 
-def confusion_picture(path: Path, counts: np.ndarray, title: str = "") -> None:
+def confusion_picture(path: Path, counts: np.ndarray, title: str, names: list[str]) -> None:
     """A classifier's confusion matrix: each row a class, its columns what its images were taken for, darker for more.
 
     Args:
         path: the PNG file to write.
         counts: (K, K) images; with at most MAX_CLASSES classes each cell states its number.
         title: what run and step this is.
+        names: of the K classes.
     """
     figure = new_figure(900, title, f"{counts.trace() / max(counts.sum(), 1):.2%} of {counts.sum():,} right")
-    axes = figure.add_axes((0.09, 0.05, 0.87, 0.83))
+    axes = figure.add_axes((0.15, 0.13, 0.80, 0.76))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xlabel("taken for", color=INK)
     axes.set_ylabel("class", color=INK)
     if len(counts) <= MAX_CLASSES:
-        axes.set_xticks(range(len(counts)))
-        axes.set_yticks(range(len(counts)))
+        short = [(name if len(name) <= 12 else f"{name[:11]}…").replace("$", r"\$") for name in names]
+        axes.set_xticks(range(len(counts)), short, rotation=45 if max(map(len, short)) > 3 else 0)
+        axes.set_yticks(range(len(counts)), short)
         for row, column in np.argwhere(counts > 0):
             ink = "white" if shares[row, column] > 0.5 else INK
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=ink, fontsize=9)

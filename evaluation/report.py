@@ -99,9 +99,8 @@ def print_scores(evaluation: Evaluation, nfe: int) -> None:
     print(evaluation.heading(nfe))
     print_table(evaluation.scores, evaluation.absent, score_rows(evaluation))
     if isinstance(evaluation, ClassifierEvaluation):
-        print_wrapped(
-            "accuracy by class", [f"{k} {share:.1%}" for k, share in enumerate(evaluation.class_accuracy.tolist())]
-        )
+        shares = zip(evaluation.names, evaluation.class_accuracy.tolist(), strict=True)
+        print_wrapped("accuracy by class", [f"{name} {share:.1%}" for name, share in shares])
 
 
 def print_table(scores: list[Score], absent: list[Absent], rows: list[tuple[str, str, str]] | None = None) -> None:
@@ -130,10 +129,11 @@ def print_wrapped(name: str, words: list[str]) -> None:
 def class_table(evaluation: ClassifierEvaluation) -> str:
     """Return a Markdown table: of each class its held-out images, its accuracy, and what it is most often taken for."""
     lines = ["| class | images | accuracy | most often taken for |", "|---|---|---|---|"]
+    names = [re.sub(r"([|<&`])", r"\\\1", name) for name in evaluation.names]
     wrong = evaluation.confusion - evaluation.confusion.diag().diag()
     for k, (row, share) in enumerate(zip(wrong, evaluation.class_accuracy.tolist(), strict=True)):
-        mistaken = f"{int(row.argmax())} ({int(row.max())} times)" if row.any() else ""
-        lines.append(f"| {k} | {int(evaluation.confusion[k].sum())} | {share:.1%} | {mistaken} |")
+        mistaken = f"{names[int(row.argmax())]} ({int(row.max())} times)" if row.any() else ""
+        lines.append(f"| {names[k]} | {int(evaluation.confusion[k].sum())} | {share:.1%} | {mistaken} |")
     return "\n".join(lines)
 
 
@@ -146,7 +146,7 @@ def draw_picture(path: Path, evaluation: Evaluation, title: str, images: int = 1
     if isinstance(evaluation, ClassifierEvaluation):
         path.parent.mkdir(parents=True, exist_ok=True)
         confusion = evaluation.confusion.numpy()
-        confusion_picture(path, confusion, title)
+        confusion_picture(path, confusion, title, evaluation.names)
         np.savetxt(path.with_suffix(".csv"), confusion, fmt="%d", delimiter=",", header="rows: class, columns: taken for")
         return True
     assert isinstance(evaluation, GeneratorEvaluation)

@@ -92,7 +92,9 @@ def cifar_batches(classes: int) -> dict[str, bytes]:
         batch = {b"data": random_state.randint(0, 256, (rows, 3072), dtype=np.uint8), b"batch_label": name.encode()}
         batch |= {b"fine_labels": labels, b"coarse_labels": [k // 5 for k in labels]} if fine else {b"labels": labels}
         members[f"{folder}/{name}"] = old_pickle(batch)
-    return members
+    kinds = {b"fine_label_names": 100, b"coarse_label_names": 20} if fine else {b"label_names": 10}
+    meta = {kind: [b"%s of kind %d" % (kind[:4], k) for k in range(count)] for kind, count in kinds.items()}
+    return members | {f"{folder}/{'meta' if fine else 'batches.meta'}": old_pickle(meta)}
 
 
 def write_archive(file: Path, members: dict[str, bytes]) -> None:

@@ -84,6 +84,27 @@ def test_cifar100_also_has_its_superclasses(official: Official) -> None:
     assert torch.equal(dataset.labels, fine.labels // 5) and dataset.num_classes == 20
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "names"),
+    [("cifar10", [], [f"labe of kind {k}" for k in range(10)]),
+     ("cifar100", [], [f"fine of kind {k}" for k in range(100)]),
+     ("cifar100", ["label_key=coarse_labels", "num_classes=20"], [f"coar of kind {k}" for k in range(20)]),
+     ("image_folder", [], ["a", "b"]), ("imagenet_pixels", [], ["n01443537", "n01484850", "n02"]),
+     ("celeba", [], ["not Smiling", "Smiling"]),
+     ("celeba", ["attributes=[Male,Bald]"], ["not Male, not Bald", "Male, not Bald", "not Male, Bald", "Male, Bald"]),
+     ("celeba", ["attributes=[]"], None), ("digits", [], None)],
+)  # fmt: skip
+def test_classes_have_the_names_that_the_files_give(
+    name: str, words: list[str], names: list[str] | None, official: Official
+) -> None:
+    assert build(name, official(name), *(f"dataloaders.{word}" for word in words)).class_names == names
+
+
+def test_without_a_meta_file_classes_are_numbers(archive: Path) -> None:
+    rewrite(archive, lambda members: members.__delitem__("cifar-10-batches-py/batches.meta"))
+    assert build("cifar10", settings_of(archive)).class_names is None
+
+
 def test_a_missing_archive_is_one_sentence_that_says_which_file_goes_where(tmp_path: Path) -> None:
     message = refusal("cifar10", {"root": tmp_path})
     assert "put cifar-10-python.tar.gz from https://" in message and str(tmp_path) in message

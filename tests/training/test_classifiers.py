@@ -191,12 +191,17 @@ def test_the_evaluator_counts_right_answers_by_class(classes: int, tmp_path: Pat
     assert torch.equal(evaluation.confusion.sum(1), held_out.bincount())
     assert evaluation.confusion[1, 2] == (held_out == 1).sum() and evaluation.confusion[1, 1] == 0
     assert f"| 1 | {int((held_out == 1).sum())} | 0.0% | 2 (" in class_table(evaluation)
+    dataset.class_names = [f"kind\n| $k{k}\x1b\udcff" for k in range(classes)]
+    evaluation = evaluator.evaluate(EvaluationInputs(CrossEntropyLoss(Confused(classes)), *parts))
+    named = rf"| kind \| $k1\x1b\udcff | {int((held_out == 1).sum())} | 0.0% | kind \| $k2\x1b\udcff ("
+    assert named in class_table(evaluation)
     assert draw_picture(tmp_path / "picture.png", evaluation, "x")
     assert Image.open(tmp_path / "picture.png").size[0] >= 600
     table = np.loadtxt(tmp_path / "picture.csv", delimiter=",", dtype=int)
     assert (table == evaluation.confusion.numpy()).all()
     print_scores(evaluation, 0)
-    assert "held-out images" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "held-out images" in shown and "kind | $k0\\x1b\\udcff 100.0%," in shown
 
 
 def test_a_confusion_matrix_has_classes_as_rows() -> None:
