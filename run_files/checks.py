@@ -25,16 +25,19 @@ def check_files(config: dict[str, Any]) -> None:
     guide = lookup(config, "guidance.checkpoint") if has(config, "guidance.checkpoint") else None
     if guide is not None and not Path(guide).is_file():
         raise UserError(f"guidance.checkpoint={guide} is not a file; give the path of a weaker model's checkpoint")
-    check_writable("output_dir", Path(config["output_dir"]))
+    saves = f"ckpts/{config['choices']['model']}"
+    for below in ("",) if config["eval_checkpoint"] else ("", saves, f"{saves}/archive"):
+        check_writable("output_dir", Path(config["output_dir"]), below)
     if config["log"]["expect"]:
         log = ExperimentLog(Path(config["log"]["file"]))
         log.read()
         check_writable("log.file", end_of(log.path).parent)
 
 
-def check_writable(key: str, folder: Path) -> None:
-    """Raise UserError unless `folder` is there, or can be made, and can be written to."""
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+def check_writable(key: str, folder: Path, below: str = "") -> None:
+    """Raise UserError unless the folder `below` in `folder` is there, or can be made, and can be written to."""
+    place = (folder / below).absolute()
+    existing = next(parent for parent in (place, *place.parents) if parent.exists())
     if not existing.is_dir() or not takes_folders(existing):
         raise UserError(
             f"{key}={folder} cannot be written: {existing} is not a folder this user may write to; give another {key}"

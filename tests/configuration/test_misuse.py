@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -163,6 +164,31 @@ def test_an_interrupt_is_one_whatever_error_becomes_of_it(monkeypatch, capsys) -
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "launcher.py: stopped before anything was begun\n"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make another user's folder")
+@pytest.mark.parametrize("shut", ["", "runs", "ckpts", "ckpts/mlp", "ckpts/mlp/archive"])
+def test_a_folder_of_another_user_is_one_sentence_before_training(shut: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with tempfile.TemporaryDirectory() as place:  # tmp_path lies in a folder that other users may not even pass through
+        (Path(place) / shut).mkdir(parents=True, exist_ok=True)
+        for folder in (Path(place), *Path(place).rglob("*")):
+            folder.chmod(0o755 if folder == Path(place) / shut else 0o777)
+        os.chown(Path(place) / shut, 12345, 12345)
+        words = ["run_name=y", "max_steps=2", f"output_dir={place}", "trackio.enabled=false"]
+        assert launcher.main([*words, "--dry-run"]) == 0  # imports what another user may not be able to read
+        capfd.readouterr()
+        child = os.fork()
+        if not child:
+            status = 2
+            try:
+                os.setuid(54321)
+                status = launcher.main(words)
+                sys.stdout.flush()
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and "output_dir" in err and f"{Path(place) / shut}" in err
 
 
 EARLY = """
