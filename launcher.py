@@ -38,6 +38,7 @@ HYDRA_FLAGS = (
     "--shell-completion", "--hydra-help", "--version",
 )  # fmt: skip
 RANK_VARIABLES = {"RANK", "WORLD_SIZE", "MASTER_ADDR"}  # torchrun gives them to each process it starts
+PLOT_ORDER = "eval/,oracle/,train/loss,gpu/,cuda/,mps/,epoch"  # of a dashboard, which else has first what has no slash
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
 HELP = """DenoisingZoo: flow-matching experiments from one command, scored against closed-form truth.
@@ -183,6 +184,7 @@ def dashboard(words: list[str]) -> None:
         has_browser = False
     import trackio
 
+    os.environ.setdefault("TRACKIO_PLOT_ORDER", PLOT_ORDER)
     trackio.show(project=settings["project"], open_browser=has_browser, block_thread=True)
 
 
