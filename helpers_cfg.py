@@ -65,7 +65,7 @@ class ClassifierFreeGuidance(Guidance):
         super().__init__(network, scale, interval)
         if not network.num_classes:
             raise UserError(
-                "guidance=cfg needs a model that is told the class, and this one is not; train it with conditional=true, "
+                "guidance=cfg requires a class-conditional model, and this one is not; train it with conditional=true, "
                 "or use guidance=autoguidance"
             )
 

@@ -106,9 +106,9 @@ def unknown_flag(arguments: list[str]) -> str | None:
 def launch(overrides: list[str]) -> "RunResult":
     """Check and carry out one run, or this process's part in it; returns what came of it."""
     if os.environ.keys() >= RANK_VARIABLES:
-        from backends.workers import take_part
+        from backends.workers import run_as_rank
 
-        return take_part(overrides)
+        return run_as_rank(overrides)
     from backends.submission import prepare, submit
 
     return submit(prepare(overrides))

@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from common.device import wait_for_device
-from common.distributed import explained_losses, rank
+from common.distributed import explained_lost_ranks, rank
 from common.errors import UserError
 from common.files import DISK_ERRORS, disk_sentence
 from configuration.stored import allow_for
@@ -44,37 +44,37 @@ def carry_out(config: dict[str, Any]) -> float | None:
             with explained_disk_errors(None):
                 evaluate_checkpoint(config)
             return None
-        folder = own_folder(config)
+        folder = open_run_folder(config)
         if config["resume"]:
             folder.lock()  # before its save is read: whoever still trains it would save a newer one
         try:
             run = assemble(config)
             run.folder = folder
-            return begin(run)
+            return start_or_resume(run)
         finally:
             folder.release()
 
 
-def own_folder(config: dict[str, Any]) -> RunFolder:
+def open_run_folder(config: dict[str, Any]) -> RunFolder:
     """Return the run's folder; only the first process writes there."""
     folder = run_folder_of(config)
     return folder if rank() == 0 else SilentRunFolder(folder.path)
 
 
-def begin(run: Run) -> float | None:
+def start_or_resume(run: Run) -> float | None:
     """Take the run's name, and train. Returns the best monitored value, if any was found."""
     config = run.config
     if config["resume"] and run.state.step >= run.total_steps:
-        tell_finished(run)
+        say_finished(run)
         return run.state.best
     wait_for_device(run.device, config["wait"])
     with stop_signals(run), explained_disk_errors(run):
         if run.rank == 0 and not config["resume"]:
-            take_name(run)
-        return conduct(run)
+            claim_run_name(run)
+        return run_training(run)
 
 
-def take_name(run: Run) -> None:
+def claim_run_name(run: Run) -> None:
     """Hold the folder of a new run. UserError when another process has begun it meanwhile."""
     run.folder.lock()
     if run.config["overwrite"]:
@@ -85,7 +85,7 @@ def take_name(run: Run) -> None:
         run.folder.clear()
 
 
-def tell_finished(run: Run) -> None:
+def say_finished(run: Run) -> None:
     """Say that nothing is left to do, and complete what a kill at the very end may have left out."""
     config = run.config
     key = "max_steps" if config["max_steps"] else "epochs"
@@ -106,7 +106,7 @@ def remove_temporaries(run: Run) -> None:
     run.checkpoints.remove_temporaries()
 
 
-def conduct(run: Run) -> float:
+def run_training(run: Run) -> float:
     """Return one sitting: from the summary before to the closing block after, with the status file telling the truth
     throughout.
     """
@@ -121,7 +121,7 @@ def conduct(run: Run) -> float:
     print_start(run)
     run.tracker.start(config["run_name"], public(config), run.folder.path, resumed_at, overwrite=config["overwrite"])
     try:
-        with explained_disk_errors(run), explained_losses():
+        with explained_disk_errors(run), explained_lost_ranks():
             print_times(run)
             fit(run)
             check_saved(run, begun_at)

@@ -88,14 +88,14 @@ def temporary_folder() -> Iterator[Path]:
 @contextmanager
 def environment(config: dict[str, Any], place: Path) -> Iterator[None]:
     """The variables that the processes find: the checked configuration, where to leave word, their share of the cores."""
-    from backends.workers import PREPARED, SENTENCE
+    from backends.workers import ERROR_FILE_ENV, PREPARED
     from common.distributed import AGENT
 
     threads = max(1, (os.cpu_count() or 1) // config["devices"])
     set_here = {
         AGENT: str(os.getpid()),
         PREPARED: json.dumps(config),
-        SENTENCE: str(place / "sentence"),
+        ERROR_FILE_ENV: str(place / "sentence"),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE),
     }
     set_here |= {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
@@ -147,12 +147,12 @@ def verdict(error: "ChildFailedError", config: dict[str, Any], place: Path) -> B
     """
     if (place / "sentence").is_file():
         return UserError((place / "sentence").read_text())
-    from backends.workers import LOST
+    from backends.workers import EXIT_PEER_DIED
 
-    followers = (LOST, -signal.SIGTERM)
+    followers = (EXIT_PEER_DIED, -signal.SIGTERM)
     ranked = sorted(error.failures.items(), key=lambda item: (item[1].exitcode in followers, item[1].timestamp))
     number, failure = ranked[0]
-    if failure.exitcode > 0 and failure.exitcode != LOST:
+    if failure.exitcode > 0 and failure.exitcode != EXIT_PEER_DIED:
         return SystemExit(failure.exitcode)
     how = "lost contact with the others"
     if failure.exitcode < 0:

@@ -23,26 +23,26 @@ import torch.distributed as dist
 
 from backends.submission import prepare
 from common import distributed
-from common.distributed import LostRankError, explained_losses, orphaned, wait_for_all, world
+from common.distributed import LostRankError, barrier, explained_lost_ranks, orphaned, world
 from common.errors import UserError
 from configuration.checks import check_devices
 from configuration.compose import parse_overrides
 from train import carry_out
 
 PREPARED = "DENOISING_ZOO_PREPARED"  # the launcher's checked configuration, for the processes it starts
-SENTENCE = "DENOISING_ZOO_SENTENCE"  # the file in which it looks for what they found wrong
-LOST = 75  # exit status of a process that ends because another has
+ERROR_FILE_ENV = "DENOISING_ZOO_SENTENCE"  # the file in which it looks for what they found wrong
+EXIT_PEER_DIED = 75  # exit status of a process that ends because another has
 START, PATIENCE = timedelta(minutes=15), timedelta(hours=24)  # to meet; to wait, as the others do for rank 0's scores
 
 
-def together(work: Callable[[], Any]) -> NoReturn:
+def run_distributed(work: Callable[[], Any]) -> NoReturn:
     """Do this process's part of the work among the others that torchrun has started, and end.
 
     What goes wrong is said by the first process to fail alone, a UserError's sentence through the launcher if that has
     started it. Status 0, that of a SystemExit, 130 after an early SIGINT, LOST where another has died, else 1.
     """
-    if SENTENCE in os.environ:
-        Path(os.environ[SENTENCE]).with_name(f"process-{os.getpid()}").write_text(str(os.getpid()))
+    if ERROR_FILE_ENV in os.environ:
+        Path(os.environ[ERROR_FILE_ENV]).with_name(f"process-{os.getpid()}").write_text(str(os.getpid()))
     met = threading.Event()
     threading.Thread(target=leave_if_orphaned, args=(met,), daemon=True).start()
     distributed.meeting, number, count = next(dist.rendezvous("env://", timeout=START))
@@ -50,17 +50,21 @@ def together(work: Callable[[], Any]) -> NoReturn:
     dist.init_process_group(backend, store=distributed.meeting, rank=number, world_size=count, timeout=PATIENCE)
     met.set()
     try:
-        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere if number else sys.stdout), explained_losses():
+        with (
+            Path(os.devnull).open("w") as nowhere,
+            redirect_stdout(nowhere if number else sys.stdout),
+            explained_lost_ranks(),
+        ):
             status = status_of(work)
-            wait_for_all()  # torchrun would end those that still save
+            barrier()  # torchrun would end those that still save
     except LostRankError:
-        status = LOST
+        status = EXIT_PEER_DIED
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except Exception as error:
         status = 1
-        if first_to_fail(str(error) or type(error).__name__):
-            tell(error)
+        if is_first_to_fail(str(error) or type(error).__name__):
+            report_error(error)
     sys.stdout.flush()
     sys.stderr.flush()
     if orphaned():
@@ -77,17 +81,17 @@ def status_of(work: Callable[[], Any]) -> int:
     return 0
 
 
-def tell(error: Exception) -> None:
-    """A UserError to the launcher, or where there is none in a sentence on stderr; a bug of ours with its traceback."""
+def report_error(error: Exception) -> None:
+    """Report a UserError to the launcher, or on stderr where there is none; print a bug with its traceback."""
     if not isinstance(error, UserError):
         traceback.print_exception(error)
-    elif SENTENCE in os.environ:
-        Path(os.environ[SENTENCE]).write_text(str(error))
+    elif ERROR_FILE_ENV in os.environ:
+        Path(os.environ[ERROR_FILE_ENV]).write_text(str(error))
     else:
         print(f"launcher.py: {error}", file=sys.stderr)
 
 
-def first_to_fail(why: str) -> bool:
+def is_first_to_fail(why: str) -> bool:
     """Whether no other process has failed before; leaves word of why."""
     meeting = distributed.meeting
     assert meeting is not None
@@ -122,16 +126,16 @@ def leave_if_orphaned(met: threading.Event) -> None:
     while not met.wait(1):
         if orphaned():
             remove_its_folder()
-            os._exit(LOST)
+            os._exit(EXIT_PEER_DIED)
 
 
 def remove_its_folder() -> None:
     """Remove the temporary folder that the launcher made for its processes and, being killed, has left."""
-    place = Path(os.environ.get(SENTENCE, "")).parent
+    place = Path(os.environ.get(ERROR_FILE_ENV, "")).parent
     if place.name.startswith("torchrun-"):
         shutil.rmtree(place, ignore_errors=True)
 
 
-def take_part(overrides: list[str]) -> NoReturn:
+def run_as_rank(overrides: list[str]) -> NoReturn:
     """Carry out a run together with the other processes that torchrun has started, and end this one."""
-    together(lambda: carry_out(configuration(overrides)))
+    run_distributed(lambda: carry_out(configuration(overrides)))

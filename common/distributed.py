@@ -41,7 +41,7 @@ def world() -> int:
 
 
 @contextmanager
-def explained_losses() -> Iterator[None]:
+def explained_lost_ranks() -> Iterator[None]:
     """Errors of a broken connection as LostRankError, with the word that the other left if it could."""
     try:
         yield
@@ -55,25 +55,25 @@ def explained_losses() -> Iterator[None]:
         raise LostRankError(why) from error
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Until every rank has come here."""
     if world() > 1:
         dist.all_reduce(torch.zeros(1))
 
 
 @contextmanager
-def first_alone(alone: bool) -> Iterator[None]:
+def rank0_first(alone: bool) -> Iterator[None]:
     """A block that rank 0 carries out before the others begin it, if `alone`."""
     if alone and rank():
-        wait_for_all()
+        barrier()
     try:
         yield
     finally:
         if alone and rank() == 0:
-            wait_for_all()
+            barrier()
 
 
-def from_first(value: T) -> T:
+def broadcast_from_rank0(value: T) -> T:
     """Rank 0's value, on every rank."""
     if world() == 1:
         return value
@@ -82,7 +82,7 @@ def from_first(value: T) -> T:
     return values[0]
 
 
-def agreed(own: T | None) -> T | None:
+def first_non_none(own: T | None) -> T | None:
     """Return the value of the lowest rank that has one, on every rank; None where none has. Between the CPUs: no device
     waits.
     """
@@ -106,7 +106,7 @@ def any_rank(flag: bool) -> bool:
     return bool(some)
 
 
-def averaged(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def all_reduce_mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return means over the ranks of scalars of the same names."""
     if world() == 1 or not values:
         return dict(values)
@@ -115,7 +115,7 @@ def averaged(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(values, mean / world(), strict=True))
 
 
-def put_together(parts: Tensor) -> Tensor:
+def all_reduce_sum(parts: Tensor) -> Tensor:
     """Return the sum over the ranks: of tensors that are zero but for each rank's own rows, all rows, exactly."""
     if world() > 1:
         dist.all_reduce(parts)

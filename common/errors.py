@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend; everything else that escapes is a bug of ours and keeps its traceback."""
+"""The user-facing error, printed without a traceback; any other exception that escapes is a bug and keeps its traceback."""
 
 import re
 
@@ -12,7 +12,7 @@ def printable(text: str) -> str:
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message is one sentence: what is wrong, where, and what to do instead.
+    """A mistake that the user can correct. The message is one sentence: what is wrong, where, and what to do instead.
 
     Raised anywhere, caught once at the process boundary (launcher.py and the fronts in scripts/), which prints the
     message without a traceback and exits with status 1. What it quotes of a file or a command steers no terminal.

@@ -172,7 +172,7 @@ def outlive_readers(note: str = "") -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which no file of ours must have
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which no file of a run may have
     for name, number, own in (("stdout", 1, sys.__stdout__), ("stderr", 2, sys.__stderr__)):
         before = getattr(sys, name)
         if before is own:  # else it is no stream of the system's, but a test's or a notebook's

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-LONG = 10.0  # seconds that nobody is told of
+LONG = 10.0  # seconds from which on an estimate is printed
 BETWEEN = 30.0  # seconds at least between two lines, and a tenth of the whole
 FORM = {
     "leave": False, "delay": 1.0, "bar_format": "{desc}: {percentage:3.0f} %|{bar}| {elapsed} gone, {remaining} left",

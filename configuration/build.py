@@ -7,13 +7,13 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 
 from common.errors import UserError
-from configuration.compose import HANDED_ON
+from configuration.compose import RECOMMENDATIONS
 
 
-def without_handed_on(node: Any) -> Any:
+def without_recommendations(node: Any) -> Any:
     """Return the node without the settings it only hands on to other parts."""
     if isinstance(node, dict):
-        return {key: without_handed_on(value) for key, value in node.items() if key != HANDED_ON}
+        return {key: without_recommendations(value) for key, value in node.items() if key != RECOMMENDATIONS}
     return node
 
 
@@ -39,7 +39,7 @@ def build(node: dict[str, Any], **parts: Any) -> Any:
     if unresolved is not None:
         raise UserError(f"{node.get('_target_')} is given {unresolved!r}, which is no value; write the value itself there")
     try:
-        return instantiate(without_handed_on(node), _convert_="all", **parts)
+        return instantiate(without_recommendations(node), _convert_="all", **parts)
     except HydraException as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, (UserError, TypeError, ValueError, RuntimeError, MemoryError)):

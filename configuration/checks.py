@@ -72,7 +72,7 @@ def check_contradictions(config: dict[str, Any]) -> None:
     if has(config, "guidance._target_") and classifies:
         raise UserError("guidance steers samples, and a classifier makes none; leave guidance out")
     if has(config, "guidance._target_") and "ClassifierFree" in config["guidance"]["_target_"] and not config["conditional"]:
-        raise UserError("guidance=cfg needs a model that is told the class; add conditional=true, or leave guidance out")
+        raise UserError("guidance=cfg requires a class-conditional model; add conditional=true, or leave guidance out")
     walks_map = config["solver"]["_target_"].endswith(".FlowMapSolver")
     if walks_map and not config["loss"]["training"].get("learns_flow_map", True):
         raise UserError(

@@ -27,7 +27,7 @@ from dataloaders.picture_files import attribute_classes, folder_classes, imagene
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 AUGMENT_PARAMETERS = 9  # of dataloaders.augmentation.parameters
-HANDED_ON = "training"  # a group's node of settings that other parts take from it; no constructor sees it
+RECOMMENDATIONS = "training"  # a group's node of settings that other parts take from it; no constructor sees it
 
 
 def vector_shape(shape: Any) -> Any:
@@ -51,14 +51,14 @@ def image_shape(shape: Any) -> Any:
 
 
 def conditional_classes(conditional: bool, num_classes: int) -> int:
-    """Return how many classes the network is told of. UserError when it should be conditional on data without labels."""
+    """Return how many classes the network is conditioned on. UserError for conditional=true on data without labels."""
     if conditional and not num_classes:
         raise UserError("conditional=true needs labels, and this data has none; use conditional=false")
     return num_classes if conditional else 0
 
 
 def augment_dim(probability: float) -> int:
-    """Return how many numbers the network is told of what the augmentation did to a picture."""
+    """Return how many numbers describe to the network what the augmentation did to a picture."""
     return AUGMENT_PARAMETERS if probability else 0
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from common.distributed import put_together, rank, world
+from common.distributed import all_reduce_sum, rank, world
 from common.seeds import generator_for
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
@@ -82,7 +82,7 @@ def generate_together(
         chunk = slice(first, first + CHUNK)
         own = None if label is None else label[chunk]
         samples[chunk] = sample_chunk(flow, solver, noise[chunk], own, fresh, first)
-    return put_together(samples)
+    return all_reduce_sum(samples)
 
 
 def sample_chunk(

@@ -8,10 +8,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from common.device import gradient_scaler, pick_device, set_numerics
-from common.distributed import first_alone, rank, world
+from common.distributed import rank, rank0_first, world
 from common.errors import UserError
 from configuration.build import build
-from configuration.compose import HANDED_ON, parse_overrides
+from configuration.compose import RECOMMENDATIONS, parse_overrides
 from configuration.stored import stored_config
 from dataloaders.base_dataloaders import FlowDataset
 from evaluation.evaluator import GeneratorEvaluator
@@ -70,7 +70,7 @@ def adopt_model(config: dict[str, Any], path: Path) -> None:
         )
     typed = {override.key_or_group for override in parse_overrides(config["overrides"])}
     for key, value in stored["model"].items():
-        free = key in config["model"] and key not in (HANDED_ON, "state_shape", "num_classes", "augment_dim")
+        free = key in config["model"] and key not in (RECOMMENDATIONS, "state_shape", "num_classes", "augment_dim")
         if free and f"model.{key}" not in typed and config["model"][key] != value:
             print(f"note: model.{key}={value}, as in {path} (the default here is {config['model'][key]})")
             config["model"][key] = value
@@ -108,7 +108,7 @@ def assemble(config: dict[str, Any]) -> Run:
     elif config["resume"]:
         check_same_arch(checkpoints)
         print(f"{config['run_name']} ended before its first save; beginning it again")
-    with first_alone(bool(config["dataloaders"].get("download"))):
+    with rank0_first(bool(config["dataloaders"].get("download"))):
         dataset = build_dataset(config, device)
     if dataset.standardize and "standardized" not in config:
         config["standardized"] = moments(dataset)

@@ -21,8 +21,8 @@ from run_files.run_folder import higher_is_better
 from training.run import Run
 from training.step_hooks import total_norm
 
-MOST_STEPS = 2**24  # whose random numbers are distinct from those of another rank
-MOST_SKIPPED = 20  # steps in a row that on_nan=skip leaves out; more are no accident
+RANK_SEED_STRIDE = 2**24  # whose random numbers are distinct from those of another rank
+MAX_CONSECUTIVE_SKIPS = 20  # steps in a row that on_nan=skip leaves out; more are no accident
 
 
 def fit(run: Run) -> None:
@@ -56,7 +56,7 @@ def epoch_groups(run: Run) -> Iterator[list[Any]]:
     plan = EpochPlan(run.batch_size, order, generator, position * accumulate, run.rank, run.world)
     batches = run.dataset.epoch(plan)
     for step in range(run.state.step, (epoch + 1) * run.steps_per_epoch):
-        index = (0 if fixed else step) + run.rank * MOST_STEPS  # another number of ranks never comes to the same numbers
+        index = (0 if fixed else step) + run.rank * RANK_SEED_STRIDE  # distinct for every step and rank
         if fixed:
             batches = run.dataset.epoch(replace(plan, order=generator_for(seed, "order"), start=0))
         generator.manual_seed(stream_seed(seed, "batch", index))
@@ -148,7 +148,7 @@ def check_finite(run: Run, weights: bool = False) -> None:
     state = run.state
     state.window.meet()
     term = state.window.non_finite(overflows=state.scaler.is_enabled())
-    if state.skipped_in_a_row >= MOST_SKIPPED:
+    if state.skipped_in_a_row >= MAX_CONSECUTIVE_SKIPS:
         term = f"loss (in each of the last {state.skipped_in_a_row} steps, all skipped)"
     if weights and term is None:
         parts = (("weights", state.objective.network), ("EMA weights", state.ema_objective.network))

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from common.device import device_name
-from common.distributed import agreed, from_first, orphaned
+from common.distributed import broadcast_from_rank0, first_non_none, orphaned
 from common.files import DISK_ERRORS, disk_sentence
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
@@ -138,7 +138,7 @@ class Run:
         """Why the run ends, if any rank has asked for it; all ranks ask at the same places."""
         if orphaned():
             self.asked = self.asked or Stop("the process that started this one is gone", signal=signal.SIGTERM)
-        self.stop = agreed(self.stop or self.asked)
+        self.stop = first_non_none(self.stop or self.asked)
         return self.stop
 
     def shares(self, group: list[Any]) -> list[float]:
@@ -207,7 +207,7 @@ class Run:
             self.log({**self.evaluation.values, "eval/seconds": self.evaluation.seconds}, provenance)
             self.write_status("running")
         self.notify("evaluation_end")
-        return from_first(None if self.evaluation is None else self.evaluation.values) or {}
+        return broadcast_from_rank0(None if self.evaluation is None else self.evaluation.values) or {}
 
     def payload(self) -> dict[str, Any]:
         """Return what a checkpoint holds: the state, and where it comes from."""

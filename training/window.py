@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.distributed import averaged
+from common.distributed import all_reduce_mean
 
 
 class Window:
@@ -28,7 +28,7 @@ class Window:
 
     def meet(self) -> None:
         """Each sum becomes its mean over the ranks, all of which call this."""
-        self.sums = averaged(self.sums)
+        self.sums = all_reduce_mean(self.sums)
 
     def means(self) -> dict[str, float]:
         """Return means over the window (one device synchronisation)."""

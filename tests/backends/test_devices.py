@@ -21,8 +21,8 @@ import torch
 
 import launcher
 from backends.submission import prepare
-from backends.workers import together
-from common.distributed import agreed, rank, world
+from backends.workers import run_distributed
+from common.distributed import first_non_none, rank, world
 from common.errors import UserError
 from dataloaders.base_dataloaders import EpochPlan
 from losses.objective import FlowBatch
@@ -46,7 +46,7 @@ LOSSES = {
     "shortcut, with a teacher": ["loss=shortcut", "loss.time_sampler.ratio=0.25"],
     "with labels": ["loss=meanflow", "conditional=true"],
 }
-SENTENCE = "what every rank finds is said once"
+ERROR_FILE_ENV = "what every rank finds is said once"
 
 
 class StopAt(Callback):
@@ -139,10 +139,10 @@ def part(place: Path) -> None:
     """What one rank of the job does; the last is a mistake that all ranks find."""
     found: dict[str, Any] = {name: trained(words) for name, words in LOSSES.items()}
     found |= {"drawn": drawn(), "judged": judged(), "adaptive": judged("solver=dopri5"), "skipped": skipped()}
-    found["agreed"] = [agreed("second" if rank() else None), agreed(None), agreed(f"rank {rank()}")]
+    found["agreed"] = [first_non_none("second" if rank() else None), first_non_none(None), first_non_none(f"rank {rank()}")]
     ragged()
     torch.save(found, place / f"rank{rank()}.pt")
-    raise UserError(SENTENCE)
+    raise UserError(ERROR_FILE_ENV)
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def test_epochs_end_raggedly_and_a_stopped_run_goes_on_bit_for_bit(job):
 
 
 def test_a_mistake_that_all_find_is_said_once(job):
-    assert job[2].count(SENTENCE) == 1 and "Traceback" not in job[2]
+    assert job[2].count(ERROR_FILE_ENV) == 1 and "Traceback" not in job[2]
 
 
 MISTAKES = [
@@ -364,4 +364,4 @@ def test_a_run_of_two_is_stopped_killed_and_goes_on_with_one_and_with_two(tmp_pa
 
 
 if __name__ == "__main__":
-    together(lambda: part(Path.cwd()))
+    run_distributed(lambda: part(Path.cwd()))
