@@ -288,6 +288,6 @@ def check_run_name(name: Any) -> None:
     """Raise UserError for a run_name that cannot name files safely."""
     if not isinstance(name, str) or not RUN_NAME.fullmatch(name):
         raise UserError(
-            f"run_name={str(name)[:60]!r} cannot name files; use letters, digits and . _ = + - only, "
+            f"run_name={str(name)[:60]!r} cannot name files; use the letters a to z and A to Z, digits and . _ = + - only, "
             "beginning with a letter or digit, at most 200 characters"
         )
