@@ -52,9 +52,8 @@ BASES = {
     "backend": "backends.base_backend.Backend",
 }
 
-allowed: list[
-    str
-] = []  # by the command being carried out, beside what configs/ names: classes, and modules with all in them
+# Classes and whole modules that the command being carried out allows, beside what configs/ names.
+allowed: list[str] = []
 
 
 def allow_for(config: dict[str, Any]) -> None:

@@ -87,7 +87,7 @@ def latent_manifest(folder: str) -> dict[str, Any]:
         finished = manifest["finished"]
         described = [manifest[key] for key in ("shape", "num_classes", "shards")] if finished else []
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no manifest of cached latents; delete its folder and make it anew by {how}") from error
+        raise UserError(f"{file} is no manifest of cached latents; delete its folder and make it again by {how}") from error
     if not finished or None in described:
         raise UserError(f"{file.parent} is not finished; give the command that began it again, and it goes on: {how}")
     return dict(manifest)

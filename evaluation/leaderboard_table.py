@@ -175,7 +175,7 @@ def write_between(path: Path, body: str) -> None:
         before, start, rest = text.partition(START)
         _, stop, after = rest.partition(STOP)
         if not start or not stop or START in rest or STOP in after:
-            raise UserError(f"{path} needs {START} and, after it, {STOP}, once each; mend it, or remove both")
+            raise UserError(f"{path} needs {START} and, after it, {STOP}, once each; correct it, or remove both")
         write_atomically(path, f"{before}{START}\n{body}\n{STOP}{after}")
 
 

@@ -34,7 +34,7 @@ class Score:
 
     name: metric name as logged ("eval/energy_distance"). spread: standard error of value, None if unknown.
     floor, floor_sd: the same metric on real against real (mean and standard deviation over replicates), None if senseless;
-    floor_q99: what 99 % of real sets stay below, so that a larger value is told from real.
+    floor_q99: what 99 % of real sets stay below, so that a larger value is distinguished from real.
     extra: further numbers logged under their own full names. note: what the number was measured with, in a few words.
     provenance: all that the number depends on, for scores whose name does not say it; written beside them.
     floor_note: the counts of a floor that has others than the score ("of 30 against 30"), or why there is no floor.
@@ -53,7 +53,7 @@ class Score:
 
     @property
     def above_floor(self) -> bool:
-        """Whether the samples are told from real ones, at the level of 1 %."""
+        """Return whether the samples are distinguished from real ones, at the level of 1 %."""
         return self.floor_q99 is not None and self.value > self.floor_q99
 
 

@@ -42,9 +42,11 @@ class FeatureMetric(Metric):
         final_only: bool = False,
     ):
         if reference not in ("held_out", "train"):
-            raise UserError(f"a feature score's reference is held_out or train, not {reference!r}; mend evaluation.metrics")
+            raise UserError(
+                f"reference of a feature score is held_out or train, not {reference!r}; correct evaluation.metrics"
+            )
         if replicates < 2:
-            raise UserError(f"a noise floor needs at least 2 replicates, not {replicates}; mend evaluation.metrics")
+            raise UserError(f"a noise floor needs at least 2 replicates, not {replicates}; correct evaluation.metrics")
         self.final_only = final_only
         self.given = classifier_features(network) if isinstance(network, str) else network
         self.reference, self.replicates, self.scores = reference, replicates, FeatureScores(k, points)

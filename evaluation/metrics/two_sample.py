@@ -50,7 +50,7 @@ class TwoSampleMetric(Metric):
 
     def __init__(self, replicates: int = 230):
         if replicates < 2:
-            raise UserError(f"a noise floor needs at least 2 replicates, not {replicates}; mend evaluation.metrics")
+            raise UserError(f"a noise floor needs at least 2 replicates, not {replicates}; correct evaluation.metrics")
         self.replicates = replicates
 
     def names(self) -> list[str]:

@@ -405,7 +405,7 @@ def test_scores_that_cannot_be_given_say_why(digits: Digits, generation: Callabl
     assert FeatureMetric("digits_classifier", final_only=True).compute(large) == []
     assert FeatureMetric(None).compute(large) == [] and FeatureMetric(None).names() == []
     for settings_ in ({"reference": "test"}, {"replicates": 1}):
-        with pytest.raises(UserError, match=r"mend evaluation\.metrics"):
+        with pytest.raises(UserError, match=r"correct evaluation\.metrics"):
             FeatureMetric("digits_classifier", **settings_)  # type: ignore[arg-type]
 
 
