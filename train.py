@@ -46,7 +46,7 @@ def carry_out(config: dict[str, Any]) -> float | None:
             return None
         folder = open_run_folder(config)
         if config["resume"]:
-            folder.lock()  # before its save is read: whoever still trains it would save a newer one
+            folder.lock.acquire()  # before its save is read: whoever still trains it would save a newer one
         try:
             run = assemble(config)
             run.folder = folder
@@ -76,10 +76,10 @@ def start_or_resume(run: Run) -> float | None:
 
 def claim_run_name(run: Run) -> None:
     """Hold the folder of a new run. UserError when another process has begun it meanwhile."""
-    run.folder.lock()
+    run.folder.lock.acquire()
     if run.config["overwrite"]:
         move_aside(run)
-        run.folder.lock()
+        run.folder.lock.acquire()
     else:
         check_run_is_new(run.config, run.folder.path)
         run.folder.clear()
@@ -95,9 +95,9 @@ def say_finished(run: Run) -> None:
     )
     with explained_disk_errors(run):
         remove_temporaries(run)
-        if run.folder.read_status().get("state") != "finished":
+        if run.folder.status.read().get("state") != "finished":
             run.export_weights(run.state.ema_objective.network.state_dict())
-            run.folder.write_status("finished", run.state.step, run.epoch, run.elapsed())
+            run.folder.status.write("finished", run.state.step, run.epoch, run.elapsed())
 
 
 def remove_temporaries(run: Run) -> None:
@@ -116,7 +116,7 @@ def run_training(run: Run) -> float:
     begun_at = run.state.step
     resumed_at = begun_at if config["resume"] else None
     if resumed_at is not None:
-        run.folder.trim_metrics(resumed_at)
+        run.folder.metrics.trim(resumed_at)
     run.write_status("running")
     print_start(run)
     run.tracker.start(config["run_name"], public(config), run.folder.path, resumed_at, overwrite=config["overwrite"])

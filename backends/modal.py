@@ -26,7 +26,8 @@ from common.errors import UserError
 from configuration.checks import check_devices
 from configuration.compose import nearest, parse_overrides
 from run_files.provenance import COMMIT_VARIABLE, git_commit
-from run_files.run_folder import as_object, parsed_config, timestamp
+from run_files.status_file import timestamp
+from run_files.stored_values import as_object, parsed_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = PurePosixPath("/root")  # there: where modal looks for the modules of functions

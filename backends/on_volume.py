@@ -16,7 +16,8 @@ from typing import Any
 
 from common.files import write_atomically
 from configuration.compose import compose_config, parse_overrides
-from run_files.run_folder import RunFolder, best_monitored
+from run_files.metrics_file import best_monitored
+from run_files.run_folder import RunFolder
 
 LAUNCHER = Path(__file__).resolve().parents[1] / "launcher.py"
 GRACE_SECONDS = 25.0  # for a save: an interrupted container has about 30
@@ -39,7 +40,7 @@ def carry_out_on(
     note, words = volume / "calls" / f"{call}.json", overrides
     if note.is_file():
         if began(folder, json.loads(note.read_text(encoding="utf-8"))["found"]):
-            if folder.read_status().get("state") == "finished":
+            if folder.status.read().get("state") == "finished":
                 return outcome(folder, 0)
             words = going_on(overrides)
     else:
@@ -48,7 +49,7 @@ def carry_out_on(
     environment = {"TRACKIO_DIR": str(volume / "trackio" / folder.name), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([sys.executable, str(LAUNCHER), *words], cwd=volume, env=os.environ | environment)
     status = wait_for(process, commit, commit_seconds)
-    if status and LOST_RANK.match(why := str(folder.read_status().get("why", ""))):
+    if status and LOST_RANK.match(why := str(folder.status.read().get("why", ""))):
         raise ChildProcessError(f"{why}; carried out again, the run goes on from its newest save")
     if status < 0 or status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         number = signal.Signals(-status if status < 0 else status - 128)
@@ -58,7 +59,7 @@ def carry_out_on(
 
 def identity(folder: RunFolder) -> str | None:
     """Return what tells a run from another of its name: when it was started; None where there is no run."""
-    return folder.read_status().get("started", "") if folder.config_path.is_file() else None
+    return folder.status.read().get("started", "") if folder.config_path.is_file() else None
 
 
 def began(folder: RunFolder, found: str | None) -> bool:
@@ -93,5 +94,5 @@ def wait_for(process: subprocess.Popen[bytes], commit: Callable[[], None], commi
 
 def outcome(folder: RunFolder, status: int) -> dict[str, Any]:
     """Plain values, which travel home."""
-    best = best_monitored(folder.read_metrics(), folder.read_config()) if folder.config_path.is_file() else None
-    return {"status": status, "why": folder.read_status().get("why", ""), "best": best}
+    best = best_monitored(folder.metrics.read(), folder.read_config()) if folder.config_path.is_file() else None
+    return {"status": status, "why": folder.status.read().get("why", ""), "best": best}

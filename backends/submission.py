@@ -27,7 +27,9 @@ from configuration.stored import (
 from configuration.values import FREE
 from run_files.checks import check_files, check_run_is_new
 from run_files.result import RunResult, result_of
-from run_files.run_folder import CONFIG_REMEDY, RunFolder, run_folder_of
+from run_files.run_folder import RunFolder, run_folder_of
+from run_files.run_lock import check_entries
+from run_files.stored_values import CONFIG_REMEDY
 
 # Of a whole config.yaml, from its first keys to its last.
 WRITTEN = ("run_name", "dataloaders", "model", "loss", "optimizer", "choices", "overrides", "changed")
@@ -105,7 +107,7 @@ def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
             f"there is no run {config['run_name']} in {folder.path.parent} to resume; "
             "leave resume=true out to start it, or see `python scripts/runs.py list`"
         )
-    folder.check_entries()
+    check_entries(folder.path)
     before = upgraded(folder.read_config())
     lacking = [key for key in WRITTEN if key not in before]
     if lacking:
@@ -179,7 +181,7 @@ def sweep_job(job: list[str], swept_keys: set[str]) -> list[str] | RunResult:
             f"run {name} exists in {folder.path.parent} from another command; give this sweep another run_name, "
             "or remove that run"
         )
-    status = folder.read_status()
+    status = folder.status.read()
     if status.get("state") == "finished":
         return result_of(config | {"run_name": name})
     return [*overrides, "resume=true" if status.get("step") else "overwrite=true"]

@@ -13,8 +13,7 @@ from hydra.errors import CompactHydraException
 from backends.submission import describe, prepare, submit, sweep_job
 from common.errors import UserError
 from configuration.compose import parse_overrides
-from run_files.result import RunResult, result_of
-from run_files.run_folder import table
+from run_files.result import RunResult, result_of, table
 
 SHOWN = 3  # scores in the closing table, beside the monitored one
 HEADLINES = (

@@ -168,8 +168,8 @@ def mark_failed(config: dict[str, Any], why: str) -> None:
     from common.distributed import DIED
 
     folder = run_folder_of(config)
-    status = folder.read_status()
+    status = folder.status.read()
     if not config["eval_checkpoint"] and (status.get("state") == "running" or status.get("why") == DIED):
-        folder.lock()
-        folder.write_status("failed", status["step"], status["epoch"], status["seconds"], why=why)
+        folder.lock.acquire()
+        folder.status.write("failed", status["step"], status["epoch"], status["seconds"], why=why)
         folder.release()

@@ -108,7 +108,7 @@ def watched_disk(notice: Notice) -> Iterator[None]:
         mock.patch("os.replace", announced("rename to", os.replace, 1)),
         mock.patch("os.link", announced("link for", os.link, 1)),
         mock.patch("os.unlink", announced("remove", os.unlink, 0)),
-        mock.patch("run_files.run_folder.FileIO", WatchedRows),
+        mock.patch("run_files.metrics_file.FileIO", WatchedRows),
     ):
         yield
 

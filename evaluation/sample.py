@@ -49,7 +49,7 @@ from losses.objective import FlowObjective, Objective
 from run_files.checkpoint import load_checkpoint
 from run_files.provenance import weights_in_words
 from run_files.result import scores_file
-from run_files.run_folder import json_number
+from run_files.stored_values import json_number
 from solvers.base_solver import BaseSolver, Sampler
 from solvers.dopri5 import Dopri5
 from solvers.likelihood import LogLikelihood, log_likelihood

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from common.errors import UserError
 from common.files import remove_temporaries, replacing, share
 from configuration.values import RUN_NAME
-from run_files.run_folder import tell_once
+from run_files.stored_values import note_once
 
 FORMAT = "denoising-zoo-checkpoint-1"
 KINDS: dict[str, Any] = {
@@ -77,7 +77,7 @@ def check_digest(path: Path, stored: Any, content: Any) -> None:
     different archives.
     """
     if stored is None:
-        tell_once(f"note: {path} has no digest, as files of earlier versions; whether it is undamaged cannot be told")
+        note_once(f"{path} has no digest, as files of earlier versions; whether it is undamaged cannot be told")
     elif stored != digest_of(content):
         raise UserError(f"{path} is damaged: what is read from it is not what was written; use another save")
 

@@ -89,5 +89,5 @@ def first_save(config: dict[str, Any]) -> Path | None:
 
 def ended_unbegun(folder: RunFolder) -> bool:
     """Whether the run there came to its end before its first step."""
-    status = folder.read_status()
+    status = folder.status.read()
     return status.get("state") in ("failed", "interrupted") and status.get("step") == 0

@@ -5,7 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from run_files.run_folder import best_monitored, higher_is_better, run_folder_of
+from run_files.metrics_file import best_monitored, higher_is_better
+from run_files.run_folder import run_folder_of
 
 
 class RunResult(float):
@@ -36,8 +37,8 @@ def result_of(config: dict[str, Any], best: float | None = None) -> RunResult:
         state, logged = "finished" if scores else "submitted", [scores]
     else:
         path, checkpoint = folder.path, outputs / "ckpts" / config["choices"]["model"] / f"{name}_last.pt"
-        status = folder.read_status()
-        scores, state, logged = status.get("scores", {}), status.get("state", "submitted"), folder.read_metrics()
+        status = folder.status.read()
+        scores, state, logged = status.get("scores", {}), status.get("state", "submitted"), folder.metrics.read()
     if best is None:
         best = best_monitored(logged, config)
     result = RunResult(math.inf if best is None else best)
@@ -50,3 +51,9 @@ def result_of(config: dict[str, Any], best: float | None = None) -> RunResult:
 def scores_file(config: dict[str, Any]) -> Path:
     """Return where the scores of a checkpoint (eval_checkpoint) go, beside their picture."""
     return Path(config["output_dir"]) / "evaluations" / f"{config['run_name']}.json"
+
+
+def table(rows: list[list[str]]) -> str:
+    """Return the rows in columns as wide as their widest cell, the last as it comes."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

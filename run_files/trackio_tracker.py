@@ -51,7 +51,7 @@ class TrackioTracker(Tracker):
 
     def log_history(self, folder: RunFolder, last: int) -> None:
         """Log the rows and pictures that the run has left, up to the step `last`; it logs no picture of its beginning."""
-        for row in folder.read_metrics():
+        for row in folder.metrics.read():
             if row["step"] <= last:
                 numbers = {k: v for k, v in row.items() if k not in NOT_METRICS and isinstance(v, int | float)}
                 self.log(numbers, row["step"])

@@ -255,15 +255,15 @@ def why_stale(entry: Entry, entries: dict[str, Entry]) -> str | None:
         if matters and key in new_leaves and old_leaves[key] != new_leaves[key]:
             return f"{key}, not among its words, was {old_leaves[key]!r} and is now {new_leaves[key]!r}"
     for need in entry.needs:
-        made = entries[need].folder.read_status().get("updated")
-        if made and datetime.fromisoformat(made) > datetime.fromisoformat(entry.folder.read_status()["started"]):
+        made = entries[need].folder.status.read().get("updated")
+        if made and datetime.fromisoformat(made) > datetime.fromisoformat(entry.folder.status.read()["started"]):
             return f"{need}, which it starts from, was trained again since"
     return None
 
 
 def condition(entry: Entry, entries: dict[str, Entry]) -> str:
     """Return missing, begun, failed, finished, or stale."""
-    status = entry.folder.read_status()
+    status = entry.folder.status.read()
     if not entry.folder.config_path.is_file() or not status:
         return "missing"
     if why_stale(entry, entries) is not None:
@@ -352,7 +352,7 @@ class Crew:
 
     def end(self, entry: Entry, status: int) -> None:
         """Report a run whose process has ended."""
-        if status or entry.folder.read_status().get("state") != "finished":
+        if status or entry.folder.status.read().get("state") != "finished":
             lines = entry.said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             self.report(entry, f"FAILED: {lines[-1] if lines else f'status {status}'} ({entry.said})", failed=True)
             return
@@ -381,8 +381,8 @@ class Crew:
 
 def scores_of(entry: Entry) -> dict[str, float]:
     """Return the last scores of a finished run, what was not a number left out, and the seconds it trained."""
-    known = entry.folder.read_status().get("scores", {})
-    rows = entry.folder.read_metrics()
+    known = entry.folder.status.read().get("scores", {})
+    rows = entry.folder.metrics.read()
     judged = sum(row.get("eval/seconds") or 0.0 for row in rows)
     seconds = {SECONDS: rows[-1]["elapsed_seconds"] - judged} if rows else {}
     return {name: float(value) for name, value in known.items() if value is not None} | seconds
@@ -430,7 +430,7 @@ def provenance(done: list[Entry]) -> str:
     facts = [json.loads(entry.facts.read_text(encoding="utf-8")) for entry in done if entry.facts.is_file()]
     hardware = "; ".join(dict.fromkeys(fact["hardware"] for fact in facts)) or "hardware not recorded"
     torch_versions = " and ".join(dict.fromkeys(fact["torch"] for fact in facts)) or "not recorded"
-    days = sorted(entry.folder.read_status()["updated"][:10] for entry in done)
+    days = sorted(entry.folder.status.read()["updated"][:10] for entry in done)
     return f"{hardware}, {' to '.join(dict.fromkeys([days[0], days[-1]]))}, torch {torch_versions}"
 
 

@@ -31,8 +31,12 @@ from common.errors import UserError
 from common.files import in_working_folder, replacing, write_atomically
 from configuration.values import check_run_name
 from run_files.experiment_log import PARTS, ExperimentLog, Section
-from run_files.run_folder import STATES, RunFolder, as_object, as_row, is_number, timestamp, wrong_status
-from scripts.runs import list_row, table
+from run_files.metrics_file import as_row
+from run_files.result import table
+from run_files.run_folder import RunFolder
+from run_files.status_file import STATES, timestamp, wrong_status
+from run_files.stored_values import as_object, is_number
+from scripts.runs import list_row
 from scripts.trackio_rebuild import rebuild
 
 MODAL_APP = (sys.executable, "-m", "modal", "app")
@@ -159,7 +163,7 @@ def read_run(remote: Remote, name: str, paths: list[PurePosixPath], to: RunFolde
     broken = damage(to)
     if broken:
         raise UserError(f"{where} is broken: {broken}; it stays there, see `modal_app.py download {name}`")
-    config, status = to.read_config(), to.read_status()
+    config, status = to.read_config(), to.status.read()
     lacking = [key for key in CONFIG_KEYS if key not in config]
     if lacking or STATUS_KEYS - set(status):
         what = f"its config.yaml lacks {', '.join(lacking)}" if lacking else "its status.json lacks keys"
@@ -167,13 +171,13 @@ def read_run(remote: Remote, name: str, paths: list[PurePosixPath], to: RunFolde
     odd = oddity(config, status)
     if odd:
         raise UserError(f"{where} is broken: {odd}; it stays there, see `modal_app.py download {name}`")
-    write_atomically(to.metrics_path, "".join(f"{line}\n" for line in to.metric_lines()))  # a torn last line stays there
+    write_atomically(to.metrics.path, "".join(f"{line}\n" for line in to.metrics.lines()))  # a torn last line stays there
     return config
 
 
 def damage(folder: RunFolder) -> str | None:
     """Return what cannot be read of a run's small files, in words."""
-    status = as_object(folder.status_path.read_bytes().decode(errors="replace"))
+    status = as_object(folder.status.path.read_bytes().decode(errors="replace"))
     if status is None:
         return "its status.json is damaged"
     wrong = wrong_status(status)
@@ -185,7 +189,7 @@ def damage(folder: RunFolder) -> str | None:
         folder.read_config()
     except UserError:
         return "its config.yaml cannot be read"
-    for number, line in enumerate(folder.metric_lines(), start=1):
+    for number, line in enumerate(folder.metrics.lines(), start=1):
         row = as_row(line)
         if row is None:
             return f"line {number} of its metrics.jsonl is damaged"
@@ -261,13 +265,13 @@ def bring(remote: Remote, name: str, paths: list[PurePosixPath], output_dir: Pat
                 if not kept and not (place / target).exists():
                     remote.fetch(path, place / target)
             read_run(remote, name, paths, fetched)  # again: rows newer than the saves are redone, missing ones are not
-            here.lock()
+            here.lock.acquire()
             try:
                 pending.touch()
                 move_home(fetched, here, place, output_dir)
             finally:
                 here.release()
-    return f"step {here.read_status()['step']}, {track(here, config, pending)}"
+    return f"step {here.status.read()['step']}, {track(here, config, pending)}"
 
 
 def same_size(path: Path, entry: Any) -> bool:
@@ -278,7 +282,7 @@ def move_home(fetched: RunFolder, here: RunFolder, place: Path, output_dir: Path
     """Put what was fetched in its place: the configuration first, so that saves are never without it; the status last, so
     that what is cut short is done again."""
     files = [path for path in place.rglob("*") if path.is_file()]
-    order = {fetched.config_path: 0, fetched.status_path: 2}
+    order = {fetched.config_path: 0, fetched.status.path: 2}
     for path in sorted(files, key=lambda path: order.get(path, 1)):
         target = output_dir / path.relative_to(place)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -304,7 +308,7 @@ def saves_of(run: str, checkpoints: dict[PurePosixPath, Any]) -> dict[PurePosixP
 
 def is_newer(fetched: RunFolder, here: RunFolder) -> bool:
     """Whether what came is to replace what is here. UserError where that is another run, or a newer state of it."""
-    name, ours, theirs = here.name, here.read_status(), fetched.read_status()
+    name, ours, theirs = here.name, here.status.read(), fetched.status.read()
     if not here.config_path.is_file():
         saves = (here.path.parents[1] / "ckpts").rglob("*.pt")
         left = next((path for path in saves if is_save(name, path.name)), None)
@@ -322,7 +326,7 @@ def is_newer(fetched: RunFolder, here: RunFolder) -> bool:
     then, now = moment(ours["updated"]), moment(theirs["updated"])
     if then is None or now is None:
         raise UserError(
-            f"{here.status_path} does not say when the run {name} was updated, and it was left alone; mend or move it"
+            f"{here.status.path} does not say when the run {name} was updated, and it was left alone; mend or move it"
         )
     if then > now:
         raise UserError(

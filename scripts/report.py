@@ -100,7 +100,7 @@ class Told:
 
 def told(output_dir: Path, name: str) -> Told:
     folder = find_run(output_dir, name)
-    return Told(folder, folder.read_status(), read_config(folder), folder.read_metrics())
+    return Told(folder, folder.status.read(), read_config(folder), folder.metrics.read())
 
 
 def table(header: list[str], rows: Iterable[list[str]], caption: str) -> str:

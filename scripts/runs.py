@@ -21,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command_line import outputs
 from common.errors import UserError, printable
 from common.files import outlive_readers
-from run_files.run_folder import RunFolder, higher_is_better, table
+from run_files.metrics_file import higher_is_better
+from run_files.result import table
+from run_files.run_folder import RunFolder
 
 NO_SCORE = re.compile(r"_floor\w*$|_se$|_ratio$|^eval/(nfe|seconds)$")  # of these none is the best
 HEADLINES = ("eval/energy_distance", "eval/fid", "eval/accuracy", "eval/kid", "eval/loss")  # in order of preference
@@ -73,7 +75,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def list_runs(options: argparse.Namespace) -> str:
     """Return one line a run, the latest last."""
-    folders = sorted(run_folders(options.output_dir), key=lambda folder: folder.read_status().get("started", ""))
+    folders = sorted(run_folders(options.output_dir), key=lambda folder: folder.status.read().get("started", ""))
     if not folders:
         return f"no runs under {options.output_dir}: python launcher.py run_name=my_experiment makes one"
     header = ["run", "state", "step", "epochs", "minutes", "best scores"]
@@ -89,7 +91,7 @@ def list_row_or_why(folder: RunFolder) -> list[str]:
 
 
 def list_row(folder: RunFolder) -> list[str]:
-    status = folder.read_status()
+    status = folder.status.read()
     minutes = f"{status.get('seconds', 0) / 60:.1f}"
     scores = best_scores(folder)
     headlines = [name for name in HEADLINES if name in scores][:HEADLINES_SHOWN]
@@ -100,7 +102,7 @@ def list_row(folder: RunFolder) -> list[str]:
 def show_run(options: argparse.Namespace) -> str:
     """Overrides, status, last metrics and files of one run."""
     folder = find_run(options.output_dir, options.names[0])
-    status = folder.read_status()
+    status = folder.status.read()
     best = best_scores(folder)
     last = last_metrics(folder)
     rows = [["metric", "last", "best"]] + [
@@ -141,8 +143,8 @@ def delete_runs(options: argparse.Namespace) -> str:
     folders = [find_run(options.output_dir, name) for name in dict.fromkeys(options.names)]
     if not options.dry_run:
         for folder in folders:
-            folder.lock()
-    elif held := [folder.name for folder in folders if folder.is_held()]:
+            folder.lock.acquire()
+    elif held := [folder.name for folder in folders if folder.lock.is_held()]:
         raise UserError(f"run {held[0]} is being trained by another process right now; wait for it, or leave it out")
     lines = []
     for folder in folders:
@@ -194,7 +196,7 @@ def state(folder: RunFolder, status: dict[str, Any]) -> str:
     """Return the state as stored, or `lost` where a run of this machine says running and no process holds its folder."""
     stored = str(status.get("state", "-"))
     here = status.get("host") == platform.node()
-    return "lost" if stored == "running" and here and not folder.is_held() else stored
+    return "lost" if stored == "running" and here and not folder.lock.is_held() else stored
 
 
 def epochs(status: dict[str, Any]) -> str:
@@ -206,7 +208,7 @@ def epochs(status: dict[str, Any]) -> str:
 def best_scores(folder: RunFolder) -> dict[str, float]:
     """Return the best value of each eval metric, over metrics.jsonl and the status."""
     best: dict[str, float] = {}
-    for scores in (folder.read_status().get("scores", {}), *evaluations(folder)):
+    for scores in (folder.status.read().get("scores", {}), *evaluations(folder)):
         for name, value in scores.items():
             if name.startswith("eval/") and not NO_SCORE.search(name) and isinstance(value, int | float):
                 pick = max if higher_is_better(name) else min
@@ -216,15 +218,15 @@ def best_scores(folder: RunFolder) -> dict[str, float]:
 
 def evaluations(folder: RunFolder) -> list[dict[str, Any]]:
     """Return the rows that hold an eval metric; the others, by far the most, are not parsed."""
-    return [row for _, row in folder.numbered_rows(holding='"eval/')]
+    return [row for _, row in folder.metrics.numbered_rows(holding='"eval/')]
 
 
 def last_metrics(folder: RunFolder) -> dict[str, float | None]:
     """Return the last value of each metric, the status's scores included."""
     last: dict[str, float | None] = {}
-    for row in folder.read_metrics():
+    for row in folder.metrics.read():
         last |= row
-    last |= folder.read_status().get("scores", {})
+    last |= folder.status.read().get("scores", {})
     return {name: v for name, v in last.items() if name not in NO_METRICS and (v is None or isinstance(v, int | float))}
 
 

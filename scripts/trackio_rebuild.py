@@ -46,8 +46,8 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"say which runs of {place}: their names, or --all for those that have a metrics.jsonl")
     folders = [RunFolder(place / name) for name in names]
     for folder in folders:
-        if not folder.metrics_path.is_file():
-            raise UserError(f"there is no {folder.metrics_path}; --output-dir names another place")
+        if not folder.metrics.path.is_file():
+            raise UserError(f"there is no {folder.metrics.path}; --output-dir names another place")
     for folder in folders:
         project, rows = rebuild(folder, options.project)
         print(f"{folder.name}: {rows} rows in the project {project}")
@@ -61,7 +61,7 @@ def rebuild(folder: RunFolder, project: str | None) -> tuple[str, int]:
     config = folder.read_config() if folder.config_path.is_file() else {}
     settings = config.get("trackio")
     project = project or str(settings.get("project", "denoising-zoo") if isinstance(settings, dict) else "denoising-zoo")
-    steps = [row["step"] for row in folder.read_metrics()]
+    steps = [row["step"] for row in folder.metrics.read()]
     tracker = TrackioTracker(project)
     try:
         tracker.start(folder.name, config, folder.path, max(steps, default=0), overwrite=True)

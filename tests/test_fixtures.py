@@ -16,11 +16,11 @@ FIXTURES = Path(__file__).resolve().parent / "fixtures"
 
 def check(folder: Path, name: str) -> None:
     """Resume the run in `folder` by one step, then load it and sample it, or hold a classifier to its accuracy."""
-    before = RunFolder(folder / "runs" / name).read_status()
+    before = RunFolder(folder / "runs" / name).status.read()
     result = launcher.run(
         f"run_name={name}", "resume=true", "max_steps=3", f"output_dir={folder}", f"log.file={folder / 'L.md'}"
     )
-    status = RunFolder(folder / "runs" / name).read_status()
+    status = RunFolder(folder / "runs" / name).status.read()
     assert (before["step"], status["step"], result.state) == (2, 3, "finished")
     assert result.checkpoint is not None
     if name.endswith("classifier"):

@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.progress import Progress
 from evaluation.report import per_dimension
 from run_files.experiment_log import ExperimentLog
-from run_files.run_folder import higher_is_better
+from run_files.metrics_file import higher_is_better
 from run_files.telemetry import NoTelemetry, Telemetry, telemetry_for
 from training.run import Callback
 
@@ -167,7 +167,7 @@ def compared_table(run: Run) -> str:
     same, found = ("dataloaders", "model", "loss"), []
     for path in run.folder.path.parent.glob("*/status.json"):
         folder = RunFolder(path.parent)
-        status = folder.read_status()
+        status = folder.status.read()
         if path.parent != run.folder.path and status.get("state") == "finished" and folder.config_path.is_file():
             found.append((status.get("updated", ""), folder, status.get("scores", {})))
     for _, folder, scores in sorted(found, key=lambda item: str(item[0]), reverse=True):

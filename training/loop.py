@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.seeds import generator_for, seed_network, stream_seed
 from dataloaders.base_dataloaders import Batch, EpochPlan
 from losses.terms import named_terms
-from run_files.run_folder import higher_is_better
+from run_files.metrics_file import higher_is_better
 from training.run import Run
 from training.step_hooks import total_norm
 

@@ -180,7 +180,7 @@ class Run:
         metrics = {**metrics, "epoch": float(self.epoch), "train/elapsed_seconds": self.elapsed()}
         self.last_values |= metrics
         with self.writing():
-            self.folder.append_metrics(self.state.step, self.epoch, self.elapsed(), metrics, provenance)
+            self.folder.metrics.append(self.state.step, self.epoch, self.elapsed(), metrics, provenance)
         self.tracker.log(metrics, self.state.step)
 
     def evaluate(self, final: bool) -> dict[str, float]:
@@ -227,7 +227,7 @@ class Run:
         """Save the state, and what people and scripts want to know of it."""
         self.settle()
         with self.writing():
-            self.folder.sync_metrics()
+            self.folder.metrics.sync()
             self.checkpoints.save(self.payload(), epoch, best)
         self.write_status("running")
 
@@ -246,7 +246,7 @@ class Run:
     def write_status(self, state: str, why: str = "") -> None:
         scores = {name: v for name, v in self.last_values.items() if name.startswith(("eval/", "oracle/"))}
         with self.writing():
-            self.folder.write_status(
+            self.folder.status.write(
                 state, self.state.step, self.epoch, self.elapsed(), scores, why, device=device_name(self.device)
             )
 
@@ -254,7 +254,7 @@ class Run:
         """Return model.safetensors: the EMA weights with the configuration, for use elsewhere."""
         path = self.folder.path / "model.safetensors"
         if self.rank == 0:
-            self.folder.require_there()
+            self.folder.lock.check()
             write_export(path, self.payload() | {"ema": network_state})
         return path
 

@@ -64,7 +64,7 @@ def chosen_runs(words: list[str], runs: Path) -> list[RunFolder]:
     folders = [RunFolder(path.parent) for path in runs.glob("*/metrics.jsonl")]
     if not folders:
         raise UserError(f"there are no runs with metrics in {runs}; train one, or give output_dir=<folder>")
-    folders.sort(key=lambda folder: folder.metrics_path.lstat().st_mtime)
+    folders.sort(key=lambda folder: folder.metrics.path.lstat().st_mtime)
     if not words:
         return folders[-1:]
     found = []
@@ -136,7 +136,7 @@ def draw(words: list[str]) -> Path:
 
         name = load_checkpoint(Path(settings["ckpt"]))["run_name"]
         names, folder = [*names, re.escape(name)], folder / name
-    runs = {folder.name: folder.read_metrics() for folder in chosen_runs(names, output / "runs")}
+    runs = {folder.name: folder.metrics.read() for folder in chosen_runs(names, output / "runs")}
     every = dict.fromkeys(name for rows in runs.values() for name in metrics_of(rows))
     wanted = settings["metrics"].split(",") if settings["metrics"] else list(every)[:MOST]
     for name in wanted:

@@ -125,7 +125,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         time.sleep(0.005)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    killed = RunFolder(volume / "outputs/runs/x").read_status()
+    killed = RunFolder(volume / "outputs/runs/x").status.read()
     again = on_rented(code, volume, WORDS, "fc-1")
     with contextlib.chdir(home):
         launcher.run(*WORDS)
@@ -209,20 +209,20 @@ def fake_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[.
 def test_a_repeated_call_goes_on_with_its_own_run_only(fake_launcher: Callable[..., list[str]], tmp_path: Path) -> None:
     folder, words = RunFolder(tmp_path / "outputs/runs/x"), ["run_name=x", "overwrite=true", "init_from=w.pt", "seed=1"]
     folder.write_config("old: 1\n", [])
-    folder.write_status("finished", 5, 1, 1.0, started="then")
+    folder.status.write("finished", 5, 1, 1.0, started="then")
     assert fake_launcher(words) == words
     assert fake_launcher(words) == words  # killed before the old run was moved aside
-    folder.status_path.unlink()
+    folder.status.path.unlink()
     assert fake_launcher(words) == ["run_name=x", "seed=1", "resume=true"]  # killed between its first two files
-    folder.write_status("running", 0, 0, 1.0)
+    folder.status.write("running", 0, 0, 1.0)
     assert fake_launcher(words) == ["run_name=x", "seed=1", "resume=true"]
     assert fake_launcher(words, "another call") == words
     assert fake_launcher(["run_name=y"]) == ["run_name=y"]
     assert fake_launcher(["run_name=x", "resume=force", "seed=2"], "fc-3")[1] == "resume=force"
-    folder.write_status("failed", 0, 0, 1.0, why="rank 1 of 2 was killed by SIGKILL")
+    folder.status.write("failed", 0, 0, 1.0, why="rank 1 of 2 was killed by SIGKILL")
     with pytest.raises(ChildProcessError, match="rank 1 of 2 was killed by SIGKILL; carried"):
         fake_launcher(["run_name=x", "seed=8"], "fc-5")
-    folder.write_status("failed", 0, 0, 1.0, why="no memory")
+    folder.status.write("failed", 0, 0, 1.0, why="no memory")
     assert fake_launcher(["run_name=x", "seed=8"], "fc-6")  # a mistake is not carried out again
     with pytest.raises(ChildProcessError, match="SIGKILL; carried out again, it goes on"):
         fake_launcher(["run_name=x", "seed=9"], "fc-4")
@@ -449,7 +449,7 @@ def test_a_run_that_may_still_be_carried_out_is_not_doubled(
             submitted(*words)
     assert job.read_bytes() == before
     folder.write_config("batch_size: 30\n", [])
-    folder.write_status("running", 5, 0, 1.0)
+    folder.status.write("running", 5, 0, 1.0)
     ended_with(modal.exception.ServiceError("busy"), monkeypatch)
     with pytest.raises(UserError, match="Modal, the run x: busy"):
         submitted("resume=true")
@@ -471,7 +471,7 @@ def test_a_run_that_may_still_be_carried_out_is_not_doubled(
         submitted("resume=true")
     submitted("resume=true", "device=auto")
     job.unlink()
-    folder.write_status("running", 5, 0, 1.0)
+    folder.status.write("running", 5, 0, 1.0)
     with pytest.raises(UserError, match="may still be running"):
         submitted("overwrite=true", "backend.detach=false", outcome={"status": 0, "why": "", "best": None})
     monkeypatch.setattr(backend, "LOST_AFTER", timedelta(0))
@@ -510,7 +510,7 @@ def test_a_sweep_run_again_skips_what_came_home_and_leaves_what_is_on_the_volume
             assert capsys.readouterr().err.count("run_name=s_seed=0 exists already on the Volume") == 1
         folder = RunFolder(place / "outputs/runs/s_seed=0")
         folder.write_config(stored, [])
-        folder.write_status("finished", 5, 1, 1.0)
+        folder.status.write("finished", 5, 1, 1.0)
     assert sweep() == [None, "devices=2"]
     said = capsys.readouterr()
     assert not said.err and "seed=0: has finished, skipped" in said.out
@@ -571,7 +571,7 @@ def test_sync_brings_two_runs_home_once_and_they_go_on_there(volume: Path, capsy
     log = Path("EXPERIMENT_LOG.md").read_text()
     assert log.count("## x") == log.count("## y") == 1 and log.count("Expected outcome: less than before") == 2
     launcher.run("run_name=x", "resume=true", "epochs=25", "trackio.enabled=false")
-    assert RunFolder(home / "runs/x").read_status()["step"] == 50
+    assert RunFolder(home / "runs/x").status.read()["step"] == 50
     before = {file: (home / file).read_bytes() for file in below(home)}
     assert modal_app.main(["sync"]) == 1
     said = capsys.readouterr()
@@ -593,7 +593,7 @@ def test_sync_carries_out_nothing_and_writes_no_log_elsewhere(volume: Path, caps
 def test_sync_leaves_another_run_of_that_name_alone(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = RunFolder(Path("outputs/runs/x"))
     mine.write_config("command: python launcher.py run_name=x seed=5\n", ["run_name=x", "seed=5"])
-    mine.write_status("finished", 3, 1, 1.0)
+    mine.status.write("finished", 3, 1, 1.0)
     Path("outputs/ckpts/mlp").mkdir(parents=True)
     Path("outputs/ckpts/mlp/y_last.pt").write_text("precious")
     before = {file: Path("outputs", file).read_bytes() for file in below(Path("outputs"))}
@@ -619,9 +619,9 @@ def test_a_sync_cut_short_is_done_again(volume: Path, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "replace", third_fails)
         modal_app.main(["sync", "x"])
-    assert RunFolder(Path("outputs/runs/x")).config_path.is_file() and not RunFolder(Path("outputs/runs/x")).read_status()
+    assert RunFolder(Path("outputs/runs/x")).config_path.is_file() and not RunFolder(Path("outputs/runs/x")).status.read()
     assert modal_app.main(["sync", "x"]) == 0
-    assert RunFolder(Path("outputs/runs/x")).read_status()["step"] == 48
+    assert RunFolder(Path("outputs/runs/x")).status.read()["step"] == 48
 
 
 def test_a_tracker_cut_short_is_completed_by_the_next_sync(
@@ -649,10 +649,10 @@ def test_broken_runs_get_a_sentence_each_and_the_others_come(volume: Path, capsy
     torn, headless, old, damaged, halved = (
         add_run(volume, name) for name in ("torn", "headless", "old", "damaged", "halved")
     )
-    torn.metrics_path.write_bytes(torn.metrics_path.read_bytes()[:-20])
-    headless.status_path.unlink()
+    torn.metrics.path.write_bytes(torn.metrics.path.read_bytes()[:-20])
+    headless.status.path.unlink()
     old.config_path.write_text("version: 0\nrun_name: old\n")
-    damaged.metrics_path.write_text('{"step": 1}\n{"st\n{"step": 2}\n')
+    damaged.metrics.path.write_text('{"step": 1}\n{"st\n{"step": 2}\n')
     halved.config_path.write_text("run_name: [halved\n")
     (volume / "jobs").mkdir()
     (volume / "jobs/waiting.json").write_text('{"app": "ap-1"}')

@@ -107,15 +107,15 @@ def test_a_run_that_failed_before_its_first_step_leaves_its_name_free(
     with pytest.raises(UserError, match=r"loss has shape \[3\], and a loss is one number.*add \.mean\(\)"):
         small_run("x", *words)
     folder = RunFolder(tmp_path / "outputs/runs/x")
-    status = folder.read_status()
+    status = folder.status.read()
     assert (status["state"], status["step"]) == ("failed", 0) and "\n" not in status["why"]
-    folder.append_metrics(0, 0, 0.0, {"stale": 1.0})
-    folder.close()
+    folder.metrics.append(0, 0, 0.0, {"stale": 1.0})
+    folder.metrics.close()
     monkeypatch.setattr("own_loss.Mine.forward", FlowMatchingLoss.forward)
     small_run("x", *words)
-    assert folder.read_status()["state"] == "finished" and "stale" not in folder.metrics_path.read_text()
+    assert folder.status.read()["state"] == "finished" and "stale" not in folder.metrics.path.read_text()
     assert [path.name for path in folder.path.parent.iterdir()] == ["x"]
-    folder.write_status("failed", 0, 0, 0.0)  # but saves are never written over
+    folder.status.write("failed", 0, 0, 0.0)  # but saves are never written over
     with pytest.raises(UserError, match="run_name=x exists already"):
         small_run("x", *words)
 

@@ -216,7 +216,7 @@ def test_standardised_data_come_back_in_their_own_units(
     mean, std = columns.mean(1), columns.std(1, correction=0)
     assert one.config["standardized"] == other.config["standardized"] == {"mean": mean.tolist(), "std": std.tolist()}
     assert torch.equal(one.sample(50), other.sample(50))
-    scores = RunFolder(whole / "runs/x").read_status()["scores"]
+    scores = RunFolder(whole / "runs/x").status.read()["scores"]
     assert scores["eval/loss"] < 20 * np.prod(shape[1:])  # of standardised states
     assert scores["eval/energy_distance"] < 30 * np.prod(shape[1:]) ** 0.5  # 250 times that between other units
 

@@ -107,24 +107,24 @@ def test_no_failing_write_tears_the_run_folder(tmp_path):
     folder = RunFolder(tmp_path / "x")
 
     def prepare() -> None:
-        folder.close()
-        folder.metrics_path.unlink(missing_ok=True)
-        folder.unwritten = b""
-        folder.append_metrics(1, 0, 0.0, {"a": 1.0})
-        folder.write_status("running", 1, 0, 0.0)
+        folder.metrics.close()
+        folder.metrics.path.unlink(missing_ok=True)
+        folder.metrics.unwritten = b""
+        folder.metrics.append(1, 0, 0.0, {"a": 1.0})
+        folder.status.write("running", 1, 0, 0.0)
 
     def act() -> None:
-        folder.append_metrics(2, 0, 0.0, {"a": 1.0})
-        folder.sync_metrics()
-        folder.write_status("running", 2, 0, 0.0)
-        folder.trim_metrics(2)
+        folder.metrics.append(2, 0, 0.0, {"a": 1.0})
+        folder.metrics.sync()
+        folder.status.write("running", 2, 0, 0.0)
+        folder.metrics.trim(2)
 
     def check(failed: bool) -> None:
-        assert [row["step"] for row in folder.read_metrics()] in ([[1], [1, 2]] if failed else [[1, 2]])
-        assert folder.read_status()["step"] in (1, 2)
+        assert [row["step"] for row in folder.metrics.read()] in ([[1], [1, 2]] if failed else [[1, 2]])
+        assert folder.status.read()["step"] in (1, 2)
         assert temporaries(tmp_path) == []
-        folder.append_metrics(3, 0, 0.0, {"a": 1.0})
-        assert [row["step"] for row in folder.read_metrics()] == [1, 2, 3]
+        folder.metrics.append(3, 0, 0.0, {"a": 1.0})
+        assert [row["step"] for row in folder.metrics.read()] == [1, 2, 3]
 
     assert every_fault(prepare, act, check) > 7
 
@@ -176,7 +176,7 @@ def test_a_run_asked_to_go_on_without_a_disk_does_and_tells_so(small_run, tmp_pa
     assert capsys.readouterr().err.count("x_epoch_0002.pt") == 1
     small_run("x", "resume=true", "max_steps=24")
     assert json.loads((tmp_path / "outputs/runs/x/status.json").read_text())["state"] == "finished"
-    rows = RunFolder(tmp_path / "outputs/runs/x").read_metrics()
+    rows = RunFolder(tmp_path / "outputs/runs/x").metrics.read()
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(2, 25, 2))
 
 
@@ -235,7 +235,7 @@ def test_a_damaged_save_is_passed_over_for_the_newest_whole_one(small_run, tmp_p
     small_run("x", "resume=true", "max_steps=24", output="parts")
     said = [line for line in capsys.readouterr().out.splitlines() if "cannot be read" in line]
     assert said == ["note: x_last.pt, x_epoch_0002.pt cannot be read; going on from x_epoch_0001.pt (step 8) instead"]
-    steps = [row["step"] for row in RunFolder(tmp_path / "parts/runs/x").read_metrics() if "train/loss" in row]
+    steps = [row["step"] for row in RunFolder(tmp_path / "parts/runs/x").metrics.read() if "train/loss" in row]
     assert steps == list(range(2, 25, 2)) and whole.exists()
     for path in {path.stat().st_ino: path for path in folder.rglob("*.pt")}.values():
         flip(path)
@@ -368,12 +368,12 @@ def test_a_name_that_differs_only_in_capitals_is_refused(small_run, words):
 def test_a_clock_that_goes_back_breaks_nothing(small_run, monkeypatch):
     """What is timed goes by another clock, and a run keeps its place by when it began."""
     hours = itertools.count(20, -1)
-    monkeypatch.setattr("run_files.run_folder.timestamp", lambda: f"2026-03-01T{next(hours):02d}:00:00+00:00")
+    monkeypatch.setattr("run_files.status_file.timestamp", lambda: f"2026-03-01T{next(hours):02d}:00:00+00:00")
     monkeypatch.setattr("time.time", lambda: float(next(hours)))
     for words in (["max_steps=2"], ["max_steps=4", "resume=true"], ["max_steps=2", "overwrite=true"]):
         folder = RunFolder(small_run("x", *words) / "runs/x")
-        seconds = [row["elapsed_seconds"] for row in folder.read_metrics()]
-        status = folder.read_status()
+        seconds = [row["elapsed_seconds"] for row in folder.metrics.read()]
+        status = folder.status.read()
         assert seconds == sorted(seconds) and 0 < seconds[0] <= status["seconds"] + 0.001
         assert status["updated"] < status["started"] and status["state"] == "finished"
     assert len(list(folder.path.parent.glob("x.old-*"))) == 1
@@ -408,7 +408,7 @@ def test_signals_save_the_run_and_end_it_with_their_status(tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
     assert process.returncode == 130 and "interrupted" in out and "saving" in err and "Traceback" not in err
-    status = RunFolder(tmp_path / "runs/x").read_status()
+    status = RunFolder(tmp_path / "runs/x").status.read()
     assert status["state"] == "interrupted" and "SIGINT" in status["why"]
     first = load_checkpoint(tmp_path / "ckpts/mlp/x_last.pt")["step"]
     assert first == status["step"] > 0
@@ -422,7 +422,7 @@ def test_signals_save_the_run_and_end_it_with_their_status(tmp_path):
     process.communicate()
     assert process.returncode in (-signal.SIGINT, -signal.SIGTERM, 143, 130)
     assert load_checkpoint(tmp_path / "ckpts/mlp/x_last.pt")["step"] >= first
-    steps = [row["step"] for row in RunFolder(tmp_path / "runs/x").read_metrics() if "train/loss" in row]
+    steps = [row["step"] for row in RunFolder(tmp_path / "runs/x").metrics.read() if "train/loss" in row]
     assert steps == list(range(1, len(steps) + 1))
 
 
@@ -445,7 +445,7 @@ def test_two_sweeps_at_once_in_one_project_keep_apart(tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / "trackio/denoising-zoo.db")) as database:
         stored = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
     for name in ("a_seed=0", "a_seed=1", "b_seed=0", "b_seed=1"):
-        steps = [row["step"] for row in RunFolder(tmp_path / "runs" / name).read_metrics() if "train/loss" in row]
+        steps = [row["step"] for row in RunFolder(tmp_path / "runs" / name).metrics.read() if "train/loss" in row]
         tracked = [step for run, step, metrics in stored if run == name and b"train/loss" in metrics]
         assert steps == tracked == list(range(1, 13))
         assert load_checkpoint(tmp_path / f"ckpts/mlp/{name}_last.pt")["run_name"] == name
@@ -474,8 +474,8 @@ def test_a_signal_while_the_tracker_starts_ends_the_run_in_order(small_run, tmp_
     with pytest.raises(SystemExit) as ended:
         small_run("x", "overwrite=true")
     assert ended.value.code == 128 + number
-    status = RunFolder(tmp_path / "outputs/runs/x").read_status()
+    status = RunFolder(tmp_path / "outputs/runs/x").status.read()
     assert status["state"] == "interrupted" and status["step"] == 0
     monkeypatch.setattr(NullTracker, "start", start)
     small_run("x", "resume=true")
-    assert RunFolder(tmp_path / "outputs/runs/x").read_status()["state"] == "finished"
+    assert RunFolder(tmp_path / "outputs/runs/x").status.read()["state"] == "finished"

@@ -27,8 +27,8 @@ folder = RunFolder(Path(sys.argv[1]))
 step = 0
 while True:
     step += 1
-    folder.append_metrics(step, 0, 0.1, {"train/loss": 1.0})
-    folder.write_status("running", step, 0, 0.1, {"eval/loss": 1.0} | {f"metric_{n}": 1.0 for n in range(200)})
+    folder.metrics.append(step, 0, 0.1, {"train/loss": 1.0})
+    folder.status.write("running", step, 0, 0.1, {"eval/loss": 1.0} | {f"metric_{n}": 1.0 for n in range(200)})
     print(step, flush=True)
 """
 
@@ -40,42 +40,42 @@ def folder(tmp_path: Path) -> RunFolder:
 
 def append_steps(folder: RunFolder, *steps: int) -> None:
     for step in steps:
-        folder.append_metrics(step, step // 2, 1.5, {"train/loss": step / 10})
+        folder.metrics.append(step, step // 2, 1.5, {"train/loss": step / 10})
 
 
 def test_rows_are_flat_and_on_disk_at_once(folder: RunFolder) -> None:
-    folder.append_metrics(3, 1, 2.00049, {"train/loss": 0.5, "epoch_share": 0.25})
+    folder.metrics.append(3, 1, 2.00049, {"train/loss": 0.5, "epoch_share": 0.25})
     row = {"step": 3, "epoch": 1, "elapsed_seconds": 2.0, "train/loss": 0.5, "epoch_share": 0.25}
-    assert json.loads(folder.metrics_path.read_text()) == row
-    assert folder.read_metrics() == [row]
+    assert json.loads(folder.metrics.path.read_text()) == row
+    assert folder.metrics.read() == [row]
 
 
 def test_not_a_number_is_null(folder: RunFolder) -> None:
-    folder.append_metrics(1, 0, 0.0, {"nan": float("nan"), "inf": float("inf"), "one": 1.0})
-    row = json.loads(folder.metrics_path.read_text(), parse_constant=pytest.fail)
+    folder.metrics.append(1, 0, 0.0, {"nan": float("nan"), "inf": float("inf"), "one": 1.0})
+    row = json.loads(folder.metrics.path.read_text(), parse_constant=pytest.fail)
     assert (row["nan"], row["inf"], row["one"]) == (None, None, 1.0)
-    folder.write_status("failed", 1, 0, 0.0, {"eval/loss": float("nan")}, why="loss is NaN")
-    assert folder.read_status()["scores"] == {"eval/loss": None}
+    folder.status.write("failed", 1, 0, 0.0, {"eval/loss": float("nan")}, why="loss is NaN")
+    assert folder.status.read()["scores"] == {"eval/loss": None}
 
 
 def test_torn_last_line_is_left_out_and_overwritten(folder: RunFolder) -> None:
     append_steps(folder, 1, 2)
-    folder.close()
-    with folder.metrics_path.open("a") as file:
+    folder.metrics.close()
+    with folder.metrics.path.open("a") as file:
         file.write('{"step": 3, "tr')
-    assert [row["step"] for row in folder.read_metrics()] == [1, 2]
+    assert [row["step"] for row in folder.metrics.read()] == [1, 2]
     append_steps(RunFolder(folder.path), 3)
-    assert [row["step"] for row in folder.read_metrics()] == [1, 2, 3]
+    assert [row["step"] for row in folder.metrics.read()] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 6, "epo'])
 def test_trimmed_run_shows_each_step_once(folder: RunFolder, torn: str) -> None:
     append_steps(folder, 1, 2, 3, 4, 5)
-    with folder.metrics_path.open("a") as file:
+    with folder.metrics.path.open("a") as file:
         file.write(torn)
-    folder.trim_metrics(3)
+    folder.metrics.trim(3)
     append_steps(folder, 4, 5, 6)
-    assert [row["step"] for row in folder.read_metrics()] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in folder.metrics.read()] == [1, 2, 3, 4, 5, 6]
     assert [path.name for path in folder.path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -86,39 +86,39 @@ def test_damaged_lines_cost_only_themselves(
 ) -> None:
     """A last one is as if torn. Before others it is told, and a resume keeps the file as it was beside the mended one."""
     append_steps(folder, 1, 2, 3)
-    lines = folder.metrics_path.read_bytes().splitlines(keepends=True)
+    lines = folder.metrics.path.read_bytes().splitlines(keepends=True)
     lines.insert(3 if last else 1, bad.encode("latin-1") + b"\n")
     before = b"".join(lines)
-    folder.metrics_path.write_bytes(before)
+    folder.metrics.path.write_bytes(before)
     for _ in range(2):
-        assert [row["step"] for row in folder.read_metrics()] == [1, 2, 3]
+        assert [row["step"] for row in folder.metrics.read()] == [1, 2, 3]
     said = capsys.readouterr().err
-    assert said == ("" if last else f"note: {folder.metrics_path} is damaged; left out: line 2\n")
+    assert said == ("" if last else f"note: {folder.metrics.path} is damaged; left out: line 2\n")
     for copy in (".damaged", ".damaged.2"):
-        folder.metrics_path.write_bytes(before)
-        folder.trim_metrics(2)
-        kept = folder.metrics_path.with_name(f"metrics.jsonl{copy}")
+        folder.metrics.path.write_bytes(before)
+        folder.metrics.trim(2)
+        kept = folder.metrics.path.with_name(f"metrics.jsonl{copy}")
         assert kept.exists() is not last and (last or kept.read_bytes() == before)
         append_steps(folder, 3)
-        assert [row["step"] for row in RunFolder(folder.path).read_metrics()] == [1, 2, 3]
+        assert [row["step"] for row in RunFolder(folder.path).metrics.read()] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
     "bad", ["", "\0" * 40, '{"state": "run', "[1]", '{"scores": [1]}', '{"step": "a"}', '{"seconds": "b"}']
 )
 def test_a_damaged_status_is_an_unknown_one(folder: RunFolder, capsys: pytest.CaptureFixture[str], bad: str) -> None:
-    folder.write_status("running", 10, 1, 5.0, {"eval/loss": 0.5})
-    folder.status_path.write_text(bad)
-    assert folder.read_status() == {} == folder.read_status()
+    folder.status.write("running", 10, 1, 5.0, {"eval/loss": 0.5})
+    folder.status.path.write_text(bad)
+    assert folder.status.read() == {} == folder.status.read()
     assert capsys.readouterr().err.count("is damaged; what became of the run is unknown") == 1
-    folder.write_status("finished", 20, 2, 9.0)
-    assert folder.read_status()["state"] == "finished"
+    folder.status.write("finished", 20, 2, 9.0)
+    assert folder.status.read()["state"] == "finished"
 
 
 def test_scores_that_are_not_numbers_stay_so(folder: RunFolder) -> None:
-    folder.write_status("running", 1, 0, 0.0, {"eval/loss": float("nan")})
-    folder.write_status("running", 2, 0, 0.0)
-    assert folder.read_status()["scores"] == {"eval/loss": None}
+    folder.status.write("running", 1, 0, 0.0, {"eval/loss": float("nan")})
+    folder.status.write("running", 2, 0, 0.0)
+    assert folder.status.read()["scores"] == {"eval/loss": None}
 
 
 @pytest.mark.parametrize("bad", ["", "a: [1, 2", "[1, 2]", "word", "\0\0", "a: ${b", "run_name: x\nepochs: 3\n", "\xff"])
@@ -132,16 +132,16 @@ def test_a_damaged_configuration_is_one_sentence_when_a_run_goes_on(folder: RunF
 
 
 def test_trimming_before_the_first_row_is_nothing(folder: RunFolder) -> None:
-    folder.trim_metrics(3)
-    assert folder.read_metrics() == []
+    folder.metrics.trim(3)
+    assert folder.metrics.read() == []
 
 
 def test_status_keeps_its_start_scores_and_details(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter(["first", "second"])
-    monkeypatch.setattr("run_files.run_folder.timestamp", lambda: next(times))
-    folder.write_status("running", 10, 1, 5.0, {"eval/loss": 0.5}, epochs=3)
-    folder.write_status("interrupted", 20, 2, 9.0, why="Ctrl-C")
-    status = folder.read_status()
+    monkeypatch.setattr("run_files.status_file.timestamp", lambda: next(times))
+    folder.status.write("running", 10, 1, 5.0, {"eval/loss": 0.5}, epochs=3)
+    folder.status.write("interrupted", 20, 2, 9.0, why="Ctrl-C")
+    status = folder.status.read()
     assert (status["started"], status["updated"], status["state"]) == ("first", "second", "interrupted")
     assert (status["step"], status["epoch"], status["seconds"], status["why"]) == (20, 2, 9.0, "Ctrl-C")
     assert (status["scores"], status["epochs"], status["pid"]) == ({"eval/loss": 0.5}, 3, os.getpid())
@@ -149,11 +149,11 @@ def test_status_keeps_its_start_scores_and_details(folder: RunFolder, monkeypatc
 
 def test_unknown_state_is_refused(folder: RunFolder) -> None:
     with pytest.raises(AssertionError):
-        folder.write_status("done", 0, 0, 0.0)
+        folder.status.write("done", 0, 0, 0.0)
 
 
 def test_nothing_written_yet_reads_as_empty(folder: RunFolder) -> None:
-    assert (folder.read_status(), folder.read_metrics()) == ({}, [])
+    assert (folder.status.read(), folder.metrics.read()) == ({}, [])
 
 
 def test_config_and_overrides(folder: RunFolder) -> None:
@@ -224,19 +224,19 @@ def test_killed_writer_leaves_whole_files(folder: RunFolder) -> None:
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(folder.path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "1\n"
     for _ in range(50):
-        assert folder.read_status()["state"] == "running"
+        assert folder.status.read()["state"] == "running"
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     told = int(process.communicate()[0].split()[-1])
-    assert folder.read_status()["step"] >= told
-    assert [row["step"] for row in folder.read_metrics()][:told] == list(range(1, told + 1))
+    assert folder.status.read()["step"] >= told
+    assert [row["step"] for row in folder.metrics.read()][:told] == list(range(1, told + 1))
 
 
 def test_a_folder_that_is_deleted_while_its_run_writes_is_noticed_and_not_made_again(folder: RunFolder) -> None:
-    folder.lock()
+    folder.lock.acquire()
     append_steps(folder, 1)
     shutil.rmtree(folder.path)
-    for write in (lambda: append_steps(folder, 2), folder.sync_metrics, lambda: folder.write_status("running", 2, 0, 0.0)):
+    for write in (lambda: append_steps(folder, 2), folder.metrics.sync, lambda: folder.status.write("running", 2, 0, 0.0)):
         with pytest.raises(UserError, match="was deleted or moved while the run wrote there"):
             write()
     assert not folder.path.exists()
@@ -290,12 +290,12 @@ def test_a_folder_moved_aside_between_opening_and_locking_is_not_taken_for_the_r
         if not first:
             first.append(1)
             (tmp_path / "x").rename(tmp_path / "x.old")
-            other.lock()
+            other.lock.acquire()
         real(file, operation)
 
-    monkeypatch.setattr("run_files.run_folder.fcntl.flock", flock)
+    monkeypatch.setattr("run_files.run_lock.fcntl.flock", flock)
     with pytest.raises(UserError, match="is being trained by another process"):
-        mine.lock()
+        mine.lock.acquire()
     other.release()
-    mine.lock()
+    mine.lock.acquire()
     mine.release()

@@ -34,7 +34,7 @@ project, folder = sys.argv[1], RunFolder(Path(sys.argv[2]))
 tracker = GuardedTracker(TrackioTracker(project))
 tracker.start("x", {}, folder.path, None)
 for step in range(1, 6):
-    folder.append_metrics(step, 0, 1.0, {"a": 1.0})
+    folder.metrics.append(step, 0, 1.0, {"a": 1.0})
     tracker.log({"a": 1.0}, step)
 """
 
@@ -54,14 +54,14 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_tracker(tracker: Tracker, folder: Path, steps: range, resume_step: int | None = None, **start: bool) -> None:
     """The tracker's part of a run, and its record in metrics.jsonl."""
     record = RunFolder(folder)
-    record.trim_metrics(-1 if resume_step is None else resume_step)
+    record.metrics.trim(-1 if resume_step is None else resume_step)
     tracker.start("x", {"epochs": 3, "_hidden": 1}, folder, resume_step, **start)
     for step in steps:
         metrics = {SCORE: step / 10, "train/loss": 1.0}
-        record.append_metrics(step, 0, 1.0, metrics)
+        record.metrics.append(step, 0, 1.0, metrics)
         tracker.log(metrics, step)
     tracker.finish()
-    record.close()
+    record.metrics.close()
 
 
 def stored(project: str) -> list[tuple[int, set[str]]]:
@@ -137,7 +137,7 @@ def test_rebuilding_twice_gives_the_history_of_the_folder(
     folder = RunFolder(tmp_path / "runs/x")
     folder.write_config(f"trackio: {{project: {project}}}\n", [])
     for step in (2, 4, 6):
-        folder.append_metrics(step, 0, 1.0, {SCORE: step / 10, "nan": float("nan")})
+        folder.metrics.append(step, 0, 1.0, {SCORE: step / 10, "nan": float("nan")})
     draw(folder.path, 0, 6)
     draw(folder.path, 6, kind="_neighbours")
     history = [*((step, {"epoch", SCORE}) for step in (2, 4, 6)), (6, {"neighbours"}), (6, {"samples"})]
@@ -163,9 +163,9 @@ def test_rebuilding_from_damaged_files(project: str, tmp_path: Path, capsys: pyt
     folder = RunFolder(tmp_path / "runs/x")
     folder.write_config(f"trackio: {{project: {project}}}\n", [])
     for step in (2, 4, 6):
-        folder.append_metrics(step, 0, 1.0, {SCORE: step / 10}, {SCORE: "of this and that"})
-    lines = folder.metrics_path.read_text().splitlines(keepends=True)
-    folder.metrics_path.write_text(lines[0] + lines[1][:30] + "\n" + lines[2])
+        folder.metrics.append(step, 0, 1.0, {SCORE: step / 10}, {SCORE: "of this and that"})
+    lines = folder.metrics.path.read_text().splitlines(keepends=True)
+    folder.metrics.path.write_text(lines[0] + lines[1][:30] + "\n" + lines[2])
     assert trackio_rebuild.main(["--output-dir", str(tmp_path), "x"]) == 0
     assert stored_steps(project) == [2, 6] and "left out: line 2" in capsys.readouterr().err
     folder.config_path.write_text("trackio: {project")

@@ -49,15 +49,15 @@ def output(tmp_path: Path) -> Path:
         folder = RunFolder(tmp_path / "runs" / name)
         folder.write_config(config_of(name) + f"seed: 3\ncommand: {json.dumps(COMMAND)}\noptimizer: {{lr: {lr}}}\n", [])
         for step in (10, 20, 30):
-            folder.append_metrics(step, 1, step / 2, {"train/loss": 5 / step})
-            folder.append_metrics(step, 1, step / 2, {"eval/energy_distance": distance, "eval/loss": 1.0 + step})
+            folder.metrics.append(step, 1, step / 2, {"train/loss": 5 / step})
+            folder.metrics.append(step, 1, step / 2, {"eval/energy_distance": distance, "eval/loss": 1.0 + step})
         scores = {
             "eval/energy_distance": distance,
             "eval/energy_distance_floor": 0.0001,
             "eval/energy_distance_floor_sd": 0.001,
         }
         scores |= {"oracle/flow_map_error": 0.3, "oracle/flow_map_error_se": 0.01, "oracle/flow_map_error_exact_field": 0.2}
-        folder.write_status("finished", 30, 1, 7200.0, scores, device="cpu (test, 1 threads)")
+        folder.status.write("finished", 30, 1, 7200.0, scores, device="cpu (test, 1 threads)")
         (folder.path / "samples").mkdir()
         for step in range(6):
             Image.new("RGB", (8, 8), "red").save(folder.path / "samples" / f"step_{step:08d}.png")
@@ -164,7 +164,7 @@ def advised(output: Path, name: str, step: int = 2000, max_steps: int | None = N
     """What a run that ended at that step with these scores is told to try next."""
     folder = RunFolder(output / "runs" / name)
     folder.write_config(config_of(name, max_steps), [])
-    folder.write_status("finished", step, 1, 1.0, {key.replace("__", "/"): value for key, value in scores.items()})
+    folder.status.write("finished", step, 1, 1.0, {key.replace("__", "/"): value for key, value in scores.items()})
     return " ".join(report.advice(report.told(output, name)))
 
 

@@ -24,13 +24,13 @@ ROOT = Path(__file__).resolve().parents[2]
 def output_dir(tmp_path: Path) -> Path:
     first = RunFolder(tmp_path / "runs" / "moons_mlp")
     first.write_config("run_name: moons_mlp\nepochs: 10\noptimizer: {lr: 0.001}\nmodel: {width: 64}\n", ["epochs=10"])
-    first.append_metrics(100, 1, 1.0, {"train/loss": 0.9, "eval/energy_distance": 0.011, "eval/accuracy": 0.9})
-    first.append_metrics(200, 2, 2.0, {"train/loss": 0.8, "eval/energy_distance": 0.022, "eval/accuracy": 0.8})
-    first.write_status("finished", 200, 2, 90.0, {"eval/energy_distance": 0.022}, epochs=10)
+    first.metrics.append(100, 1, 1.0, {"train/loss": 0.9, "eval/energy_distance": 0.011, "eval/accuracy": 0.9})
+    first.metrics.append(200, 2, 2.0, {"train/loss": 0.8, "eval/energy_distance": 0.022, "eval/accuracy": 0.8})
+    first.status.write("finished", 200, 2, 90.0, {"eval/energy_distance": 0.022}, epochs=10)
     second = RunFolder(tmp_path / "runs" / "moons_cnn")
     second.write_config("run_name: moons_cnn\nepochs: 10\noptimizer: {lr: 0.002}\nloss: {p: 1}\n", [])
-    second.append_metrics(50, 1, 1.0, {"train/loss": float("nan")})
-    second.write_status("failed", 50, 1, 30.0, why="the loss is not finite")
+    second.metrics.append(50, 1, 1.0, {"train/loss": float("nan")})
+    second.status.write("failed", 50, 1, 30.0, why="the loss is not finite")
     return tmp_path
 
 
@@ -64,11 +64,11 @@ def test_run_whose_folder_nobody_holds_is_lost(
     """Another process may have its number by now, as this one has here."""
     alive, killed = (RunFolder(output_dir / "runs" / name) for name in ("alive", "killed"))
     for folder in (alive, killed):
-        folder.lock()
-        folder.write_status("running", 1, 0, 0.0)
+        folder.lock.acquire()
+        folder.status.write("running", 1, 0, 0.0)
     killed.release()
-    monkeypatch.setattr("run_files.run_folder.platform.node", lambda: "another-machine")
-    RunFolder(output_dir / "runs" / "away").write_status("running", 1, 0, 0.0)
+    monkeypatch.setattr("run_files.run_lock.platform.node", lambda: "another-machine")
+    RunFolder(output_dir / "runs" / "away").status.write("running", 1, 0, 0.0)
     monkeypatch.undo()
     _, lines, _ = run_main(capsys, "list", "--output-dir", output_dir)
     assert [cells(lines, name)[1] for name in ("alive", "killed", "away")] == ["running", "lost", "running"]
@@ -77,12 +77,12 @@ def test_run_whose_folder_nobody_holds_is_lost(
 def test_values_of_another_kind_are_left_out(output_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     odd = RunFolder(output_dir / "runs" / "odd")
     odd.path.mkdir()
-    odd.metrics_path.write_text('{"step": 1, "eval/loss": {"a": 1}, "eval/fid": "x", "eval/accuracy": 0.5}\n')
-    odd.status_path.write_text(f'{{"state": "running", "host": "{platform.node()}", "scores": {{"eval/loss": "x"}}}}')
+    odd.metrics.path.write_text('{"step": 1, "eval/loss": {"a": 1}, "eval/fid": "x", "eval/accuracy": 0.5}\n')
+    odd.status.path.write_text(f'{{"state": "running", "host": "{platform.node()}", "scores": {{"eval/loss": "x"}}}}')
     worse = RunFolder(output_dir / "runs" / "worse")
     for text in ('{"seconds": "x"}', '{"step": null}', '{"state": "running", "seconds": 60.0'):
         worse.path.mkdir(exist_ok=True)
-        worse.status_path.write_text(text)
+        worse.status.path.write_text(text)
         code, lines, _ = run_main(capsys, "list", "--output-dir", output_dir)
         assert code == 0 and cells(lines, "worse")[1] == "-" and cells(lines, "moons_mlp")[1] == "finished"
         assert cells(lines, "odd") == ["odd", "lost", "-", "-", "0.0", "accuracy", "0.5"]
@@ -97,7 +97,7 @@ def test_show_tells_overrides_metrics_and_files(output_dir: Path, capsys: pytest
     assert cells(lines, "eval/accuracy") == ["eval/accuracy", "0.8", "0.9"]
     assert cells(lines, "train/loss") == ["train/loss", "0.8"]
     assert any("metrics.jsonl" in line and "KiB" in line for line in lines)
-    RunFolder(output_dir / "runs/moons_mlp").append_metrics(
+    RunFolder(output_dir / "runs/moons_mlp").metrics.append(
         200, 2, 90.0, {"eval/w2": 0.5, "eval/w2_floor": 0.7, "eval/nfe": 50.0}
     )
     _, lines, _ = run_main(capsys, "show", "moons_mlp", "--output-dir", output_dir)
@@ -144,7 +144,7 @@ def test_delete_takes_a_runs_three_places_and_nothing_of_its_neighbours(small_ru
     assert (code, lines[0]) == (0, "would delete") and "3 saves, 1 dashboard runs" in lines[1]
     assert sorted(folder.rglob("*")) == before and "x" in run_names(project)
     held = RunFolder(folder / "runs/y")
-    held.lock()
+    held.lock.acquire()
     code, _, said = run_main(capsys, "delete", "x", "y", "--output-dir", folder)
     assert code == 1 and "run y is being trained by another process right now (process" in said
     held.release()

@@ -282,13 +282,13 @@ def test_running_out_of_memory_names_what_to_turn(small_run, monkeypatch):
 
 def test_a_live_run_is_neither_doubled_nor_overwritten(small_run, tmp_path):
     live = RunFolder(tmp_path / "outputs/runs/x")
-    live.lock()
+    live.lock.acquire()
     for words in ([], ["overwrite=true"]):
         with pytest.raises(UserError, match="another process right now"):
             small_run("x", *words)
     live.release()
     small_run("x")
-    live.lock()
+    live.lock.acquire()
     with pytest.raises(UserError, match="another process right now"):
         small_run("x", "resume=true", "epochs=4")
 

@@ -417,7 +417,7 @@ def test_panels_that_are_left_out_are_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(pictures, "new_figure", new_figure)
     folder = RunFolder(tmp_path / "runs" / "many")
     scores = {f"eval/score_{index:02}": 1.0 for index in range(14)}
-    folder.append_metrics(1, 1, 1.0, scores | {f"{name}_train": 0.5 for name in scores})
+    folder.metrics.append(1, 1, 1.0, scores | {f"{name}_train": 0.5 for name in scores})
     curves.draw([f"output_dir={tmp_path}"])
     caption = " ".join(new_figure.call_args.args[2].split())
     assert caption.endswith("Not drawn: eval/score_12, eval/score_13 (metrics=NAME,NAME draws them).")

@@ -1,0 +1,83 @@
+"""A run's folder belongs to one process at a time."""
+
+import fcntl
+import os
+import platform
+from pathlib import Path
+from typing import TextIO
+
+from common.errors import UserError
+from common.files import own_file
+
+
+class RunLock:
+    """A lock on <folder>/.lock, which the system releases when its process ends, however it ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / ".lock"
+        self.file: TextIO | None = None
+
+    def acquire(self) -> None:
+        """Make the folder and hold it until `release`.
+
+        UserError when the system refuses it, or another process holds it: a live run is neither doubled nor overwritten.
+        """
+        check_entries(self.folder)
+        try:
+            while not self.is_own():  # the folder may be moved aside between opening the file and locking it
+                self.release()
+                self.folder.mkdir(parents=True, exist_ok=True)
+                file = self.path.open("a+")
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.file = file
+            assert self.file is not None
+            self.file.truncate(0)
+            self.file.write(f"process {os.getpid()} on {platform.node()}")
+            self.file.flush()
+        except BlockingIOError as error:
+            who = self.path.read_text(errors="replace")[:100] or "another process"
+            raise UserError(
+                f"run {self.folder.name} is being trained by another process right now ({who}); wait for it, or choose "
+                "another run_name"
+            ) from error
+        except OSError as error:
+            raise UserError(f"cannot make {self.folder}: {error.strerror}; choose another output_dir") from error
+
+    def is_held(self) -> bool:
+        """Return whether a process trains the run right now, on this machine or another that locks the same files."""
+        if not self.path.is_file():
+            return False
+        with self.path.open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def is_own(self) -> bool:
+        """Return whether this object holds the file that is at the path now."""
+        if self.file is None or not self.path.exists():
+            return False
+        there, held = self.path.stat(), os.fstat(self.file.fileno())
+        return (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino)
+
+    def check(self) -> None:
+        """Raise UserError when the folder held was deleted or moved: nothing is made in its place."""
+        if self.file is not None and not self.is_own():
+            raise UserError(
+                f"{self.folder} was deleted or moved while the run wrote there, so the run ends; its saves are untouched: "
+                "put the folder back and go on with resume=true, or give one of them to a new run as init_from"
+            )
+
+    def release(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+
+def check_entries(folder: Path) -> None:
+    """Raise UserError where writing in the folder would write elsewhere: at a link that leads out, a pipe or a device."""
+    for path in (folder, *folder.rglob("*")):
+        wrong = own_file(path, folder)
+        if wrong:
+            raise UserError(f"{path} {wrong}; remove it, or choose another run_name")
