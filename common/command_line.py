@@ -51,23 +51,29 @@ def split(words: list[str], settings: dict[str, str]) -> tuple[dict[str, str], l
 
 
 def front(words: list[str], doc: str | None, carry_out: Callable[[list[str]], object]) -> int:
-    """Carry out a command line and print what comes of it; the exit status. A user's mistake is one sentence.
+    """Carry out a command line; the exit status. A text or path that it returns is printed, a whole number is the status.
 
-    So is a path that cannot be written, such as one below a file, or a full disk.
+    A mistake of the user is one sentence. So is a path that cannot be written, such as one below a file, or a full disk.
+    doc: printed on --help; None where the command has a parser of its own.
     """
-    if "--help" in words or "-h" in words:
+    if doc and {"--help", "-h"} & set(words):
         print(doc)
         return 0
     outlive_readers()
     try:
-        print(carry_out(words))
+        outcome = carry_out(words)
+    except KeyboardInterrupt:
+        sentence, status = "stopped", 130
     except UserError as error:
-        sentence = str(error)
+        sentence, status = str(error), 1
     except OSError as error:
         if error.errno not in (*DISK_ERRORS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST):
             raise
-        sentence = f"{printable(disk_sentence(error))}; make room there, or choose another place (most often by out=)"
+        place = printable(disk_sentence(error))
+        sentence, status = f"{place}; make room there, or choose another place (most often by out=)", 1
     else:
-        return 0
+        if isinstance(outcome, str | Path):
+            print(printable(str(outcome)))
+        return outcome if isinstance(outcome, int) else 0
     print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
-    return 1
+    return status

@@ -36,7 +36,8 @@ class Row:
     @property
     def remark(self) -> str:
         """Return what is not as planned, for the name of the row."""
-        parts = [f"{len(self.scores)} of {self.planned} seeds"] * (0 < len(self.scores) < self.planned)
+        count = "one" if len(self.scores) == 1 else len(self.scores)
+        parts = [f"{count} of {self.planned} seeds"] * (0 < len(self.scores) < self.planned)
         parts += [f"{count} {word}" for count, word in ((self.failed, "failed"), (self.stale, "stale")) if count]
         return f" ({', '.join(parts)})" if parts and self.scores else ""
 
@@ -47,10 +48,14 @@ class Row:
 Results = dict[str, dict[str, Row]]  # dataset -> objective -> row
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean and its standard error, None for a single value."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.fmean(values), error
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean and the standard deviation over seeds, None for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def seeds_in_words(count: int) -> str:
+    """Return over how many seeds the tables are, and what stands in their cells."""
+    return f"{count} seeds: mean ± standard deviation over them" if count > 1 else "one seed"
 
 
 def rounded(value: float, spread: float | None) -> str:
@@ -64,14 +69,16 @@ def rounded(value: float, spread: float | None) -> str:
 
 
 def cell(row: Row, metric: str, best: bool = False) -> str:
-    """Return mean ± standard error over seeds, of the seconds the least, or in a word why there is none."""
+    """Return mean ± standard deviation over seeds, of the seconds the least, or in a word why there is none."""
     if not row.scores:
         return row.empty_word
     values = row.values(metric)
     if not values:
         known = not metric.startswith("oracle/") or row.values("oracle/velocity_error")
         return "not finite" if known else "-"
-    text = f"{min(values):.0f}" if metric == SECONDS else rounded(*mean_and_error(values))  # other work can only slow a run
+    text = (
+        f"{min(values):.0f}" if metric == SECONDS else rounded(*mean_and_deviation(values))
+    )  # other work can only slow a run
     part = f" ({len(values)} of {len(row.scores)})" if len(values) < len(row.scores) else ""
     return (f"**{text}**" if best else text) + part
 
@@ -180,7 +187,7 @@ def write_between(path: Path, body: str) -> None:
 
 
 def as_json(results: Results, told: str) -> str:
-    """Return every mean, standard error and count, and the single values, for other programs."""
+    """Return every mean, spread and count, and the single values, for other programs."""
     told_rows = [
         {
             "dataset": dataset, "objective": objective, "planned": row.planned, "finished": len(row.scores),
@@ -193,5 +200,6 @@ def as_json(results: Results, told: str) -> str:
 
 
 def score_record(values: list[float]) -> dict[str, Any]:
-    mean, error = mean_and_error(values)
-    return {"mean": mean, "standard_error": error, "values": values}
+    mean, deviation = mean_and_deviation(values)
+    error = None if deviation is None else deviation / math.sqrt(len(values))
+    return {"mean": mean, "standard_deviation": deviation, "standard_error": error, "values": values}

@@ -16,14 +16,23 @@ Keys: out (required), shard_rows (8192), batch_size (32 pictures encoded at once
 device (auto), verify (false); and any dataloaders or vae setting (dataloaders=imagenet_pixels, vae=stable_diffusion).
 """
 
+import hashlib
 import json
+import os
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.command_line import front
 from common.errors import UserError
+from common.files import remove_temporaries, replacing, write_atomically
+from configuration.values import NOT_NEGATIVE, Range
+from dataloaders.picture_files import MANIFEST
+from scripts.settings import read_settings
 
 if TYPE_CHECKING:
     from torch import device
@@ -31,64 +40,31 @@ if TYPE_CHECKING:
     from dataloaders.image_stream import ImageStream, PictureReader
     from models.vae.stable_diffusion_vae import StableDiffusionVAE
 
-DEFAULTS: dict[str, Any] = {
-    "out": None, "shard_rows": 8192, "batch_size": 32, "num_workers": 4, "device": "auto", "verify": "false",
-}  # fmt: skip
 FORMAT = 2  # 2: knows the pictures it was made from
-OF_NO_MATTER = ("flip", "crop_padding", "augment", "epoch_size", "held_out_most", "value_range")  # for what is encoded
+# Settings of the data that change nothing of what is encoded.
+IGNORED = ("flip", "crop_padding", "augment", "epoch_size", "held_out_most", "value_range", "training")
 
 
-def read_words(words: list[str]) -> tuple[dict[str, Any], list[str]]:
+@dataclass(frozen=True)
+class Settings:
+    """The command line."""
+
+    out: Path = field(metadata={"example": "out=data/imagenet_latents, the folder to write to"})
+    shard_rows: Annotated[int, Range(1)] = 8192
+    batch_size: Annotated[int, Range(1)] = 32
+    num_workers: Annotated[int, NOT_NEGATIVE] = 4
+    device: str = "auto"
+    verify: bool = False
+
+
+def read_words(words: list[str]) -> tuple[Settings, list[str]]:
     """Own settings, and dataloaders and vae overrides, of a command line. UserError for anything else."""
-    settings, overrides = dict(DEFAULTS), []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if key.split(".")[0] in ("dataloaders", "vae") and equals:
-            overrides.append(word)
-        elif key not in DEFAULTS or not equals:
-            raise UserError(f"cannot use {word!r}; the keys are {', '.join(DEFAULTS)}, dataloaders and vae, as key=value")
-        elif isinstance(DEFAULTS[key], int):
-            least = 0 if key == "num_workers" else 1
-            if not value.isascii() or not value.isdigit() or int(value) < least:
-                raise UserError(f"{key} takes a whole number of at least {least}, not {value!r}")
-            settings[key] = int(value)
-        else:
-            settings[key] = value
-    if settings["out"] is None:
-        raise UserError("out is missing; add the folder to write to, such as out=data/imagenet_latents")
-    if settings["verify"] not in ("true", "false"):
-        raise UserError(f"verify takes true or false, not {settings['verify']!r}")
-    return settings, overrides
+    return read_settings(words, Settings, ("dataloaders", "vae"))
 
 
 def checksum(file: Path) -> str:
-    import hashlib
-
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write beside the file and move over it, once it is on the disk."""
-    import os
-
-    partial = file.with_name(f"{file.name}.partial")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
-
-
-def as_npy(array: Any) -> bytes:
-    """Return an array in NumPy's file format."""
-    import io
-
-    import numpy as np
-
-    stream = io.BytesIO()
-    np.save(stream, array, allow_pickle=False)
-    return stream.getvalue()
 
 
 class Cache:
@@ -97,16 +73,14 @@ class Cache:
     def __init__(self, folder: Path, made_from: dict[str, Any]):
         """made_from: everything the latents depend on, `files` being the pictures. UserError when the folder holds
         others, or something else."""
-        from dataloaders.picture_files import MANIFEST
-
         self.folder, self.file = folder, folder / MANIFEST
         self.manifest: dict[str, Any] = {"format": FORMAT, "finished": False, "made_from": made_from, "shards": []}
         if not self.file.exists():
-            if folder.exists() and any(path.suffix != ".partial" and path.suffix != ".npy" for path in folder.iterdir()):
+            if folder.exists() and any(path.suffix not in (".partial", ".npy", ".tmp") for path in folder.iterdir()):
                 raise UserError(f"out={folder} holds other things than cached latents; give a new folder")
             folder.mkdir(parents=True, exist_ok=True)
             return
-        self.manifest = read_manifest(self.file)
+        self.manifest = read_manifest(folder)
         before = self.manifest["made_from"]
         changed = [key for key in made_from if before.get(key) != json.loads(json.dumps(made_from[key]))]
         if changed == ["files"]:
@@ -119,63 +93,79 @@ class Cache:
 
     def holds(self, name: str) -> bool:
         """Whether a shard is listed and its files have their sizes."""
-        listed = [shard for shard in self.manifest["shards"] if shard["file"] == name]
-        files = [(self.folder / shard[key], shard[f"{key}_bytes"]) for shard in listed for key in ("file", "labels")]
-        return bool(files) and all(file.is_file() and file.stat().st_size == size for file, size in files)
+        shards = [shard for shard in self.manifest["shards"] if shard["file"] == name]
+        return bool(shards) and all(
+            file.is_file() and file.stat().st_size == size for file, size, _ in listed(self.folder, shards)
+        )
 
     def add(self, part: str, name: str, moments: Any, labels: Any, unreadable: list[str]) -> None:
         """Write a shard, then list it."""
+        import numpy as np
+
         shard: dict[str, Any] = {"part": part, "rows": len(moments), "unreadable": unreadable}
         for key, file, array in (("file", name, moments), ("labels", name.replace(".npy", "-labels.npy"), labels)):
-            write_whole(self.folder / file, as_npy(array))
-            size, digest = (self.folder / file).stat().st_size, checksum(self.folder / file)
-            shard |= {key: file, f"{key}_bytes": size, f"{key}_blake2b": digest}
+            path = self.folder / file
+            with replacing(path) as stream:
+                np.save(stream, array, allow_pickle=False)
+            shard |= {key: file, f"{key}_bytes": path.stat().st_size, f"{key}_blake2b": checksum(path)}
         others = [other for other in self.manifest["shards"] if other["file"] != name]
         self.manifest["shards"] = sorted([*others, shard], key=lambda entry: str(entry["file"]))
         self.write()
 
     def write(self) -> None:
-        write_whole(self.file, (json.dumps(self.manifest, indent=1) + "\n").encode())
+        write_atomically(self.file, json.dumps(self.manifest, indent=1) + "\n")
 
     def finish(self, shape: list[int], num_classes: int) -> None:
-        """Say that every shard is there."""
+        """Say that every shard is there, and remove what killed processes left half-written."""
         shards = self.manifest["shards"]
         parts = {part: sum(s["rows"] for s in shards if s["part"] == part) for part in ("train", "held_out")}
         self.manifest |= {"finished": True, "shape": shape, "num_classes": num_classes, "parts": parts}
         self.write()
-        for left in self.folder.glob("*.partial"):
+        remove_temporaries(self.folder)
+        for left in self.folder.glob("*.partial"):  # as older versions named them
             left.unlink()
 
 
-def read_manifest(file: Path) -> dict[str, Any]:
-    """Raise UserError when it is not one."""
+def listed(folder: Path, shards: list[dict[str, Any]]) -> Iterator[tuple[Path, int, str]]:
+    """Yield each file of the shards with its size in bytes and its checksum."""
+    for shard in shards:
+        for key in ("file", "labels"):
+            yield folder / shard[key], shard[f"{key}_bytes"], shard[f"{key}_blake2b"]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of cached latents, finished or not. UserError when there is none that can be read."""
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise UserError(f"there is no {file} to verify")
     try:
         manifest = json.loads(file.read_text())
-        known = manifest["format"] == FORMAT and isinstance(manifest["shards"], list) and "made_from" in manifest
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{file} cannot be read as the manifest of cached latents ({error}); give another folder") from error
-    if not known:
-        raise UserError(f"{file} is of another format; give another folder")
+        readable = manifest["format"] == FORMAT and isinstance(manifest["shards"], list) and "made_from" in manifest
+    except (ValueError, KeyError, TypeError):
+        readable = False
+    if not readable:
+        raise UserError(f"{file} cannot be read as a manifest of cached latents of format {FORMAT}; give another folder")
     return dict(manifest)
 
 
-def verify(folder: Path) -> None:
-    """Raise UserError naming every damaged file."""
-    from dataloaders.picture_files import MANIFEST
+def verify(folder: Path) -> str:
+    """Return that every checksum is right. UserError naming every damaged file."""
+    manifest = read_manifest(folder)
+    files = list(listed(folder, manifest["shards"]))
+    from common.progress import each
 
-    if not (folder / MANIFEST).is_file():
-        raise UserError(f"there is no {folder / MANIFEST} to verify")
-    manifest = read_manifest(folder / MANIFEST)
-    shards = manifest["shards"]
-    files = [(folder / shard[key], shard[f"{key}_blake2b"]) for shard in shards for key in ("file", "labels")]
-    bad = [file.name for file, digest in files if not file.is_file() or checksum(file) != digest]
+    bad = [file.name for file, _, digest in each(files, "checksums") if not file.is_file() or checksum(file) != digest]
     if bad:
         raise UserError(
             f"{len(bad)} of {len(files)} files in {folder} are missing or damaged: {', '.join(bad)}; "
             "delete those that are there, then repeat the command that made the cache, which makes them again"
         )
-    state = "" if manifest["finished"] else ", unfinished"
-    print(f"{folder}: {len(shards)} shards, {sum(s['rows'] for s in shards):,} pictures, every checksum right{state}")
+    return f"{contents(folder, manifest)}, every checksum right{'' if manifest['finished'] else ', unfinished'}"
+
+
+def contents(folder: Path, manifest: dict[str, Any]) -> str:
+    shards = manifest["shards"]
+    return f"{folder}: {len(shards)} shards, {sum(s['rows'] for s in shards):,} pictures"
 
 
 def build_pictures(overrides: list[str]) -> tuple["ImageStream", str, dict[str, Any]]:
@@ -199,18 +189,17 @@ def build_pictures(overrides: list[str]) -> tuple["ImageStream", str, dict[str, 
             f"dataloaders={cfg['choices']['dataloaders']} has no coloured pictures, each cut in one way, to encode; choose "
             "imagenet_pixels, celeba, or image_folder with dataloaders.crop=resized"
         )
-    matters = {key: value for key, value in config.items() if key not in (*OF_NO_MATTER, "training")}
+    matters = {key: value for key, value in config.items() if key not in IGNORED}
     return dataset, str(cfg["vae"]["path"]), matters
 
 
 def files_of(dataset: "ImageStream") -> dict[str, Any]:
     """Return how many pictures there are, and a hash of their names, sizes in bytes, labels and parts."""
-    import hashlib
-    import os
+    from common.progress import each
 
     digest, count = hashlib.blake2b(digest_size=16), 0
     for reader in (dataset.train, dataset.unseen):
-        for row in range(len(reader)):
+        for row in each(range(len(reader)), "names and sizes of the pictures"):
             file = reader.root / reader.name(row)
             digest.update(os.fsencode(f"{reader.name(row)}/{file.stat().st_size if file.is_file() else 'missing'}\n"))
         digest.update(b"" if reader.labels is None else reader.labels.numpy().tobytes())
@@ -218,71 +207,73 @@ def files_of(dataset: "ImageStream") -> dict[str, Any]:
     return {"count": count, "blake2b": digest.hexdigest()}
 
 
-def encode(settings: dict[str, Any], overrides: list[str]) -> None:
-    """Carry out the command: every shard that is not there yet, of both parts."""
+def encode(settings: Settings, overrides: list[str]) -> str:
+    """Encode every shard that is not there yet, of both parts, and return what the folder holds then."""
     from common.device import pick_device
+    from common.progress import watched
     from models.vae.stable_diffusion_vae import WEIGHTS_FILE, StableDiffusionVAE
 
     dataset, path, pictures = build_pictures(overrides)
-    vae = StableDiffusionVAE(path).to(pick_device(settings["device"]))
+    vae = StableDiffusionVAE(path).to(pick_device(settings.device))
     weights = Path(path).expanduser() / WEIGHTS_FILE
     made_from = {
         "files": files_of(dataset), "pictures": pictures,
         "vae": checksum(weights) if weights.is_file() else path, "vae_scale": [vae.scale, vae.shift],
-        "shard_rows": settings["shard_rows"], "batch_size": settings["batch_size"],
+        "shard_rows": settings.shard_rows, "batch_size": settings.batch_size,
     }  # fmt: skip
-    cache = Cache(Path(settings["out"]).expanduser(), made_from)
-    for part, reader in (("train", dataset.train), ("held_out", dataset.unseen)):
-        encode_part(cache, part, reader, vae, settings)
+    cache = Cache(settings.out.expanduser(), made_from)
+    parts = {"train": dataset.train, "held_out": dataset.unseen}
+    plans = {part: missing(cache, part, len(reader), settings) for part, reader in parts.items()}
+    left = sum(len(numbers) for plan in plans.values() for batches in plan.values() for numbers in batches)
+    with watched(vae.autoencoder.encoder, f"encoding {left:,} pictures", 2 * left):  # each as it is and mirrored
+        for part, reader in parts.items():
+            encode_part(cache, part, reader, plans[part], vae, settings.num_workers)
     height, width = dataset.state_shape[1:]
     shape = [vae.latent_channels, height // vae.factor, width // vae.factor]
     cache.finish(shape, dataset.num_classes)
-    shards = cache.manifest["shards"]
-    lost = [name for shard in shards for name in shard["unreadable"]]
-    print(f"{cache.folder}: {len(shards)} shards, {sum(s['rows'] for s in shards):,} pictures, latents of shape {shape}")
-    if lost:
-        named = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
-        print(f"note: {len(lost):,} pictures cannot be read and were left out: {named}")
+    lost = [name for shard in cache.manifest["shards"] for name in shard["unreadable"]]
+    named = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
+    note = f"\nnote: {len(lost):,} pictures cannot be read and were left out: {named}" if lost else ""
+    return f"{contents(cache.folder, cache.manifest)}, latents of shape {shape}{note}"
+
+
+def missing(cache: Cache, part: str, pictures: int, settings: Settings) -> dict[str, list[list[int]]]:
+    """Return the shards of one part that are not there, by name: the numbers of their pictures, in batches."""
+    rows, step, plan = settings.shard_rows, settings.batch_size, {}
+    for first in range(0, pictures, rows):
+        name, numbers = f"{part}-{first // rows:05d}.npy", list(range(first, min(first + rows, pictures)))
+        if not cache.holds(name):
+            plan[name] = [numbers[begin : begin + step] for begin in range(0, len(numbers), step)]
+    return plan
 
 
 def encode_part(
-    cache: Cache, part: str, reader: "PictureReader", vae: "StableDiffusionVAE", settings: dict[str, Any]
+    cache: Cache,
+    part: str,
+    reader: "PictureReader",
+    plan: dict[str, list[list[int]]],
+    vae: "StableDiffusionVAE",
+    num_workers: int,
 ) -> None:
-    """The missing shards of one part."""
+    """Encode the planned shards of one part. UserError for a shard whose pictures can all not be read."""
     import numpy as np
     import torch
-    from tqdm import tqdm
 
     from dataloaders.stream import ReadAhead, Rows
 
-    rows, step = settings["shard_rows"], settings["batch_size"]
-    names = {first: f"{part}-{first // rows:05d}.npy" for first in range(0, len(reader), rows)}
-    missing = [first for first in names if not cache.holds(names[first])]
-    plans = {first: batches(first, min(first + rows, len(reader)), step) for first in missing}
-    reads = ReadAhead(reader, settings["num_workers"]).batches(
-        [Rows(numbers, 0) for first in missing for numbers in plans[first]]
-    )
     device = next(vae.parameters()).device
-    for first in tqdm(missing, desc=f"{part}, {len(names) - len(missing)} of {len(names)} shards were there", disable=None):
+    reads = ReadAhead(reader, num_workers).batches([Rows(numbers, 0) for batches in plan.values() for numbers in batches])
+    for name, batches in plan.items():
         moments, labels, unreadable = [], [], list[int]()
-        for numbers in plans[first]:
-            read = next(reads)
-            lost = set(read.unreadable)
-            kept = [k for k, number in enumerate(numbers) if number not in lost]
-            unreadable += [number for number in numbers if number in lost]
+        for numbers, read in zip(batches, reads, strict=False):  # the reads of the shards follow one another
+            kept = [k for k, number in enumerate(numbers) if number not in read.unreadable]
+            unreadable += [number for number in numbers if number in read.unreadable]
             if kept:
                 moments.append(moments_of(read.stored[kept], vae, device))
                 labels.append(torch.zeros(len(kept), dtype=torch.int64) if read.labels is None else read.labels[kept])
         if not moments:
-            raise UserError(f"none of the pictures of {names[first]} can be read; are they damaged?")
-        cache.add(
-            part, names[first], np.concatenate(moments), torch.cat(labels).numpy(), [reader.name(k) for k in unreadable]
-        )
-
-
-def batches(first: int, end: int, step: int) -> list[list[int]]:
-    """Return first .. end - 1 in lists of `step`."""
-    return [list(range(begin, min(begin + step, end))) for begin in range(first, end, step)]
+            raise UserError(f"none of the pictures of {name} can be read; are they damaged?")
+        cache.add(part, name, np.concatenate(moments), torch.cat(labels).numpy(), [reader.name(k) for k in unreadable])
 
 
 def moments_of(pictures: Any, vae: "StableDiffusionVAE", device: "device") -> Any:
@@ -302,20 +293,14 @@ def moments_of(pictures: Any, vae: "StableDiffusionVAE", device: "device") -> An
     return both.cpu().numpy()
 
 
+def cache_latents(words: list[str]) -> str:
+    """Carry out the command; returns what the folder holds."""
+    settings, overrides = read_words(words)
+    return verify(settings.out.expanduser()) if settings.verify else encode(settings, overrides)
+
+
 def main(words: list[str]) -> int:
-    if not words or "--help" in words or "-h" in words:
-        print(__doc__)
-        return 0
-    try:
-        settings, overrides = read_words(words)
-        if settings["verify"] == "true":
-            verify(Path(settings["out"]).expanduser())
-        else:
-            encode(settings, overrides)
-    except UserError as error:
-        print(f"cache_latents.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return front(words or ["--help"], __doc__, cache_latents)
 
 
 if __name__ == "__main__":

@@ -17,74 +17,70 @@ score stands beside its noise floor, real against real, and with all it depends 
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.command_line import front
 from common.errors import UserError
 from common.files import end_of, write_atomically
-from configuration.values import NOT_NEGATIVE, RANGES, whole_number
+from configuration.values import NOT_NEGATIVE, RANGES
 from run_files.checks import check_writable
+from scripts.settings import read_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from evaluation.feature_networks import FeatureNetwork
     from evaluation.metrics.base_metric import Absent, Score
-    from evaluation.sample import Label
-
-DEFAULTS: dict[str, str | None] = {
-    "ckpt": None, "samples": None, "network": None, "reference": None, "n": "10000", "seed": "0", "label": None, "nfe": None,
-    "replicates": None, "device": "auto", "cache": "outputs/cache", "out": None,
-    "trust": None,
-}  # fmt: skip
-GROUPS = ("solver", "guidance")
 
 
-def read_words(words: list[str]) -> tuple[dict[str, str | None], list[str]]:
+@dataclass(frozen=True)
+class Settings:
+    """The command line."""
+
+    ckpt: Path | None = None
+    samples: Path | None = None
+    network: str | None = None
+    reference: str | None = None
+    n: Annotated[int, RANGES["samples"]] = 10_000
+    seed: Annotated[int, NOT_NEGATIVE] = 0
+    label: Annotated[int | Literal["all"] | None, NOT_NEGATIVE] = None
+    nfe: Annotated[int | None, RANGES["evaluations"]] = None
+    replicates: Annotated[int | None, RANGES["replicates"]] = None
+    device: str = "auto"
+    cache: Path = Path("outputs/cache")
+    out: Path | None = None
+    trust: str | None = None
+
+
+def read_words(words: list[str]) -> tuple[Settings, list[str]]:
     """Own settings, and solver and guidance overrides, of a command line. UserError for anything else."""
-    settings, overrides = dict(DEFAULTS), []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if equals and key in DEFAULTS:
-            settings[key] = value
-        elif equals and key.split(".")[0].split("/")[0] in GROUPS:
-            overrides.append(word)
-        else:
-            raise UserError(f"cannot use {word!r}; the keys are {', '.join(DEFAULTS)}, and solver and guidance settings")
-    if (settings["ckpt"] is None) == (settings["samples"] is None):
+    settings, overrides = read_settings(words, Settings, ("solver", "guidance"))
+    if (settings.ckpt is None) == (settings.samples is None):
         raise UserError("give either ckpt=<a checkpoint> or samples=<a folder of pictures, or a .npz>")
-    if settings["samples"] and settings["reference"] is None:
+    if settings.samples and settings.reference is None:
         raise UserError("samples= need something to be compared with; give reference=<a folder, or a .npz>")
-    for key, name in (("n", "samples"), ("nfe", "evaluations"), ("replicates", "replicates")):
-        whole_number(key, "2" if settings[key] is None else str(settings[key]), RANGES[name])
-    whole_number("seed", str(settings["seed"]), NOT_NEGATIVE)
-    if settings["out"]:
-        check_writable("out", end_of(Path(settings["out"])).parent)
+    if settings.out:
+        check_writable("out", end_of(settings.out).parent)
     return settings, overrides
 
 
 def evaluate(words: list[str]) -> "list[Score | Absent]":
     """Carry out the command; prints the scores and returns them."""
     settings, overrides = read_words(words)
-    from common.device import pick_device
     from configuration.stored import allow
+    from evaluation.metrics.base_metric import Absent, Score
+    from evaluation.report import print_table
 
-    allow(settings["trust"])
-    device = pick_device(str(settings["device"]))
-    results = of_checkpoint(settings, overrides) if settings["ckpt"] else of_files(settings, device)
-    report(results)
-    if settings["out"]:
-        write_atomically(Path(settings["out"]), json.dumps([vars(result) for result in results], indent=1) + "\n")
+    allow(settings.trust)
+    results = of_files(settings) if settings.samples else of_checkpoint(settings, overrides)
+    print_table([r for r in results if isinstance(r, Score)], [r for r in results if isinstance(r, Absent)])
+    if settings.out:
+        write_atomically(settings.out, json.dumps([vars(result) for result in results], indent=1) + "\n")
     return results
-
-
-def label_of(text: str | None) -> "Label":
-    """Raise UserError for what is neither a class nor all."""
-    if text is None or text == "all":
-        return "all" if text else None
-    return whole_number("label", text, NOT_NEGATIVE, ", or all")
 
 
 def network_of(spec: str) -> "FeatureNetwork":
@@ -95,85 +91,63 @@ def network_of(spec: str) -> "FeatureNetwork":
     return InceptionFeatures(spec) if path.is_dir() or path.name.startswith("inception") else classifier_features(spec)
 
 
-def replicates_of(settings: dict[str, str | None], network: "FeatureNetwork") -> int:
+def replicates_of(settings: Settings, network: "FeatureNetwork") -> int:
     """Real pairs of the noise floor; as configs/evaluation has them unless given."""
     from evaluation.feature_networks import InceptionFeatures
 
-    return int(settings["replicates"] or (3 if isinstance(network, InceptionFeatures) else 20))
+    return settings.replicates or (3 if isinstance(network, InceptionFeatures) else 20)
 
 
-def of_checkpoint(settings: dict[str, str | None], overrides: list[str]) -> "list[Score | Absent]":
+def of_checkpoint(settings: Settings, overrides: list[str]) -> "list[Score | Absent]":
     """Return samples of a checkpoint against its own data, or against files."""
     from evaluation.metrics.features import FeatureMetric
     from evaluation.sample import generation_of, load, settings_from_overrides
 
-    model = load(str(settings["ckpt"]), str(settings["device"]))
+    model = load(str(settings.ckpt), settings.device)
     model.config |= settings_from_overrides(overrides)
-    spec = settings["network"] or model.config["dataloaders"].get("training", {}).get("feature_network")
+    spec = settings.network or model.config["dataloaders"].get("training", {}).get("feature_network")
     if spec is None:
         raise UserError(
             "this data names no feature network; give network=<the folder of Inception's weights, or a classifier>"
         )
-    network, reference, label = network_of(spec), settings["reference"] or "held_out", label_of(settings["label"])
+    network, reference = network_of(spec), settings.reference or "held_out"
     if reference not in ("held_out", "train") and not Path(reference).exists():
         raise UserError(f"there is nothing at reference={reference}; give a folder of pictures, a .npz, held_out or train")
-    made = generation_of(
-        model, int(str(settings["n"])), int(str(settings["seed"])), label,
-        int(settings["nfe"]) if settings["nfe"] else None, Path(str(settings["cache"])),
-    )  # fmt: skip
+    made = generation_of(model, settings.n, settings.seed, settings.label, settings.nfe, settings.cache)
     if reference in ("held_out", "train"):
         return FeatureMetric(network, reference, replicates_of(settings, network)).compute(made)
-    return between(network, made.bytes_of(made.samples).cpu(), Path(reference), settings, model.device, made.made)
+    return between(network, made.bytes_of(made.samples).cpu(), settings, model.device, made.made)
 
 
-def of_files(settings: dict[str, str | None], device: Any) -> "list[Score | Absent]":
+def of_files(settings: Settings) -> "list[Score | Absent]":
     """Return images in files against images or statistics in files."""
+    from common.device import pick_device
     from evaluation.image_sets import read_images
 
-    if settings["network"] is None:
+    if settings.network is None:
         raise UserError("network is missing; give network=<the folder of Inception's weights, or a classifier>")
-    images = read_images(Path(str(settings["samples"])))
-    return between(network_of(settings["network"]), images, Path(str(settings["reference"])), settings, device, "")
+    images = read_images(Path(str(settings.samples)))
+    return between(network_of(settings.network), images, settings, pick_device(settings.device), "")
 
 
 def between(
-    network: "FeatureNetwork",
-    images: "Tensor",
-    reference: Path,
-    settings: dict[str, str | None],
-    device: Any,
-    made: str,
+    network: "FeatureNetwork", images: "Tensor", settings: Settings, device: Any, made: str
 ) -> "list[Score | Absent]":
     """Image bytes (N, C, H, W), made so, against a folder, a .npz of images, or one of statistics."""
     from evaluation.image_sets import open_npz, read_images
     from evaluation.metrics.features import scores_against_statistics, scores_between
 
+    reference = Path(str(settings.reference))
     if reference.suffix == ".npz" and reference.is_file():
         arrays = open_npz(reference)
         if {"mu", "sigma"} <= set(arrays):
             return scores_against_statistics(network, images, arrays["mu"], arrays["sigma"], reference.name, device, made)
-    cache, replicates = Path(str(settings["cache"])), replicates_of(settings, network)
-    return scores_between(network, images, read_images(reference), cache, device, made, replicates)
-
-
-def report(results: "list[Score | Absent]") -> None:
-    """The table, as a run prints it."""
-    from evaluation.metrics.base_metric import Absent, Score
-    from evaluation.report import print_table
-
-    print_table([r for r in results if isinstance(r, Score)], [r for r in results if isinstance(r, Absent)])
+    replicates = replicates_of(settings, network)
+    return scores_between(network, images, read_images(reference), settings.cache, device, made, replicates)
 
 
 def main(words: list[str]) -> int:
-    if not words or "--help" in words or "-h" in words:
-        print(__doc__)
-        return 0
-    try:
-        evaluate(words)
-    except UserError as error:
-        print(f"eval_fid.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return front(words or ["--help"], __doc__, evaluate)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import front, split
+from common.command_line import ROOT, front, split
 from common.errors import UserError
 from run_files.experiment_log import ExperimentLog
 
-ROOT = Path(__file__).resolve().parents[1]
 USAGE = 'python scripts/log.py note RUN "what you saw" [file=EXPERIMENT_LOG.md]'
 
 

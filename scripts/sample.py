@@ -21,52 +21,52 @@ numbers are its latents.
 """
 
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command_line import front, outputs
 from common.errors import UserError
 from common.files import replacing
-from configuration.values import COUNT, NOT_NEGATIVE, RANGES, whole_number
+from configuration.values import COUNT, NOT_NEGATIVE, RANGES
+from scripts.settings import read_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from evaluation.sample import TrainedModel
 
-DEFAULTS: dict[str, Any] = {
-    "ckpt": None, "n": 64, "seed": 0, "label": None, "nfe": None, "device": "auto", "out": None, "real": "true",
-    "images": "false", "trust": None,
-}  # fmt: skip
-NUMBERS = {"n": COUNT, "seed": NOT_NEGATIVE, "label": NOT_NEGATIVE, "nfe": RANGES["evaluations"]}
-GROUPS = ("solver", "guidance")
 SUFFIXES = (".png", ".npz", ".npy")
 
 
-def read_words(words: list[str]) -> tuple[dict[str, Any], list[str]]:
+@dataclass(frozen=True)
+class Settings:
+    """The command line."""
+
+    ckpt: Path = field(metadata={"example": "ckpt=outputs/ckpts/mlp/last.pt"})
+    n: Annotated[int, COUNT] = 64
+    seed: Annotated[int, NOT_NEGATIVE] = 0
+    label: Annotated[int | Literal["all"] | None, NOT_NEGATIVE] = None
+    nfe: Annotated[int | None, RANGES["evaluations"]] = None
+    device: str = "auto"
+    out: str | None = None
+    real: bool = True
+    images: bool = False
+    trust: str | None = None
+
+    @property
+    def is_folder(self) -> bool:
+        return str(self.out).endswith("/")
+
+
+def read_words(words: list[str]) -> tuple[Settings, list[str]]:
     """Own settings, and solver and guidance overrides, of a command line. UserError for anything else."""
-    settings, overrides = dict(DEFAULTS), []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or (key not in DEFAULTS and key.split(".")[0].split("/")[0] not in GROUPS):
-            known = ", ".join(DEFAULTS)
-            raise UserError(f"cannot use {word!r}; the keys are {known}, and solver and guidance settings, as key=value")
-        if key not in DEFAULTS:
-            overrides.append(word)
-        elif (isinstance(DEFAULTS[key], int) or key in ("label", "nfe")) and word != "label=all":
-            settings[key] = whole_number(key, value, NUMBERS[key], ", or all" if key == "label" else "")
-        else:
-            settings[key] = value
-    if settings["ckpt"] is None:
-        raise UserError("ckpt is missing; add it to the command, such as ckpt=outputs/ckpts/mlp/last.pt")
-    for key in ("real", "images"):
-        if settings[key] not in ("true", "false"):
-            raise UserError(f"{key} takes true or false, not {settings[key]!r}")
-    if settings["images"] == "true" and not str(settings["out"]).endswith(".npz"):
+    settings, overrides = read_settings(words, Settings, ("solver", "guidance"))
+    if settings.images and not str(settings.out).endswith(".npz"):
         raise UserError("images=true writes a .npz; give out=samples.npz, or a path ending in / for a folder of pictures")
-    if settings["nfe"] and any(word.startswith("solver") for word in overrides):
+    if settings.nfe and any(word.startswith("solver") for word in overrides):
         raise UserError("nfe= takes so many steps without a solver; give nfe or solver settings, not both")
     alone = [word for word in overrides if word.startswith("guidance.")]
     if alone and not any(word.startswith("guidance=") for word in overrides):
@@ -74,19 +74,15 @@ def read_words(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     return settings, overrides
 
 
-def is_folder(settings: dict[str, Any]) -> bool:
-    return str(settings["out"]).endswith("/")
-
-
-def output_path(settings: dict[str, Any]) -> Path:
+def output_path(settings: Settings) -> Path:
     """Return where the samples go. UserError for a form we do not write, or a folder that is not there."""
-    path = Path(settings["out"] or outputs() / "samples" / f"{Path(settings['ckpt']).stem}.png")
-    if is_folder(settings):
+    path = Path(settings.out or outputs() / "samples" / f"{settings.ckpt.stem}.png")
+    if settings.is_folder:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"out={path}/ is not empty; give a new folder, so that no other pictures mix with these")
     elif path.suffix not in SUFFIXES:
         raise UserError(f"out={path} must end in {', '.join(SUFFIXES)}, or in / for a folder of pictures")
-    if settings["out"] and not path.absolute().parent.is_dir():
+    if settings.out and not path.absolute().parent.is_dir():
         raise UserError(f"out={path} lies in a folder that does not exist; make it or choose another")
     return path
 
@@ -98,17 +94,21 @@ def sample(words: list[str]) -> Path:
     from configuration.stored import allow
     from evaluation.sample import load, settings_from_overrides
 
-    allow(settings["trust"])
-    model = load(settings["ckpt"], settings["device"])
+    allow(settings.trust)
+    model = load(settings.ckpt, settings.device)
     model.config |= settings_from_overrides(overrides)
-    states = model.sample(settings["n"], settings["seed"], settings["label"], evaluations=settings["nfe"])
-    labels = model.labels(settings["n"], settings["label"])
-    if is_folder(settings) or settings["images"] == "true":
+    states = model.sample(settings.n, settings.seed, settings.label, evaluations=settings.nfe)
+    labels = model.labels(settings.n, settings.label)
+    if settings.is_folder or settings.images:
         export(path, states, labels, model)
-        return path
-    told = [f"{key} {settings[key]}" for key in ("label", "nfe") if settings[key] is not None]
-    title = ", ".join([model.config["run_name"], f"seed {settings['seed']}", *told, *overrides])
-    write(path, states, labels, model, title, settings["real"] == "true")
+    elif path.suffix == ".png":
+        from evaluation.state_pictures import draw
+
+        chosen = [f"{key} {value}" for key, value in (("label", settings.label), ("nfe", settings.nfe)) if value is not None]
+        title = ", ".join([model.config["run_name"], f"seed {settings.seed}", *chosen, *overrides])
+        draw(path, states, labels, model, title, settings.real)
+    else:
+        write_numbers(path, states, labels)
     return path
 
 
@@ -128,23 +128,16 @@ def export(path: Path, states: "Tensor", labels: "Tensor | None", model: "Traine
         write_pictures(path, as_bytes)
 
 
-def write(
-    path: Path, states: "Tensor", labels: "Tensor | None", model: "TrainedModel", title: str, beside_real: bool
-) -> None:
-    """The samples in the form the file's ending asks for. UserError for a picture of states that have none."""
+def write_numbers(path: Path, states: "Tensor", labels: "Tensor | None") -> None:
+    """Write the samples as a .npy, or with their classes as a .npz."""
     import numpy as np
 
-    if path.suffix == ".npz":
-        arrays: dict[str, Any] = {"x": states.numpy()} | ({} if labels is None else {"y": labels.numpy()})
-        with replacing(path) as file:
-            np.savez(file, **arrays)
-    elif path.suffix == ".npy":
-        with replacing(path) as file:
+    with replacing(path) as file:
+        if path.suffix == ".npy":
             np.save(file, states.numpy())
-    else:
-        from evaluation.state_pictures import draw
-
-        draw(path, states, labels, model, title, beside_real)
+        else:
+            arrays: dict[str, Any] = {"x": states.numpy()} | ({} if labels is None else {"y": labels.numpy()})
+            np.savez(file, **arrays)
 
 
 def main(words: list[str]) -> int:

@@ -5,9 +5,9 @@
     python visualizers/leaderboard.py out=docs/leaderboard.png
 
 Words: log (the file whose tables are drawn, EXPERIMENT_LOG.md; scripts/leaderboard.py writes them), out (a .png). Bars are
-the standard errors of the tables; the band is the floor's mean and three of its standard deviations to either side, from
-which no score can be told. The axis is linear up to 0.001 and logarithmic beyond. Objectives stand in the order of their
-mean rank in one evaluation.
+the spread over seeds that the tables give; the band is the floor's mean and three of its standard deviations to either side,
+from which no score can be told. The axis is linear up to 0.001 and logarithmic beyond. Objectives stand in the order of
+their mean rank in one evaluation.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 LINEAR = 1e-3  # energy distance up to which the axis is linear
-AXIS = "energy distance, linear up to .001 and logarithmic beyond; bars: standard error over seeds"
+AXIS = "energy distance, linear up to .001 and logarithmic beyond; bars: spread over seeds, as in its tables"
 BAND = 3.0  # standard deviations of the floor
 NUMBER = re.compile(r"(-?\d+\.?\d*)(?: ± (\d+\.?\d*))?")
 
 
 @dataclass
 class Table:
-    """One data set. floor: its mean and standard deviation. scores[evaluations][objective]: mean and standard error."""
+    """One data set. floor: its mean and standard deviation. scores[evaluations][objective]: mean and spread."""
 
     name: str
     floor: tuple[float, float]

@@ -503,13 +503,13 @@ from scripts import cache_latents
 add = cache_latents.Cache.add
 def once(self, *shard):
     add(self, *shard)
-    (self.folder / 'train-00001.npy.partial').write_bytes(b'half')
+    (self.folder / '.train-00001.npy.99.tmp').write_bytes(b'half')
     os.kill(os.getpid(), 9)
 cache_latents.Cache.add = once
 cache_latents.main({words!r})
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == -9
-    assert {path.suffix for path in out.iterdir()} == {".npy", ".json", ".partial"}
+    assert {path.suffix for path in out.iterdir()} == {".npy", ".json", ".tmp"}
     assert "is not finished; give the command that began it again" in refusal("imagenet", {"path": out})
     before = (out / "train-00000.npy").stat().st_mtime_ns
     assert cache_latents.main(words) == 0

@@ -1,7 +1,7 @@
-"""The leaderboard: what is trained, skipped, resumed or stale; and what its tables say, against numpy."""
+"""The leaderboard: what is trained, skipped, resumed or stale, and what is said of it."""
 
 import json
-import math
+import re
 import shutil
 import signal
 import subprocess
@@ -12,23 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import yaml
 
 import launcher
-from common.errors import UserError
-from evaluation.leaderboard_table import (
-    START,
-    STOP,
-    Row,
-    cell,
-    dataset_table,
-    floor_cell,
-    overview_table,
-    rounded,
-    write_between,
-)
+from run_files.run_folder import RunFolder
+from scripts import job_pool
 from scripts import leaderboard as board_script
 from training import loop
 
@@ -62,8 +51,8 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., in
     """run(*words, objectives=..., seeds=..., datasets=..., common=...) in tmp_path, its runs in this process."""
     InProcess.commands = []
     fake = SimpleNamespace(Popen=InProcess, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
-    monkeypatch.setattr(board_script, "subprocess", fake)
-    monkeypatch.setattr(board_script, "time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr(job_pool, "subprocess", fake)
+    monkeypatch.setattr(job_pool, "time", SimpleNamespace(sleep=lambda _: None))
 
     def run(*words: str, objectives=None, seeds=(0,), datasets=("gaussian",), common=TINY) -> int:
         config = write_board(tmp_path, objectives or OBJECTIVES, seeds, datasets, common)
@@ -95,7 +84,9 @@ def test_everything_is_trained_once_teachers_first(command, tmp_path, capsys):
     assert command(objectives=objectives, seeds=(0, 1)) == 0
     assert names(InProcess.commands) == [f"leaderboard_{o}_gaussian_seed={s}" for s in (0, 1) for o in objectives]
     said = capsys.readouterr().out
-    assert "4 of 4  meanflow gaussian seed 1:" in said and "one-step energy distance" in said
+    assert "4 run(s) to carry out\n1 of 4  mse gaussian seed 0: begins\n" in said
+    assert re.search(r"2 of 4 .* one-step energy distance [-0-9.]+, about .* s left\n", said)
+    assert re.search(r"4 of 4  meanflow gaussian seed 1: 0 s, one-step energy distance [-0-9.]+\n", said)
     text = (tmp_path / "R.md").read_text()
     assert text.count("| mse |") == 1 and "±" in text and "2 seeds" in text and "Euler steps for mse)" in text
     assert "| W2, 4 | W2, 4 | flow-map error, 1 | flow-map error, 2 |" in (tmp_path / "L.md").read_text().replace(
@@ -146,6 +137,22 @@ def test_a_killed_run_goes_on_where_it_was_saved(command, tmp_path, monkeypatch)
     assert InProcess.commands[-1][-1] == "resume=true" and status(tmp_path, "mse")["state"] == "finished"
     steps = [json.loads(line)["step"] for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and steps[-1] == 20
+
+
+def test_a_run_that_a_killed_command_has_left_is_waited_for(command, tmp_path, capsys, monkeypatch):
+    assert command("only=mse") == 0
+    folder = RunFolder(tmp_path / "out/runs/leaderboard_mse_gaussian_seed=0")
+    finished = folder.status.path.read_text()
+    folder.status.path.write_text(finished.replace('"finished"', '"running"'))
+    folder.lock.acquire()
+
+    def ends(seconds: float) -> None:
+        folder.status.path.write_text(finished)
+        folder.lock.release()
+
+    monkeypatch.setattr(job_pool.time, "sleep", ends)
+    assert command("only=mse") == 0 and len(InProcess.commands) == 1
+    assert "another process trains it, which is waited for\n1 of 1  mse gaussian seed 0: 0 s" in capsys.readouterr().out
 
 
 def test_a_stale_run_is_told_kept_out_and_redone_only_on_request(command, tmp_path, capsys):
@@ -215,7 +222,7 @@ def test_a_mistake_is_one_sentence(words, sentence, command, capsys):
 
 def test_a_placeholder_must_stand_higher_up(command, capsys):
     assert command(objectives=dict(reversed(OBJECTIVES.items()))) == 1
-    assert "{mse} in the words of reflow names no objective higher up" in capsys.readouterr().err
+    assert "{mse} in the words of reflow names no objective above it" in capsys.readouterr().err
 
 
 def test_as_many_runs_at_once_as_asked_for(command, monkeypatch):
@@ -236,14 +243,16 @@ def test_as_many_runs_at_once_as_asked_for(command, monkeypatch):
             live.discard(id(self))
             return self.returncode
 
-    monkeypatch.setattr(board_script.subprocess, "Popen", Slow)
-    assert command("jobs=2", "table=false", seeds=(0, 1, 2)) == 0
+    monkeypatch.setattr(job_pool.subprocess, "Popen", Slow)
+    assert command("jobs=2", "table=false", "only=mse", seeds=(0, 1, 2)) == 0
     assert max(most) == 2 and names(InProcess.commands)[:2] == [f"leaderboard_mse_gaussian_seed={s}" for s in (0, 1)]
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_stopping_saves_and_the_same_command_goes_on(tmp_path):
     """The real thing: a process of its own, Ctrl-C, and once more."""
-    common = TINY.replace("=20", "=1000", 1).replace("save_every=1", "save_every=100")
+    common = TINY.replace("=20", "=400", 1).replace("save_every=1", "save_every=100")
     config = write_board(tmp_path, {"mse": "loss=mse"}, [0], ["gaussian"], common)
     line = [sys.executable, str(ROOT / "scripts/leaderboard.py"), *places(tmp_path, config), "table=false"]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -254,94 +263,12 @@ def test_stopping_saves_and_the_same_command_goes_on(tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "waiting for 1 run(s) to save" in said and "the same command goes on" in said
     stopped = status(tmp_path, "mse")
-    assert stopped["state"] == "interrupted" and 0 < stopped["step"] < 1000
+    assert stopped["state"] == "interrupted" and 0 < stopped["step"] < 400
     again = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0 and "1 of 1  mse gaussian seed 0:" in again.stdout, again.stderr
     assert status(tmp_path, "mse")["state"] == "finished"
     printed = (tmp_path / "out/leaderboard/leaderboard_mse_gaussian_seed=0.log").read_text()
     assert "stopping after this step" in printed and f"from step {stopped['step']:,}" in printed
-
-
-# ---- the tables
-
-
-def scored(*one_step: float, **further: float) -> Row:
-    return Row([{"eval/energy_distance_1nfe": value, **further} for value in one_step], planned=3)
-
-
-def test_cells_are_means_and_standard_errors():
-    values = [0.0031, 0.0042, 0.0038]
-    mean, error = np.mean(values), np.std(values, ddof=1) / math.sqrt(3)
-    assert cell(scored(*values), "eval/energy_distance_1nfe") == f"{mean:.4f} ± {error:.4f}" == "0.0037 ± 0.0003"
-    assert cell(scored(0.0031), "eval/energy_distance_1nfe") == "0.0031"
-    assert cell(scored(*values), "eval/energy_distance_1nfe", best=True) == "**0.0037 ± 0.0003**"
-
-
-@pytest.mark.parametrize(
-    ("value", "spread", "text"),
-    [
-        (0.00371, 0.00023, "0.0037 ± 0.0002"),
-        (0.00371, 0.00014, "0.00371 ± 0.00014"),
-        (118.34, 3.2, "118 ± 3"),
-        (-0.00001, 0.0004, "0.0000 ± 0.0004"),
-        (2.5, 0.0, "2.5000"),
-        (118.34, None, "118"),
-        (0.00371, None, "0.0037"),
-        (0.000012, None, "0.00001"),
-        (0.2, 0.0199, "0.20 ± 0.02"),
-    ],
-)
-def test_numbers_stop_where_their_spread_begins(value, spread, text):
-    assert rounded(value, spread) == text
-
-
-def test_cells_without_a_number_say_why():
-    assert cell(Row([], 3), "eval/w2") == "not run"
-    assert cell(Row([], 3, failed=1), "eval/w2") == "failed"
-    assert cell(Row([], 3, stale=2), "eval/w2") == "stale"
-    assert cell(scored(0.1), "oracle/flow_map_error") == "-"
-    assert cell(scored(0.1), "eval/w2") == "not finite"
-    assert cell(scored(0.1, **{"oracle/velocity_error": 0.1}), "oracle/flow_map_error") == "not finite"
-    diverged = Row([{"eval/w2": 0.5}, {}], planned=2)
-    assert cell(diverged, "eval/w2") == "0.5000 (1 of 2)"
-    assert replace(scored(0.1, 0.2), failed=1).remark == " (2 of 3 seeds, 1 failed)" and scored(1, 2, 3).remark == ""
-
-
-def test_a_table_has_its_floor_its_best_and_every_row():
-    floor = {"eval/energy_distance_floor": 0.0001, "eval/energy_distance_floor_sd": 0.0004}
-    names = {
-        f"eval/energy_distance_{n}nfe_{end}": floor[f"eval/energy_distance_{end}"]
-        for n in (1,)
-        for end in ("floor", "floor_sd")
-    }
-    rows = {"a": scored(0.02, 0.03, **names), "b": scored(0.01, 0.011, **names), "c": Row([], 3)}
-    text = dataset_table(rows, ["eval/energy_distance_1nfe"], 50)
-    lines = text.splitlines()
-    assert lines[0] == "| objective | energy distance, 1 |" and len({line.count("|") for line in lines}) == 1
-    assert lines[2] == "| floor (real against real) | 0.0001 ± 0.0004 |"
-    assert lines[3].startswith("| a (2 of 3 seeds) | 0.025") and "**" not in lines[3]
-    assert lines[4].startswith("| b (2 of 3 seeds) | **0.0105") and lines[5] == "| c | not run |"
-    exact = {"a": scored(0.1, **{"oracle/flow_map_error_exact_field": 0.0376})}
-    assert floor_cell(exact, "oracle/flow_map_error") == "0.0376 (exact field)"
-    assert floor_cell(exact, "oracle/flow_map_error_1nfe") == "-"
-    overview = overview_table({"x": rows, "y": {name: Row([], 3) for name in rows}}, ["x", "y"], 50).splitlines()
-    assert overview[0] == "| energy distance | x, 1 | x, 50 | y, 1 | y, 50 |" and overview[5].count("not run") == 4
-
-
-def test_only_what_stands_between_the_markers_is_replaced(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text(f"# Title\n\nwords \\1\n\n{START}\nold\n{STOP}\n\n## After\n")
-    for body in ("new \\1 \\g<0>\ntable", "newer"):
-        write_between(path, body)
-        assert path.read_text() == f"# Title\n\nwords \\1\n\n{START}\n{body}\n{STOP}\n\n## After\n"
-    path.write_text("# Title\n\nno markers\n")
-    write_between(path, "x")
-    assert path.read_text() == f"# Title\n\nno markers\n\n## Leaderboard\n\n{START}\nx\n{STOP}\n"
-    for damaged in (START, STOP, f"{STOP}\n{START}", f"{START}{STOP}{START}"):
-        path.write_text(damaged)
-        with pytest.raises(UserError, match="once each"):
-            write_between(path, "y")
-        assert path.read_text() == damaged
 
 
 def test_seconds_are_of_training_alone(command, tmp_path):
@@ -356,10 +283,8 @@ def test_seconds_are_of_training_alone(command, tmp_path):
 
 
 def test_the_committed_table_composes():
-    options = board_script.read_words(["output_dir=/nowhere"])
+    options, _ = board_script.read_words(["output_dir=/nowhere"])
     board = board_script.read_board(options.config)
-    entries = board_script.entries_of(replace(board, seeds=[0]), options)
-    for entry in entries.values():
-        if entry.dataset == board.datasets[0]:
-            assert board_script.settings_of(entry)["evaluation"]["final_samples"] == 10_000
-    assert len(entries) == len(board.objectives) * len(board.datasets)
+    entries = replace(board, seeds=[0], datasets=board.datasets[:1]).entries(options.output_dir)
+    assert {entry.settings()["evaluation"]["final_samples"] for entry in entries} == {10_000}
+    assert [entry.objective for entry in entries] == list(board.objectives)

@@ -30,7 +30,7 @@ def written(path: Path) -> Path:
 def test_tables_are_read_as_they_were_written(tmp_path: Path) -> None:
     kmeans, moons = leaderboard.read_tables(written(tmp_path / "L.md"))
     assert (kmeans.name, moons.name) == ("kmeans", "moons") and kmeans.floor == (0.0004, 0.0004)
-    assert kmeans.scores[1] == {"good": (0.03, 0.01), "bad": (0.5, 0.0)} and kmeans.scores[50]["good"] == (-0.0003, 0.0)
+    assert kmeans.scores[1] == {"good": (0.03, 0.014), "bad": (0.5, 0.0)} and kmeans.scores[50]["good"] == (-0.0003, 0.0)
     assert moons.scores[1] == {"good": (0.2, 0.0)}
     assert leaderboard.by_rank([kmeans, moons]) == ["good", "bad"]
 
