@@ -2,12 +2,12 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import Interval, NotNegative
 from losses.objective import FlowObjective
 from models.inputs import split_unified_flow_matching_input
 from models.velocity_model import VelocityModel
@@ -23,7 +23,7 @@ class Guidance(VelocityModel, ABC):
     Raises UserError when scale is negative or not finite, or interval is not two times low <= high in [0, 1].
     """
 
-    def __init__(self, network: VelocityModel, scale: float, interval: Sequence[float] = (0.0, 1.0)):
+    def __init__(self, network: VelocityModel, scale: NotNegative, interval: Interval = (0.0, 1.0)):
         super().__init__()
         if not 0 <= scale < float("inf"):
             raise UserError(f"guidance.scale takes a number of at least 0 (1 is no guidance), not {scale}")
@@ -61,7 +61,7 @@ class ClassifierFreeGuidance(Guidance):
     Rows of the null label, and label None, are the null prediction unguided. Raises UserError for an unconditional network.
     """
 
-    def __init__(self, network: VelocityModel, scale: float, interval: Sequence[float] = (0.0, 1.0)):
+    def __init__(self, network: VelocityModel, scale: NotNegative, interval: Interval = (0.0, 1.0)):
         super().__init__(network, scale, interval)
         if not network.num_classes:
             raise UserError(
@@ -90,7 +90,7 @@ class Autoguidance(Guidance):
     guide: smaller or less trained, of the same states and classes, or unconditional. Raises UserError for other classes.
     """
 
-    def __init__(self, network: VelocityModel, guide: VelocityModel, scale: float, interval: Sequence[float] = (0.0, 1.0)):
+    def __init__(self, network: VelocityModel, guide: VelocityModel, scale: NotNegative, interval: Interval = (0.0, 1.0)):
         super().__init__(network, scale, interval)
         if guide.num_classes not in (0, network.num_classes):
             raise UserError(

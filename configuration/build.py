@@ -8,6 +8,7 @@ from hydra.utils import instantiate
 
 from common.errors import UserError
 from configuration.compose import RECOMMENDATIONS
+from configuration.values import check_all
 
 
 def without_recommendations(node: Any) -> Any:
@@ -33,11 +34,13 @@ def interpolation_in(node: Any) -> str | None:
 def build(node: dict[str, Any], **parts: Any) -> Any:
     """Return the object a node's `_target_` names, nested ones first, with `parts` as further arguments.
 
-    UserError when a constructor raises one, or does not know a setting; and for an interpolation, never worked out here.
+    UserError when a setting is not what its constructor declares, when that raises one or does not know a setting, and for
+    an interpolation, never worked out here.
     """
     unresolved = interpolation_in(node)
     if unresolved is not None:
         raise UserError(f"{node.get('_target_')} is given {unresolved!r}, which is no value; write the value itself there")
+    check_all(node, str(node.get("_target_", "")))
     try:
         return instantiate(without_recommendations(node), _convert_="all", **parts)
     except HydraException as error:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import cache, reduce
 from operator import or_
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from common.ranges import ANY, Range
 
 
 class Part:
@@ -65,8 +67,8 @@ def absolute(module: str, is_package: bool, node: ast.ImportFrom) -> str:
 
 
 def kind_of(node: ast.expr | None, module: str) -> Any:
-    """Return the type an annotation stands for, of int, float, bool, str, None, list, tuple, dict,
-    Literal, object and Part.
+    """Return the type an annotation stands for: of int, float, bool, str, None, list, tuple, dict, Literal, object, Part and
+    Annotated with a Range.
     """
     if node is None:
         return object
@@ -89,6 +91,8 @@ def subscripted(name: str, inner: ast.expr, module: str) -> Any:
     """Return the type of name[inner]."""
     if name == "Literal":
         return Literal[ast.literal_eval(inner)]
+    if name == "Annotated" and isinstance(inner, ast.Tuple):
+        return Annotated[kind_of(inner.elts[0], module), range_of(inner.elts[1])]
     parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
     kinds = [object if isinstance(part, ast.Constant) and part.value is ... else kind_of(part, module) for part in parts]
     if name in ("Union", "Optional"):
@@ -98,6 +102,14 @@ def subscripted(name: str, inner: ast.expr, module: str) -> Any:
     if name in ("dict", "Mapping"):
         return dict[str, kinds[-1]]  # type: ignore[valid-type]
     return tuple[*kinds] if name == "tuple" else Part  # type: ignore[valid-type]
+
+
+def range_of(node: ast.expr) -> Range:
+    """Return the range written as Range(...) with literal numbers; ANY for another expression, which is not carried out."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Range"):
+        return ANY
+    ends = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
+    return Range(*map(ast.literal_eval, node.args), **ends)
 
 
 @cache

@@ -1,15 +1,12 @@
-"""What a value may be: the table of every run's own keys, and the ranges of the words that parts share. No torch here.
+"""What a value may be: the table of every run's own keys, and the annotations of parts' constructors. No torch here."""
 
-A part's settings have the types that its constructor is annotated with; RANGES adds what an annotation cannot say.
-"""
-
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from common.errors import UserError
+from common.ranges import ANY, Count, CountOr0, NotNegative, Positive, Range, Seed, ShareBelow1, Size
 from configuration.signatures import Part, parameters
 
 LARGEST = 3.4e38  # that single precision holds
@@ -26,78 +23,45 @@ class FilePath(str):
 
 
 @dataclass(frozen=True)
-class Range:
-    """Which numbers are allowed, in a list each of them. above, below: an end that is itself left out.
-
-    most: an end so far off that it is named only to whoever passes it. rising: two numbers, the second no less.
-    """
-
-    low: float = -math.inf
-    high: float = math.inf
-    above: bool = False
-    below: bool = False
-    most: float = math.inf
-    rising: bool = False
-
-    def holds(self, number: float) -> bool:
-        low = number > self.low if self.above else number >= self.low
-        return low and (number < self.high if self.below else number <= min(self.high, self.most))
-
-    def words(self) -> str:
-        if self.rising:
-            return f" rising from {self.low:g} to {self.high:g}"
-        if not (self.above or self.below) and math.inf not in (-self.low, self.high):
-            return f" from {self.low:g} to {self.high:g}"
-        low = "" if self.low == -math.inf else f" above {self.low:g}" if self.above else f" of at least {self.low:g}"
-        high = "" if self.high == math.inf else f" below {self.high:g}" if self.below else f" at most {self.high:g}"
-        return f"{low} and{high}" if low and high else low + high
-
-
-@dataclass(frozen=True)
 class Setting:
     """A key that every run has. kind: its type; free: a run that goes on may change it; neutral: no result hangs on it."""
 
     kind: Any
-    range: Range = Range()
     free: bool = False
     neutral: bool = False
 
 
-ANY, POSITIVE, NOT_NEGATIVE = Range(), Range(0, above=True), Range(0)
-SHARE, SHARE_BELOW_1, SHARE_ABOVE_0 = Range(0, 1), Range(0, 1, below=True), Range(0, 1, above=True)
-COUNT, SIZE = Range(1, most=10**9), Range(1, most=10**5)
-
 SETTINGS: dict[str, Setting] = {
     "output_dir": Setting(FilePath, free=True, neutral=True),
-    "seed": Setting(int, NOT_NEGATIVE),
-    "epochs": Setting(int, COUNT, free=True),
-    "max_steps": Setting(int | None, COUNT, free=True),
-    "batch_size": Setting(int, COUNT),
-    "gradient_accumulation_steps": Setting(int, COUNT),
-    "limit_data": Setting(int | None, COUNT),
+    "seed": Setting(Seed),
+    "epochs": Setting(Count, free=True),
+    "max_steps": Setting(Count | None, free=True),
+    "batch_size": Setting(Count),
+    "gradient_accumulation_steps": Setting(Count),
+    "limit_data": Setting(Count | None),
     "balanced": Setting(bool),
-    "num_workers": Setting(int, Range(0, most=1000), free=True, neutral=True),
+    "num_workers": Setting(Annotated[int, Range(0, most=1000)], free=True, neutral=True),
     "device": Setting(Literal["auto", "cpu", "cuda", "mps"], free=True),
-    "devices": Setting(int, Range(1, most=10**5), free=True, neutral=True),
+    "devices": Setting(Size, free=True, neutral=True),
     "precision": Setting(Literal["fp32", "bf16", "fp16"]),
     "compile": Setting(bool, free=True),
     "compile_mode": Setting(Literal["default", "reduce-overhead", "max-autotune"], free=True, neutral=True),
     "deterministic": Setting(bool),
     "wait": Setting(bool, free=True, neutral=True),
-    "grad_clip": Setting(float | None, POSITIVE),
+    "grad_clip": Setting(Positive | None),
     "on_nan": Setting(Literal["stop", "skip"], free=True, neutral=True),
     "conditional": Setting(bool),
     "loss_weights": Setting(dict[str, float]),
     "overfit": Setting(bool),
-    "eval_every": Setting(int, COUNT),
-    "save_every": Setting(int, COUNT, free=True, neutral=True),
-    "log_every": Setting(int, COUNT, free=True, neutral=True),
+    "eval_every": Setting(Count),
+    "save_every": Setting(Count, free=True, neutral=True),
+    "log_every": Setting(Count, free=True, neutral=True),
     "async_save": Setting(Literal["auto", "always", "never"], free=True, neutral=True),
     "on_save_error": Setting(Literal["stop", "continue"], free=True, neutral=True),
-    "keep_saves": Setting(int, Range(0, most=10**9), free=True, neutral=True),
+    "keep_saves": Setting(CountOr0, free=True, neutral=True),
     "monitor": Setting(Name, free=True, neutral=True),
     "monitor_mode": Setting(Literal["auto", "min", "max"], free=True, neutral=True),
-    "patience": Setting(int | None, COUNT, free=True, neutral=True),
+    "patience": Setting(Count | None, free=True, neutral=True),
     "resume": Setting(Literal[True, False, "force"], free=True, neutral=True),
     "overwrite": Setting(bool, free=True, neutral=True),
     "init_from": Setting(FilePath | None, free=True),
@@ -118,41 +82,11 @@ AROUND = ("log", "trackio", "callbacks", "backend", "command", "changed", "overr
 FREE = {key for key, setting in SETTINGS.items() if setting.free} | {*AROUND}
 NEUTRAL = {key for key, setting in SETTINGS.items() if setting.neutral} | {*AROUND}
 
-# Of parts' settings, by the end of a dotted key; the longest end that is named holds.
-RANGES: dict[str, Range] = {
-    name: allowed
-    for allowed, names in (
-        (
-            COUNT,
-            "state_shape crops held_out_crops held_out_most count batch_size projections draws final_draws every images",
-        ),
-        (SIZE, "size channels centre width inner_width embedding multipliers patch_size hidden_size heads mlp_ratio"),
-        (Range(1, most=1000), "depth blocks inner_blocks"),
-        (Range(0, most=10**5), "crop_padding attention_up_to num_classes k"),
-        (Range(0, most=10**9), "warmup_steps patience skip"),
-        (Range(1, most=10**6), "steps evaluations"),
-        (Range(1, most=10**12), "epoch_size"),
-        (Range(1, most=50), "levels"),
-        (Range(1, most=100), "power"),
-        (Range(2, most=10**9), "samples final_samples loss_samples points"),
-        (Range(2, most=10**6), "replicates"),
-        (Range(1e-12, 1, below=True), "rtol atol"),
-        (Range(0, 2), "weighting.p"),
-        (Range(0, 1, rising=True), "interval"),
-        (POSITIVE, "std weights radius weighting.c lr eps beta_max beta_min"),
-        (NOT_NEGATIVE, "noise weight_decay scale copy_tolerance"),
-        (SHARE, "augment final start rise milestones label_dropout ratio whole"),
-        (SHARE_ABOVE_0, "gamma"),
-        (SHARE_BELOW_1, "dropout betas momentum decay label_smoothing"),
-    )
-    for name in names.split()
-}
-
-
-def range_of(key: str) -> Range:
-    """Return the range of a part's setting at a dotted key."""
-    ends = [key.split(".", cut)[cut] for cut in range(key.count(".") + 1)]
-    return next((RANGES[end] for end in ends if end in RANGES), ANY)
+# torch's optimizers declare types only.
+OF_OPTIMIZERS = {
+    "lr": Positive, "eps": Positive, "weight_decay": NotNegative, "momentum": ShareBelow1,
+    "betas": tuple[ShareBelow1, ShareBelow1],
+}  # fmt: skip
 
 
 def declared(key: str, target: Any) -> Setting | None:
@@ -161,12 +95,14 @@ def declared(key: str, target: Any) -> Setting | None:
         return SETTINGS[key]
     name = key.rpartition(".")[2]
     known = parameters(target) if isinstance(target, str) else {}
-    return Setting(known[name], range_of(key)) if name in known else None
+    if str(target).startswith("torch.optim."):
+        known = {parameter: OF_OPTIMIZERS.get(parameter, kind) for parameter, kind in known.items()}
+    return Setting(known[name]) if name in known else None
 
 
 def check_value(key: str, value: Any, setting: Setting) -> None:
     """Raise UserError unless the value is of the kind and in the range of its setting."""
-    kind, allowed = setting.kind, setting.range
+    kind, allowed = setting.kind, range_in(setting.kind)
     numbers = list(numbers_in(value)) if {int, float} & kinds_in(kind) else []
     most = min(allowed.most, LARGEST if float in kinds_in(kind) else 2**63 - 1)
     too_far = any(abs(number) > most for number in numbers)
@@ -180,12 +116,12 @@ def check_value(key: str, value: Any, setting: Setting) -> None:
     raise UserError(f"{key} takes {words(kind, ends)}{example}, not {shown(value)}")
 
 
-def whole_number(key: str, text: str, allowed: Range = COUNT, otherwise: str = "") -> int:
+def whole_number(key: str, text: str, kind: Any = Count, otherwise: str = "") -> int:
     """Return the whole number that a script's key=text gives. UserError for another text, or a number out of range."""
     number = int(text) if re.fullmatch(r"-?[0-9]{1,50}", text) else text
     if not isinstance(number, int) and otherwise:
-        raise UserError(f"{key} takes {words(int, allowed.words())}{otherwise}, not {text!r}")
-    check_value(key, number, Setting(int, allowed))
+        raise UserError(f"{key} takes {words(kind, range_in(kind).words())}{otherwise}, not {text!r}")
+    check_value(key, number, Setting(kind))
     return int(number)
 
 
@@ -202,15 +138,24 @@ def kinds_in(kind: Any) -> set[Any]:
     return {kind}.union(*map(kinds_in, get_args(kind))) if get_origin(kind) is not Literal else {kind}
 
 
+def range_in(kind: Any) -> Range:
+    """Return the range of the numbers of a type: ANY, or the one that its Annotated parts share."""
+    return next((inner for inner in kinds_in(kind) if isinstance(inner, Range)), ANY)
+
+
 def options_of(kind: Any) -> tuple[Any, ...]:
-    """Return the types of a union, or the one type."""
-    return get_args(kind) if get_origin(kind) in (Union, type(int | None)) else (kind,)
+    """Return the types of a union, or the one type, without their ranges."""
+    if get_origin(kind) is Annotated:
+        return options_of(get_args(kind)[0])
+    united = get_args(kind) if get_origin(kind) in (Union, type(int | None)) else ()
+    return tuple(option for part in united for option in options_of(part)) or (kind,)
 
 
 def fits(value: Any, kind: Any) -> bool:
     """Whether a plain value is of a type; a whole number is a number, and neither is true or false."""
-    if len(options_of(kind)) > 1:
-        return any(fits(value, option) for option in options_of(kind))
+    kind, *others = options_of(kind)
+    if others:
+        return any(fits(value, option) for option in (kind, *others))
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
         return any(value == word and type(value) is type(word) for word in inner)

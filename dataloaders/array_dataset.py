@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError
+from common.ranges import Count, EpochSize, SizeOr0
 from dataloaders.array_header import member_names, read_labels, reading, state_header
 from dataloaders.tensor_dataset import TensorDataset, stratified_rows
 
@@ -17,9 +18,9 @@ class ArrayDataset(TensorDataset):
     def __init__(
         self,
         path: str,
-        state_shape: Sequence[int] | None = None,
-        epoch_size: int | None = None,
-        num_classes: int | None = None,
+        state_shape: Sequence[Count] | None = None,
+        epoch_size: EpochSize | None = None,
+        num_classes: SizeOr0 | None = None,
         value_range: Sequence[float] | None = None,
         held_out_fraction: float = 0.1,
         standardize: bool = False,

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import Share, SizeOr0
 from dataloaders.base_dataloaders import Batch
 from models.inputs import join_label
 
@@ -19,8 +20,8 @@ class AugmentationOptions(TypedDict, total=False):
     """What every set of pictures takes besides its own knobs; meanings as in Augmentation."""
 
     flip: bool
-    crop_padding: int
-    augment: float
+    crop_padding: SizeOr0
+    augment: Share
 
 
 class Augmentation:

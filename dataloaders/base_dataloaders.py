@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import Count, EpochSize, SizeOr0
 from dataloaders.gaussian_mixture import GaussianMixture
 
 # States (B, *state_shape) and labels: classes (B,) int64, None without; (B, 1 + A) if an augmentation says what it did.
@@ -57,9 +58,9 @@ class FlowDataset(ABC):
 
     def __init__(
         self,
-        state_shape: list[int],
-        epoch_size: int,
-        num_classes: int = 0,
+        state_shape: list[Count],
+        epoch_size: EpochSize,
+        num_classes: SizeOr0 = 0,
         value_range: list[float] | None = None,
     ):
         self.state_shape: tuple[int, ...] = tuple(state_shape)

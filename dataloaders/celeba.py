@@ -7,6 +7,7 @@ from typing import Unpack
 import numpy as np
 
 from common.errors import UserError
+from common.ranges import Count, EpochSize, Size, SizeOr0
 from dataloaders.augmentation import AugmentationOptions
 from dataloaders.image_stream import ImageStream, PictureReader, require_crop
 from dataloaders.picture_files import attribute_classes
@@ -24,13 +25,13 @@ class CelebA(ImageStream):
     def __init__(
         self,
         root: str,
-        size: int,
-        num_classes: int,
-        state_shape: Sequence[int],
-        centre: int = 140,
+        size: Size,
+        num_classes: SizeOr0,
+        state_shape: Sequence[Count],
+        centre: Size = 140,
         attributes: Sequence[str] = ("Smiling",),
-        held_out_most: int = 10_000,
-        epoch_size: int | None = None,
+        held_out_most: Count = 10_000,
+        epoch_size: EpochSize | None = None,
         value_range: Sequence[float] = (-1.0, 1.0),
         **augmentation: Unpack[AugmentationOptions],
     ):

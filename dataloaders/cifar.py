@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import Count, EpochSize, SizeOr0
 from dataloaders.augmentation import AugmentationOptions
 from dataloaders.download import fetch, require_bare, require_whole
 from dataloaders.image_tensor import ImageTensor
@@ -38,10 +39,10 @@ class Cifar(ImageTensor):
         label_key: str,
         url: str,
         md5: str | None,
-        num_classes: int,
+        num_classes: SizeOr0,
         download: bool = False,
-        state_shape: Sequence[int] = SHAPE,
-        epoch_size: int | None = None,
+        state_shape: Sequence[Count] = SHAPE,
+        epoch_size: EpochSize | None = None,
         value_range: Sequence[float] = (-1.0, 1.0),
         **augmentation: Unpack[AugmentationOptions],
     ):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from common.errors import UserError
+from common.ranges import Count, EpochSize, SizeOr0
 from dataloaders.tensor_dataset import TensorDataset, stratified_rows
 
 
@@ -13,9 +14,9 @@ class Digits(TensorDataset):
 
     def __init__(
         self,
-        state_shape: Sequence[int] = (1, 8, 8),
-        epoch_size: int | None = None,
-        num_classes: int = 10,
+        state_shape: Sequence[Count] = (1, 8, 8),
+        epoch_size: EpochSize | None = None,
+        num_classes: SizeOr0 = 10,
         value_range: Sequence[float] = (-1.0, 1.0),
     ):
         """UserError when the configuration describes other data than the digits."""

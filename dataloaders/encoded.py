@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import Count, EpochSize, SizeOr0
 from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset
 from models.vae.stable_diffusion_vae import StableDiffusionVAE
 
@@ -21,9 +22,9 @@ class EncodedImages(FlowDataset):
         self,
         images: FlowDataset,
         vae: StableDiffusionVAE | None,
-        state_shape: Sequence[int],
-        num_classes: int,
-        epoch_size: int | None = None,
+        state_shape: Sequence[Count],
+        num_classes: SizeOr0,
+        epoch_size: EpochSize | None = None,
         value_range: Sequence[float] | None = None,
     ):
         """images: pictures (3, H, W). UserError without an autoencoder, or when the configuration does not fit."""

@@ -7,6 +7,7 @@ from typing import Unpack
 import numpy as np
 
 from common.errors import UserError
+from common.ranges import Count, EpochSize, Size, SizeOr0
 from dataloaders.augmentation import AugmentationOptions
 from dataloaders.image_stream import Crop, ImageStream, PictureReader, require_crop
 from dataloaders.picture_files import class_folders, imagenet_classes, list_pictures
@@ -24,15 +25,15 @@ class ImageFolder(ImageStream):
     def __init__(
         self,
         root: str,
-        size: int,
-        num_classes: int,
-        state_shape: Sequence[int],
+        size: Size,
+        num_classes: SizeOr0,
+        state_shape: Sequence[Count],
         crop: Crop = "resized",
-        channels: int = 3,
+        channels: Size = 3,
         held_out_fraction: float = 0.1,
         held_out_root: str | None = None,
-        held_out_most: int = 10_000,
-        epoch_size: int | None = None,
+        held_out_most: Count = 10_000,
+        epoch_size: EpochSize | None = None,
         value_range: Sequence[float] = (-1.0, 1.0),
         standardize: bool = False,
         **augmentation: Unpack[AugmentationOptions],

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import Count, EpochSize, SizeOr0
 from dataloaders.augmentation import Augmentation, AugmentationOptions
 from dataloaders.base_dataloaders import Batch
 from dataloaders.image_tensor import require_described
@@ -110,11 +111,11 @@ class ImageStream(StreamDataset):
         train: PictureReader,
         unseen: PictureReader,
         *,
-        state_shape: Sequence[int],
-        num_classes: int,
+        state_shape: Sequence[Count],
+        num_classes: SizeOr0,
         classes: int,
         value_range: Sequence[float] = (-1.0, 1.0),
-        epoch_size: int | None = None,
+        epoch_size: EpochSize | None = None,
         **augmentation: Unpack[AugmentationOptions],
     ):
         """classes: what the files have. UserError when the configuration says otherwise, or size or crop is unfit."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import Count, EpochSize, SizeOr0
 from dataloaders.augmentation import Augmentation, AugmentationOptions
 from dataloaders.base_dataloaders import Batch, EpochPlan
 from dataloaders.tensor_dataset import TensorDataset
@@ -20,10 +21,10 @@ class ImageTensor(TensorDataset):
         train: tuple[Tensor, Tensor | None],
         held_out: tuple[Tensor, Tensor | None],
         *,
-        state_shape: Sequence[int],
-        num_classes: int,
+        state_shape: Sequence[Count],
+        num_classes: SizeOr0,
         value_range: Sequence[float] = (-1.0, 1.0),
-        epoch_size: int | None = None,
+        epoch_size: EpochSize | None = None,
         **augmentation: Unpack[AugmentationOptions],
     ):
         """train, held_out: pictures (N, C, H, W) uint8 and labels (N,) or None.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import Count, EpochSize, SizeOr0
 from dataloaders.picture_files import latent_manifest
 from dataloaders.stream import Read, Reader, Rows, StreamDataset
 
@@ -57,12 +58,12 @@ class LatentCache(StreamDataset):
     def __init__(
         self,
         path: str,
-        state_shape: Sequence[int],
-        num_classes: int,
+        state_shape: Sequence[Count],
+        num_classes: SizeOr0,
         flip: bool = True,
         sample: bool = True,
-        held_out_most: int = 10_000,
-        epoch_size: int | None = None,
+        held_out_most: Count = 10_000,
+        epoch_size: EpochSize | None = None,
         value_range: Sequence[float] | None = None,
     ):
         """path: a folder that scripts/cache_latents.py has filled. flip: mirror half. sample: false serves the means.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import Count, EpochSize, SizeOr0
 from dataloaders.augmentation import AugmentationOptions
 from dataloaders.image_tensor import ImageTensor
 
@@ -24,11 +25,11 @@ class Photos(ImageTensor):
 
     def __init__(
         self,
-        crops: int = 10_000,
-        held_out_crops: int = 2_000,
-        state_shape: Sequence[int] = (3, SIDE, SIDE),
-        epoch_size: int | None = None,
-        num_classes: int = 2,
+        crops: Count = 10_000,
+        held_out_crops: Count = 2_000,
+        state_shape: Sequence[Count] = (3, SIDE, SIDE),
+        epoch_size: EpochSize | None = None,
+        num_classes: SizeOr0 = 2,
         value_range: Sequence[float] = (-1.0, 1.0),
         **augmentation: Unpack[AugmentationOptions],
     ):

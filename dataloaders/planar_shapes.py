@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import NotNegative, SizeOr0
 from dataloaders.synthetic import CommonOptions, SyntheticDataset, require_above_zero
 
 
@@ -21,7 +22,7 @@ class PlanarShape(SyntheticDataset):
     noise: standard deviation in each coordinate, in the units of the state; 0 leaves the bare shape.
     """
 
-    def __init__(self, noise: float, num_classes: int, **common: Unpack[CommonOptions]):
+    def __init__(self, noise: NotNegative, num_classes: SizeOr0, **common: Unpack[CommonOptions]):
         super().__init__(num_classes, **common)
         self.require_shape((2,))
         self.noise = require_not_negative("noise", noise)
@@ -39,7 +40,7 @@ class PlanarShape(SyntheticDataset):
 class Moons(PlanarShape):
     """Two interleaved half circles: x = (1 - 2k) (cos a - 1/2, sin a - 1/4) + noise eps, a = pi U."""
 
-    def __init__(self, noise: float = 0.05, num_classes: int = 2, **common: Unpack[CommonOptions]):
+    def __init__(self, noise: NotNegative = 0.05, num_classes: SizeOr0 = 2, **common: Unpack[CommonOptions]):
         super().__init__(noise, num_classes, **common)
         self.require_classes(2)
 
@@ -54,7 +55,9 @@ class Circles(PlanarShape):
     factor: radius of the inner circle over that of the outer, between 0 and 1.
     """
 
-    def __init__(self, factor: float = 0.5, noise: float = 0.05, num_classes: int = 2, **common: Unpack[CommonOptions]):
+    def __init__(
+        self, factor: float = 0.5, noise: NotNegative = 0.05, num_classes: SizeOr0 = 2, **common: Unpack[CommonOptions]
+    ):
         super().__init__(noise, num_classes, **common)
         self.require_classes(2)
         if not 0 < factor < 1:
@@ -73,7 +76,9 @@ class Spirals(PlanarShape):
     num_classes.
     """
 
-    def __init__(self, rotations: float = 1.0, noise: float = 0.05, num_classes: int = 2, **common: Unpack[CommonOptions]):
+    def __init__(
+        self, rotations: float = 1.0, noise: NotNegative = 0.05, num_classes: SizeOr0 = 2, **common: Unpack[CommonOptions]
+    ):
         require_above_zero("num_classes", num_classes)
         super().__init__(noise, num_classes, **common)
         self.rotations = float(rotations)
@@ -89,7 +94,7 @@ class Checkerboard(PlanarShape):
     cells: squares along a side, even. Square k has column = 2k // cells, row = (2k) % cells + column % 2.
     """
 
-    def __init__(self, cells: int = 4, noise: float = 0.0, num_classes: int = 8, **common: Unpack[CommonOptions]):
+    def __init__(self, cells: int = 4, noise: NotNegative = 0.0, num_classes: SizeOr0 = 8, **common: Unpack[CommonOptions]):
         if cells < 2 or cells % 2:
             raise UserError(f"dataloaders.cells must be an even number of squares along a side, not {cells}")
         super().__init__(noise, num_classes, **common)
@@ -114,7 +119,7 @@ class Pinwheel(PlanarShape):
         radial_std: float = 0.3,
         tangential_std: float = 0.05,
         rate: float = 0.25,
-        num_classes: int = 5,
+        num_classes: SizeOr0 = 5,
         **common: Unpack[CommonOptions],
     ):
         require_above_zero("num_classes", num_classes)
@@ -134,7 +139,7 @@ class Pinwheel(PlanarShape):
 class SCurve(PlanarShape):
     """An S seen from the side: x = (1 - 2k) (sin a, cos a - 1) + noise eps, a = 3 pi U / 2; k is the half of the S."""
 
-    def __init__(self, noise: float = 0.05, num_classes: int = 2, **common: Unpack[CommonOptions]):
+    def __init__(self, noise: NotNegative = 0.05, num_classes: SizeOr0 = 2, **common: Unpack[CommonOptions]):
         super().__init__(noise, num_classes, **common)
         self.require_classes(2)
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from common.errors import UserError
+from common.ranges import Count, EpochSize, SizeOr0
 from dataloaders.tensor_dataset import TensorDataset
 
 
@@ -14,9 +15,9 @@ class RandomImages(TensorDataset):
 
     def __init__(
         self,
-        state_shape: Sequence[int] = (4, 32, 32),
-        epoch_size: int = 448,
-        num_classes: int = 10,
+        state_shape: Sequence[Count] = (4, 32, 32),
+        epoch_size: EpochSize = 448,
+        num_classes: SizeOr0 = 10,
         value_range: Sequence[float] = (-1.0, 1.0),
     ):
         """UserError for a shape that is no image's, no classes, or an epoch that is no multiple of 7."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import Count, Positive
 from dataloaders.synthetic import SyntheticDataset
 
 
@@ -32,7 +33,7 @@ class Source(ABC):
 class GaussianSource(Source):
     """N(0, std^2 I) over states of the given shape."""
 
-    def __init__(self, state_shape: list[int], std: float = 1.0):
+    def __init__(self, state_shape: list[Count], std: Positive = 1.0):
         self.state_shape, self.std = tuple(state_shape), float(std)
         self.gaussian_std = self.std
 
@@ -48,7 +49,7 @@ class GaussianSource(Source):
 class DatasetSource(Source):
     """Synthetic data as the starting distribution, e.g. from eight_gaussians to moons; its labels are dropped."""
 
-    def __init__(self, dataset: SyntheticDataset, state_shape: list[int] | None = None):
+    def __init__(self, dataset: SyntheticDataset, state_shape: list[Count] | None = None):
         """state_shape: of the data the flow leads to. UserError when it is another than the source's."""
         if not isinstance(dataset, SyntheticDataset):
             raise UserError(

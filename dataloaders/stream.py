@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.errors import UserError
+from common.ranges import Count, SizeOr0
 from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset, pair_sizes
 
 AHEAD = 4  # batches that each worker reads in advance
@@ -106,8 +107,8 @@ class StreamDataset(FlowDataset):
         self,
         train: Reader,
         unseen: Reader,
-        state_shape: list[int],
-        num_classes: int,
+        state_shape: list[Count],
+        num_classes: SizeOr0,
         value_range: list[float] | None,
     ):
         """train, unseen: readers of the training part and of the part held out. UserError for fewer than 2 held out."""

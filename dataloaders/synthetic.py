@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import Count, EpochSize, Positive, SizeOr0
 from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset
 from dataloaders.gaussian_mixture import GaussianMixture
 
@@ -18,8 +19,8 @@ KMEANS_CENTROIDS = ((1.5, 2.0), (-2.0, 1.0), (-1.5, -2.0), (2.0, -1.5), (0.5, 0.
 class CommonOptions(TypedDict, total=False):
     """What every synthetic set takes besides its own knobs; meanings as in FlowDataset."""
 
-    state_shape: Sequence[int]
-    epoch_size: int
+    state_shape: Sequence[Count]
+    epoch_size: EpochSize
     value_range: Sequence[float] | None
 
 
@@ -31,9 +32,9 @@ class SyntheticDataset(FlowDataset):
 
     def __init__(
         self,
-        num_classes: int,
-        state_shape: Sequence[int] = (2,),
-        epoch_size: int = 200_000,
+        num_classes: SizeOr0,
+        state_shape: Sequence[Count] = (2,),
+        epoch_size: EpochSize = 200_000,
         value_range: Sequence[float] | None = None,
     ):
         super().__init__(list(state_shape), epoch_size, num_classes, None if value_range is None else list(value_range))
@@ -85,9 +86,9 @@ class MixtureDataset(SyntheticDataset):
     def __init__(
         self,
         means: Tensor,
-        std: float | Sequence[float],
-        weights: Sequence[float] | None,
-        num_classes: int,
+        std: Positive | Sequence[Positive],
+        weights: Sequence[Positive] | None,
+        num_classes: SizeOr0,
         **common: Unpack[CommonOptions],
     ):
         """means: (K, D). std: of every component, or one for each. weights: normalised here; None weighs all alike."""
@@ -107,9 +108,9 @@ class KMeans(MixtureDataset):
     def __init__(
         self,
         centroids: Sequence[Sequence[float]] = KMEANS_CENTROIDS,
-        std: float | Sequence[float] = 0.1,
-        weights: Sequence[float] | None = None,
-        num_classes: int = 5,
+        std: Positive | Sequence[Positive] = 0.1,
+        weights: Sequence[Positive] | None = None,
+        num_classes: SizeOr0 = 5,
         **common: Unpack[CommonOptions],
     ):
         """centroids: K points m_k of one dimension. std: of every blob, or one for each."""
@@ -125,10 +126,10 @@ class Gaussian(MixtureDataset):
     def __init__(
         self,
         mean: float | Sequence[float] = 0.7,
-        std: float = 0.4,
-        num_classes: int = 1,
-        state_shape: Sequence[int] = (2,),
-        epoch_size: int = 200_000,
+        std: Positive = 0.4,
+        num_classes: SizeOr0 = 1,
+        state_shape: Sequence[Count] = (2,),
+        epoch_size: EpochSize = 200_000,
         value_range: Sequence[float] | None = None,
     ):
         """mean: one number for all dimensions, or one for each."""
@@ -144,10 +145,10 @@ class EightGaussians(MixtureDataset):
 
     def __init__(
         self,
-        radius: float = 2.0,
-        std: float | Sequence[float] = 0.2,
-        weights: Sequence[float] | None = None,
-        num_classes: int = 8,
+        radius: Positive = 2.0,
+        std: Positive | Sequence[Positive] = 0.2,
+        weights: Sequence[Positive] | None = None,
+        num_classes: SizeOr0 = 8,
         **common: Unpack[CommonOptions],
     ):
         """std: of every blob, or one for each, counterclockwise from the right, as are the weights."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import EpochSize, SizeOr0
 from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset, pair_sizes
 
 
@@ -26,8 +27,8 @@ class TensorDataset(FlowDataset):
         labels: Tensor | None,
         held_out_rows: Tensor,
         *,
-        epoch_size: int | None = None,
-        num_classes: int = 0,
+        epoch_size: EpochSize | None = None,
+        num_classes: SizeOr0 = 0,
         value_range: Sequence[float] | None = None,
     ):
         """states: (N, *state_shape), uint8 being pixels. labels: (N,). held_out_rows: indices never trained on.

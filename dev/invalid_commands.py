@@ -29,8 +29,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import launcher
+from common.ranges import ANY
 from configuration.compose import CONFIG_DIR, groups
-from configuration.values import ANY, SETTINGS, Setting, declared, kinds_in, options_of
+from configuration.values import SETTINGS, Setting, declared, kinds_in, options_of, range_in
 
 LATE, HANG, WALL, LINES = 1.0, 120, 300, 4  # seconds of processor time, twice, and of the clock; lines
 INTEGERS = (
@@ -71,7 +72,7 @@ def settings_of_parts() -> Iterator[tuple[Command, str, Setting]]:
 
 def wrong_values(setting: Setting) -> list[str]:
     """Texts of values that the setting may not have."""
-    kinds, options, allowed = kinds_in(setting.kind), options_of(setting.kind), setting.range
+    kinds, options, allowed = kinds_in(setting.kind), options_of(setting.kind), range_in(setting.kind)
     wrong = [] if dict in kinds or any(get_origin(k) is dict for k in kinds) else ["{a: 1}"]
     wrong += [] if type(None) in kinds else ["null"]
     lists = any(get_origin(option) in (list, tuple) for option in options)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from common.errors import UserError, printable
 from common.progress import watched
+from common.ranges import Count, CountFrom2
 from common.seeds import generator_for
 from evaluation.evaluator import Evaluation, EvaluationInputs, Evaluator, flat_values, held_out_states
 from evaluation.metrics.base_metric import Score
@@ -56,7 +57,7 @@ class ClassifierEvaluator(Evaluator):
     loss as trained. samples / final_samples: held-out images judged during the run / at its end, at most, always the same.
     """
 
-    def __init__(self, samples: int, final_samples: int, batch_size: int = 1024):
+    def __init__(self, samples: CountFrom2, final_samples: CountFrom2, batch_size: Count = 1024):
         self.samples, self.final_samples, self.batch_size = samples, final_samples, batch_size
 
     def check(self, objective: Objective) -> None:

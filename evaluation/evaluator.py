@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.progress import watched
+from common.ranges import Count, CountFrom2
 from common.seeds import generator_for
 from dataloaders.base_dataloaders import Batch, FlowDataset
 from dataloaders.sources import Source
@@ -95,12 +96,12 @@ class GeneratorEvaluator(Evaluator):
 
     def __init__(
         self,
-        samples: int,
-        final_samples: int,
+        samples: CountFrom2,
+        final_samples: CountFrom2,
         metrics: dict[str, Metric],
-        batch_size: int = 1024,
+        batch_size: Count = 1024,
         loss_weights: dict[str, float] | None = None,
-        loss_samples: int | None = None,
+        loss_samples: CountFrom2 | None = None,
     ):
         self.loss_samples = loss_samples or final_samples
         self.samples, self.final_samples, self.metrics = samples, final_samples, metrics

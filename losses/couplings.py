@@ -8,6 +8,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import Count
 
 Pairs = tuple[Tensor, Tensor, Tensor | None]
 
@@ -61,7 +62,7 @@ class ReflowCoupling(Coupling):
     make_pairs(teacher, count, like), returns them; see evaluation.reflow.TeacherPairs.
     """
 
-    def __init__(self, teacher: str, count: int, make_pairs: Callable[[str, int, Tensor], Pairs]):
+    def __init__(self, teacher: str, count: Count, make_pairs: Callable[[str, int, Tensor], Pairs]):
         if count < 1:
             raise UserError(f"loss.coupling.count={count} must be at least 1: the number of pairs to draw batches from")
         self.teacher, self.count, self.make_pairs = teacher, count, make_pairs

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from common.errors import UserError
+from common.ranges import ShareBelow1
 from dataloaders.sources import Source
 from losses.objective import Objective
 from models.classifier.classifier import Classifier
@@ -31,7 +32,7 @@ class CrossEntropyLoss(Objective):
 
     network: Classifier
 
-    def __init__(self, network: Classifier, label_smoothing: float = 0.0):
+    def __init__(self, network: Classifier, label_smoothing: ShareBelow1 = 0.0):
         super().__init__()
         if not isinstance(network, Classifier):
             raise UserError(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import Share
 from losses.objective import expand_time
 
 
@@ -20,7 +21,7 @@ class MeanFlowGuidance:
     Raises UserError when omega is not above 0 and finite, kappa not in [0, 1), or start > end or either outside [0, 1].
     """
 
-    def __init__(self, omega: float = 1.0, kappa: float = 0.0, start: float = 0.0, end: float = 1.0):
+    def __init__(self, omega: float = 1.0, kappa: float = 0.0, start: Share = 0.0, end: float = 1.0):
         if not 0 < omega < math.inf or not 0 <= kappa < 1:
             raise UserError(
                 f"loss.guidance takes omega above 0 and kappa from 0 up to, not including, 1, not omega={omega} and "

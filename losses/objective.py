@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from common.errors import UserError
+from common.ranges import Share
 from dataloaders.sources import Source
 from losses.couplings import Coupling
 from losses.paths import ProbabilityPath
@@ -109,7 +110,7 @@ class FlowObjective(Objective, ABC):
         time_sampler: TimeSampler,
         prediction: Prediction,
         weighting: Weighting,
-        label_dropout: float = 0.0,
+        label_dropout: Share = 0.0,
     ):
         super().__init__()
         if not isinstance(network, VelocityModel):

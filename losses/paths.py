@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.ranges import Positive
+
 CLAMP = 0.05  # least sigma or alpha we divide by: keeps x1- and x0-prediction finite at the path's ends
 
 
@@ -93,7 +95,7 @@ class VariancePreservingPath(ProbabilityPath):
 
     last_time = 1 - 1e-3
 
-    def __init__(self, beta_max: float = 20.0, beta_min: float = 0.1):
+    def __init__(self, beta_max: Positive = 20.0, beta_min: Positive = 0.1):
         self.beta_max, self.beta_min = beta_max, beta_min
 
     def at(self, t: Tensor) -> PathPoint:

@@ -1,11 +1,13 @@
 """Which times a batch is trained at: pairs (r, t), r <= t, the state being at r and headed to t."""
 
 from abc import ABC, abstractmethod
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import Positive, Range, Share
 
 
 class TimeSampler(ABC):
@@ -16,7 +18,7 @@ class TimeSampler(ABC):
     random pairs next to none come near.
     """
 
-    def __init__(self, ratio: float = 0.0, whole: float = 0.0):
+    def __init__(self, ratio: Share = 0.0, whole: Share = 0.0):
         self.ratio, self.whole = ratio, whole
 
     @abstractmethod
@@ -52,7 +54,7 @@ class UniformTimes(TimeSampler):
 class LogitNormalTimes(TimeSampler):
     """sigmoid(N(mean, std^2)) (Esser et al. 2024, arXiv 2403.03206). Papers with t = 1 as noise use -mean for our mean."""
 
-    def __init__(self, mean: float = 0.0, std: float = 1.0, ratio: float = 0.0, whole: float = 0.0):
+    def __init__(self, mean: float = 0.0, std: Positive = 1.0, ratio: Share = 0.0, whole: Share = 0.0):
         super().__init__(ratio, whole)
         self.mean, self.std = mean, std
 
@@ -67,7 +69,7 @@ class DyadicTimes(TimeSampler):
     shortest: half of the shortest interval, 2^-levels.
     """
 
-    def __init__(self, levels: int = 7, ratio: float = 0.125, whole: float = 0.0):
+    def __init__(self, levels: Annotated[int, Range(1, most=50)] = 7, ratio: Share = 0.125, whole: Share = 0.0):
         super().__init__(ratio, whole)
         if not isinstance(levels, int) or levels < 1:
             raise UserError(f"loss.time_sampler.levels={levels} must be a whole number of at least 1")

@@ -1,8 +1,11 @@
 """From per-sample squared errors (summed over dimensions) to one number."""
 
 from abc import ABC, abstractmethod
+from typing import Annotated
 
 from torch import Tensor
+
+from common.ranges import Positive, Range
 
 
 class Weighting(ABC):
@@ -31,7 +34,7 @@ class AdaptiveWeighting(Weighting):
     low-dimensional target it pulls the minimiser from the mean toward a mode, so p = 0 is right in 2-D.
     """
 
-    def __init__(self, p: float = 1.0, c: float = 1e-2):
+    def __init__(self, p: Annotated[float, Range(0, 2)] = 1.0, c: Positive = 1e-2):
         self.p, self.c = p, c
 
     def __call__(self, squared_error: Tensor, a: Tensor | float = 1.0) -> Tensor:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command_line import front
 from common.errors import UserError
 from common.files import remove_temporaries, replacing, write_atomically
-from configuration.values import NOT_NEGATIVE, Range
+from common.ranges import Range
 from dataloaders.picture_files import MANIFEST
 from scripts.settings import read_settings
 
@@ -52,7 +52,7 @@ class Settings:
     out: Path = field(metadata={"example": "out=data/imagenet_latents, the folder to write to"})
     shard_rows: Annotated[int, Range(1)] = 8192
     batch_size: Annotated[int, Range(1)] = 32
-    num_workers: Annotated[int, NOT_NEGATIVE] = 4
+    num_workers: Annotated[int, Range(0)] = 4
     device: str = "auto"
     verify: bool = False
 
@@ -182,7 +182,7 @@ def build_pictures(overrides: list[str]) -> tuple["ImageStream", str, dict[str, 
     assert isinstance(node, DictConfig)
     config = resolved(node)["dataloaders"]
     if "held_out_most" in config:
-        config["held_out_most"] = sys.maxsize  # the cache has them all
+        config["held_out_most"] = 10**9  # the cache has them all
     dataset = build(config)
     if not isinstance(dataset, ImageStream) or dataset.train.channels != 3 or dataset.train.crop == "random":
         raise UserError(

@@ -19,14 +19,14 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command_line import front
 from common.errors import UserError
 from common.files import end_of, write_atomically
-from configuration.values import NOT_NEGATIVE, RANGES
+from common.ranges import CountFrom2, Replicates, Seed, Steps
 from run_files.checks import check_writable
 from scripts.settings import read_settings
 
@@ -45,11 +45,11 @@ class Settings:
     samples: Path | None = None
     network: str | None = None
     reference: str | None = None
-    n: Annotated[int, RANGES["samples"]] = 10_000
-    seed: Annotated[int, NOT_NEGATIVE] = 0
-    label: Annotated[int | Literal["all"] | None, NOT_NEGATIVE] = None
-    nfe: Annotated[int | None, RANGES["evaluations"]] = None
-    replicates: Annotated[int | None, RANGES["replicates"]] = None
+    n: CountFrom2 = 10_000
+    seed: Seed = 0
+    label: Seed | Literal["all"] | None = None
+    nfe: Steps | None = None
+    replicates: Replicates | None = None
     device: str = "auto"
     cache: Path = Path("outputs/cache")
     out: Path | None = None

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command_line import ROOT, front
 from common.files import write_atomically
-from configuration.values import Range
+from common.ranges import Range
 from evaluation.leaderboard_table import (
     Results,
     Row,

@@ -23,14 +23,14 @@ numbers are its latents.
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command_line import front, outputs
 from common.errors import UserError
 from common.files import replacing
-from configuration.values import COUNT, NOT_NEGATIVE, RANGES
+from common.ranges import Count, Seed, Steps
 from scripts.settings import read_settings
 
 if TYPE_CHECKING:
@@ -46,10 +46,10 @@ class Settings:
     """The command line."""
 
     ckpt: Path = field(metadata={"example": "ckpt=outputs/ckpts/mlp/last.pt"})
-    n: Annotated[int, COUNT] = 64
-    seed: Annotated[int, NOT_NEGATIVE] = 0
-    label: Annotated[int | Literal["all"] | None, NOT_NEGATIVE] = None
-    nfe: Annotated[int | None, RANGES["evaluations"]] = None
+    n: Count = 64
+    seed: Seed = 0
+    label: Seed | Literal["all"] | None = None
+    nfe: Steps | None = None
     device: str = "auto"
     out: str | None = None
     real: bool = True

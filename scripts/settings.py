@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_type_hints
 
 from common.errors import UserError
-from configuration.values import ANY, FilePath, Setting, check_value, options_of
+from configuration.values import FilePath, Setting, check_value, options_of, range_in
 
 T = TypeVar("T")
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 def read_settings(words: list[str], kind: type[T], groups: Sequence[str] = (), others: str = "") -> tuple[T, list[str]]:
     """Return the settings that a command line gives, and its words for parts of `groups`, such as solver.steps=4.
 
-    kind: a dataclass; a field's annotation says what its word may give, Annotated[int, Range(1)] within which range. The
+    kind: a dataclass; a field's annotation says what its word may give, with the ranges of common/ranges.py. The
     default holds without a word. UserError for another word, a value of another kind, and a missing word that has no
     default. others: what may follow, in words, for the message.
     """
@@ -50,12 +50,11 @@ def known_settings(words: list[str], kind: type[T]) -> tuple[T, list[str]]:
 
 def value_of(key: str, text: str, hint: Any) -> Any:
     """Return the value that key=text gives a setting of this annotation. UserError for one of another kind."""
-    kind, allowed = get_args(hint) if get_origin(hint) is Annotated else (hint, ANY)
-    options = [FilePath if option is Path else option for option in options_of(kind) if option is not NoneType]
-    if not text and NoneType in options_of(kind):
+    options = [FilePath if option is Path else option for option in options_of(hint) if option is not NoneType]
+    if not text and NoneType in options_of(hint):
         return None
     value = parsed(text, options)
-    check_value(key, value, Setting(Union[tuple(options)], allowed))  # noqa: UP007
+    check_value(key, value, Setting(Annotated[Union[tuple(options)], range_in(hint)]))  # noqa: UP007
     return Path(value) if FilePath in options else value
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import Steps
 from solvers.time_grids import TimeGrid, UniformGrid
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Sampler(ABC):
 
     renoises: bool = False
 
-    def __init__(self, steps: int = 25, grid: TimeGrid | None = None):
+    def __init__(self, steps: Steps = 25, grid: TimeGrid | None = None):
         if not isinstance(steps, int) or steps < 1:
             raise UserError(f"solver.steps={steps} is not a number of steps; give a whole number of at least 1")
         self.steps = steps

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import Steps, Tolerance
 from solvers.base_solver import BaseSolver, Field, StepCallback
 from solvers.time_grids import TimeGrid
 
@@ -19,7 +20,7 @@ class Dopri5(BaseSolver):
     Raises UserError when a tolerance is not positive.
     """
 
-    def __init__(self, rtol: float = 1e-6, atol: float = 1e-6, steps: int = 25, grid: TimeGrid | None = None):
+    def __init__(self, rtol: Tolerance = 1e-6, atol: Tolerance = 1e-6, steps: Steps = 25, grid: TimeGrid | None = None):
         super().__init__(steps, grid)
         if not (rtol > 0 and atol > 0):
             raise UserError(f"solver.rtol={rtol} and solver.atol={atol} must both be above 0; 1e-6 is the default")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import Steps
 from solvers.base_solver import FreshNoise, Sampler
 from solvers.time_grids import TimeGrid
 
@@ -23,7 +24,7 @@ class FlowMapSolver(Sampler):
     2303.01469, algorithm 1), which forgets the errors of earlier steps. Either way the exact map gives the data exactly.
     """
 
-    def __init__(self, steps: int = 4, grid: TimeGrid | None = None, renoise: bool = False):
+    def __init__(self, steps: Steps = 4, grid: TimeGrid | None = None, renoise: bool = False):
         super().__init__(steps, grid)
         self.renoise = self.renoises = renoise
 

@@ -1,12 +1,13 @@
 """Where a fixed-step solver places its steps on [0, 1]."""
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import Range
 
 
 class TimeGrid(ABC):
@@ -32,7 +33,7 @@ class PowerGrid(TimeGrid):
     Raises UserError when power < 1, which would be dense at the other end, or when `dense` names no end.
     """
 
-    def __init__(self, power: float = 2.0, dense: Literal["noise", "data"] = "data"):
+    def __init__(self, power: Annotated[float, Range(1, most=100)] = 2.0, dense: Literal["noise", "data"] = "data"):
         if not 1 <= power < float("inf"):
             raise UserError(
                 f"solver.grid.power={power} must be 1 (uniform) or more; the side is chosen by solver.grid.dense"

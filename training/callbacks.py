@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from common.progress import Progress
+from common.ranges import Count, CountOr0, Steps
 from evaluation.report import per_dimension
 from run_files.experiment_log import ExperimentLog
 from run_files.metrics_file import higher_is_better
@@ -23,7 +24,7 @@ class ProgressBar(Callback):
     """How far training is: a bar with loss, rate and time left on a terminal, else a line now and then where it takes long.
     Either way a line for each evaluation."""
 
-    def __init__(self, every: int = 10) -> None:
+    def __init__(self, every: Count = 10) -> None:
         """every: steps between two looks, unless they take more than a second."""
         self.every = every
         self.shown: Progress | None = None
@@ -62,7 +63,7 @@ class SamplePictures(Callback):
     """At each evaluation, a picture of the samples beside real data, to samples/ and to the tracker; at the last one also of
     the samples nearest to training images, beside those."""
 
-    def __init__(self, images: int = 100) -> None:
+    def __init__(self, images: Count = 100) -> None:
         self.images = images
 
     def evaluation_end(self, run: Run) -> None:
@@ -188,7 +189,7 @@ def compared_table(run: Run) -> str:
 class Profiler(Callback):
     """torch.profiler over `steps` steps after `skip`: a table on the console, a trace in the run's folder."""
 
-    def __init__(self, skip: int = 10, steps: int = 40) -> None:
+    def __init__(self, skip: CountOr0 = 10, steps: Steps = 40) -> None:
         self.skip, self.steps = skip, steps
         self.begun = 0
         self.profiler: Any = None

@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import nn
 
+from common.ranges import ShareBelow1
+
 
 class ConstantEMA:
     """average <- d average + (1 - d) weights after every step, d = min(decay, (1 + n) / (10 + n)) at the n-th update.
@@ -12,7 +14,7 @@ class ConstantEMA:
     The ramp-up forgets the random start quickly. decay 0 keeps the average equal to the weights. Buffers are copied.
     """
 
-    def __init__(self, decay: float = 0.999):
+    def __init__(self, decay: ShareBelow1 = 0.999):
         self.decay = decay
 
     def average_of(self, network: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from common.errors import UserError
+from common.ranges import CountOr0, Share, ShareAbove0
 
 
 class Schedule(ABC):
@@ -13,7 +14,7 @@ class Schedule(ABC):
     warmup_steps: steps over which the factor rises linearly to where the schedule starts.
     """
 
-    def __init__(self, warmup_steps: int = 0):
+    def __init__(self, warmup_steps: CountOr0 = 0):
         if warmup_steps < 0:
             raise UserError(f"schedule.warmup_steps must be 0 or more, not {warmup_steps}")
         self.warmup_steps = warmup_steps
@@ -49,7 +50,7 @@ class Constant(Schedule):
 class Linear(Schedule):
     """Falls linearly from 1 to `final`."""
 
-    def __init__(self, final: float = 0.0, warmup_steps: int = 0):
+    def __init__(self, final: Share = 0.0, warmup_steps: CountOr0 = 0):
         super().__init__(warmup_steps)
         self.final = final
 
@@ -67,7 +68,7 @@ class Cosine(Linear):
 class Step(Schedule):
     """Multiplied by `gamma` at each of the given shares of the run, e.g. [0.5, 0.75]."""
 
-    def __init__(self, milestones: list[float], gamma: float = 0.1, warmup_steps: int = 0):
+    def __init__(self, milestones: list[Share], gamma: ShareAbove0 = 0.1, warmup_steps: CountOr0 = 0):
         super().__init__(warmup_steps)
         self.milestones, self.gamma = milestones, gamma
 
@@ -78,7 +79,7 @@ class Step(Schedule):
 class Exponential(Linear):
     """Falls from 1 to `final` by the same ratio each step."""
 
-    def __init__(self, final: float = 0.01, warmup_steps: int = 0):
+    def __init__(self, final: Share = 0.01, warmup_steps: CountOr0 = 0):
         super().__init__(final, warmup_steps)
 
     def shape(self, share: float, step: int, total_steps: int) -> float:
@@ -92,7 +93,7 @@ class OneCycle(Schedule):
     `final`. torch's own peak may lie between two steps, and in very short runs before the first.
     """
 
-    def __init__(self, rise: float = 0.3, start: float = 0.04, final: float = 4e-6, warmup_steps: int = 0):
+    def __init__(self, rise: Share = 0.3, start: Share = 0.04, final: Share = 4e-6, warmup_steps: CountOr0 = 0):
         super().__init__(warmup_steps)
         self.rise, self.start, self.final = rise, start, final
 
@@ -110,7 +111,7 @@ class OneCycle(Schedule):
 class Plateau(Schedule):
     """Multiplied by `gamma` when the monitored metric has not improved for more than `patience` evaluations."""
 
-    def __init__(self, gamma: float = 0.5, patience: int = 3, warmup_steps: int = 0):
+    def __init__(self, gamma: ShareAbove0 = 0.5, patience: CountOr0 = 3, warmup_steps: CountOr0 = 0):
         super().__init__(warmup_steps)
         self.gamma, self.patience = gamma, patience
         self.best, self.waited, self.drops = math.inf, 0, 0

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from common.command_line import outputs, unknown
 from common.errors import UserError
-from configuration.values import NOT_NEGATIVE, RANGES, whole_number
+from common.ranges import CountFrom2, Seed
+from configuration.values import whole_number
 from evaluation.films import FORMS
 from run_files.checks import check_writable
 
@@ -209,14 +210,14 @@ def scene(words: list[str], n: int, frames: int, points: int | None = None) -> S
             raise UserError(f"{unknown(word, settings)}, and solver and guidance settings, as key=value")
     n, seed, frames = (
         whole_number("n", settings["n"] or str(n)),
-        whole_number("seed", settings["seed"], NOT_NEGATIVE),
-        whole_number("frames", settings["frames"], RANGES["samples"]),
+        whole_number("seed", settings["seed"], Seed),
+        whole_number("frames", settings["frames"], CountFrom2),
     )
     if settings["format"] not in FORMS:
         raise UserError(f"format takes {', '.join(FORMS)}, not {settings['format']!r}")
     if Path(settings["out"]).suffix in (".png", ".gif", ".mp4") or Path(settings["out"]).is_file():
         raise UserError(f"out takes a folder, which the files go to under their own names, not {settings['out']!r}")
-    label = settings["label"] if settings["label"] in ("", "all") else whole_number("label", settings["label"], NOT_NEGATIVE)
+    label = settings["label"] if settings["label"] in ("", "all") else whole_number("label", settings["label"], Seed)
     checkpoint = Path(settings["ckpt"]) if settings["ckpt"] else newest_checkpoint()
 
     from configuration.stored import allow

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import Replicates
 from evaluation.metrics.base_metric import Generation
 from evaluation.metrics.distances import all_distances, distance_sum, self_distance_sum
 from evaluation.metrics.two_sample import TwoSampleMetric
@@ -38,7 +39,7 @@ class EnergyDistance(TwoSampleMetric):
     least = 2
     pools = 4
 
-    def __init__(self, replicates: int = 1000):
+    def __init__(self, replicates: Replicates = 1000):
         super().__init__(replicates)
 
     def distance(self, x: Tensor, y: Tensor) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import CountFrom2, Replicates, SizeOr0
 from common.seeds import generator_for
 from dataloaders.tensor_dataset import TensorDataset
 from evaluation.feature_networks import ClassifierFeatures, FeatureNetwork, classifier_features
@@ -36,9 +37,9 @@ class FeatureMetric(Metric):
         self,
         network: str | FeatureNetwork | None,
         reference: str = "held_out",
-        replicates: int = 20,
-        k: int = 5,
-        points: int = 5000,
+        replicates: Replicates = 20,
+        k: SizeOr0 = 5,
+        points: CountFrom2 = 5000,
         final_only: bool = False,
     ):
         if reference not in ("held_out", "train"):

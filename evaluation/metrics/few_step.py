@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from common.errors import UserError
+from common.ranges import Steps
 from evaluation.generate import few_step_words, few_steps
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
 from losses.objective import FlowObjective
@@ -19,7 +20,7 @@ class FewStep(Metric):
     def __init__(
         self,
         scores: dict[str, Metric],
-        evaluations: list[int] | None = None,
+        evaluations: list[Steps] | None = None,
         euler: bool = False,
     ):
         self.scores, self.evaluations, self.euler = list(scores.values()), list(evaluations or [1, 2, 4]), euler

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from common.ranges import CountFrom2, NotNegative
 from common.seeds import generator_for
 from dataloaders.base_dataloaders import Batch
 from dataloaders.tensor_dataset import TensorDataset
@@ -29,7 +30,7 @@ class NearestTraining(Metric):
     found, which the note tells.
     """
 
-    def __init__(self, points: int = 2000, copy_tolerance: float = 1e-3):
+    def __init__(self, points: CountFrom2 = 2000, copy_tolerance: NotNegative = 1e-3):
         self.points, self.copy_tolerance = points, copy_tolerance
 
     def compute(self, generation: Generation) -> list[Score | Absent]:

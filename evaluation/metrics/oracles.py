@@ -6,6 +6,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from common.ranges import Count, CountFrom2
 from common.seeds import generator_for
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
@@ -72,7 +73,7 @@ class OracleVelocity(Metric):
     squared error. draws, final_draws: states during the run / at its end.
     """
 
-    def __init__(self, draws: int = 10_000, final_draws: int = 100_000):
+    def __init__(self, draws: Count = 10_000, final_draws: Count = 100_000):
         self.draws, self.final_draws = draws, final_draws
 
     def names(self) -> list[str]:
@@ -186,7 +187,7 @@ class OracleLogProbError(Metric):
 
     name = "oracle/log_prob_error"
 
-    def __init__(self, points: int = 500):
+    def __init__(self, points: CountFrom2 = 500):
         self.points = points
 
     def compute(self, generation: Generation) -> list[Score | Absent]:

@@ -7,6 +7,7 @@ from scipy.special import bdtr, nctdtrit, ndtri
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import Replicates
 from common.seeds import generator_for
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
 from evaluation.metrics.cache import cached_numbers
@@ -48,7 +49,7 @@ class TwoSampleMetric(Metric):
     least: int = 1
     pools: int | None = None
 
-    def __init__(self, replicates: int = 230):
+    def __init__(self, replicates: Replicates = 230):
         if replicates < 2:
             raise UserError(f"a noise floor needs at least 2 replicates, not {replicates}; correct evaluation.metrics")
         self.replicates = replicates

@@ -5,6 +5,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from common.ranges import Count, CountFrom2, Replicates
 from common.seeds import generator_for
 from evaluation.metrics.base_metric import Generation
 from evaluation.metrics.two_sample import TwoSampleMetric
@@ -35,7 +36,7 @@ class Wasserstein(TwoSampleMetric):
 
     name = "eval/w2"
 
-    def __init__(self, points: int = 500, replicates: int = 230):
+    def __init__(self, points: CountFrom2 = 500, replicates: Replicates = 230):
         super().__init__(replicates)
         self.points = points
 
@@ -59,7 +60,7 @@ class SlicedWasserstein(TwoSampleMetric):
     name = "eval/sliced_w2"
     pools = 10
 
-    def __init__(self, projections: int = 64, replicates: int = 230):
+    def __init__(self, projections: Count = 64, replicates: Replicates = 230):
         super().__init__(replicates)
         self.projections = projections
 

@@ -5,6 +5,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.ranges import Count, Depth, ShareBelow1, Size, SizeOr0
 from models.classifier.classifier import Classifier
 from models.layers import GroupNorm
 
@@ -53,13 +54,13 @@ class ResidualClassifier(Classifier):
 
     def __init__(
         self,
-        state_shape: list[int],
-        num_classes: int,
-        width: int = 64,
-        multipliers: list[int] | None = None,
-        blocks: int = 2,
+        state_shape: list[Count],
+        num_classes: SizeOr0,
+        width: Size = 64,
+        multipliers: list[Size] | None = None,
+        blocks: Depth = 2,
         norm: Norm = "batch",
-        dropout: float = 0.0,
+        dropout: ShareBelow1 = 0.0,
     ):
         super().__init__()
         self.num_classes = num_classes

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.ranges import Count, Depth, ShareBelow1, Size, SizeOr0
 from models.inputs import split_unified_flow_matching_input
 from models.layers import Conditioning, RMSNorm, layer_norm, modulate, zero_
 from models.velocity_model import VelocityModel
@@ -80,16 +81,16 @@ class DiT(VelocityModel):
 
     def __init__(
         self,
-        state_shape: list[int],
-        num_classes: int = 0,
-        patch_size: int = 2,
-        hidden_size: int = 384,
-        depth: int = 12,
-        heads: int = 6,
-        mlp_ratio: int = 4,
+        state_shape: list[Count],
+        num_classes: SizeOr0 = 0,
+        patch_size: Size = 2,
+        hidden_size: Size = 384,
+        depth: Depth = 12,
+        heads: Size = 6,
+        mlp_ratio: Size = 4,
         qk_norm: bool = False,
         time_frequencies: list[float] | None = None,
-        dropout: float = 0.0,
+        dropout: ShareBelow1 = 0.0,
     ):
         super().__init__()
         channels, *sides = state_shape

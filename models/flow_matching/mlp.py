@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from common.ranges import Count, Depth, ShareBelow1, Size, SizeOr0
 from models.inputs import split_unified_flow_matching_input
 from models.layers import ClassEmbedding, TimeFeatures
 from models.velocity_model import VelocityModel
@@ -16,12 +17,12 @@ class MLP(VelocityModel):
 
     def __init__(
         self,
-        state_shape: list[int],
-        num_classes: int = 0,
-        width: int = 256,
-        depth: int = 3,
+        state_shape: list[Count],
+        num_classes: SizeOr0 = 0,
+        width: Size = 256,
+        depth: Depth = 3,
         time_frequencies: list[float] | None = None,
-        dropout: float = 0.0,
+        dropout: ShareBelow1 = 0.0,
     ):
         super().__init__()
         self.num_classes = num_classes

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.ranges import Count, Depth, ShareBelow1, Size, SizeOr0
 from models.inputs import split_unified_flow_matching_input
 from models.layers import ClassEmbedding, GroupNorm, TimeFeatures
 from models.velocity_model import VelocityModel
@@ -36,14 +37,14 @@ class SmallCNN(VelocityModel):
 
     def __init__(
         self,
-        state_shape: list[int],
-        num_classes: int = 0,
-        width: int = 32,
-        inner_width: int = 96,
-        inner_blocks: int = 2,
-        embedding: int = 96,
+        state_shape: list[Count],
+        num_classes: SizeOr0 = 0,
+        width: Size = 32,
+        inner_width: Size = 96,
+        inner_blocks: Depth = 2,
+        embedding: Size = 96,
         time_frequencies: list[float] | None = None,
-        dropout: float = 0.0,
+        dropout: ShareBelow1 = 0.0,
     ):
         super().__init__()
         channels, height, width_px = state_shape

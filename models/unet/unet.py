@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.ranges import Count, Depth, ShareBelow1, Size, SizeOr0
 from models.inputs import split_unified_flow_matching_input
 from models.layers import Conditioning, GroupNorm, group_norm, modulate, zero_
 from models.velocity_model import VelocityModel
@@ -121,15 +122,15 @@ class UNet(VelocityModel):
 
     def __init__(
         self,
-        state_shape: list[int],
-        num_classes: int = 0,
-        width: int = 128,
-        multipliers: tuple[int, ...] | list[int] = (1, 2, 2, 2),
-        blocks: int = 3,
-        attention_up_to: int = 16,
-        embedding: int = 384,
+        state_shape: list[Count],
+        num_classes: SizeOr0 = 0,
+        width: Size = 128,
+        multipliers: tuple[Size, ...] | list[Size] = (1, 2, 2, 2),
+        blocks: Depth = 3,
+        attention_up_to: SizeOr0 = 16,
+        embedding: Size = 384,
         time_frequencies: list[float] | None = None,
-        dropout: float = 0.1,
+        dropout: ShareBelow1 = 0.1,
         augment_dim: int = 0,
     ):
         super().__init__()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.ranges import Count
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 HUB_ID = "stabilityai/sd-vae-ft-ema"
@@ -23,7 +24,7 @@ class StableDiffusionVAE(nn.Module):
     when diffusers is not installed. Neither direction clips: what draws or scores a picture does.
     """
 
-    def __init__(self, path: str, state_shape: list[int] | None = None):
+    def __init__(self, path: str, state_shape: list[Count] | None = None):
         super().__init__()
         self.autoencoder = load_autoencoder(path).eval().requires_grad_(False)
         settings = self.autoencoder.config

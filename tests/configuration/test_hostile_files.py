@@ -399,7 +399,7 @@ def test_a_configuration_in_a_checkpoint_fetches_nothing(changed, tmp_path, monk
     """Neither as its data nor as any other part; typed anew, a download comes from where configs/ says, or not at all."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("fetched"))
-    path = changed(lambda payload: payload["config"]["model"].update(depth=CIFAR))
+    path = changed(lambda payload: payload["config"]["loss"].update(path=CIFAR))
     with pytest.raises(UserError, match="does not exist"):
         load(path, device="cpu")
     model = load(changed(lambda payload: payload["config"].update(dataloaders=CIFAR)), device="cpu")

@@ -2,15 +2,17 @@
 
 import subprocess
 import sys
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
 
 from common.errors import UserError
+from common.ranges import EpochSize, Positive, Range, Share, Size
+from configuration.build import build
 from configuration.compose import CONFIG_DIR, compose_config, known_targets, resolved
 from configuration.signatures import Part, parameters
-from configuration.values import AROUND, POSITIVE, SETTINGS, Setting, as_typed, check_value
+from configuration.values import AROUND, SETTINGS, Setting, as_typed, check_value
 
 
 def test_every_key_of_train_yaml_has_its_line_in_the_table():
@@ -20,10 +22,11 @@ def test_every_key_of_train_yaml_has_its_line_in_the_table():
 
 def test_types_are_read_from_the_source_of_a_class_its_bases_and_torch():
     expected: dict[str, dict[str, Any]] = {
-        "dataloaders.synthetic.KMeans": {"centroids": list[list[float]], "epoch_size": int},
-        "dataloaders.synthetic.Gaussian": {"mean": float | list[float]},
-        "losses.meanflow_loss.ImprovedMeanFlowLoss": {"label_dropout": float, "guidance": Part | None},
-        "solvers.runge_kutta.RK4": {"steps": int},
+        "dataloaders.synthetic.KMeans": {"centroids": list[list[float]], "epoch_size": EpochSize},
+        "dataloaders.synthetic.Gaussian": {"mean": float | list[float], "std": Positive},
+        "losses.meanflow_loss.ImprovedMeanFlowLoss": {"label_dropout": Share, "guidance": Part | None},
+        "models.unet.unet.UNet": {"width": Size, "multipliers": list[Size]},
+        "losses.weightings.AdaptiveWeighting": {"p": Annotated[float, Range(0, 2)]},
         "dataloaders.image_folder.ImageNet": {"flip": bool, "crop": Literal["resized", "whole", "random"]},
         "torch.optim.SGD": {"momentum": float, "fused": bool | None},
     }
@@ -53,7 +56,7 @@ def test_reading_them_imports_nothing_of_them():
      (str | None, ["x", None], [1, ["x"]])],
 )  # fmt: skip
 def test_what_fits_a_kind(kind: Any, good: list[Any], bad: list[Any]) -> None:
-    setting = Setting(kind, POSITIVE)
+    setting = Setting(Annotated[kind, Range(0, above=True)])
     for value in good:
         check_value("key", value, setting)
     for value in bad:
@@ -72,3 +75,8 @@ def test_each_component_of_a_mixture_has_its_own_width_from_the_command_line():
     config = resolved(compose_config(["run_name=x", "dataloaders.std=[.1,.2,.3,.4,.5]", "dataloaders.weights=[1,1,1,1,2]"]))
     assert config["dataloaders"]["std"] == [0.1, 0.2, 0.3, 0.4, 0.5]
     assert resolved(compose_config(["run_name=x", "dataloaders=gaussian", "dataloaders.mean=[0.5,2]"]))
+
+
+def test_a_part_that_is_built_alone_is_checked_as_its_constructor_declares():
+    with pytest.raises(UserError, match=r"VariancePreservingPath\.beta_max takes a number above 0, not -1"):
+        build({"_target_": "losses.paths.VariancePreservingPath", "beta_max": -1})
