@@ -18,6 +18,7 @@ from configuration.compose import CONFIG_DIR, known_targets, parse_overrides
 NEEDED_PARTS = ("model", "loss", "dataloaders", "source", "solver", "evaluation", "choices")
 BUILT_PARTS = (*NEEDED_PARTS, "guidance", "vae")
 FILE_KEYS = ("path", "root", "held_out_root", "teacher", "checkpoint", "network")  # of settings that may name files
+CHOICE = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*")  # the model's names a folder of saves
 AS_TYPED = ("command", "overrides", "changed", "log")  # of a configuration: what the user typed, never built from
 
 # Where the modules of stored `_target_`s are today.
@@ -217,7 +218,10 @@ def is_whole(config: dict[str, Any]) -> bool:
     parts, choices = [config.get(part) for part in NEEDED_PARTS], config.get("choices")
     return (
         all(isinstance(node, dict) and ("_target_" in node or node is choices) for node in parts)
-        and all(isinstance(config["choices"].get(group), str) for group in ("model", "loss", "dataloaders"))
+        and all(
+            isinstance(choice := choices.get(group), str) and CHOICE.fullmatch(choice)
+            for group in ("model", "loss", "dataloaders")
+        )
         and isinstance(config["dataloaders"].get("state_shape"), list)
         and isinstance(config.get("seed"), int)
         and "limit_data" in config

@@ -257,6 +257,10 @@ CONTENTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a name that is a path": (lambda payload: payload.update(run_name="../x"), "cannot name files"),
     "configuration of text": (lambda payload: payload.update(config="x"), "as its config"),
     "no choices": (lambda payload: payload["config"].update(choices={}), "no whole configuration"),
+    "a model chosen by a path": (
+        lambda payload: payload["config"]["choices"].update(model="../../x"),
+        "no whole configuration",
+    ),
     "a model of nothing": (lambda payload: payload["config"]["model"].pop("_target_"), "no whole configuration"),
     "a seed of text": (lambda payload: payload["config"].update(seed="x"), "no whole configuration"),
     "a shape of text": (lambda payload: payload["config"]["dataloaders"].update(state_shape="zz"), "no whole configuration"),
@@ -473,6 +477,9 @@ HOSTILE: dict[str, Callable[[Path, Path], object]] = {
     "a configuration of lists": written("config.yaml", node_replaced("log", "- 1")),
     "a log elsewhere": written(
         "config.yaml", node_replaced("log", "expect: x\n  source: null\n  reason: null\n  targets: {}\n  file: ../outside")
+    ),
+    "saves elsewhere": written(
+        "config.yaml", lambda text: re.sub(r"^  model: mlp$", "  model: ../../../x", text, flags=re.M)
     ),
     "no YAML": written("config.yaml", lambda text: "a: [" + text),
     "a linked configuration": linked("config.yaml"),
