@@ -134,11 +134,25 @@ def parameters(target: str) -> dict[str, Any]:
 def inherited(place: Place) -> dict[str, Any]:
     """Return the parameters of the bases of a class."""
     found: dict[str, Any] = {}
+    for base in bases_of(place):
+        found |= parameters(f"{base.module}.{base.node.name}")  # type: ignore[attr-defined]
+    return found
+
+
+def bases_of(place: Place) -> Iterator[Place]:
+    """Yield where each base of a class is defined, of those whose source is there."""
     for base in place.node.bases if isinstance(place.node, ast.ClassDef) else ():
         at = definition(place.module, base.id) if isinstance(base, ast.Name) else None
         if at is not None and isinstance(at.node, ast.ClassDef):
-            found |= parameters(f"{at.module}.{at.node.name}")
-    return found
+            yield at
+
+
+def derives(target: str, base: str) -> bool:
+    """Whether the source of a class, by its dotted name, says that it is `base` or derived from it."""
+    wanted, places = definition(*base.rsplit(".", 1)), [definition(*target.rsplit(".", 1))] if "." in target else []
+    for place in places:
+        places += bases_of(place) if place is not None else ()
+    return wanted is not None and wanted in places
 
 
 def fields(annotation: ast.expr | None, module: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from common.errors import UserError
 from configuration.build import interpolation_in
 from configuration.compose import CONFIG_DIR, known_targets, parse_overrides
+from configuration.signatures import derives
 
 NEEDED_PARTS = ("model", "loss", "dataloaders", "source", "solver", "evaluation", "choices")
 BUILT_PARTS = (*NEEDED_PARTS, "guidance", "vae")
@@ -134,11 +135,11 @@ def stored_config(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_new_parts(config: dict[str, Any]) -> None:
-    """Raise UserError for a part of a class that is not there, or not of its group. Only what configs/ lacks is imported."""
+    """Raise UserError for a part of a class that is not there, or not of its group; imports only what sources do not say."""
     for key, base in BASES.items():
         for name, node in nodes_at(config, key):
             target = node.get("_target_") if isinstance(node, dict) else None
-            if target is None or target in targets_of(key):
+            if target is None or derives(str(target), base):
                 continue
             asked, wanted = found_class(name, str(target)), found_class(name, base)
             if not issubclass(asked, wanted):

@@ -16,6 +16,7 @@ import torch
 import launcher
 from common.errors import UserError
 from configuration.compose import CONFIG_DIR
+from configuration.stored import targets_of
 from dataloaders.array_dataset import ArrayDataset
 from evaluation.generate import data_labels
 from evaluation.sample import load
@@ -215,3 +216,23 @@ def test_what_a_resumed_run_cannot_change_even_by_force(small_run) -> None:
         small_run("x", "resume=force", "conditional=true", "max_steps=4")
     with pytest.raises(UserError, match="holds the state of another schedule than plateau"):
         small_run("x", "resume=force", "schedule=plateau", "max_steps=4")
+
+
+@pytest.mark.parametrize(
+    "target, said",
+    [("losses.flow_matching_loss.Mistyped", "cannot be imported"), ("losses.paths.LinearPath", "is no Objective")],
+)
+def test_a_new_file_in_configs_that_names_no_class_of_its_group_is_one_sentence(
+    target: str, said: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    configs = tmp_path / "configs"
+    shutil.copytree(CONFIG_DIR, configs)
+    text = (configs / "loss/mse.yaml").read_text()
+    (configs / "loss/own.yaml").write_text(text.replace("losses.flow_matching_loss.FlowMatchingLoss", target))
+    for module in ("compose", "stored"):
+        monkeypatch.setattr(f"configuration.{module}.CONFIG_DIR", configs)
+    targets_of.cache_clear()
+    assert launcher.main(["run_name=x", "loss=own", f"output_dir={tmp_path}", "--dry-run"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"launcher.py: loss._target_={target} ") and said in error and error.count("\n") == 1
+    targets_of.cache_clear()
