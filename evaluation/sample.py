@@ -1,5 +1,6 @@
 """A trained model, away from its run: load it, sample it, score it, draw it."""
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from configuration.checks import check_rows_fit, check_values
 from configuration.compose import compose_config, parse_overrides, resolved
 from configuration.overrides import laid_over
 from configuration.stored import stored_config
+from configuration.values import shown
 from dataloaders.base_dataloaders import Batch
 from evaluation.evaluator import EvaluationInputs, Evaluator
 from evaluation.generate import (
@@ -163,9 +165,21 @@ class TrainedModel:
         dataset = build_dataset(self.config, torch.device("cpu"))
         return dataset.held_out(n, generator_for(seed, "evaluation/reference"))
 
+    def times(self, states: Tensor, *times: Tensor | float) -> list[Tensor]:
+        """Return the times beside the states. UserError for states of another shape, or times not rising from 0 to 1."""
+        shape, moments = self.config["dataloaders"]["state_shape"], [torch.as_tensor(t, device=states.device) for t in times]
+        rise = all(bool((torch.as_tensor(a) <= b).all()) for a, b in itertools.pairwise([0.0, *moments, 1.0]))
+        if list(states.shape[1:]) != shape or not rise:
+            raise UserError(
+                f"this model takes states of shape (B, {', '.join(map(str, shape))}) at times 0 <= r <= t <= 1, not states "
+                f"of shape {tuple(states.shape)} at {shown([t.tolist() for t in moments])}"
+            )
+        return moments
+
     def velocity(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> Tensor:
         """Return the learned velocity, unguided, at states x (B, ...) and times t, a number or (B,)."""
-        return self.objective.velocity(x, torch.as_tensor(t, device=x.device), label)
+        (t,) = self.times(x, t)
+        return self.objective.velocity(x, t, label)
 
     def __call__(self, z: Tensor, r: Tensor | float, t: Tensor | float, label: Tensor | None = None) -> Tensor:
         """Return the learned mean velocity u(z, r, t), unguided, of states z (B, ...) at times r headed to t >= r.
@@ -174,12 +188,13 @@ class TrainedModel:
         learned the velocity at an instant alone.
         """
         self.objective.check_learns_flow_map()
-        r, t = (torch.as_tensor(time, device=z.device) for time in (r, t))
+        r, t = self.times(z, r, t)
         return self.objective.mean_velocity(z, r, t, label)
 
     def flow_map(self, z: Tensor, r: Tensor | float, t: Tensor | float, label: Tensor | None = None) -> Tensor:
         """Return the states z (B, ...), at times r, carried to times t by one evaluation: z + (t - r) u(z, r, t)."""
-        r, t = (torch.as_tensor(time, device=z.device) for time in (r, t))
+        self.objective.check_learns_flow_map()
+        r, t = self.times(z, r, t)
         return self.objective.flow_map(z, r, t, label)
 
 

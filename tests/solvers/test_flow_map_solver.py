@@ -1,6 +1,7 @@
 """Sampling by flow maps against the exact map of a Gaussian with m != 0 and s != 1."""
 
 import json
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -167,6 +168,12 @@ def test_a_run_is_scored_by_its_flow_map_and_by_its_renoising_variant(small_run,
     r, t = torch.full((5,), 0.25), torch.full((5,), 0.75)
     torch.testing.assert_close(model.flow_map(noise, r, t), noise + 0.5 * model(noise, 0.25, t))
     torch.testing.assert_close(model(noise, 0.5, 0.5), model.velocity(noise, 0.5))
+    for states, *times in ((noise, 1, 0), (noise, -1, 1), (noise, 0.5, r), (noise, 0, math.nan), (torch.randn(5, 3), 0, 1)):
+        for ask in (model, model.flow_map):
+            with pytest.raises(UserError, match=r"takes states of shape \(B, 2\) at times 0 <= r <= t <= 1, not"):
+                ask(states, *times)
+    with pytest.raises(UserError, match="takes states"):
+        model.velocity(noise, 2.0)
     small_run("e", f"eval_checkpoint={path}", "solver=flow_map", "solver.steps=2", "solver.renoise=true")
     said = capsys.readouterr().out
     assert "2 evaluations each" in said and "this solver adds fresh noise" in " ".join(said.split())
