@@ -203,7 +203,9 @@ def own_file(path: Path, folder: Path) -> str | None:
         return "is a link that leads nowhere" if path.is_symlink() else None
     if not real.is_relative_to(folder.parent.resolve() / folder.name):
         return "is a link that leads out of its folder"
-    return None if real.is_file() or real.is_dir() else "is neither a file nor a folder"
+    if not (real.is_file() or real.is_dir()):
+        return "is neither a file nor a folder"
+    return None if os.access(real, os.R_OK) else "may not be read by this user"
 
 
 def read_own(path: Path, folder: Path, most: int) -> bytes | None:

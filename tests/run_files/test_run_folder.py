@@ -162,6 +162,16 @@ def test_config_and_overrides(folder: RunFolder) -> None:
     assert folder.overrides_path.read_text() == "epochs=3\nmodel=unet\n"
 
 
+def test_a_file_of_another_user_that_may_not_be_read_is_one_sentence(folder: RunFolder, monkeypatch, capsys) -> None:
+    folder.write_config("seed: 0\n", [])
+    folder.status.write("finished", 1, 1, 0.0)
+    monkeypatch.setattr("common.files.os.access", lambda path, mode: False)  # root may read whatever its mode
+    for read in (folder.read_config, folder.read_overrides):
+        with pytest.raises(UserError, match="may not be read by this user"):
+            read()
+    assert folder.status.read() == {} and "status.json may not be read by this user" in capsys.readouterr().err
+
+
 def test_sample_pictures_sort_by_step(folder: RunFolder) -> None:
     paths = [folder.sample_picture(step) for step in (1000, 20, 300_000)]
     assert sorted(paths) == [paths[1], paths[0], paths[2]]
