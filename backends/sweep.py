@@ -57,6 +57,12 @@ class Sweep:
                     )
             (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
             self.prepared = {tuple(job): self.prepare(job) for job in jobs}
+            made = [self.prepared[tuple(job)] for job in jobs]
+            names = [job.name if isinstance(job, RunResult) else str(job["run_name"]) for job in made]
+            lower = [name.lower() for name in names]
+            twice = next((name for name in names if lower.count(name.lower()) > 1), None)
+            if twice is not None:
+                raise UserError(f"two jobs of the sweep would be called {twice}, capitals aside; give each value once")
 
     def prepare(self, job: Sequence[str]) -> dict[str, Any] | RunResult:
         """Return the checked configuration of a job, or its result when it has finished."""

@@ -65,6 +65,8 @@ MISTAKES = [
     (["-m", "run_name=x", "seed=1,two"], "seed takes a whole number"),
     (["-m", "run_name=x", "optimizer.lr=interval(1e-4,1e-2)"], "lists no values"),
     (["-m", "run_name=x", "model=glob(*)"], "lists no values"),
+    (["-m", "run_name=x", "optimizer.lr=1e-3,0.001"], "two jobs of the sweep would be called x_lr=0.001"),
+    (["-m", "run_name=x,X"], "two jobs of the sweep would be called x_run_name=x"),
     (["run_name=übung"], "cannot name files"),
     (["run_name=x", "tracker.enabled=false"], "trackio.enabled"),
     (["run_name=x", "epochs=null"], "epochs takes a whole number of at least 1, not null"),
