@@ -6,6 +6,8 @@ and draws count up from it.
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -29,6 +31,21 @@ def seed_network(seed: int, index: int, device: torch.device) -> None:
     elif device.type == "mps":
         torch.mps.manual_seed(number)
     torch.default_generator.manual_seed(number)
+
+
+@contextmanager
+def fork_generators(device: torch.device) -> Iterator[None]:
+    """Give the default generators of the CPU and of `device` back the state they had before: what is drawn within is drawn
+    again after.
+    """
+    module = None if device.type == "cpu" else torch.get_device_module(device)
+    here, there = torch.get_rng_state(), None if module is None else module.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(here)
+        if module is not None:
+            module.set_rng_state(there)
 
 
 def generator_for(seed: int, stream: str, index: int = 0, device: torch.device | str = "cpu") -> torch.Generator:

@@ -112,7 +112,7 @@ def transformed(x: Tensor, amounts: Tensor) -> Tensor:
         @ (rotation(direction) @ diagonal(ANISOTROPY**-stretch, ANISOTROPY**stretch) @ rotation(-direction))
     )
     moved = torch.stack([SHIFT * width * across, SHIFT * height * down], dim=1)
-    half = torch.tensor([width / 2, height / 2], device=x.device)
+    half = torch.cat([amounts.new_full((1,), width / 2), amounts.new_full((1,), height / 2)])
     matrix = back * half / half[:, None]  # in units of half a side, as grid_sample counts
     offset = -(back @ moved[:, :, None]) / half[:, None]
     grid = F.affine_grid(torch.cat([matrix, offset], dim=2), list(x.shape), align_corners=False)

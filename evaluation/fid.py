@@ -80,7 +80,9 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
 def squared_radii(points: Tensor, k: int) -> Tensor:
     """Return (N,): squared distance of each of points (N, F) to its k-th nearest other one."""
     blocks = points.split(rows_at_once(points))
-    return torch.cat([squared_distances(rows, points).kthvalue(k + 1).values for rows in blocks])  # the first is itself
+    return torch.cat(
+        [squared_distances(rows, points).topk(k + 1, largest=False).values[:, -1] for rows in blocks]
+    )  # first: itself
 
 
 def neighbour_shares(x: Tensor, y: Tensor, k: int = 5) -> dict[str, float]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.seeds import generator_for
+from common.seeds import fork_generators, generator_for
 from evaluation.generate import data_labels, fixed_noise
 from evaluation.parts import build_dataset, build_source
 from evaluation.sample import load
@@ -21,7 +21,7 @@ class TeacherPairs:
 
         A conditional teacher's labels come as often as in its data. UserError for states of another shape than `like`.
         """
-        with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):  # building reseeds torch's own
+        with fork_generators(like.device):  # building reseeds torch's own
             model = load(teacher, like.device.type)
             data = build_dataset(model.config, torch.device("cpu"))
             generator = generator_for(REFLOW_SEED, "reflow/labels")

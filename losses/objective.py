@@ -16,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from common.errors import UserError
 from common.ranges import Share
+from common.seeds import fork_generators
 from dataloaders.sources import Source
 from losses.couplings import Coupling
 from losses.paths import ProbabilityPath
@@ -149,8 +150,7 @@ class FlowObjective(Objective, ABC):
         if not self.is_random:
             yield
             return
-        device = next(self.network.parameters()).device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with fork_generators(next(self.network.parameters()).device):
             yield
 
     @contextmanager

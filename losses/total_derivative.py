@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from common.device import full_products
 from common.errors import UserError
 from losses.objective import FlowBatch, FlowObjective
 
@@ -89,6 +90,7 @@ class DerivativeObjective(FlowObjective):
             value, derivative = torch.func.jvp(u, (batch.input, batch.r), (direction, torch.ones_like(batch.r)))  # type: ignore[misc]
         return value, derivative
 
+    @full_products()
     def central_difference(self, batch: FlowBatch, direction: Tensor) -> Tensor:
         """D_direction u from u a step ahead and a step behind: in one doubled pass, or in two with one dropout mask."""
         ahead, behind = ((batch.input + e * direction, batch.r + e, batch.t, batch.label) for e in (STEP, -STEP))

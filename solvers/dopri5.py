@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from common.device import full_products
 from common.errors import UserError
 from common.ranges import Steps, Tolerance
 from solvers.base_solver import BaseSolver, Field, StepCallback
@@ -30,13 +31,14 @@ class Dopri5(BaseSolver):
     def evaluations_ahead(self) -> int:
         return USUAL
 
+    @full_products()
     def solve(self, field: Field, x0: Tensor, times: Tensor | None = None, callback: StepCallback | None = None) -> Tensor:
         from torchdiffeq import odeint  # here, because importing it is slow and fixed-step solvers do without
 
         self.evaluations = 0
         grid = self.times(x0, times)
         if callback is None:
-            grid = grid[[0, -1]]
+            grid = torch.stack([grid[0], grid[-1]])
         states = odeint(
             lambda t, x: self.evaluate(field, x, t), x0, grid,
             rtol=self.rtol, atol=self.atol, method="dopri5", options=self.options(grid),

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from common.device import full_products
 from common.errors import UserError
 from solvers.base_solver import BaseSolver, Field
 
@@ -30,6 +31,7 @@ def encode(field: Field, x1: Tensor, solver: BaseSolver) -> Tensor:
 
 @torch.inference_mode(False)
 @torch.no_grad()
+@full_products()
 def log_likelihood(
     field: Field,
     x1: Tensor,

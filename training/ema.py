@@ -26,5 +26,6 @@ class ConstantEMA:
         """Update number `step` (from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
-        for kept, new in zip(average.buffers(), network.buffers(), strict=True):
-            kept.copy_(new)
+        buffers = list(average.buffers())
+        if buffers:
+            torch._foreach_copy_(buffers, list(network.buffers()))

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from common.device import autocast, device_name
 from common.progress import LONG, in_words, seconds_a_row
+from common.seeds import fork_generators
 from configuration.build import build
 from configuration.compose import CONFIG_DIR, twice_as_long
 from dataloaders.base_dataloaders import FlowDataset
@@ -139,7 +140,7 @@ def on_trial(run: Run) -> Iterator[torch.Generator]:
     """Gives a generator; afterwards random numbers, gradients and buffers are as before."""
     network = run.state.objective.network
     kept = [buffer.clone() for buffer in network.buffers()]
-    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+    with fork_generators(run.device):
         yield torch.Generator(device=run.device)
     for buffer, old in zip(network.buffers(), kept, strict=True):
         buffer.copy_(old)

@@ -32,7 +32,10 @@ class Window:
 
     def means(self) -> dict[str, float]:
         """Return means over the window (one device synchronisation)."""
-        return {name: total.item() / self.count for name, total in self.sums.items()} if self.count else {}
+        if not self.count:
+            return {}
+        totals = torch.stack(list(self.sums.values())).tolist()
+        return {name: total / self.count for name, total in zip(self.sums, totals, strict=True)}
 
     def non_finite(self, overflows: bool = False) -> str | None:
         """Return the name of a value that was NaN or infinite in this window, if any.

@@ -6,6 +6,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from common.device import full_products
 from common.ranges import Count, CountFrom2
 from common.seeds import generator_for
 from dataloaders.base_dataloaders import FlowDataset
@@ -79,6 +80,7 @@ class OracleVelocity(Metric):
     def names(self) -> list[str]:
         return ["oracle/velocity_error", "oracle/squared_velocity_error", "oracle/excess_loss"]
 
+    @full_products()
     def compute(self, generation: Generation) -> list[Score | Absent]:
         flow = exact_flow(generation)
         if isinstance(flow, str):
@@ -142,6 +144,7 @@ class OracleFlowMapError(Metric):
     def names(self) -> list[str]:
         return [self.name]
 
+    @full_products()
     def compute(self, generation: Generation) -> list[Score | Absent]:
         flow = exact_flow(generation)
         reason = flow if isinstance(flow, str) else not_finite(generation.samples)
@@ -190,6 +193,7 @@ class OracleLogProbError(Metric):
     def __init__(self, points: CountFrom2 = 500):
         self.points = points
 
+    @full_products()
     def compute(self, generation: Generation) -> list[Score | Absent]:
         flow = exact_flow(generation)
         if isinstance(flow, str):

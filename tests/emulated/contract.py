@@ -1,0 +1,479 @@
+"""The device contract, run on the emulated device in a process of its own: python -m tests.emulated.contract cuda [PART ...]
+
+Each case trains, samples or scores on the CPU and on the device, which draws the same random numbers, and compares. Prints
+one line of JSON a case: [name, "" or what differs].
+"""
+
+import copy
+import importlib
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.emulated import device, disguise
+
+torch.set_num_threads(1)
+KIND: device.Kind = sys.argv[1]  # type: ignore[assignment]
+PLACE = Path(tempfile.mkdtemp(prefix="emulated-"))
+CONFIGS = disguise.ROOT / "configs"
+TINY = [f"output_dir={PLACE}", f"log.file={PLACE / 'LOG.md'}", "run_name=x", "trackio.enabled=false", "num_workers=0"]
+POINTS = ["model.width=16", "model.depth=2", "dataloaders.epoch_size=640", "batch_size=64"]
+IMAGES = ["dataloaders=digits", "batch_size=32"]
+SMALL_MODELS = {  # what makes a model of configs/model small; images but for mlp
+    "mlp": POINTS, "cnn": ["model.width=8", "model.inner_width=16", "model.embedding=16"],
+    "unet_small": ["model.width=32"], "small_cnn_classifier": [],
+}  # fmt: skip
+CLASSIFIERS = {"small_cnn_classifier", "resnet18"}
+STEPS = 4
+
+
+def config_of(*words: str) -> dict[str, Any]:
+    from backends.submission import prepare
+
+    return prepare([*TINY, *words])
+
+
+def assembled(config: dict[str, Any], where: str) -> Any:
+    from training.assemble import assemble
+
+    run = assemble(copy.deepcopy(config) | {"device": where})
+    run.split_time()
+    return run
+
+
+def steps(run: Any, count: int = STEPS) -> Iterator[float]:
+    """Train; yield each step's loss."""
+    from training.loop import after_step, epoch_groups, train_step
+
+    while True:
+        for group in epoch_groups(run):
+            values = train_step(run, group)
+            loss = values["loss"].item()
+            after_step(run, values)
+            yield loss
+            if run.state.step >= count:
+                return
+
+
+def same_curve(config: dict[str, Any], tolerance: float = 1e-4) -> str:
+    """Return "" where the losses of a few steps agree with the CPU's."""
+    ours, theirs = (list(steps(assembled(config, where))) for where in (KIND, "cpu"))
+    agree = torch.allclose(torch.tensor(ours), torch.tensor(theirs), rtol=tolerance, atol=1e-6)
+    return "" if agree else f"on the device {ours}, on the CPU {theirs}"
+
+
+@cache
+def losses() -> dict[str, list[str]]:
+    """Return the derivative engines of each flow objective in configs/loss, one name "" where it has none."""
+    found = {}
+    for file in sorted((CONFIGS / "loss").glob("*.yaml")):
+        if file.stem not in ("cross_entropy", "reflow"):  # a classifier's, and one that needs a teacher: see below
+            engines = {"terminal_velocity": ["func", "finite_difference"]}.get(
+                file.stem, ["func", "separate", "finite_difference"]
+            )
+            found[file.stem] = engines if "\njvp:" in file.read_text() else [""]
+    return found
+
+
+def objective_cases() -> Iterator[tuple[str, Callable[[], str]]]:
+    for loss, engines in losses().items():
+        for engine in engines:
+            yield f"{loss} {engine}".strip(), lambda loss=loss, engine=engine: curves_of(loss, engine)
+
+
+def curves_of(loss: str, engine: str) -> str:
+    """The objective by one engine, with and without dropout."""
+    config = config_of(
+        *POINTS, "evaluation=loss_only", "callbacks=none", f"loss={loss}", *([f"loss.jvp={engine}"] * bool(engine))
+    )
+    masked = copy.deepcopy(config)
+    masked["model"]["dropout"] = 0.3
+    return same_curve(config) or "with dropout: " * bool(found := same_curve(masked)) + found
+
+
+PHOTOS = [
+    "dataloaders=photos", "dataloaders.crops=128", "dataloaders.held_out_crops=64", "model=unet_small", "model.width=32",
+    "batch_size=8", "dataloaders.augment=0.5", "dataloaders.flip=true", "dataloaders.crop_padding=2",
+]  # fmt: skip
+
+
+def model_cases() -> Iterator[tuple[str, Callable[[], str]]]:
+    for name, words in SMALL_MODELS.items():
+        if name != "mlp":
+            loss = ["loss=meanflow", "conditional=true", "evaluation=loss_only"]
+            if name in CLASSIFIERS:
+                loss = ["loss=cross_entropy", "evaluation=classifier"]
+            words = [*IMAGES, *loss, f"model={name}", *words, "callbacks=none"]
+            yield name, lambda words=words: same_curve(config_of(*words), 1e-3)
+    yield (
+        "unet_small on augmented pictures",
+        lambda: same_curve(config_of(*PHOTOS, "evaluation=loss_only", "callbacks=none"), 1e-3),
+    )
+
+
+SCORED = [
+    "max_steps=2",
+    "evaluation.samples=16",
+    "evaluation.final_samples=16",
+    "evaluation.loss_samples=32",
+    "solver.steps=2",
+]
+FEATURES = ["evaluation.metrics.features.replicates=2", "evaluation.metrics.features.k=2"]
+FEW_DRAWS = [
+    "+evaluation.metrics.velocity.draws=200", "+evaluation.metrics.velocity.final_draws=200",
+    "+evaluation.metrics.log_prob.points=20",
+]  # fmt: skip
+CNN = [*IMAGES, "model=cnn", *SMALL_MODELS["cnn"]]
+
+
+def scores_of(where: str, words: list[str], output: str) -> dict[str, float]:
+    """Run the launcher to the end; return its scores."""
+    import launcher
+
+    return launcher.run(*TINY, f"output_dir={PLACE / output}", f"device={where}", "overwrite=true", *words).scores
+
+
+def same_scores(*words: str, tolerance: float = 2e-3) -> str:
+    """Return "" where a run's scores agree with those of the run on the CPU."""
+    ours, theirs = (scores_of(where, list(words), where) for where in (KIND, "cpu"))
+    if ours.keys() != theirs.keys():
+        return f"scored on one of the two only: {sorted(ours.keys() ^ theirs.keys())}"
+    far = [n for n in ours if abs(ours[n] - theirs[n]) > tolerance * max(abs(theirs[n]), 0.02) and "seconds" not in n]
+    return "; ".join(f"{name}: {ours[name]} on the device, {theirs[name]} on the CPU" for name in far)
+
+
+def run_cases() -> Iterator[tuple[str, Callable[[], str]]]:
+    """Full evaluations, and what surrounds training."""
+    runs = {
+        "points, few-step scores and oracles": [*POINTS, "dataloaders=gaussian", "loss=meanflow", *SCORED, *FEW_DRAWS],
+        "minibatch_ot and likelihood": [*POINTS, "dataloaders=kmeans", "loss/coupling=minibatch_ot", *SCORED, *FEW_DRAWS],
+        "images, features": [*CNN, *SCORED, *FEATURES],
+        "conditional with guidance": [*CNN, "conditional=true", "guidance=cfg", *SCORED, *FEATURES],
+        "deterministic": [*CNN, "deterministic=true", *SCORED, *FEATURES],
+        "classifier": [*IMAGES, "model=small_cnn_classifier", "loss=cross_entropy", "evaluation=classifier", "max_steps=2"],
+        "asynchronous saves": [*POINTS, "async_save=always", "evaluation=loss_only", "max_steps=3", "keep_saves=0"],
+    }  # fmt: skip
+    for name, words in runs.items():
+        yield name, lambda words=words: same_scores(*words)
+    for file in sorted((CONFIGS / "solver").glob("*.yaml")):
+        loss = ["loss=meanflow"] if file.stem == "flow_map" else []
+        words = [*POINTS, *loss, f"solver={file.stem}", "~callbacks.pictures", *[w for w in SCORED if "solver" not in w]]
+        yield f"solver {file.stem}", lambda words=words: same_scores(*words, "~evaluation.metrics.log_prob")
+
+
+def weights_after(places: list[str], output: str) -> dict[str, torch.Tensor]:
+    """Train two steps in each place, going on from the last; return the weights."""
+    import launcher
+
+    for i, where in enumerate(places):
+        words = [f"output_dir={PLACE / output}", f"device={where}", f"max_steps={2 * i + 2}"]
+        if i == 0:
+            words += [*POINTS, "evaluation=loss_only", "schedule=constant", "overwrite=true"]
+        launcher.run(*TINY, *words, *["resume=true"] * (i > 0))
+    return saved_weights(output)
+
+
+def saved_weights(output: str) -> dict[str, torch.Tensor]:
+    from run_files.checkpoint import load_checkpoint
+
+    return load_checkpoint(PLACE / output / "ckpts/mlp/x_last.pt")["network"]
+
+
+def same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> str:
+    far = [name for name in theirs if not torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5)]
+    return f"other weights: {far}" if far else ""
+
+
+def going_on() -> str:
+    ours = weights_after(["cpu", KIND, "cpu"], "there-and-back")
+    return same_weights(ours, weights_after(["cpu", "cpu", "cpu"], "stays"))
+
+
+def from_a_checkpoint() -> str:
+    import launcher
+
+    weights_after([KIND], "start")
+    start = PLACE / "start/ckpts/mlp/x_last.pt"
+    words = [*POINTS, f"init_from={start}", "evaluation=loss_only", "max_steps=2", "overwrite=true"]
+    for where in (KIND, "cpu"):
+        launcher.run(*TINY, f"output_dir={PLACE / f'from-{where}'}", f"device={where}", *words)
+    return same_weights(saved_weights(f"from-{KIND}"), saved_weights("from-cpu"))
+
+
+def reflow() -> str:
+    weights_after(["cpu"], "teacher")
+    teacher = PLACE / "teacher/ckpts/mlp/x_last.pt"
+    return same_scores(
+        *POINTS,
+        "loss=reflow",
+        f"loss.coupling.teacher={teacher}",
+        "loss.coupling.count=64",
+        "evaluation=loss_only",
+        "max_steps=2",
+    )
+
+
+def streamed() -> str:
+    """Pictures from disk, read ahead by a worker process."""
+    from PIL import Image
+
+    folder = PLACE / "pictures"
+    for i in range(40):
+        file = folder / f"class{i % 2}" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (6 * i, 90, 255 - 6 * i)).save(file)
+    return same_scores(
+        "dataloaders=image_folder", f"dataloaders.root={folder}", "dataloaders.size=16", "model=cnn", *SMALL_MODELS["cnn"],
+        "batch_size=8", "evaluation=loss_only", "max_steps=3", "num_workers=1",
+    )  # fmt: skip
+
+
+def latents() -> str:
+    """Latents, and pictures of them through a small autoencoder."""
+    import numpy as np
+    from diffusers import AutoencoderKL
+
+    shape = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4}
+    down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+    AutoencoderKL(**shape, down_block_types=down, up_block_types=up).save_pretrained(PLACE / "vae")
+    np.save(PLACE / "latents.npy", np.random.default_rng(0).normal(size=(64, 4, 2, 2)).astype("float32"))
+    data = [
+        "dataloaders=array",
+        f"dataloaders.path={PLACE / 'latents.npy'}",
+        "vae=stable_diffusion",
+        f"vae.path={PLACE / 'vae'}",
+    ]
+    return same_scores(*data, "model=cnn", *SMALL_MODELS["cnn"], "batch_size=32", *SCORED)
+
+
+def samples_and_pictures() -> str:
+    """scripts/sample.py and the visualizers, with a checkpoint that was trained on the CPU."""
+    from scripts import sample
+    from visualizers.scene import scene
+
+    weights_after(["cpu"], "shown")
+    checkpoint = f"ckpt={PLACE / 'shown/ckpts/mlp/x_last.pt'}"
+    if sample.main([checkpoint, "n=16", f"out={PLACE / 'samples.npz'}"]):
+        return "scripts/sample.py failed"
+    for name in ("particles", "velocity_field", "density", "trajectories"):
+        drawing = importlib.import_module(f"visualizers.{name}")
+        drawing.draw(scene([checkpoint, f"out={PLACE / name}", "n=20", "frames=2"], n=1, frames=2))
+    return ""
+
+
+def other_cases() -> Iterator[tuple[str, Callable[[], str]]]:
+    yield "resume from CPU to device and back", going_on
+    yield "init_from", from_a_checkpoint
+    yield "reflow", reflow
+    yield "latents through an autoencoder", latents
+    yield "streamed pictures with a worker", streamed
+    yield "sample.py and pictures", samples_and_pictures
+
+
+def waits_of(*words: str) -> str:
+    """Return where the host waited for the device in three steps between log lines; "" for nowhere."""
+    run = assembled(config_of("evaluation=loss_only", "callbacks=none", "log_every=1000", *words), KIND)
+    training = steps_without_reading(run, 7)
+    for _ in range(4):
+        next(training)
+    with device.WAITED.traced():
+        for _ in training:
+            pass
+    return "; ".join(f"{count} x {place}" for place, count in device.WAITED.places.most_common(4))
+
+
+def steps_without_reading(run: Any, count: int) -> Iterator[None]:
+    from training.loop import after_step, epoch_groups, train_step
+
+    while True:
+        for group in epoch_groups(run):
+            after_step(run, train_step(run, group))
+            yield
+            if run.state.step >= count:
+                return
+
+
+def wait_cases() -> Iterator[tuple[str, Callable[[], str]]]:
+    kinds = {loss: [*POINTS, f"loss={loss}"] for loss in losses()} | {
+        "bf16": [*POINTS, "precision=bf16"],
+        "accumulation": [*POINTS, "gradient_accumulation_steps=2"],
+        "dropout": [*POINTS, "loss=meanflow", "model.dropout=0.3"],
+        "images": [*CNN, "loss=meanflow", "conditional=true"],
+        "classifier": [
+            *IMAGES, "model=small_cnn_classifier", "loss=cross_entropy", "evaluation=classifier", "balanced=true"
+        ],
+        "augmentation": PHOTOS,
+    }  # fmt: skip
+    for name, words in kinds.items():
+        yield name, lambda words=words: waits_of(*words)
+    yield "on_nan=skip, once a step", lambda: "" if waits_of(*POINTS, "on_nan=skip").startswith("3 x") else "not once a step"
+
+
+def trained(*words: str, count: int = 60) -> Any:
+    """Return a run after some steps, its products rounded as on the device."""
+    run = assembled(config_of("evaluation=loss_only", "callbacks=none", *words), KIND)
+    for _ in steps(run, count):
+        pass
+    return run
+
+
+@contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    """Let the device round its products, where the project allows TF32."""
+    device.RULES.rounds, torch.backends.cuda.matmul.allow_tf32 = on, True
+    yield
+    device.RULES.rounds = False
+
+
+def difference_under_tf32() -> str:
+    """The central difference stays as near to forward mode as without TF32."""
+    run = trained("dataloaders=gaussian", "dataloaders.epoch_size=6400", "batch_size=64", "model.width=64", "loss=meanflow")
+    objective, batch = run.state.objective.eval(), next(iter_groups(run))[0]
+    with torch.no_grad():
+        objective.jvp = "func"
+        truth = objective.derivative(batch, batch.conditional_velocity).cpu()
+        objective.jvp = "finite_difference"
+        with tf32(True):
+            found = objective.derivative(batch, batch.conditional_velocity).cpu()
+    error = ((found - truth).norm() / truth.norm()).item()
+    return "" if error < 1e-3 else f"the derivative is off by {error:.2g}"
+
+
+def iter_groups(run: Any) -> Iterator[Any]:
+    from training.loop import epoch_groups
+
+    return epoch_groups(run)
+
+
+def adaptive_steps_under_tf32() -> str:
+    """Dopri5 and the likelihood take as many evaluations as without TF32."""
+    from solvers.dopri5 import Dopri5
+    from solvers.likelihood import log_likelihood
+
+    run = trained("dataloaders=gaussian", "dataloaders.epoch_size=6400", "batch_size=64", "model.width=64")
+    field, counts = run.state.objective.eval().velocity, []
+    for on in (False, True):
+        x = torch.randn(200, 2, device=run.device, generator=torch.Generator(device=run.device).manual_seed(0))
+        with tf32(on), torch.no_grad():
+            sampler, likelihood = Dopri5(), Dopri5()
+            sampler.solve(field, x)
+            log_likelihood(field, x, run.source.log_prob, likelihood)
+        counts.append((sampler.evaluations, likelihood.evaluations))
+    return "" if counts[0] == counts[1] else f"evaluations without TF32 {counts[0]}, with it {counts[1]}"
+
+
+def tf32_cases() -> Iterator[tuple[str, Callable[[], str]]]:
+    if KIND == "cuda":
+        yield "central difference", difference_under_tf32
+        yield "adaptive steps", adaptive_steps_under_tf32
+
+
+@contextmanager
+def planted(where: str, name: str, fault: Any) -> Iterator[None]:
+    """Put a fault in the place of a name of a module or class, given as module or module:Class."""
+    module, _, part = where.partition(":")
+    owner = importlib.import_module(module)
+    owner = getattr(owner, part) if part else owner
+    kept = vars(owner)[name]
+    setattr(owner, name, fault)
+    yield
+    setattr(owner, name, kept)
+
+
+def found(case: Callable[[], str], where: str, name: str, fault: Any) -> str:
+    """Return "" where a case sees a planted fault: by what it answers, or by an error of the device."""
+    with planted(where, name, fault):
+        try:
+            answer = case()
+        except Exception as error:
+            answer = str(error)
+    return "" if answer else "the fault was not seen"
+
+
+def planted_cases() -> Iterator[tuple[str, Callable[[], str]]]:
+    """Each check can fail."""
+    import training.loop
+    from common.seeds import fork_generators
+    from evaluation.metrics.wasserstein import SlicedWasserstein
+    from losses.paths import ProbabilityPath
+    from losses.total_derivative import DerivativeObjective
+
+    after_step, torch_load, distance = training.loop.after_step, torch.load, SlicedWasserstein.distance
+    state = ProbabilityPath.state
+    simple = ["evaluation=loss_only", "callbacks=none", *POINTS]
+    scored = [*POINTS, "dataloaders=gaussian", *SCORED, *FEW_DRAWS, "~evaluation.metrics.log_prob"]
+    difference = [*simple, "loss=meanflow", "loss.jvp=finite_difference", "model.dropout=0.3"]
+
+    def waiting(run: Any, values: dict[str, torch.Tensor]) -> None:
+        values["loss"].item()
+        after_step(run, values)
+
+    def of_the_cpu(self: Any, count: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.randn(count, *self.state_shape, generator=torch.Generator(), device=device.NAME)
+
+    def in_double(self: Any, x: torch.Tensor, y: torch.Tensor) -> float:
+        return distance(self, x.double(), y)
+
+    yield "a tensor on the CPU in a path", lambda: found(
+        lambda: same_curve(config_of(*simple)), "losses.paths:ProbabilityPath", "state",
+        lambda self, x0, x1, t: state(self, x0, x1, t) + torch.zeros(x0.shape),
+    )  # fmt: skip
+    yield (
+        "a generator of the CPU in a source",
+        lambda: found(lambda: same_curve(config_of(*simple)), "dataloaders.sources:GaussianSource", "sample", of_the_cpu),
+    )
+    yield "a wait in the loop", lambda: found(lambda: waits_of(*POINTS), "training.loop", "after_step", waiting)
+    if KIND == "mps":
+        yield (
+            "float64 in a metric",
+            lambda: found(
+                lambda: same_scores(*scored), "evaluation.metrics.wasserstein:SlicedWasserstein", "distance", in_double
+            ),
+        )
+    yield (
+        "no map_location",
+        lambda: found(going_on, "torch", "load", lambda file, map_location=None, **options: torch_load(file, **options)),
+    )
+    yield "masks of dropout that differ", lambda: found(
+        lambda: same_curve(config_of(*difference)), "losses.objective", "fork_generators",
+        lambda where: fork_generators(torch.device("cpu")),
+    )  # fmt: skip
+    if KIND == "cuda":
+        rounded = DerivativeObjective.central_difference.__wrapped__  # type: ignore[attr-defined]
+        yield (
+            "TF32 left on in the difference",
+            lambda: found(
+                difference_under_tf32, "losses.total_derivative:DerivativeObjective", "central_difference", rounded
+            ),
+        )
+
+
+PARTS = {
+    "objectives": objective_cases, "models": model_cases, "runs": run_cases, "others": other_cases, "waits": wait_cases,
+    "tf32": tf32_cases, "planted": planted_cases,
+}  # fmt: skip
+
+
+def main(parts: list[str]) -> None:
+    disguise.prepare(KIND)
+    device.RULES.rounds = False
+    for part in parts or PARTS:
+        for name, case in PARTS[part]():
+            with device.Watch():
+                try:
+                    answer = case()
+                except Exception:
+                    answer = traceback.format_exc()
+            print(json.dumps([f"{part}: {name}", answer]), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[2:])
