@@ -20,7 +20,7 @@ def outputs() -> Path:
 
 
 def unknown(word: str, keys: Iterable[str]) -> str:
-    """That a key=value word has no known key."""
+    """Return a sentence that a key=value word has no known key."""
     return f"unknown key in {word!r}; the keys are {', '.join(keys)}"
 
 

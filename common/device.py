@@ -16,7 +16,7 @@ AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
-    """Return auto is CUDA, then MPS, then CPU. UserError for a device this machine does not have."""
+    """Return the device of a name; auto is CUDA, then MPS, then CPU. UserError for one this machine does not have."""
     if name not in ("auto", "cpu", "cuda", "mps"):
         raise UserError(f"device takes auto, cpu, cuda or mps, not {name!r}")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -31,7 +31,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def take_own_gpu(place: int) -> None:
-    """Of several processes here, each computes on its own CUDA device. UserError for more processes than devices."""
+    """Compute on the CUDA device of this process's place among those here. UserError for more processes than devices."""
     there = torch.cuda.device_count()
     if place >= there:
         raise UserError(
@@ -48,7 +48,7 @@ def device_name(device: torch.device) -> str:
 
 
 def set_numerics(device: torch.device, deterministic: bool) -> None:
-    """On CUDA: TF32 and cuDNN autotuning, or deterministic kernels throughout. The CPU is deterministic as it is."""
+    """Set, on CUDA, TF32 and cuDNN autotuning, or deterministic kernels throughout. The CPU is deterministic as it is."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
     torch.use_deterministic_algorithms(deterministic)
@@ -75,7 +75,7 @@ def full_products() -> Iterator[None]:
 
 
 def memory_of_others(device: torch.device) -> float:
-    """GiB of a CUDA device that other processes hold, this one's own context (half a GiB) included; 0 elsewhere."""
+    """Return the GiB of a CUDA device that other processes and this one's context (half a GiB) hold; 0 elsewhere."""
     if device.type != "cuda":
         return 0.0
     free, total = torch.cuda.mem_get_info(device)
@@ -83,7 +83,7 @@ def memory_of_others(device: torch.device) -> float:
 
 
 def wait_for_device(device: torch.device, wait: bool, pause: Callable[[float], None] = time.sleep) -> None:
-    """One line while others use the GPU; with `wait`, return only when they no longer do."""
+    """Print one line while others use the GPU; with `wait`, return only when they no longer do."""
     held = memory_of_others(device)
     if held < BUSY_GIB:
         return
@@ -103,5 +103,5 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def gradient_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
-    """Loss scaling for fp16; otherwise a scaler that does nothing."""
+    """Return loss scaling for fp16; otherwise a scaler that does nothing."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -12,16 +12,10 @@ from torch import Tensor
 from common.errors import UserError
 
 AGENT = "DENOISING_ZOO_AGENT"  # the launcher's process, which watches them
-
-
 DIED = "another process of the run has died"
-
-
 PARENT = os.getppid()
 
-
 T = TypeVar("T")
-
 
 meeting: dist.Store | None = None  # where ranks leave words that outlive them
 
@@ -42,7 +36,7 @@ def world() -> int:
 
 @contextmanager
 def explained_lost_ranks() -> Iterator[None]:
-    """Errors of a broken connection as LostRankError, with the word that the other left if it could."""
+    """Raise LostRankError for a broken connection in the block, with the word that the other rank left if it could."""
     try:
         yield
     except RuntimeError as error:
@@ -56,14 +50,14 @@ def explained_lost_ranks() -> Iterator[None]:
 
 
 def barrier() -> None:
-    """Until every rank has come here."""
+    """Wait until every rank has come here."""
     if world() > 1:
         dist.all_reduce(torch.zeros(1))
 
 
 @contextmanager
 def rank0_first(alone: bool) -> Iterator[None]:
-    """A block that rank 0 carries out before the others begin it, if `alone`."""
+    """Carry out the block on rank 0 before the others begin it, if `alone`."""
     if alone and rank():
         barrier()
     try:
@@ -74,7 +68,7 @@ def rank0_first(alone: bool) -> Iterator[None]:
 
 
 def broadcast_from_rank0(value: T) -> T:
-    """Rank 0's value, on every rank."""
+    """Return rank 0's value on every rank."""
     if world() == 1:
         return value
     values = [value]
@@ -83,15 +77,9 @@ def broadcast_from_rank0(value: T) -> T:
 
 
 def first_non_none(own: T | None) -> T | None:
-    """Return the value of the lowest rank that has one, on every rank; None where none has. Between the CPUs: no device
-    waits.
-    """
-    if world() == 1:
+    """Return the value of the lowest rank that has one, on every rank; None where none has. No device waits."""
+    if world() == 1 or not any_rank(own is not None):
         return own
-    some = torch.tensor([float(own is not None)])
-    dist.all_reduce(some)
-    if not some:
-        return None
     values: list[T | None] = [None] * world()
     dist.all_gather_object(values, own)
     return next(value for value in values if value is not None)
@@ -123,5 +111,5 @@ def all_reduce_sum(parts: Tensor) -> Tensor:
 
 
 def orphaned() -> bool:
-    """Whether the agent that started this process, and watched it, is gone."""
+    """Return whether the agent that started this process, and watched it, is gone."""
     return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != int(os.environ.get(AGENT, PARENT))

@@ -31,7 +31,7 @@ TEMPORARY = ".tmp"
 
 @contextmanager
 def replacing(path: Path, owner: str = "") -> Iterator[BinaryIO]:
-    """A temporary file beside `path`, open for writing; at the end of the block it is on the disk and in the path's place.
+    """Open a temporary file beside `path` for writing; at the end of the block it is on the disk and in the path's place.
 
     A symbolic link is followed to its end; a file that stands there keeps its mode and, as far as the system allows, its
     owner. owner: distinguishes the temporary files of those who write one path. A block that fails leaves `path` as it was

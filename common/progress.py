@@ -26,7 +26,7 @@ def on_terminal() -> bool:
 
 
 def in_words(seconds: float) -> str:
-    """8 s, 6 min, 1.5 h or 3 days."""
+    """Return a duration such as 8 s, 6 min, 1.5 h or 3 days."""
     for most, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
         if seconds < most:
             return f"{seconds / unit:.2g} {name}" if seconds / unit < 10 else f"{seconds / unit:.0f} {name}"
@@ -34,9 +34,7 @@ def in_words(seconds: float) -> str:
 
 
 def bar(**settings: Any) -> Any:
-    """Return a tqdm bar on stderr, for a terminal alone. One that does not know its size, as over some links, counts as 80 x
-    24.
-    """
+    """Return a tqdm bar on stderr, for a terminal alone; one of unknown size, as over some links, counts as 80 x 24."""
     from tqdm import tqdm
 
     if on_terminal():
@@ -56,7 +54,7 @@ class Progress:
         self.bar = bar(desc=what, total=total, initial=initial, **(form or FORM))
 
     def advance(self, done: int) -> None:
-        """So much more of the total is done."""
+        """Count so much more of the total as done."""
         done = min(done, self.total - self.done)
         self.done += done
         self.bar.update(done)
@@ -64,7 +62,7 @@ class Progress:
             self.speak(time.perf_counter())
 
     def speak(self, now: float) -> None:
-        """A line, if one is due."""
+        """Print a line, if one is due."""
         gone = now - self.begun
         left = gone * (self.total - self.done) / max(self.done - self.initial, 1)
         due = gone > 1 and gone + left > LONG if self.silent else now - self.told > max(BETWEEN, (gone + left) / 10)
@@ -76,7 +74,7 @@ class Progress:
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Progress]:
-    """`Progress` of a job, for as long as it goes on."""
+    """Show `Progress` of a job for as long as the block goes on."""
     shown = Progress(what, total)
     try:
         yield shown
@@ -86,7 +84,7 @@ def progress(what: str, total: int) -> Iterator[Progress]:
 
 @contextmanager
 def watched(network: nn.Module, what: str, rows: int) -> Iterator[None]:
-    """Progress of a job that takes `rows` rows through the network in all, shown as they go through it."""
+    """Show the progress of a job that takes `rows` rows through the network in all, as they go through it."""
     with progress(what, rows) as shown:
         handle = network.register_forward_hook(lambda module, given, answer: shown.advance(len(given[0])))
         try:

@@ -1,14 +1,14 @@
 """Augmentation of whole batches of pictures on the training device."""
 
 import math
+from collections.abc import Sequence
 from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import UserError
-from common.ranges import Share, SizeOr0
+from common.ranges import Count, EpochSize, Share, SizeOr0
 from dataloaders.base_dataloaders import Batch
 from models.inputs import join_label
 
@@ -16,9 +16,13 @@ SCALE = ANISOTROPY = 2**0.2  # factor of one standard deviation
 SHIFT = 1 / 8  # of the picture's side, likewise
 
 
-class AugmentationOptions(TypedDict, total=False):
-    """What every set of pictures takes besides its own knobs; meanings as in Augmentation."""
+class ImageOptions(TypedDict, total=False):
+    """What every set of pictures takes besides its own settings; meanings as in FlowDataset and Augmentation."""
 
+    state_shape: Sequence[Count]
+    num_classes: SizeOr0
+    value_range: Sequence[float]
+    epoch_size: EpochSize | None
     flip: bool
     crop_padding: SizeOr0
     augment: Share
@@ -29,14 +33,10 @@ class Augmentation:
 
     flip: mirror half of them. crop_padding: pad so many black pixels on every side and cut the old size out anywhere.
     augment: probability of each geometric change of Karras et al. 2022 (arXiv 2206.00364, app. F.2), whose parameters join
-    the label, so that a network that is told of them does not learn to draw turned pictures. UserError for unfit values.
+    the label, so that a network that reads them does not learn to draw turned pictures.
     """
 
     def __init__(self, flip: bool = False, crop_padding: int = 0, augment: float = 0.0):
-        if not isinstance(crop_padding, int) or crop_padding < 0:
-            raise UserError(f"dataloaders.crop_padding takes a whole number of pixels from 0, not {crop_padding}")
-        if not 0 <= augment <= 1:
-            raise UserError(f"dataloaders.augment takes a probability from 0 to 1, not {augment}")
         self.flip, self.crop_padding, self.augment = flip, crop_padding, augment
 
     def __call__(self, x: Tensor, label: Tensor | None, generator: torch.Generator) -> Batch:
@@ -89,7 +89,7 @@ def draw_amounts(count: int, probability: float, generator: torch.Generator) -> 
 
 
 def parameters(amounts: Tensor) -> Tensor:
-    """Return what the network is told of amounts (8, B): (B, 9), zero for an untouched picture."""
+    """Return amounts (8, B) as the network reads them: (B, 9), zero for an untouched picture."""
     mirrored, upside_down, scale, angle, direction, stretch, across, down = amounts
     turned = [angle.cos() - 1, angle.sin()]
     stretched = [stretch * direction.cos(), stretch * direction.sin()]

@@ -6,9 +6,9 @@ from the objective.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self, TypedDict
 
 import torch
 from torch import Tensor
@@ -37,6 +37,15 @@ class EpochPlan:
     world: int = 1
 
 
+class Described(TypedDict, total=False):
+    """What a configuration may say of finite data; meanings as in FlowDataset. epoch_size: None is all training rows."""
+
+    state_shape: Sequence[Count]
+    num_classes: SizeOr0
+    value_range: Sequence[float] | None
+    epoch_size: EpochSize | None
+
+
 class FlowDataset(ABC):
     """Data of one shape, served on the training device in whole batches.
 
@@ -58,17 +67,33 @@ class FlowDataset(ABC):
 
     def __init__(
         self,
-        state_shape: list[Count],
-        epoch_size: EpochSize,
-        num_classes: SizeOr0 = 0,
-        value_range: list[float] | None = None,
+        state_shape: Sequence[int],
+        epoch_size: int,
+        num_classes: int = 0,
+        value_range: Sequence[float] | None = None,
+        described: Mapping[str, object] | None = None,
     ):
+        """described: what the configuration says of the same. UserError where it is something else."""
         self.state_shape: tuple[int, ...] = tuple(state_shape)
         self.epoch_size, self.num_classes = epoch_size, num_classes
         self.value_range: tuple[float, float] | None = None if value_range is None else (value_range[0], value_range[1])
+        self.check_described(described or {})
+
+    def check_described(self, described: Mapping[str, object]) -> None:
+        """Raise UserError where the configuration describes other data. TypeError for what is no setting of theirs."""
+        for key, said in described.items():
+            if key not in Described.__annotations__:
+                raise TypeError(f"{type(self).__name__} takes no {key}")
+            true = getattr(self, key)
+            same = (tuple(said) if isinstance(said, Sequence) else said) == true
+            if not same and (key, said) != ("epoch_size", None):
+                raise UserError(
+                    f"{type(self).__name__} has {key}={typed(true)}, not {typed(said)}; leave dataloaders.{key} out, or set "
+                    f"dataloaders.{key}={typed(true)}" + "; limit_data shortens an epoch" * (key == "epoch_size")
+                )
 
     def batches_per_epoch(self, batch_size: int) -> int:
-        """Batches of an epoch, the last one possibly smaller."""
+        """Return how many batches an epoch has, the last one possibly smaller."""
         return -(-self.epoch_size // batch_size)
 
     @abstractmethod
@@ -77,7 +102,7 @@ class FlowDataset(ABC):
 
     def balance(self) -> None:
         """Let every class be drawn equally often in training. UserError for data that cannot."""
-        raise UserError(f"balanced=true needs a finite set with labels, and {type(self).__name__} is none; leave it out")
+        raise UserError(f"balanced=true needs a finite set with labels, unlike {type(self).__name__}; leave it out")
 
     @abstractmethod
     def epoch(self, plan: EpochPlan) -> Iterator[Batch]:
@@ -93,15 +118,19 @@ class FlowDataset(ABC):
         """Return at most `count` states never used for training, with labels."""
 
     def training_part(self, count: int) -> Batch | None:
-        """Training states with labels, as they are without augmentation: all that are in memory, else at most `count` that
-        are read, the same ones each time; None for data drawn afresh."""
+        """Return training states with labels, without augmentation: all that are in memory, else at most `count` that are
+        read, the same ones each time; None for data drawn afresh.
+        """
         return None
 
     @abstractmethod
     def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return two disjoint sets of real states, at most `first` and `second` many: what a metric's
-        noise floor compares.
-        """
+        """Return two disjoint sets of real states, at most `first` and `second` many, for a metric's noise floor."""
+
+
+def typed(value: Any) -> str:
+    """Return a setting's value as a command line gives it."""
+    return "null" if value is None else str(list(value) if isinstance(value, Sequence) else value).replace(" ", "")
 
 
 def pair_sizes(first: int, second: int, there: int) -> tuple[int, int]:

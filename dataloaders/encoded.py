@@ -1,14 +1,13 @@
 """Latents of pictures, encoded as they are needed."""
 
-from collections.abc import Iterator, Sequence
-from typing import Self
+from collections.abc import Iterator
+from typing import Self, Unpack
 
 import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.ranges import Count, EpochSize, SizeOr0
-from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset
+from dataloaders.base_dataloaders import Batch, Described, EpochPlan, FlowDataset
 from models.vae.stable_diffusion_vae import StableDiffusionVAE
 
 
@@ -18,28 +17,16 @@ class EncodedImages(FlowDataset):
     It costs a forward pass of the encoder for each picture; scripts/cache_latents.py pays once.
     """
 
-    def __init__(
-        self,
-        images: FlowDataset,
-        vae: StableDiffusionVAE | None,
-        state_shape: Sequence[Count],
-        num_classes: SizeOr0,
-        epoch_size: EpochSize | None = None,
-        value_range: Sequence[float] | None = None,
-    ):
+    def __init__(self, images: FlowDataset, vae: StableDiffusionVAE | None, **described: Unpack[Described]):
         """images: pictures (3, H, W). UserError without an autoencoder, or when the configuration does not fit."""
-        if vae is None:
-            raise UserError("these pictures are encoded by an autoencoder; add vae=stable_diffusion vae.path=<folder>")
         channels, height, width = images.state_shape
-        shape = (vae.latent_channels, height // vae.factor, width // vae.factor)
-        if tuple(state_shape) != shape or channels != 3 or num_classes != images.num_classes or value_range is not None:
+        if vae is None or channels != 3:
             raise UserError(
-                f"pictures of {channels}x{height}x{width} in {images.num_classes} classes have latents of {list(shape)}; "
-                "correct dataloaders.state_shape, num_classes or the size of dataloaders.images"
+                f"pictures of 3 channels, not {channels}, are encoded, and by an autoencoder; add vae=stable_diffusion "
+                "vae.path=<folder>, and keep dataloaders.images.channels=3"
             )
-        if epoch_size is not None:
-            raise UserError("an epoch is all training pictures; leave dataloaders.epoch_size out, limit_data shortens it")
-        super().__init__(list(shape), images.epoch_size, num_classes)
+        shape = (vae.latent_channels, height // vae.factor, width // vae.factor)
+        super().__init__(shape, images.epoch_size, images.num_classes, None, described)
         self.images, self.vae, self.class_names = images, vae, images.class_names
         self.seen: Tensor | None = None  # some training rows
 

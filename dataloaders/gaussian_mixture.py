@@ -20,7 +20,7 @@ class GaussianMixture:
         return GaussianMixture(*(p.to(device=device, dtype=dtype) for p in (self.weights, self.means, self.stds)))
 
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """`count` draws (count, D) and the components (count,) they came from."""
+        """Return `count` draws (count, D) and the components (count,) they came from."""
         component = torch.multinomial(self.weights, count, replacement=True, generator=generator)
         size = (count, self.means.shape[1])
         noise = torch.randn(size, generator=generator, device=self.means.device, dtype=self.means.dtype)

@@ -1,16 +1,16 @@
 """Any tree of pictures, and ImageNet's among them."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Literal, Unpack
 
 import numpy as np
 
 from common.errors import UserError
-from common.ranges import Count, EpochSize, Size, SizeOr0
-from dataloaders.augmentation import AugmentationOptions
-from dataloaders.image_stream import Crop, ImageStream, PictureReader, require_crop
+from common.ranges import Count, Inside, Size
+from dataloaders.augmentation import ImageOptions
+from dataloaders.image_stream import Crop, ImageStream, PictureReader
 from dataloaders.picture_files import class_folders, imagenet_classes, list_pictures
+from dataloaders.stream import some_rows
 from dataloaders.tensor_dataset import stratified_rows
 
 FEWEST = 4  # pictures of which a part is held out: two on each side
@@ -26,45 +26,34 @@ class ImageFolder(ImageStream):
         self,
         root: str,
         size: Size,
-        num_classes: SizeOr0,
-        state_shape: Sequence[Count],
         crop: Crop = "resized",
-        channels: Size = 3,
-        held_out_fraction: float = 0.1,
+        channels: Literal[1, 3] = 3,
+        held_out_fraction: Inside = 0.1,
         held_out_root: str | None = None,
         held_out_most: Count = 10_000,
-        epoch_size: EpochSize | None = None,
-        value_range: Sequence[float] = (-1.0, 1.0),
         standardize: bool = False,
-        **augmentation: Unpack[AugmentationOptions],
+        **options: Unpack[ImageOptions],
     ):
         """size, crop, channels: see PictureReader. held_out_most: pictures that are kept in memory to evaluate on.
 
         UserError for folders that are missing or differ, and for unfit values.
         """
-        require_crop(size, crop, channels)
         place = Path(root).expanduser()
         classes = class_folders(place)
-        everything = labelled(place, classes, size, crop, channels)
+        train = unseen = labelled(place, classes, size, crop, channels)
         if held_out_root is not None:
             other = Path(held_out_root).expanduser()
             if class_folders(other) != classes:
                 raise UserError(f"{other} has other class folders than {place}; it needs the same ones to be held out")
-            train, unseen = everything, labelled(other, classes, size, crop, channels)
+            unseen = labelled(other, classes, size, crop, channels)
             rows = np.arange(len(unseen))
         else:
-            if not 0 < held_out_fraction < 1 or len(everything) < FEWEST:
-                raise UserError(
-                    f"dataloaders.held_out_fraction={held_out_fraction} of the {len(everything)} pictures in {place} cannot "
-                    f"be held out; give a number between 0 and 1, and {FEWEST} pictures or more"
-                )
-            rows = stratified_rows(everything.labels, len(everything), held_out_fraction, seed=0).numpy()
-            train, unseen = everything.subset(np.setdiff1d(np.arange(len(everything)), rows), crop), everything
-        chosen = np.sort(rows[np.random.RandomState(0).permutation(len(rows))[:held_out_most]])
-        super().__init__(
-            train, unseen.subset(chosen, crop), state_shape=state_shape,
-            num_classes=num_classes, classes=len(classes), value_range=value_range, epoch_size=epoch_size, **augmentation,
-        )  # fmt: skip
+            if len(train) < FEWEST:
+                raise UserError(f"of {len(train)} pictures none can be held out; put {FEWEST} pictures or more into {place}")
+            rows = stratified_rows(train.labels, len(train), held_out_fraction, seed=0).numpy()
+            train = train.subset(np.setdiff1d(np.arange(len(train)), rows))
+        chosen = rows[some_rows(len(rows), held_out_most)]
+        super().__init__(train, unseen.subset(chosen), len(classes), **options)
         self.standardize, self.class_names = standardize, classes or None
 
 

@@ -5,18 +5,15 @@ import random
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Unpack, get_args
+from typing import Literal, Unpack
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from common.errors import UserError
-from common.ranges import Count, EpochSize, SizeOr0
-from dataloaders.augmentation import Augmentation, AugmentationOptions
-from dataloaders.base_dataloaders import Batch
-from dataloaders.image_tensor import require_described
+from dataloaders.augmentation import Augmentation
+from dataloaders.base_dataloaders import Batch, Described
 from dataloaders.picture_modes import in_eight_bits
 from dataloaders.stream import Read, Reader, Rows, StreamDataset
 from dataloaders.tensor_dataset import as_states
@@ -52,11 +49,11 @@ class PictureReader(Reader):
     def describe(self) -> str:
         return f"pictures in {self.root}"
 
-    def subset(self, rows: np.ndarray, crop: Crop) -> "PictureReader":
-        """Some of the files, cut in another way."""
+    def subset(self, rows: np.ndarray) -> "PictureReader":
+        """Return a reader of some of the files."""
         labels = None if self.labels is None else self.labels[torch.from_numpy(rows)].tolist()
         names = [self.name(int(row)) for row in rows]
-        return PictureReader(self.root, names, labels, self.size, crop, self.channels, self.centre)
+        return PictureReader(self.root, names, labels, self.size, self.crop, self.channels, self.centre)
 
     def __getitem__(self, rows: Rows) -> Read:
         pictures = torch.empty(len(rows.numbers), self.channels, self.size, self.size, dtype=torch.uint8)
@@ -110,37 +107,19 @@ class ImageStream(StreamDataset):
         self,
         train: PictureReader,
         unseen: PictureReader,
-        *,
-        state_shape: Sequence[Count],
-        num_classes: SizeOr0,
         classes: int,
-        value_range: Sequence[float] = (-1.0, 1.0),
-        epoch_size: EpochSize | None = None,
-        **augmentation: Unpack[AugmentationOptions],
+        *,
+        flip: bool = False,
+        crop_padding: int = 0,
+        augment: float = 0.0,
+        **described: Unpack[Described],
     ):
-        """classes: what the files have. UserError when the configuration says otherwise, or size or crop is unfit."""
-        require_described(self, (train.channels, train.size, train.size), state_shape, value_range)
-        if num_classes != classes:
-            raise UserError(
-                f"{train.root} has {classes} classes, not {num_classes}; leave dataloaders.num_classes to be found out"
-            )
-        if epoch_size is not None:
-            raise UserError("an epoch is all training pictures; leave dataloaders.epoch_size out, limit_data shortens it")
-        super().__init__(train, unseen, list(state_shape), num_classes, list(value_range))
-        self.augmentation = Augmentation(**augmentation)
+        """classes: what the files have. UserError when the configuration describes other pictures."""
+        super().__init__(train, unseen, (train.channels, train.size, train.size), classes, (-1.0, 1.0), described)
+        self.augmentation = Augmentation(flip, crop_padding, augment)
 
     def states(self, stored: Tensor, generator: torch.Generator) -> Tensor:
         return as_states(stored)
 
     def augmented(self, x: Tensor, label: Tensor | None, generator: torch.Generator) -> Batch:
         return self.augmentation(x, label, generator)
-
-
-def require_crop(size: int, crop: str, channels: int) -> None:
-    """Raise UserError for a size, way of cutting or number of channels that does not exist."""
-    if not isinstance(size, int) or size < 1:
-        raise UserError(f"dataloaders.size takes a whole number of pixels, not {size}")
-    if crop not in get_args(Crop):
-        raise UserError(f"dataloaders.crop={crop} is none of {', '.join(get_args(Crop))}")
-    if channels not in (1, 3):
-        raise UserError(f"dataloaders.channels takes 3 (colours) or 1 (grey), not {channels}")

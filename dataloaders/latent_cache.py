@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.ranges import Count, EpochSize, SizeOr0
+from common.ranges import Count
+from dataloaders.base_dataloaders import Described
 from dataloaders.picture_files import latent_manifest
-from dataloaders.stream import Read, Reader, Rows, StreamDataset
+from dataloaders.stream import Read, Reader, Rows, StreamDataset, some_rows
 
 
 class LatentReader(Reader):
@@ -58,34 +59,23 @@ class LatentCache(StreamDataset):
     def __init__(
         self,
         path: str,
-        state_shape: Sequence[Count],
-        num_classes: SizeOr0,
         flip: bool = True,
         sample: bool = True,
         held_out_most: Count = 10_000,
-        epoch_size: EpochSize | None = None,
-        value_range: Sequence[float] | None = None,
+        **described: Unpack[Described],
     ):
         """path: a folder that scripts/cache_latents.py has filled. flip: mirror half. sample: false serves the means.
 
         held_out_most: latents kept in memory to evaluate on. UserError for a folder that is not whole or not as described.
         """
         manifest, folder = latent_manifest(path), Path(path).expanduser()
-        if list(state_shape) != manifest["shape"] or num_classes != manifest["num_classes"] or value_range is not None:
-            raise UserError(
-                f"{folder} holds latents of shape {manifest['shape']} in {manifest['num_classes']} classes and no range; "
-                "leave dataloaders.state_shape, num_classes and value_range to be found out"
-            )
-        if epoch_size is not None:
-            raise UserError("an epoch is all training latents; leave dataloaders.epoch_size out, limit_data shortens it")
         parts = {part: [s for s in manifest["shards"] if s["part"] == part] for part in ("train", "held_out")}
-        unseen = sum(shard["rows"] for shard in parts["held_out"])
-        chosen = np.sort(np.random.RandomState(0).permutation(unseen)[:held_out_most])
-        train = LatentReader(folder, parts["train"], state_shape)
-        held_out = LatentReader(folder, parts["held_out"], state_shape, chosen)
-        super().__init__(train, held_out, list(state_shape), num_classes, None)
+        chosen = some_rows(sum(shard["rows"] for shard in parts["held_out"]), held_out_most)
+        train = LatentReader(folder, parts["train"], manifest["shape"])
+        held_out = LatentReader(folder, parts["held_out"], manifest["shape"], chosen)
+        super().__init__(train, held_out, manifest["shape"], manifest["num_classes"], None, described)
         self.flip, self.sample = flip, sample
-        if not num_classes:
+        if not self.num_classes:
             train.labels = held_out.labels = None
 
     def chosen(self, rows: Tensor, order: torch.Generator) -> Tensor:

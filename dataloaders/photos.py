@@ -1,6 +1,5 @@
 """Pieces of the two photographs that scikit-learn ships: real pictures without any download."""
 
-from collections.abc import Sequence
 from typing import Unpack
 
 import numpy as np
@@ -8,8 +7,8 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.ranges import Count, EpochSize, SizeOr0
-from dataloaders.augmentation import AugmentationOptions
+from common.ranges import CountFrom2
+from dataloaders.augmentation import ImageOptions
 from dataloaders.image_tensor import ImageTensor
 
 SIDE = 32
@@ -25,13 +24,9 @@ class Photos(ImageTensor):
 
     def __init__(
         self,
-        crops: Count = 10_000,
-        held_out_crops: Count = 2_000,
-        state_shape: Sequence[Count] = (3, SIDE, SIDE),
-        epoch_size: EpochSize | None = None,
-        num_classes: SizeOr0 = 2,
-        value_range: Sequence[float] = (-1.0, 1.0),
-        **augmentation: Unpack[AugmentationOptions],
+        crops: CountFrom2 = 10_000,
+        held_out_crops: CountFrom2 = 2_000,
+        **options: Unpack[ImageOptions],
     ):
         """crops, held_out_crops: pieces to train on and to hold out, half of them of each photograph.
 
@@ -39,22 +34,17 @@ class Photos(ImageTensor):
         """
         from sklearn.datasets import load_sample_images  # takes a second to import
 
-        if num_classes != 2:
-            raise UserError(f"there are two photographs; dataloaders.num_classes={num_classes} must be 2")
         photographs = load_sample_images().images
         places = [legal_places(photograph.shape[:2]) for photograph in photographs]
         train, held_out = (
             cut_out(photographs, [both[part] for both in places], count, key)
             for part, (key, count) in enumerate([("crops", crops), ("held_out_crops", held_out_crops)])
         )
-        super().__init__(
-            train, held_out, state_shape=state_shape, num_classes=num_classes, value_range=value_range,
-            epoch_size=epoch_size, **augmentation,
-        )  # fmt: skip
+        super().__init__(train, held_out, 2, **options)
 
 
 def legal_places(size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Upper left corners (N, 2) of all training pieces and of all held-out pieces of a photograph of that size."""
+    """Return the upper left corners (N, 2) of all training pieces and of all held-out pieces of a photograph."""
     height, width = size
     row, column = np.indices((height, width)) // CELL
     held_out = (2 * row + column) % 5 == 0  # a knight's move apart
@@ -64,10 +54,10 @@ def legal_places(size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cut_out(photographs: list[np.ndarray], places: list[np.ndarray], count: int, key: str) -> tuple[Tensor, Tensor]:
-    """`count` pieces (count, 3, 32, 32) uint8 at places chosen once for all, and which photograph they are of (count,)."""
+    """Return `count` pieces (count, 3, 32, 32) uint8 at places chosen once for all, and their photographs (count,)."""
     most = 2 * min(len(corners) for corners in places)
-    if not isinstance(count, int) or not 2 <= count <= most:
-        raise UserError(f"dataloaders.{key} takes a whole number from 2 to {most:,}, not {count}")
+    if count > most:
+        raise UserError(f"dataloaders.{key} takes at most {most:,} pieces, for want of other places, not {count}")
     pieces, labels = [], torch.arange(count) % 2
     for number, (photograph, corners) in enumerate(zip(photographs, places, strict=True)):
         windows = np.lib.stride_tricks.sliding_window_view(photograph, (SIDE, SIDE), axis=(0, 1))

@@ -94,10 +94,10 @@ def latent_manifest(folder: str) -> dict[str, Any]:
 
 
 def latent_shape(folder: str) -> list[int]:
-    """Shape [C, H, W] of the latents cached in a folder."""
+    """Return the shape [C, H, W] of the latents cached in a folder."""
     return list(latent_manifest(folder)["shape"])
 
 
 def latent_classes(folder: str) -> int:
-    """Classes of the latents cached in a folder."""
+    """Return how many classes there are of the latents cached in a folder."""
     return int(latent_manifest(folder)["num_classes"])

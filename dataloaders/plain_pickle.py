@@ -1,5 +1,6 @@
 """Reading pickled dictionaries of arrays, as old data sets are published, without running anything they name."""
 
+import io
 import math
 import pickle
 from pathlib import Path
@@ -10,29 +11,20 @@ import numpy as np
 from common.errors import UserError
 
 
-class PickledType:
-    """Stands for the type of an array's elements; takes what a pickle says of it and does nothing."""
+class StandIn:
+    """Stands for an array or the type of its elements; keeps what a pickle says of it and does nothing."""
 
-    def __init__(self, code: Any = "", *_: Any):
-        self.code = code.decode("latin1") if isinstance(code, bytes) else code
-
-    def __setstate__(self, state: Any) -> None:
-        """The byte order and other details, of no concern for single bytes."""
-
-
-class PickledArray:
-    """Stands for an array; keeps its state, which numpy never sees but for the raw bytes."""
-
-    def __init__(self, *_: Any):
+    def __init__(self, *arguments: Any):
+        self.arguments = arguments
         self.state: Any = None
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def bytes_array(self, file: str) -> np.ndarray:
+    def bytes_array(self, file: Path) -> np.ndarray:
         """Return the array, of uint8. UserError when it is of another kind."""
         match self.state:
-            case (_, tuple(shape), PickledType(code="u1"), fortran, bytes(raw)) if all(
+            case (_, tuple(shape), StandIn(arguments=("u1" | b"u1", *_)), fortran, bytes(raw)) if all(
                 isinstance(n, int) and n >= 0 for n in shape
             ) and len(raw) == math.prod(shape):
                 return np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran else "C")
@@ -45,10 +37,10 @@ def pickled_text(text: Any, encoding: Any = "latin1") -> bytes:
 
 
 STAND_INS: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): PickledArray,
-    ("numpy._core.multiarray", "_reconstruct"): PickledArray,
-    ("numpy", "ndarray"): PickledArray,
-    ("numpy", "dtype"): PickledType,
+    ("numpy.core.multiarray", "_reconstruct"): StandIn,
+    ("numpy._core.multiarray", "_reconstruct"): StandIn,
+    ("numpy", "ndarray"): StandIn,
+    ("numpy", "dtype"): StandIn,
     ("_codecs", "encode"): pickled_text,
 }
 
@@ -62,12 +54,10 @@ class PlainUnpickler(pickle.Unpickler):
         return STAND_INS[module, name]
 
 
-def read_pickled(stream: Any, file: str | Path) -> dict[str, Any]:
-    """Return the dictionary pickled in a binary stream: text, numbers, lists, and uint8 arrays.
-    UserError for anything else.
-    """
+def read_pickled(content: bytes, file: Path) -> dict[str, Any]:
+    """Return a pickled dictionary: text, numbers, lists, and uint8 arrays. UserError, naming `file`, for anything else."""
     try:
-        found = PlainUnpickler(stream, encoding="bytes").load()
+        found = PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # a foreign file may fail in any way
         raise UserError(
             f"{file} is not a data file in the official format ({type(error).__name__}: {error}); fetch it again"
@@ -75,8 +65,8 @@ def read_pickled(stream: Any, file: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{file} holds no dictionary, so it is not in the official format; fetch it again")
     return {
-        key.decode("latin1") if isinstance(key, bytes) else str(key): value.bytes_array(str(file))
-        if isinstance(value, PickledArray)
+        key.decode("latin1") if isinstance(key, bytes) else str(key): value.bytes_array(file)
+        if isinstance(value, StandIn)
         else value
         for key, value in found.items()
     }

@@ -12,37 +12,35 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.ranges import NotNegative, SizeOr0
-from dataloaders.synthetic import CommonOptions, SyntheticDataset, require_above_zero
+from common.ranges import Inside, NotNegative
+from dataloaders.synthetic import CommonOptions, SyntheticDataset
 
 
 class PlanarShape(SyntheticDataset):
     """Points of a labelled shape in the plane plus isotropic noise: x = shape(k, U) + noise eps.
 
     noise: standard deviation in each coordinate, in the units of the state; 0 leaves the bare shape.
+    classes: labels of the shape; where a setting chooses, it is set before this constructor.
     """
 
-    def __init__(self, noise: NotNegative, num_classes: SizeOr0, **common: Unpack[CommonOptions]):
-        super().__init__(num_classes, **common)
-        self.require_shape((2,))
-        self.noise = require_not_negative("noise", noise)
+    classes = 2
+
+    def __init__(self, noise: NotNegative = 0.05, **common: Unpack[CommonOptions]):
+        super().__init__((2,), self.classes, **common)
+        self.noise = float(noise)
 
     @abstractmethod
     def shape(self, label: Tensor, generator: torch.Generator) -> Tensor:
         """Return noise-free points (B, 2) of the classes `label` (B,), newly allocated."""
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        label = torch.randint(self.num_classes, (count,), generator=generator, device=generator.device)
+        label = torch.randint(self.classes, (count,), generator=generator, device=generator.device)
         eps = torch.randn((count, 2), generator=generator, device=generator.device)
         return self.shape(label, generator).add_(eps, alpha=self.noise), label
 
 
 class Moons(PlanarShape):
     """Two interleaved half circles: x = (1 - 2k) (cos a - 1/2, sin a - 1/4) + noise eps, a = pi U."""
-
-    def __init__(self, noise: NotNegative = 0.05, num_classes: SizeOr0 = 2, **common: Unpack[CommonOptions]):
-        super().__init__(noise, num_classes, **common)
-        self.require_classes(2)
 
     def shape(self, label: Tensor, generator: torch.Generator) -> Tensor:
         angle = math.pi * uniform_like(label, generator)
@@ -55,13 +53,8 @@ class Circles(PlanarShape):
     factor: radius of the inner circle over that of the outer, between 0 and 1.
     """
 
-    def __init__(
-        self, factor: float = 0.5, noise: NotNegative = 0.05, num_classes: SizeOr0 = 2, **common: Unpack[CommonOptions]
-    ):
-        super().__init__(noise, num_classes, **common)
-        self.require_classes(2)
-        if not 0 < factor < 1:
-            raise UserError(f"dataloaders.factor must lie between 0 and 1, not {factor}")
+    def __init__(self, factor: Inside = 0.5, noise: NotNegative = 0.05, **common: Unpack[CommonOptions]):
+        super().__init__(noise, **common)
         self.factor = float(factor)
 
     def shape(self, label: Tensor, generator: torch.Generator) -> Tensor:
@@ -76,16 +69,14 @@ class Spirals(PlanarShape):
     num_classes.
     """
 
-    def __init__(
-        self, rotations: float = 1.0, noise: NotNegative = 0.05, num_classes: SizeOr0 = 2, **common: Unpack[CommonOptions]
-    ):
-        require_above_zero("num_classes", num_classes)
-        super().__init__(noise, num_classes, **common)
+    def __init__(self, rotations: float = 1.0, noise: NotNegative = 0.05, **common: Unpack[CommonOptions]):
+        self.classes = common.get("num_classes") or 2
+        super().__init__(noise, **common)
         self.rotations = float(rotations)
 
     def shape(self, label: Tensor, generator: torch.Generator) -> Tensor:
         along = uniform_like(label, generator).sqrt()
-        return on_circle(2 * math.pi * (self.rotations * along + label / self.num_classes), 2 * along)
+        return on_circle(2 * math.pi * (self.rotations * along + label / self.classes), 2 * along)
 
 
 class Checkerboard(PlanarShape):
@@ -94,12 +85,11 @@ class Checkerboard(PlanarShape):
     cells: squares along a side, even. Square k has column = 2k // cells, row = (2k) % cells + column % 2.
     """
 
-    def __init__(self, cells: int = 4, noise: NotNegative = 0.0, num_classes: SizeOr0 = 8, **common: Unpack[CommonOptions]):
+    def __init__(self, cells: int = 4, noise: NotNegative = 0.0, **common: Unpack[CommonOptions]):
         if cells < 2 or cells % 2:
             raise UserError(f"dataloaders.cells must be an even number of squares along a side, not {cells}")
-        super().__init__(noise, num_classes, **common)
-        self.require_classes(cells**2 // 2)
-        self.cells = cells
+        self.cells, self.classes = cells, cells**2 // 2
+        super().__init__(noise, **common)
 
     def shape(self, label: Tensor, generator: torch.Generator) -> Tensor:
         column = 2 * label // self.cells
@@ -116,32 +106,25 @@ class Pinwheel(PlanarShape):
 
     def __init__(
         self,
-        radial_std: float = 0.3,
-        tangential_std: float = 0.05,
+        radial_std: NotNegative = 0.3,
+        tangential_std: NotNegative = 0.05,
         rate: float = 0.25,
-        num_classes: SizeOr0 = 5,
         **common: Unpack[CommonOptions],
     ):
-        require_above_zero("num_classes", num_classes)
-        super().__init__(0.0, num_classes, **common)
-        self.radial_std = require_not_negative("radial_std", radial_std)
-        self.tangential_std = require_not_negative("tangential_std", tangential_std)
-        self.rate = float(rate)
+        self.classes = common.get("num_classes") or 5
+        super().__init__(0.0, **common)
+        self.radial_std, self.tangential_std, self.rate = float(radial_std), float(tangential_std), float(rate)
 
     def shape(self, label: Tensor, generator: torch.Generator) -> Tensor:
         eps = torch.randn((2, len(label)), generator=generator, device=generator.device)
         p, q = 1 + self.radial_std * eps[0], self.tangential_std * eps[1]
-        angle = 2 * math.pi / self.num_classes * label + self.rate * p.exp()
+        angle = 2 * math.pi / self.classes * label + self.rate * p.exp()
         cos, sin = angle.cos(), angle.sin()
         return 1.5 * torch.stack([cos * p - sin * q, sin * p + cos * q], dim=1)
 
 
 class SCurve(PlanarShape):
     """An S seen from the side: x = (1 - 2k) (sin a, cos a - 1) + noise eps, a = 3 pi U / 2; k is the half of the S."""
-
-    def __init__(self, noise: NotNegative = 0.05, num_classes: SizeOr0 = 2, **common: Unpack[CommonOptions]):
-        super().__init__(noise, num_classes, **common)
-        self.require_classes(2)
 
     def shape(self, label: Tensor, generator: torch.Generator) -> Tensor:
         angle = 1.5 * math.pi * uniform_like(label, generator)
@@ -156,10 +139,3 @@ def uniform_like(label: Tensor, generator: torch.Generator) -> Tensor:
 def on_circle(angle: Tensor, radius: Tensor) -> Tensor:
     """Return radius (cos angle, sin angle): (B, 2)."""
     return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
-
-
-def require_not_negative(knob: str, value: float) -> float:
-    """Return the knob's value; UserError when it is below zero."""
-    if not value >= 0:
-        raise UserError(f"dataloaders.{knob} must be 0 or above, not {value}")
-    return float(value)

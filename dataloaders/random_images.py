@@ -21,10 +21,11 @@ class RandomImages(TensorDataset):
         value_range: Sequence[float] = (-1.0, 1.0),
     ):
         """UserError for a shape that is no image's, no classes, or an epoch that is no multiple of 7."""
-        if len(state_shape) != 3:
-            raise UserError(f"random images have a shape such as [3, 32, 32]; dataloaders.state_shape={list(state_shape)}")
-        if num_classes < 1:
-            raise UserError(f"random images have at least one class, not dataloaders.num_classes={num_classes}")
+        if len(state_shape) != 3 or num_classes < 1:
+            raise UserError(
+                "random images have a shape such as dataloaders.state_shape=[3,32,32] and dataloaders.num_classes of 1 or "
+                f"more, not {list(state_shape)} and {num_classes}"
+            )
         if epoch_size < 7 or epoch_size % 7:
             near = max(7, 7 * round(epoch_size / 7))
             raise UserError(f"an epoch of {epoch_size} leaves no eighth to hold out; set dataloaders.epoch_size={near}")
@@ -32,8 +33,5 @@ class RandomImages(TensorDataset):
         count = epoch_size * 8 // 7
         coarse = torch.randn(count, channels, -(-height // 4), -(-width // 4), generator=torch.Generator().manual_seed(0))
         states = F.interpolate(coarse, size=(height, width), mode="bilinear").clamp(-1, 1)
-        labels = torch.arange(count) % num_classes
-        super().__init__(
-            states, labels, torch.arange(count - count // 8, count), epoch_size=epoch_size, num_classes=num_classes,
-            value_range=value_range,
-        )  # fmt: skip
+        labels, held_out = torch.arange(count) % num_classes, torch.arange(count - count // 8, count)
+        super().__init__(states, labels, held_out, num_classes=num_classes, value_range=value_range)

@@ -3,7 +3,7 @@
 import os
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.errors import UserError
-from common.ranges import Count, SizeOr0
 from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset, pair_sizes
 
 AHEAD = 4  # batches that each worker reads in advance
@@ -37,7 +36,8 @@ class Read(NamedTuple):
 
 class Reader(Dataset[Read], ABC):
     """Reads whole batches. It is copied to workers, holds no state that changes, and draws nothing from global generators:
-    what it returns for a batch is the same in any process."""
+    what it returns for a batch is the same in any process.
+    """
 
     @abstractmethod
     def __len__(self) -> int:
@@ -86,8 +86,9 @@ class ReadAhead:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal, and torchrun's signals a whole process group; the run saves, then ends its
-    workers itself."""
+    """Keep signals from a worker: Ctrl-C reaches every process of a terminal, and torchrun's a whole process group, but the
+    run saves first, then ends its workers itself.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.setpgid(0, 0)
 
@@ -107,17 +108,21 @@ class StreamDataset(FlowDataset):
         self,
         train: Reader,
         unseen: Reader,
-        state_shape: list[Count],
-        num_classes: SizeOr0,
-        value_range: list[float] | None,
+        state_shape: Sequence[int],
+        num_classes: int,
+        value_range: Sequence[float] | None,
+        described: Mapping[str, object] | None = None,
     ):
-        """train, unseen: readers of the training part and of the part held out. UserError for fewer than 2 held out."""
+        """train, unseen: readers of the training part and of the part held out. described: see FlowDataset.
+
+        UserError for fewer than 2 held out.
+        """
         if len(unseen) < LEAST:
             raise UserError(
                 f"{type(self).__name__} has {len(unseen)} held out to evaluate on, and the scores take {LEAST} or more; "
                 "add to them, or hold out a larger share"
             )
-        super().__init__(state_shape, len(train), num_classes, value_range)
+        super().__init__(state_shape, len(train), num_classes, value_range, described)
         self.train, self.unseen = train, unseen
         self.device = torch.device("cpu")
         self.ahead: ReadAhead | None = None
@@ -141,7 +146,7 @@ class StreamDataset(FlowDataset):
         return list(rows)
 
     def augmented(self, x: Tensor, label: Tensor | None, generator: torch.Generator) -> Batch:
-        """Training states and labels with random changes; none unless a subclass has some."""
+        """Return training states and labels with random changes; none unless a subclass has some."""
         return x, label
 
     def to(self, device: torch.device | str) -> Self:
@@ -161,12 +166,15 @@ class StreamDataset(FlowDataset):
             for read in self.ahead.batches(rows):
                 self.unreadable.update(read.unreadable)
                 self.require_readable(len(self.unreadable), self.train)
-                x = self.states(read.stored.to(self.device, non_blocking=True), plan.generator)
-                label = None if read.labels is None else read.labels.to(self.device, non_blocking=True)
-                yield self.augmented(x, label, plan.generator)
+                yield self.augmented(*self.batch_of(read.stored, read.labels, plan.generator), plan.generator)
         finally:
             if len(self.unreadable) > known:
                 print(unreadable_line(self.train, self.unreadable, "others stand in for them"), flush=True)
+
+    def batch_of(self, stored: Tensor, labels: Tensor | None, generator: torch.Generator) -> Batch:
+        """Return what was stored as states, and its labels, on the device."""
+        x = self.states(stored.to(self.device, non_blocking=True), generator)
+        return x, None if labels is None else labels.to(self.device, non_blocking=True)
 
     def require_readable(self, unreadable: int, reader: Reader, least: int = 1) -> None:
         """Raise UserError when fewer than `least` can be read."""
@@ -209,20 +217,15 @@ class StreamDataset(FlowDataset):
             self.kept = kept._replace(stored=self.pool[: len(kept.stored)])  # the same memory
         return self.pool[: len(kept.stored) + lacking]
 
-    def unseen_states(self, index: Tensor, generator: torch.Generator) -> Batch:
-        kept, index = self.held_out_part(), index.cpu()
-        label = None if kept.labels is None else kept.labels[index].to(self.device)
-        return self.states(kept.stored[index].to(self.device), generator), label
-
     @property
     def held_out_size(self) -> float:
         return len(self.unseen)
 
     def held_out(self, count: int, generator: torch.Generator) -> Batch:
         """Return a random subset of the held-out part; all of it when `count` is larger."""
-        there = len(self.held_out_part().stored)
-        index = torch.randperm(there, generator=generator, device=generator.device)[:count]
-        return self.unseen_states(index, generator)
+        kept = self.held_out_part()
+        index = torch.randperm(len(kept.stored), generator=generator, device=generator.device)[:count].cpu()
+        return self.batch_of(kept.stored[index], None if kept.labels is None else kept.labels[index], generator)
 
     def training_part(self, count: int) -> Batch:
         """Read once and kept as stored."""
@@ -230,10 +233,7 @@ class StreamDataset(FlowDataset):
             rows = np.random.RandomState(1).permutation(len(self.train))[:count].tolist()
             self.seen = count, self.read_all(self.train, rows)
             self.require_readable(len(self.seen[1].unreadable), self.train, len(self.train) - len(rows) + 1)
-        read = self.seen[1]
-        generator = torch.Generator(self.device).manual_seed(0)
-        label = None if read.labels is None else read.labels.to(self.device)
-        return self.states(read.stored.to(self.device), generator), label
+        return self.batch_of(self.seen[1].stored, self.seen[1].labels, torch.Generator(self.device).manual_seed(0))
 
     def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return a random disjoint split of the held-out part and, where that is too small, of training rows beside it."""
@@ -243,6 +243,11 @@ class StreamDataset(FlowDataset):
         parts = index[:first], index[first:][:second]
         x, y = (self.states(real[part].to(self.device), generator) for part in parts)
         return x, y
+
+
+def some_rows(count: int, most: int) -> np.ndarray:
+    """Return `most` of `count` rows, ascending, or all: the same ones each time."""
+    return np.sort(np.random.RandomState(0).permutation(count)[:most])
 
 
 def unreadable_line(reader: Reader, rows: Collection[int], instead: str) -> str:

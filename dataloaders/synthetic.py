@@ -17,9 +17,10 @@ KMEANS_CENTROIDS = ((1.5, 2.0), (-2.0, 1.0), (-1.5, -2.0), (2.0, -1.5), (0.5, 0.
 
 
 class CommonOptions(TypedDict, total=False):
-    """What every synthetic set takes besides its own knobs; meanings as in FlowDataset."""
+    """What every synthetic set takes besides its own settings; meanings as in FlowDataset."""
 
     state_shape: Sequence[Count]
+    num_classes: SizeOr0
     epoch_size: EpochSize
     value_range: Sequence[float] | None
 
@@ -30,18 +31,13 @@ class SyntheticDataset(FlowDataset):
     Randomness comes only from the generator a method is given, so ranks and epochs differ as their seeds do.
     """
 
-    def __init__(
-        self,
-        num_classes: SizeOr0,
-        state_shape: Sequence[Count] = (2,),
-        epoch_size: EpochSize = 200_000,
-        value_range: Sequence[float] | None = None,
-    ):
-        super().__init__(list(state_shape), epoch_size, num_classes, None if value_range is None else list(value_range))
+    def __init__(self, shape: Sequence[int], classes: int, **common: Unpack[CommonOptions]):
+        """shape, classes: what the data have. UserError where the configuration says otherwise."""
+        super().__init__(shape, common.get("epoch_size", 200_000), classes, common.get("value_range"), common)
 
     @abstractmethod
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """`count` states (count, *state_shape) fp32 and labels (count,) int64, on the generator's device."""
+        """Return `count` states (count, *state_shape) fp32 and labels (count,) int64, on the generator's device."""
 
     def to(self, device: torch.device | str) -> Self:
         if self.mixture is not None:
@@ -61,22 +57,6 @@ class SyntheticDataset(FlowDataset):
     def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return self.draw(first, generator)[0], self.draw(second, generator)[0]
 
-    def require_shape(self, shape: tuple[int, ...]) -> None:
-        """Raise UserError unless the configured state shape is the one the data has."""
-        if self.state_shape != shape:
-            raise UserError(
-                f"{type(self).__name__} data has shape {list(shape)}, not {list(self.state_shape)}; "
-                f"set dataloaders.state_shape={list(shape)}"
-            )
-
-    def require_classes(self, classes: int) -> None:
-        """Raise UserError unless the configured number of classes is the one the data has."""
-        if self.num_classes != classes:
-            raise UserError(
-                f"{type(self).__name__} data has {classes} classes, not {self.num_classes}; "
-                f"set dataloaders.num_classes={classes}"
-            )
-
 
 class MixtureDataset(SyntheticDataset):
     """Draws of an isotropic Gaussian mixture; the label is the component."""
@@ -86,15 +66,12 @@ class MixtureDataset(SyntheticDataset):
     def __init__(
         self,
         means: Tensor,
-        std: Positive | Sequence[Positive],
-        weights: Sequence[Positive] | None,
-        num_classes: SizeOr0,
+        std: float | Sequence[float],
+        weights: Sequence[float] | None,
         **common: Unpack[CommonOptions],
     ):
         """means: (K, D). std: of every component, or one for each. weights: normalised here; None weighs all alike."""
-        super().__init__(num_classes, **common)
-        self.require_shape((means.shape[1],))
-        self.require_classes(len(means))
+        super().__init__((means.shape[1],), len(means), **common)
         shares = for_each("weights", 1.0 if weights is None else weights, len(means))
         self.mixture = GaussianMixture(shares / shares.sum(), means, for_each("std", std, len(means)))
 
@@ -110,34 +87,22 @@ class KMeans(MixtureDataset):
         centroids: Sequence[Sequence[float]] = KMEANS_CENTROIDS,
         std: Positive | Sequence[Positive] = 0.1,
         weights: Sequence[Positive] | None = None,
-        num_classes: SizeOr0 = 5,
         **common: Unpack[CommonOptions],
     ):
         """centroids: K points m_k of one dimension. std: of every blob, or one for each."""
         if len({len(centroid) for centroid in centroids}) != 1:
             raise UserError("dataloaders.centroids must be a list of points of one dimension, e.g. [[1, 2], [0, -1]]")
-        means = torch.tensor([[float(value) for value in centroid] for centroid in centroids])
-        super().__init__(means, std, weights, num_classes, **common)
+        super().__init__(torch.tensor(centroids, dtype=torch.float32), std, weights, **common)
 
 
 class Gaussian(MixtureDataset):
     """One Gaussian of any dimension: x = mean + std eps, eps ~ N(0, I). Every label is 0."""
 
-    def __init__(
-        self,
-        mean: float | Sequence[float] = 0.7,
-        std: Positive = 0.4,
-        num_classes: SizeOr0 = 1,
-        state_shape: Sequence[Count] = (2,),
-        epoch_size: EpochSize = 200_000,
-        value_range: Sequence[float] | None = None,
-    ):
-        """mean: one number for all dimensions, or one for each."""
-        values = [mean] * math.prod(state_shape) if isinstance(mean, int | float) else mean
-        means = torch.tensor([[float(value) for value in values]])
-        super().__init__(
-            means, std, None, num_classes, state_shape=state_shape, epoch_size=epoch_size, value_range=value_range
-        )
+    def __init__(self, mean: float | Sequence[float] = 0.7, std: Positive = 0.4, **common: Unpack[CommonOptions]):
+        """mean: one number for all dimensions of state_shape, (2,) unless given, or one for each."""
+        dimensions = math.prod(common.get("state_shape", (2,)))
+        values = [mean] * dimensions if isinstance(mean, int | float) else mean
+        super().__init__(torch.tensor([values], dtype=torch.float32), std, None, **common)
 
 
 class EightGaussians(MixtureDataset):
@@ -148,30 +113,21 @@ class EightGaussians(MixtureDataset):
         radius: Positive = 2.0,
         std: Positive | Sequence[Positive] = 0.2,
         weights: Sequence[Positive] | None = None,
-        num_classes: SizeOr0 = 8,
         **common: Unpack[CommonOptions],
     ):
         """std: of every blob, or one for each, counterclockwise from the right, as are the weights."""
-        require_above_zero("radius", radius)
         angles = torch.arange(8) * (math.pi / 4)
-        means = radius * torch.stack([angles.cos(), angles.sin()], dim=1)
-        super().__init__(means, std, weights, num_classes, **common)
+        super().__init__(radius * torch.stack([angles.cos(), angles.sin()], dim=1), std, weights, **common)
 
 
 def for_each(knob: str, value: float | Sequence[float], count: int) -> Tensor:
-    """Return one number for each of `count` components (count,), the same for all where one is given. UserError unless above
-    0.
+    """Return one number for each of `count` components (count,), the same for all where one is given. UserError for another
+    count of them.
     """
-    numbers = [float(value)] * count if isinstance(value, int | float) else [float(number) for number in value]
-    if len(numbers) != count or not all(0 < number < math.inf for number in numbers):
+    numbers = [value] * count if isinstance(value, int | float) else value
+    if len(numbers) != count:
         raise UserError(
             f"dataloaders.{knob} takes {count} numbers above 0, one for each component"
             f"{' (or one for all)' * (knob == 'std')}, not {value}"
         )
-    return torch.tensor(numbers)
-
-
-def require_above_zero(knob: str, value: float) -> None:
-    """Raise UserError unless the knob's value is above zero."""
-    if not value > 0:
-        raise UserError(f"dataloaders.{knob} must be above 0, not {value}")
+    return torch.tensor(numbers, dtype=torch.float32)

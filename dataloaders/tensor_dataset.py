@@ -1,14 +1,12 @@
 """Finite data that lives on the training device as one tensor."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UserError
-from common.ranges import EpochSize, SizeOr0
 from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset, pair_sizes
 
 
@@ -27,24 +25,18 @@ class TensorDataset(FlowDataset):
         labels: Tensor | None,
         held_out_rows: Tensor,
         *,
-        epoch_size: EpochSize | None = None,
-        num_classes: SizeOr0 = 0,
+        num_classes: int = 0,
         value_range: Sequence[float] | None = None,
+        described: Mapping[str, object] | None = None,
     ):
         """states: (N, *state_shape), uint8 being pixels. labels: (N,). held_out_rows: indices never trained on.
 
-        UserError when epoch_size is neither None nor N less these: an epoch visits each training row once.
+        described: what the configuration says; UserError where the data are something else.
         """
         training = torch.ones(len(states), dtype=torch.bool).index_fill(0, held_out_rows, False)
         rows = torch.cat([training.nonzero()[:, 0], held_out_rows])
         self.train_size = len(rows) - len(held_out_rows)
-        if epoch_size not in (None, self.train_size):
-            raise UserError(
-                f"an epoch of {type(self).__name__} is its {self.train_size} training rows, not {epoch_size}; "
-                f"set dataloaders.epoch_size={self.train_size}"
-            )
-        shape, limits = list(states.shape[1:]), None if value_range is None else list(value_range)
-        super().__init__(shape, self.train_size, num_classes, limits)
+        super().__init__(states.shape[1:], self.train_size, num_classes, value_range, described)
         self.states = (states if states.dtype == torch.uint8 else states.float())[rows].contiguous()
         self.labels = None if labels is None else labels[rows].long()
         self.balanced = False
@@ -112,7 +104,7 @@ class TensorDataset(FlowDataset):
 
 
 def as_states(stored: Tensor) -> Tensor:
-    """Pixels 0 to 255 as states -1 to 1 in fp32; states as they are."""
+    """Return pixels 0 to 255 as states -1 to 1 in fp32; states as they are."""
     return stored.float().div_(127.5).sub_(1) if stored.dtype == torch.uint8 else stored
 
 

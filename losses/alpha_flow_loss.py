@@ -50,7 +50,7 @@ class AlphaFlowLoss(MeanFlowLoss):
         v = self.velocity_target(batch)
         target = torch.cat([self.consistency_target(batch, rows, v), v[rows:]])
         error = self.mean_velocities(batch, rows) - target
-        return {"loss": self.weighting(error.square().flatten(1).sum(1), batch.a)}
+        return {"loss": self.weighted(error, batch.a)}
 
     def consistency_target(self, batch: AlphaBatch, rows: int, v: Tensor) -> Tensor:
         """Return a v + (1 - a) u(z_s, s, t) on the first `rows` (rows, ...), without a graph."""

@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 
 from common.errors import UserError
+from common.ranges import Share, ShareAbove0
 
 
 class AlphaSchedule(ABC):
@@ -17,12 +18,12 @@ class AlphaSchedule(ABC):
 class SigmoidAlpha(AlphaSchedule):
     """1 - sigmoid(sharpness (progress - middle) / (end - begin)), middle = (begin + end) / 2 (alpha-Flow).
 
-    Raises UserError unless 0 <= begin < end <= 1.
+    Raises UserError unless begin < end.
     """
 
-    def __init__(self, begin: float = 0.0, end: float = 1.0, sharpness: float = 25.0):
-        if not 0 <= begin < end <= 1:
-            raise UserError(f"loss.alpha takes 0 <= begin < end <= 1, shares of the run, not begin={begin} and end={end}")
+    def __init__(self, begin: Share = 0.0, end: Share = 1.0, sharpness: float = 25.0):
+        if begin >= end:
+            raise UserError(f"loss.alpha takes begin < end, shares of the run, not begin={begin} and end={end}")
         self.begin, self.end, self.sharpness = begin, end, sharpness
 
     def share(self, progress: float) -> float:
@@ -31,14 +32,9 @@ class SigmoidAlpha(AlphaSchedule):
 
 
 class ExponentialAlpha(AlphaSchedule):
-    """least^(progress / over), constant from progress = over on (SoFlow).
+    """least^(progress / over), constant from progress = over on (SoFlow)."""
 
-    Raises UserError unless 0 < least <= 1 and 0 < over <= 1.
-    """
-
-    def __init__(self, least: float = 1 / 3200, over: float = 1.0):
-        if not 0 < least <= 1 or not 0 < over <= 1:
-            raise UserError(f"loss.alpha takes least and over above 0 and at most 1, not least={least} and over={over}")
+    def __init__(self, least: ShareAbove0 = 1 / 3200, over: ShareAbove0 = 1.0):
         self.least, self.over = least, over
 
     def share(self, progress: float) -> float:

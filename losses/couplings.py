@@ -7,7 +7,6 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from common.errors import UserError
 from common.ranges import Count
 
 Pairs = tuple[Tensor, Tensor, Tensor | None]
@@ -32,12 +31,10 @@ class MinibatchOTCoupling(Coupling):
     """Exact optimal transport within the batch: the assignment of least total squared distance (Tong et al. 2023,
     arXiv 2302.00482; Pooladian et al. 2023). Without replacement, and deterministic: it needs no randomness of its own.
 
-    group: rows that are paired with each other, None for the whole batch; the cost is cubic in it. UserError below 1.
+    group: rows that are paired with each other, None for the whole batch; the cost is cubic in it.
     """
 
-    def __init__(self, group: int | None = None):
-        if group is not None and (not isinstance(group, int) or group < 1):
-            raise UserError(f"loss.coupling.group={group} takes a whole number of rows, at least 1, or null for the batch")
+    def __init__(self, group: Count | None = None):
         self.group = group
 
     def pair(self, x0: Tensor, x1: Tensor, label: Tensor | None, generator: torch.Generator) -> Pairs:
@@ -63,8 +60,6 @@ class ReflowCoupling(Coupling):
     """
 
     def __init__(self, teacher: str, count: Count, make_pairs: Callable[[str, int, Tensor], Pairs]):
-        if count < 1:
-            raise UserError(f"loss.coupling.count={count} must be at least 1: the number of pairs to draw batches from")
         self.teacher, self.count, self.make_pairs = teacher, count, make_pairs
         self.pairs: Pairs | None = None
 

@@ -26,8 +26,7 @@ class LabelledBatch:
 class CrossEntropyLoss(Objective):
     """-log p(label | image), with the share label_smoothing of each label spread over all classes (Szegedy et al. 2015).
 
-    Its terms also tell the share of rows it gets right. Raises UserError around a network that is no classifier, or for a
-    label_smoothing outside [0, 1).
+    Its terms also state the share of rows it gets right. Raises UserError around a network that is no classifier.
     """
 
     network: Classifier
@@ -39,8 +38,6 @@ class CrossEntropyLoss(Objective):
                 "loss=cross_entropy trains a classifier, and this model gives velocities; "
                 "use model=small_cnn_classifier or model=resnet18, or loss=mse for this model"
             )
-        if not 0 <= label_smoothing < 1:
-            raise UserError(f"loss.label_smoothing takes a number from 0 up to, not including, 1, not {label_smoothing}")
         self.network, self.label_smoothing = network, label_smoothing
 
     def batch(

@@ -20,4 +20,4 @@ class FlowMatchingLoss(FlowObjective):
 
     def forward(self, batch: FlowBatch, teacher: FlowObjective | None = None) -> dict[str, Tensor]:
         v = self.predict(batch.unified_input, batch.input, batch.r, batch.label)
-        return {"loss": self.weighting((v - batch.conditional_velocity).square().flatten(1).sum(1))}
+        return {"loss": self.weighted(v - batch.conditional_velocity)}

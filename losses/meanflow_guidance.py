@@ -1,12 +1,10 @@
 """Classifier-free guidance folded into a MeanFlow target."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.ranges import Share
+from common.ranges import Positive, Share, ShareBelow1
 from losses.objective import expand_time
 
 
@@ -18,17 +16,12 @@ class MeanFlowGuidance:
     + (1 - omega - kappa) u(z, r, r | null) the network's own guided prediction stands for a part of v; solved for v_cfg,
     the effective scale is w = omega / (1 - kappa). omega = 1, kappa = 0 is no guidance. The paper's time runs the other
     way: rows are guided where its t = 1 - r lies in [1 - end, 1 - start].
-    Raises UserError when omega is not above 0 and finite, kappa not in [0, 1), or start > end or either outside [0, 1].
+    Raises UserError when start > end.
     """
 
-    def __init__(self, omega: float = 1.0, kappa: float = 0.0, start: Share = 0.0, end: float = 1.0):
-        if not 0 < omega < math.inf or not 0 <= kappa < 1:
-            raise UserError(
-                f"loss.guidance takes omega above 0 and kappa from 0 up to, not including, 1, not omega={omega} and "
-                f"kappa={kappa}; the effective scale is omega / (1 - kappa)"
-            )
-        if not 0 <= start <= end <= 1:
-            raise UserError(f"loss.guidance takes 0 <= start <= end <= 1 (0 noise, 1 data), not start={start} and end={end}")
+    def __init__(self, omega: Positive = 1.0, kappa: ShareBelow1 = 0.0, start: Share = 0.0, end: Share = 1.0):
+        if start > end:
+            raise UserError(f"loss.guidance takes start <= end (0 noise, 1 data), not start={start} and end={end}")
         self.omega, self.kappa, self.start, self.end = omega, kappa, start, end
 
     @property

@@ -43,7 +43,7 @@ class MeanFlowLoss(DerivativeObjective):
         u, derivative = self.value_and_derivative(batch, rows, v[:rows])
         duration = expand_time(batch.t - batch.r, batch.input)[:rows]
         target = torch.cat([v[:rows] + duration * derivative, v[rows:]])
-        return {"loss": self.weighting((u - target).square().flatten(1).sum(1))}
+        return {"loss": self.weighted(u - target)}
 
     def velocity_target(self, batch: FlowBatch) -> Tensor:
         """Return v_c (B, ...), or with guidance its guided form on the rows that have a label."""
@@ -69,10 +69,10 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
         interval, _ = batch.split(rows)
         target = self.velocity_target(batch)
         v = self.velocity(batch.input, batch.r, batch.label)
-        instant_loss = self.weighting((v - target).square().flatten(1).sum(1))
+        instant_loss = self.weighted(v - target)
         if rows == 0:
             return {"loss": instant_loss}
         u, derivative = self.value_and_derivative(interval, rows, v[:rows].detach())
         residual = u - expand_time(interval.t - interval.r, u) * derivative - target[:rows]
-        mean_loss = rows / len(batch) * self.weighting(residual.square().flatten(1).sum(1))
+        mean_loss = rows / len(batch) * self.weighted(residual)
         return {"instant": instant_loss, "mean": mean_loss, "loss": instant_loss + mean_loss}

@@ -31,7 +31,7 @@ SecondTime = Literal["end", "state"]
 
 
 def expand_time(t: Tensor, x: Tensor) -> Tensor:
-    """Return a scalar or (B,) time as (B, 1, ...), broadcasting against the states x (B, ...)."""
+    """Return a scalar or (B,) time as (B, 1, ...), to broadcast against the states x (B, ...)."""
     return t.to(device=x.device, dtype=torch.float32).expand(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1))
 
 
@@ -80,7 +80,7 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Any, teacher: Any = None) -> dict[str, Tensor]:
-        """Named scalar losses, "loss" being the one to minimise. Pure: it compiles, and is what DDP wraps.
+        """Return named scalar losses, "loss" being the one to minimise. Pure: it compiles, and is what DDP wraps.
 
         teacher: the same objective around the EMA network, for the losses that ask for a target from it.
         """
@@ -146,7 +146,7 @@ class FlowObjective(Objective, ABC):
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
-        """For evaluations whose dropout masks the next evaluation of as many rows shall draw again."""
+        """Let the next evaluation of as many rows draw the dropout masks of those in the block again."""
         if not self.is_random:
             yield
             return
@@ -155,7 +155,7 @@ class FlowObjective(Objective, ABC):
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """`repeated`, and without a graph: for evaluations that make a target."""
+        """Do as `repeated`, without a graph: for evaluations that make a target."""
         with torch.no_grad(), self.repeated():
             yield
 
@@ -213,26 +213,26 @@ class FlowObjective(Objective, ABC):
         return self.prediction.velocity(self.network(unified, label), z, expand_time(r, z), self.path)
 
     def velocity(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """Instantaneous velocity at states x (B, ...) and times t, scalar or (B,): what an ODE solver follows."""
+        """Return the instantaneous velocity at states x (B, ...) and times t, scalar or (B,): what an ODE solver follows."""
         return self.predict(self.unified(x, t, t), x, t, label)
 
     def mean_velocity(self, z: Tensor, r: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Return the network's u(z, r, t) at states z (B, ...) at times r, headed to t, scalars or (B,)."""
         return self.predict(self.unified(z, r, t), z, r, label)
 
-    def mean_velocity_of(self, batch: FlowBatch) -> Tensor:
-        """Return u on the rows of a batch (B, ...)."""
-        return self.mean_velocity(batch.input, batch.r, batch.t, batch.label)
-
-    def mean_velocities(self, batch: FlowBatch, rows: int) -> Tensor:
-        """Return u on every row (B, ...): in one pass, unless dropout asks that the first `rows` be
-        evaluated by themselves.
+    def mean_velocities(self, batch: FlowBatch, rows: int = 0) -> Tensor:
+        """Return u on every row (B, ...): in one pass, unless dropout asks that the first `rows` be evaluated by
+        themselves.
         """
         parts = batch.split(rows) if self.is_random and 0 < rows < len(batch) else (batch,)
-        return torch.cat([self.mean_velocity_of(part) for part in parts])
+        return torch.cat([self.mean_velocity(part.input, part.r, part.t, part.label) for part in parts])
+
+    def weighted(self, error: Tensor, *a: Tensor) -> Tensor:
+        """Return the scalar loss of errors (B, ...), squared and summed over dimensions. a: see Weighting."""
+        return self.weighting(error.square().flatten(1).sum(1), *a)
 
     def flow_map(self, x: Tensor, r: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """X(x, r, t) = x + (t - r) u(x, r, t): states x (B, ...) at times r carried to times t by one evaluation.
+        """Return X(x, r, t) = x + (t - r) u(x, r, t): states x (B, ...) at times r carried to times t by one evaluation.
 
         UserError when the objective does not teach the network such maps.
         """

@@ -54,12 +54,12 @@ class ProbabilityPath(ABC):
         return (p.alpha_dot * (z - p.sigma * x0) + p.alpha * p.sigma_dot * x0) / p.alpha.clamp(min=CLAMP)
 
     def x1_from_velocity(self, v: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """E[x1 | z_t = z] from the velocity there: solves (z, v) = (alpha x1 + sigma x0, alpha' x1 + sigma' x0) for x1."""
+        """Return E[x1 | z_t = z] from the velocity: solve z = alpha x1 + sigma x0, v = alpha' x1 + sigma' x0 for x1."""
         p = self.at(t)
         return (p.sigma * v - p.sigma_dot * z) / (p.sigma * p.alpha_dot - p.sigma_dot * p.alpha)
 
     def x0_from_velocity(self, v: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """E[x0 | z_t = z] from the velocity there."""
+        """Return E[x0 | z_t = z] from the velocity there."""
         p = self.at(t)
         return (p.alpha_dot * z - p.alpha * v) / (p.sigma * p.alpha_dot - p.sigma_dot * p.alpha)
 

@@ -34,7 +34,7 @@ class ShortcutLoss(FlowObjective):
         interval, instant = batch.split(rows)
         target = torch.cat([self.two_steps(teacher or self, interval), instant.conditional_velocity])
         error = self.mean_velocities(batch, rows) - target
-        return {"loss": self.weighting(error.square().flatten(1).sum(1))}
+        return {"loss": self.weighted(error)}
 
     def two_steps(self, teacher: FlowObjective, batch: FlowBatch) -> Tensor:
         """Return (u1 + u2) / 2 (B, ...), without a graph."""

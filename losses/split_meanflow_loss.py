@@ -38,7 +38,7 @@ class SplitMeanFlowLoss(FlowObjective):
         interval, instant = batch.split(rows)
         target = torch.cat([self.joined(interval), instant.conditional_velocity])
         error = self.mean_velocities(batch, rows) - target
-        return {"loss": self.weighting(error.square().flatten(1).sum(1))}
+        return {"loss": self.weighted(error)}
 
     def joined(self, batch: FlowBatch) -> Tensor:
         """Return l u1 + (1 - l) u2 (B, ...), without a graph, each evaluation with the dropout mask of u's own."""

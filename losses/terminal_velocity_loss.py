@@ -4,11 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.errors import UserError
 from losses.objective import FlowBatch, FlowObjective, SecondTime, expand_time
-from losses.total_derivative import STEP, Engine
+from losses.total_derivative import STEP, Engine, forward_derivative, picked_engine
 
 
 class TerminalVelocityLoss(FlowObjective):
@@ -35,10 +34,10 @@ class TerminalVelocityLoss(FlowObjective):
     def forward(self, batch: FlowBatch, teacher: FlowObjective | None = None) -> dict[str, Tensor]:
         rows = self.time_sampler.interval_rows(len(batch))
         interval, instant = batch.split(rows)
-        error = self.mean_velocity_of(instant) - instant.conditional_velocity
+        error = self.mean_velocities(instant) - instant.conditional_velocity
         if rows:
             error = torch.cat([self.arrival_error(interval), error])
-        return {"loss": self.weighting(error.square().flatten(1).sum(1))}
+        return {"loss": self.weighted(error)}
 
     def arrival_error(self, batch: FlowBatch) -> Tensor:
         """Return dX/dt - v(X, t) (B, ...), with the graph of dX/dt."""
@@ -55,10 +54,8 @@ class TerminalVelocityLoss(FlowObjective):
         def u(t: Tensor) -> Tensor:
             return self.mean_velocity(batch.input, batch.r, t, batch.label)
 
-        if self.jvp == "func" or (self.jvp == "auto" and batch.t.device.type == "cuda"):
-            with sdpa_kernel(SDPBackend.MATH):
-                value, derivative = torch.func.jvp(u, (batch.t,), (torch.ones_like(batch.t),))  # type: ignore[misc]
-            return value, derivative
+        if picked_engine(self.jvp, batch.t.device) == "func":
+            return forward_derivative(u, (batch.t,), (torch.ones_like(batch.t),))
         with self.repeated():
             ahead = u(batch.t + STEP)
         with self.repeated():

@@ -11,7 +11,7 @@ LossOutput = Tensor | list[Tensor] | Mapping[str, Tensor]
 
 
 def named_terms(output: LossOutput, weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """Named losses with "loss" the total. One loss is the total; a list becomes term_0, term_1, ...
+    """Return named losses with "loss" the total. One loss is the total; a list becomes term_0, term_1, ...
 
     The total of a dict without "loss", and of a list, is the sum of its terms times loss_weights (1 unless given).
     UserError when a weight names no term, or when it would be ignored because the objective gives its own total.

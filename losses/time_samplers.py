@@ -1,16 +1,14 @@
 """Which times a batch is trained at: pairs (r, t), r <= t, the state being at r and headed to t."""
 
-from abc import ABC, abstractmethod
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from common.errors import UserError
 from common.ranges import Positive, Range, Share
 
 
-class TimeSampler(ABC):
+class TimeSampler:
     """Draws times in [0, 1] (1 is data); subclasses give the distribution of a single time.
 
     ratio: share of rows with r != t, the first round(ratio n) of the batch, so that shapes are static; 0 for plain flow
@@ -21,9 +19,9 @@ class TimeSampler(ABC):
     def __init__(self, ratio: Share = 0.0, whole: Share = 0.0):
         self.ratio, self.whole = ratio, whole
 
-    @abstractmethod
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Return independent times of the given shape on the generator's device."""
+        """Return independent times of the given shape on the generator's device, uniform on [0, 1] by default."""
+        return torch.rand(shape, generator=generator, device=generator.device)
 
     def interval_rows(self, n: int) -> int:
         """Return how many rows of a batch of n, the first ones, have r != t."""
@@ -47,9 +45,6 @@ class TimeSampler(ABC):
 class UniformTimes(TimeSampler):
     """Uniform on [0, 1]."""
 
-    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.rand(shape, generator=generator, device=generator.device)
-
 
 class LogitNormalTimes(TimeSampler):
     """sigmoid(N(mean, std^2)) (Esser et al. 2024, arXiv 2403.03206). Papers with t = 1 as noise use -mean for our mean."""
@@ -64,19 +59,14 @@ class LogitNormalTimes(TimeSampler):
 
 class DyadicTimes(TimeSampler):
     """Intervals of length 2^-k, k uniform in 0 .. levels - 1, that begin at a multiple of their length (Frans et al. 2024,
-    arXiv 2410.12557); instants uniform on [0, 1]. Raises UserError for fewer than one level.
+    arXiv 2410.12557); instants uniform on [0, 1].
 
     shortest: half of the shortest interval, 2^-levels.
     """
 
     def __init__(self, levels: Annotated[int, Range(1, most=50)] = 7, ratio: Share = 0.125, whole: Share = 0.0):
         super().__init__(ratio, whole)
-        if not isinstance(levels, int) or levels < 1:
-            raise UserError(f"loss.time_sampler.levels={levels} must be a whole number of at least 1")
         self.levels, self.shortest = levels, 2.0**-levels
-
-    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.rand(shape, generator=generator, device=generator.device)
 
     def intervals(self, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         steps = 2.0 ** torch.randint(self.levels, (rows,), generator=generator, device=generator.device)

@@ -1,13 +1,13 @@
 """Derivatives of the mean velocity along the flow, by whatever engine suits the device."""
 
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.device import full_products
-from common.errors import UserError
 from losses.objective import FlowBatch, FlowObjective
 
 Engine = Literal["auto", "func", "separate", "finite_difference"]
@@ -21,6 +21,17 @@ def picked_engine(engine: Engine, device: torch.device) -> Engine:
     return engine
 
 
+def forward_derivative(
+    function: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """Return the value at some tensors and its derivative along others, by torch.func.jvp, attention being computed in the
+    one form that has a forward derivative.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        value, derivative = torch.func.jvp(function, at, along)  # type: ignore[misc]
+    return value, derivative
+
+
 class DerivativeObjective(FlowObjective):
     """An objective whose target holds D_v u = du/dr + v . grad_z u, the derivative along a direction (v, 1, 0) of (z, r, t).
 
@@ -30,20 +41,15 @@ class DerivativeObjective(FlowObjective):
     separate: forward mode without a graph, then u by itself (5/3, but the activations of the derivative are never kept);
     finite_difference: (u(+e) - u(-e)) / 2e, then u by itself (5/3, of fast kernels, works on every device);
     auto: see picked_engine.
-    Raises UserError for any other word.
     """
 
     def __init__(self, jvp: Engine = "auto", **parts: Any) -> None:
         super().__init__(**parts)
-        if jvp not in get_args(Engine):
-            raise UserError(f"loss.jvp={jvp} is no engine; choose one of {', '.join(get_args(Engine))}")
         self.jvp: Engine = jvp
         self.tangent_seen = False
 
     def value_and_derivative(self, batch: FlowBatch, rows: int, direction: Tensor) -> tuple[Tensor, Tensor]:
-        """Return u on every row, with its graph, and D_direction u on the first `rows`, without: (B,
-        ...) and (rows, ...).
-        """
+        """Return u on every row (B, ...), with its graph, and D_direction u on the first `rows` (rows, ...), without."""
         if rows == 0:
             return self.mean_velocities(batch, rows), direction
         interval, instant = batch.split(rows)
@@ -51,7 +57,7 @@ class DerivativeObjective(FlowObjective):
             with torch.autocast(direction.device.type, enabled=False):
                 u, derivative = self.forward_mode(interval, direction)
             self.check_tangent(u, derivative)
-            return torch.cat([u, self.mean_velocity_of(instant)]), derivative.detach()
+            return torch.cat([u, self.mean_velocities(instant)]), derivative.detach()
         with self.frozen(), torch.autocast(direction.device.type, enabled=False):
             derivative = self.derivative(interval, direction)
         u = self.mean_velocities(batch, rows)
@@ -59,11 +65,10 @@ class DerivativeObjective(FlowObjective):
         return u, derivative
 
     def check_tangent(self, u: Tensor, derivative: Tensor) -> None:
-        """Raise RuntimeError, a fault of ours, when the derivative is zero everywhere although u is not: it was lost on the
-        way.
+        """Raise RuntimeError, for a bug, when the derivative is zero everywhere although u is not: it was lost on the way.
 
-        A network whose output is zero until its first step has no derivative yet, so one that is not zero is waited for
-        and seen once; what is compiled is not looked at.
+        A network whose output is zero until its first step has no derivative yet, so the check goes on until one that is
+        not zero was seen; what is compiled is not checked.
         """
         if self.tangent_seen or torch.compiler.is_compiling():
             return
@@ -75,24 +80,22 @@ class DerivativeObjective(FlowObjective):
             )
 
     def derivative(self, batch: FlowBatch, direction: Tensor) -> Tensor:
-        """D_direction u (B, ...) alone."""
+        """Return D_direction u (B, ...) alone."""
         if picked_engine(self.jvp, direction.device) == "finite_difference":
             return self.central_difference(batch, direction)
         return self.forward_mode(batch, direction)[1]
 
     def forward_mode(self, batch: FlowBatch, direction: Tensor) -> tuple[Tensor, Tensor]:
-        """Return u and D_direction u by torch.func.jvp, with attention in the one form that has a forward derivative."""
+        """Return u and D_direction u in one pass."""
 
         def u(z: Tensor, r: Tensor) -> Tensor:
             return self.mean_velocity(z, r, batch.t, batch.label)
 
-        with sdpa_kernel(SDPBackend.MATH):
-            value, derivative = torch.func.jvp(u, (batch.input, batch.r), (direction, torch.ones_like(batch.r)))  # type: ignore[misc]
-        return value, derivative
+        return forward_derivative(u, (batch.input, batch.r), (direction, torch.ones_like(batch.r)))
 
     @full_products()
     def central_difference(self, batch: FlowBatch, direction: Tensor) -> Tensor:
-        """D_direction u from u a step ahead and a step behind: in one doubled pass, or in two with one dropout mask."""
+        """Return D_direction u from u a step ahead and a step behind: in one doubled pass, or two with one dropout mask."""
         ahead, behind = ((batch.input + e * direction, batch.r + e, batch.t, batch.label) for e in (STEP, -STEP))
         if self.is_random:
             with self.frozen():

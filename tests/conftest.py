@@ -163,6 +163,12 @@ def write_vae(place: Path) -> Path:
     return place
 
 
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of such an autoencoder; not to be changed."""
+    return write_vae(tmp_path_factory.mktemp("vae"))
+
+
 def write_latents(place: Path) -> dict[str, Any]:
     """A cache of the latents of such an ImageNet, in several shards, by the script that makes them."""
     from scripts import cache_latents

@@ -192,6 +192,8 @@ DATA = groups()["dataloaders"]
 def test_every_dataset_trains_two_steps_and_is_sampled(dataset, small_run, tmp_path, official):
     extra = companions("dataloaders", dataset, tmp_path, official(dataset))
     words = [f"dataloaders={dataset}", *extra, "max_steps=2"]
+    if "model=cnn" in extra:
+        words += ["model.width=8", "model.inner_width=8", "model.inner_blocks=1", "model.embedding=8"]
     if dataset == "array":
         words.append("dataloaders.epoch_size=null")
     if dataset in IMAGE_SETS:  # finite: an epoch is all of it
@@ -262,3 +264,18 @@ def test_a_part_that_may_be_left_out_is_left_out_by_null():
         compose_config(["run_name=x", "guidance.scale=2"])
     with pytest.raises(UserError, match="cannot do without"):
         compose_config(["run_name=x", "solver=null"])
+
+
+@pytest.mark.parametrize("words, named", [
+    ("solver=dopri5 solver.rtol=0", "solver.rtol"),
+    ("solver/grid=dense solver.grid.power=nan", "solver.grid.power"),
+    ("solver/grid=dense solver.grid.dense=middle", "solver.grid.dense takes noise or data"),
+    ("loss=meanflow loss.jvp=fast", "loss.jvp takes auto, func, separate or finite_difference"),
+    ("loss=shortcut loss.time_sampler.levels=0", "loss.time_sampler.levels"),
+    ("loss/coupling=reflow loss.coupling.teacher=x loss.coupling.count=0", "loss.coupling.count"),
+    ("dataloaders=digits loss=cross_entropy model=resnet18 loss.label_smoothing=1", "loss.label_smoothing"),
+    ("dataloaders=digits loss=cross_entropy model=resnet18 model.norm=layer", "model.norm takes batch or group"),
+])  # fmt: skip
+def test_a_value_that_a_constructor_does_not_take_is_refused_at_launch(words, named):
+    with pytest.raises(UserError, match=named):
+        compose_config(["run_name=x", *words.split()])

@@ -26,11 +26,13 @@ import numpy as np
 
 from common.command_line import front, matching, outputs, split, unknown
 from common.errors import UserError
+from evaluation.pictures import INK, new_figure, save_figure
 from run_files.run_folder import RunFolder
 from visualizers.scene import outputs_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 STYLES = ("-", "--", ":", "-.")
@@ -42,18 +44,10 @@ BAND = (
     "what 99 % of real sets stay below (else 2 above). The last evaluation of a run has more samples, and so a "
     "floor of its own."
 )
+# What stands beside a score:
 SIDE = (
-    "_floor",
-    "_floor_sd",
-    "_floor_q99",
-    "_train",
-    "_se",
-    "_exact_field",
-    "_probes",
-    "_median",
-    "seconds",
-    "/nfe",
-)  # what stands beside a score
+    "_floor", "_floor_sd", "_floor_q99", "_train", "_se", "_exact_field", "_probes", "_median", "seconds", "/nfe",
+)  # fmt: skip
 LINE = 15  # pixels of a line of the caption
 
 
@@ -92,30 +86,20 @@ def metrics_of(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def draw_metric(axes: Axes, metric: str, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Draw a metric of runs, by name, over their steps, above its noise floors; logarithmic where it spans a decade."""
     from matplotlib.ticker import NullFormatter
 
-    from evaluation.pictures import INK
-
-    lowest, highest = np.inf, -np.inf
     right = 1.04 * max([row["step"] for rows in runs.values() for row in rows], default=1)
     for index, (name, rows) in enumerate(runs.items()):
         points = series(rows, metric)
-        if not len(points):
-            continue
-        color, style = COLORS[index % len(COLORS)], STYLES[index // len(COLORS) % len(STYLES)]
-        axes.plot(
-            *points.T, style, color=color, linewidth=1.3, marker="o" if len(points) < 40 else None, markersize=3, label=name
-        )
-        lowest, highest = min(lowest, points[:, 1].min()), max(highest, points[:, 1].max())
-        floor, sd = series(rows, f"{metric}_floor"), series(rows, f"{metric}_floor_sd")
-        if len(floor) and len(floor) == len(sd):
-            low, high, end = floor[:, 1] - 2 * sd[:, 1], floor[:, 1] + 2 * sd[:, 1], series(rows, f"{metric}_floor_q99")
-            high = end[:, 1] if len(end) == len(floor) else high
-            steps = [0, *floor[:, 0], right]  # each floor reaches half of the way to the next evaluation, the outer ones on
-            bottom, top = ([values[0], *values, values[-1]] for values in (low, high))
-            axes.fill_between(steps, bottom, top, step="mid", color=color, alpha=0.15, linewidth=0)
+        if len(points):
+            color, style = COLORS[index % len(COLORS)], STYLES[index // len(COLORS) % len(STYLES)]
+            marker = "o" if len(points) < 40 else None
+            axes.plot(*points.T, style, color=color, linewidth=1.3, marker=marker, markersize=3, label=name)
+            draw_floor(axes, metric, rows, color, right)
     axes.set_xlim(0, right)
-    if lowest > 0 and highest > 10 * lowest:
+    values = np.concatenate([series(rows, metric)[:, 1] for rows in runs.values()] or [np.zeros(1)])
+    if len(values) and values.min() > 0 and values.max() > 10 * values.min():
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title(metric, color=INK, fontsize=10, pad=4)
@@ -124,10 +108,19 @@ def draw_metric(axes: Axes, metric: str, runs: dict[str, list[dict[str, Any]]]) 
     axes.tick_params(colors=INK, labelsize=8)
 
 
-def draw(words: list[str]) -> Path:
-    """Carry out the command; returns the file written."""
-    from evaluation.pictures import new_figure, save_figure
+def draw_floor(axes: Axes, metric: str, rows: list[dict[str, Any]], color: str, right: float) -> None:
+    """Draw the band of a run's noise floors: each reaches half of the way to the next evaluation, the outer ones on."""
+    floor, sd, end = (series(rows, f"{metric}_floor{part}") for part in ("", "_sd", "_q99"))
+    if len(floor) and len(floor) == len(sd):
+        low = floor[:, 1] - 2 * sd[:, 1]
+        high = end[:, 1] if len(end) == len(floor) else floor[:, 1] + 2 * sd[:, 1]
+        steps = [0, *floor[:, 0], right]
+        bottom, top = ([values[0], *values, values[-1]] for values in (low, high))
+        axes.fill_between(steps, bottom, top, step="mid", color=color, alpha=0.15, linewidth=0)
 
+
+def draw(words: list[str]) -> Path:
+    """Carry out the command; return the file written."""
     settings, names = split(words, dict.fromkeys(KEYS, ""))
     default = outputs_of(Path(settings["ckpt"])) if settings["ckpt"] else outputs()
     output, folder = Path(settings["output_dir"] or default), Path("pictures")
@@ -137,14 +130,21 @@ def draw(words: list[str]) -> Path:
         name = load_checkpoint(Path(settings["ckpt"]))["run_name"]
         names, folder = [*names, re.escape(name)], folder / name
     runs = {folder.name: folder.metrics.read() for folder in chosen_runs(names, output / "runs")}
-    every = dict.fromkeys(name for rows in runs.values() for name in metrics_of(rows))
-    wanted = settings["metrics"].split(",") if settings["metrics"] else list(every)[:MOST]
+    every = list(dict.fromkeys(name for rows in runs.values() for name in metrics_of(rows)))
+    wanted = settings["metrics"].split(",") if settings["metrics"] else every[:MOST]
     for name in wanted:
         if not any(len(series(rows, name)) for rows in runs.values()):
             raise UserError(f"none of these runs logged {name}; they have {', '.join(every)}")
+    path = Path(settings["out"] or output / folder)
+    path = path if path.suffix == ".png" else path / "curves.png"
+    save_figure(picture(runs, wanted, [] if settings["metrics"] else every[MOST:]), path)
+    return path
+
+
+def picture(runs: dict[str, list[dict[str, Any]]], wanted: list[str], left_out: list[str]) -> Figure:
+    """Return a panel for each metric that is wanted, under a caption that names those left out."""
     columns = min(COLUMNS, len(wanted))
     lines = -(-len(wanted) // columns)
-    left_out = [] if settings["metrics"] else list(every)[MOST:]
     caption = BAND + (f" Not drawn: {', '.join(left_out)} (metrics=NAME,NAME draws them)." if left_out else "")
     width, title = 100 + 400 * columns, ", ".join(runs) if len(runs) <= 3 else f"{len(runs)} runs"
     wrapped = textwrap.wrap(caption, (width - 20) // 7)
@@ -159,10 +159,7 @@ def draw(words: list[str]) -> Path:
     if len(runs) > 1:
         panels[0].legend(fontsize=8, frameon=False)
     figure.subplots_adjust(left=70 / width, right=0.985, bottom=50 / height, top=1 - head / height, hspace=0.45)
-    path = Path(settings["out"] or output / folder)
-    path = path if path.suffix == ".png" else path / "curves.png"
-    save_figure(figure, path)
-    return path
+    return figure
 
 
 def main(words: list[str]) -> int:

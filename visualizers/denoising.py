@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from evaluation.pictures import draw_grids, new_figure, rescale, tile, to_bytes
+from visualizers.films import pixels, with_film
 from visualizers.scene import Scene, frame_times, main, solver_label, walk
 
 if TYPE_CHECKING:
@@ -29,83 +31,59 @@ STRIPS = 5  # samples in the PNG
 
 
 def expected_data(scene: Scene, states: Tensor, t: Tensor) -> Tensor:
-    """E[x1 | z_t = states (N, ...)] as the model sees it; at t = 1 the states themselves."""
+    """Return E[x1 | z_t = states (N, ...)] as the model sees it; at t = 1 the states themselves."""
     flow = scene.model.flow()
     if t >= flow.path.last_time:
         return states
-    p = flow.path.at(t.to(states))
     v = flow.velocity(states, t.to(states.device), scene.labels)
-    return (p.sigma * v - p.sigma_dot * states) / (p.alpha_dot * p.sigma - p.alpha * p.sigma_dot)
+    return flow.path.x1_from_velocity(v, states, t.to(states))
 
 
 def draw(scene: Scene) -> list[Path]:
     import torch
 
-    from evaluation.films import write_film
-    from evaluation.pictures import draw_grids, tile
     from solvers.runge_kutta import RK4
 
     scene.need_images("see particles.py")
-    solver = scene.own_solver() if scene.solver else RK4(12)
+    solver, flow = scene.own_solver() if scene.solver else RK4(12), scene.model.flow()
+    film_times, strip_times = frame_times(scene.frames), torch.linspace(0, 1, COLUMNS)
+    times = torch.cat([film_times, strip_times]).sort().values
     with torch.no_grad():
-        flow, noise = scene.model.flow(), scene.noise()
-        film_times, strip_times = frame_times(scene.frames), torch.linspace(0, 1, COLUMNS)
-        walked = walk(solver, flow, noise, scene.labels, torch.cat([film_times, strip_times]).sort().values)
-        at = dict(zip(torch.cat([film_times, strip_times]).sort().values.tolist(), walked, strict=True))
+        at = dict(zip(times.tolist(), walk(solver, flow, scene.noise(), scene.labels, times), strict=True))
         states = torch.stack([at[t] for t in strip_times.tolist()])[:, :STRIPS]
-        strips = torch.stack([states, torch.stack([expected_first(scene, at[float(t)], t) for t in strip_times])])
+        expected = torch.stack([expected_data(scene, at[float(t)], t)[:STRIPS] for t in strip_times])
 
     # Row by row: the states of a sample at all times, below them what the model expects at these times.
+    strips = torch.stack([states, expected])
     rows = strips.permute(2, 0, 1, *range(3, strips.dim())).flatten(0, 2)
     path = scene.folder / "denoising.png"
     grid = enlarged(tile(as_bytes(scene, flow.in_data_units(rows)), COLUMNS), 900)
     title = f"{scene.heading}: from noise to data ({solver_label(solver)})"
     measured = "upper rows: states; below each: the data that the model expects of it"
     draw_grids(path, {"": grid}, title, None, measured, [f"t = {t:.2f}" for t in strip_times.tolist()])
-    if scene.form == "png":
-        return [path]
 
     columns = max(1, round(scene.n**0.5))
-    images = {t: as_bytes(scene, flow.in_data_units(at[t])) for t in film_times.tolist()}
-    frames = [
-        even(captioned(enlarged(tile(shown, columns), 480), f"t = {t:.2f}; {solver_label(solver)}"))
-        for t, shown in images.items()
-    ]
-    film = path.with_suffix(f".{scene.form}")
-    write_film(film, frames)
-    return [path, film]
 
+    def frame(index: int) -> np.ndarray:
+        t = float(film_times[index])
+        grid = tile(as_bytes(scene, flow.in_data_units(at[t])), columns)
+        return captioned(enlarged(grid, 480), f"t = {t:.2f}; {solver_label(solver)}")
 
-def expected_first(scene: Scene, states: Tensor, t: Tensor) -> Tensor:
-    return expected_data(scene, states, t)[:STRIPS]
+    return with_film(path, scene.form, len(film_times), frame)
 
 
 def as_bytes(scene: Scene, states: Tensor) -> np.ndarray:
     """Return states (N, ...) in the data's units as image bytes (N, H, W, 3), latents decoded."""
-    from evaluation.pictures import to_bytes
-
-    known = scene.model.config["dataloaders"]["value_range"]
-    decoded = scene.model.config.get("vae") is not None
-    low, high = (-1.0, 1.0) if decoded or known is None else known
-    return to_bytes(scene.model.images(states).numpy(), (low, high))
+    return to_bytes(scene.model.images(states).numpy(), scene.value_range)
 
 
 def enlarged(grid: np.ndarray, width: int) -> np.ndarray:
-    from evaluation.pictures import rescale
-
     return rescale(grid, width / grid.shape[1])
 
 
 def captioned(frame: np.ndarray, words: str) -> np.ndarray:
-    """Return a frame (H, W, 3) with a line of words below it."""
-    from evaluation.films import pixels
-    from evaluation.pictures import new_figure
-
-    return np.concatenate([frame, pixels(new_figure(CAPTION, words, "", frame.shape[1]))])
-
-
-def even(frame: np.ndarray) -> np.ndarray:
-    """With an even number of rows and columns, as films need them; white is added."""
+    """Return a frame (H, W, 3) with a line of words below it, and white added to an even number of rows and columns."""
+    frame = np.concatenate([frame, pixels(new_figure(CAPTION, words, "", frame.shape[1]))])
     height, width = frame.shape[:2]
     return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), constant_values=255)
 

@@ -18,14 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from visualizers.scene import Scene, main
+from evaluation.pictures import INK, new_figure, save_figure, shared_limits
+from visualizers.scene import Scene, lattice, main, plane
 
 CELLS = 64  # a side
 LEGEND = "samples and data: logarithmic colours, the darkest a single sample in a cell, white none; difference: linear"
 
 
 def histogram(points: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Density (CELLS, CELLS) of points (N, 2) per unit of area, rows along the second axis; N counts what lies outside."""
+    """Return the density (CELLS, CELLS) of points (N, 2), those outside counted, per unit of area; rows along x₂."""
     edges = [np.linspace(low[i], high[i], CELLS + 1) for i in range(2)]
     area = float(np.prod((high - low) / CELLS))
     return np.histogram2d(points[:, 0], points[:, 1], bins=(edges[0], edges[1]))[0].T / (len(points) * area)
@@ -35,14 +36,8 @@ def draw(scene: Scene) -> list[Path]:
     import torch
     from matplotlib.colors import LogNorm, Normalize
 
-    from evaluation.pictures import INK, new_figure, save_figure, shared_limits
-    from evaluation.sample import TrainedModel
-    from visualizers.velocity_field import lattice
-
     scene.need_points("see samples.py")
-    model: TrainedModel = scene.model
-    samples = model.sample(scene.n, scene.seed, scene.label, scene.own_solver()).numpy()
-    real = scene.real(scene.n)
+    samples, real = scene.samples().numpy(), scene.real(scene.n)
     low, high = shared_limits(samples, real)
     ours, truth = histogram(samples, low, high), scene.exact()
     if isinstance(truth, str):
@@ -56,7 +51,6 @@ def draw(scene: Scene) -> list[Path]:
     figure = new_figure(420, f"{scene.heading}: density of the samples", LEGEND, 1300)
     panels = figure.subplots(1, 3, sharex=True, sharey=True)
     top = max(float(np.quantile(theirs, 0.999)), 2 * one)
-    extent = (low[0], high[0], low[1], high[1])
     logarithmic: Normalize = LogNorm(0.5 * one, top)
     outside = int(((samples < low) | (samples > high)).any(1).sum())
     shown = [(f"samples ({scene.n:,}, {outside:,} outside)", ours, "viridis", logarithmic)]
@@ -64,10 +58,8 @@ def draw(scene: Scene) -> list[Path]:
     shown.append(("samples - data", ours - theirs, "RdBu_r", Normalize(-top, top)))
     for panel, (name, values, colors, norm) in zip(panels, shown, strict=True):
         seen = np.ma.masked_less(values, 0.5 * one) if norm is logarithmic else values
-        image = panel.imshow(seen, origin="lower", extent=extent, cmap=colors, norm=norm)
-        panel.set_title(name, color=INK, fontsize=11, pad=5)
-        panel.set_xlabel("x₁")
-        panel.tick_params(colors=INK, labelsize=9)
+        image = panel.imshow(seen, origin="lower", extent=(low[0], high[0], low[1], high[1]), cmap=colors, norm=norm)
+        plane(panel, name, low, high)
         bar = figure.colorbar(image, ax=panel, fraction=0.046, pad=0.03)
         bar.ax.tick_params(colors=INK, labelsize=8)
     bar.set_label("per unit of area", color=INK)

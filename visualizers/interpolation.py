@@ -18,7 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from visualizers.scene import Scene, main
+from evaluation.pictures import draw_grids, new_figure, save_figure, shared_limits, tile
+from visualizers.denoising import as_bytes, enlarged
+from visualizers.scene import Scene, main, plane
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,9 +66,6 @@ def draw(scene: Scene) -> list[Path]:
 def draw_rows(scene: Scene, path: Path) -> None:
     import torch
 
-    from evaluation.pictures import draw_grids, tile
-    from visualizers.denoising import as_bytes, enlarged
-
     scene.need_images("see particles.py")
     rows, labels = scene.n, scene.labels
     scene.n *= 2
@@ -80,8 +79,7 @@ def draw_rows(scene: Scene, path: Path) -> None:
 
 def draw_circles(scene: Scene, path: Path) -> None:
     import torch
-
-    from evaluation.pictures import INK, new_figure, save_figure, shared_limits
+    from matplotlib import colormaps
 
     angle = torch.linspace(0, 2 * np.pi, 721)
     circle = torch.stack([angle.cos(), angle.sin()], 1)
@@ -90,24 +88,17 @@ def draw_circles(scene: Scene, path: Path) -> None:
     rings = [(radius * circle).to(scene.model.device) for radius in RADII]
     ends = [carried(scene, ring, shared).cpu().numpy() for ring in rings]
     real = scene.real(2000)
-    low, high = shared_limits(np.concatenate(ends), real)
     figure = new_figure(450, f"{scene.heading}: circles in noise space", "")
     left, right = figure.subplots(1, 2)
+    plane(left, "noise", *np.array([(-2.6, -2.6), (2.6, 2.6)]))
+    plane(right, "data (grey) and where the circles go", *shared_limits(np.concatenate(ends), real))
     right.scatter(*real.T, s=4, c="#d5d5d5", linewidths=0)
-    from matplotlib import colormaps
-
     for index, (radius, ring, end) in enumerate(zip(RADII, rings, ends, strict=True)):
         color = colormaps["plasma"](0.85 * index / (len(RADII) - 1))
         left.plot(*ring.cpu().numpy().T, color=color, linewidth=1.5, label=f"radius {radius:g}")
         right.plot(*end.T, color=color, linewidth=1, marker=".", markersize=2)
     left.legend(loc="upper right", fontsize=8, frameon=False)
-    for panel, name in ((left, "noise"), (right, "data (grey) and where the circles go")):
-        panel.set_title(name, color=INK, fontsize=11, pad=5)
-        panel.set(xlabel="x₁")
-        panel.set_aspect("equal", adjustable="box")
-        panel.tick_params(colors=INK, labelsize=9)
-    left.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), ylabel="x₂")
-    right.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    left.set_ylabel("x₂")
     figure.subplots_adjust(left=0.075, right=0.985, bottom=0.12, top=0.84, wspace=0.16)
     save_figure(figure, path)
 

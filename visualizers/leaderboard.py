@@ -77,12 +77,12 @@ def number(cell: str) -> tuple[float, float] | None:
 
 
 def digest(tables: list[Table]) -> str:
-    """Tells the numbers of one leaderboard from those of another; the picture carries it."""
+    """Return what distinguishes the numbers of one leaderboard from another's; the picture carries it."""
     return hashlib.sha256(repr(tables).encode()).hexdigest()
 
 
 def by_rank(tables: list[Table]) -> list[str]:
-    """Objectives by their mean rank in one evaluation over the data sets, the best first."""
+    """Return objectives by their mean rank in one evaluation over the data sets, the best first."""
     ranks: dict[str, list[int]] = {}
     for table in tables:
         for rank, (objective, _) in enumerate(sorted(table.scores[1].items(), key=lambda item: item[1][0])):
@@ -91,7 +91,7 @@ def by_rank(tables: list[Table]) -> list[str]:
 
 
 def draw_table(axes: Axes, table: Table, objectives: list[str], most: int) -> None:
-    """A line of each objective: from its score in one evaluation to that by the solver."""
+    """Draw a line of each objective: from its score in one evaluation to that by the solver."""
     from evaluation.pictures import GENERATED_COLOR, INK, REAL_COLOR
 
     mean, sd = table.floor

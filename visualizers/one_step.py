@@ -18,18 +18,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from visualizers.scene import Scene, main, solver_label
+from evaluation.pictures import (
+    GENERATED_COLOR,
+    REAL_COLOR,
+    image_grid_picture,
+    new_figure,
+    save_figure,
+    shared_limits,
+)
+from visualizers.scene import Scene, main, plane, solver_label
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def draw(scene: Scene) -> list[Path]:
-    from evaluation.parts import build_decoder
-    from evaluation.pictures import image_grid_picture
-
-    if scene.shape != (2,) and scene.label is None and scene.model.objective.network.num_classes:
-        scene.label = "all"
+    if scene.shape != (2,):
+        scene.show_all_classes()
     solver, model = scene.own_solver(), scene.model
     many = model.sample(scene.n, scene.seed, scene.label, solver)
     one = model.sample(scene.n, scene.seed, scene.label, evaluations=1)
@@ -41,12 +46,10 @@ def draw(scene: Scene) -> list[Path]:
         draw_points(path, one.numpy(), many.numpy(), scene.real(2000), title, measured)
         return [path]
     scene.need_images("use scripts/sample.py with out=samples.npz")
-    decode, known = build_decoder(model.config, model.device), model.config["dataloaders"]["value_range"]
-    low, high = (-1.0, 1.0) if decode is not None or known is None else known
     labels = model.labels(scene.n, scene.label)
     numbers = None if labels is None else labels.numpy()
     image_grid_picture(
-        path, model.images(one).numpy(), (low, high), max(1, round(scene.n**0.5)), model.images(many).numpy(),
+        path, model.images(one).numpy(), scene.value_range, max(1, round(scene.n**0.5)), model.images(many).numpy(),
         title, numbers, numbers, names=("one evaluation", f"{solver.evaluations} evaluations"),
         score_line=measured,
     )  # fmt: skip
@@ -54,25 +57,18 @@ def draw(scene: Scene) -> list[Path]:
 
 
 def root_mean_square(differences: Tensor) -> float:
-    """Of the lengths of differences (N, ...)."""
+    """Return that of the lengths of differences (N, ...)."""
     return differences.flatten(1).square().sum(1).mean().sqrt().item()
 
 
 def draw_points(path: Path, one: np.ndarray, many: np.ndarray, real: np.ndarray, title: str, measured: str) -> None:
     from matplotlib.collections import LineCollection
 
-    from evaluation.pictures import GENERATED_COLOR, INK, REAL_COLOR, new_figure, save_figure, shared_limits
-
     low, high = shared_limits(np.concatenate([one, many]), real)
     figure = new_figure(450, title, measured)
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for panel, name in zip(
-        panels, ("one evaluation (blue) joined with many (orange)", "one evaluation over the data (grey)"), strict=True
-    ):
-        panel.set_title(name, color=INK, fontsize=11, pad=5)
-        panel.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xlabel="x₁")
-        panel.set_aspect("equal", adjustable="box")
-        panel.tick_params(colors=INK, labelsize=9)
+    plane(panels[0], "one evaluation (blue) joined with many (orange)", low, high)
+    plane(panels[1], "one evaluation over the data (grey)", low, high)
     joined = LineCollection(list(np.stack([one, many], 1)), colors="#bbbbbb", linewidths=0.5, zorder=1)
     panels[0].add_collection(joined)
     panels[0].scatter(*many.T, s=6, c=REAL_COLOR, linewidths=0, zorder=2)

@@ -18,7 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from visualizers.scene import Scene, frame_times, main, solver_label, walk
+from evaluation.pictures import new_figure, save_figure, shared_limits
+from visualizers.films import pixels, with_film
+from visualizers.scene import Limits, Scene, frame_times, main, plane, solver_label, walk
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from solvers.base_solver import Sampler
-
 
 LEGEND = "grey: the data; a particle keeps its colour"
 
@@ -39,10 +40,7 @@ def ways(scene: Scene) -> dict[str, np.ndarray]:
     from solvers.runge_kutta import RK4, Euler
 
     flow, label, noise, times = scene.model.flow(), scene.labels, scene.noise(), frame_times(scene.frames)
-    if scene.solver is not None:
-        solvers: list[Sampler] = [scene.solver]
-    else:
-        solvers = [Euler(10), RK4(24)]
+    solvers: list[Sampler] = [Euler(10), RK4(24)] if scene.solver is None else [scene.solver]
     solvers.append(FlowMapSolver(1) if flow.learns_flow_map else Euler(1))
     with torch.no_grad():
         walks = [flow.in_data_units(walk(solver, flow, noise, label, times)).cpu().numpy() for solver in solvers]
@@ -58,41 +56,27 @@ def start_colors(start: np.ndarray) -> np.ndarray:
 
 
 def draw_panel(
-    axes: Axes, points: np.ndarray, colors: np.ndarray, real: np.ndarray, low: np.ndarray, high: np.ndarray
+    axes: Axes, name: str, points: np.ndarray, colors: np.ndarray, real: np.ndarray, limits: Limits
 ) -> PathCollection:
-    """Return one panel; returns the particles."""
-    from evaluation.pictures import INK
-
+    """Draw particles (n, 2) over the data; return them."""
+    plane(axes, name, *limits)
     axes.scatter(real[:, 0], real[:, 1], s=5, c="#d5d5d5", linewidths=0)
-    particles = axes.scatter(points[:, 0], points[:, 1], s=7, c=colors, linewidths=0)
-    axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xlabel="x₁")
-    axes.set_aspect("equal", adjustable="box")
-    axes.tick_params(colors=INK, labelsize=9)
-    return particles
+    return axes.scatter(points[:, 0], points[:, 1], s=7, c=colors, linewidths=0)
 
 
 def draw(scene: Scene) -> list[Path]:
-    from evaluation.films import write_film
-    from evaluation.pictures import save_figure, shared_limits
-
     scene.need_points("see denoising.py")
     paths, real = ways(scene), scene.real(1500)
-    ends = np.concatenate([states[[0, -1]].reshape(-1, 2) for states in paths.values()])
-    low, high = shared_limits(ends, real)
+    limits = shared_limits(np.concatenate([states[[0, -1]].reshape(-1, 2) for states in paths.values()]), real)
     title = f"{scene.heading}: from noise to data"
     path = scene.folder / "particles.png"
-    save_figure(still(paths, real, low, high, title), path)
-    if scene.form == "png":
-        return [path]
-    film = path.with_suffix(f".{scene.form}")
-    write_film(film, filmed(*film_figure(paths, real, low, high, title), paths))
-    return [path, film]
+    save_figure(still(paths, real, limits, title), path)
+    figure, particles = film_figure(paths, real, limits, title)
+    return with_film(path, scene.form, scene.frames, lambda index: filmed(figure, particles, paths, index))
 
 
-def still(paths: dict[str, np.ndarray], real: np.ndarray, low: np.ndarray, high: np.ndarray, title: str) -> Figure:
+def still(paths: dict[str, np.ndarray], real: np.ndarray, limits: Limits, title: str) -> Figure:
     """Return the start, the middle and the end of every way."""
-    from evaluation.pictures import INK, new_figure
-
     frames = len(next(iter(paths.values())))
     colors, times = start_colors(next(iter(paths.values()))[0]), frame_times(frames).numpy()
     height, shown = 130 + 280 * len(paths), sorted({0, (frames - 1) // 2, frames - 1})
@@ -100,41 +84,36 @@ def still(paths: dict[str, np.ndarray], real: np.ndarray, low: np.ndarray, high:
     axes = figure.subplots(len(paths), len(shown), sharex=True, sharey=True, squeeze=False)
     for row, (name, states) in zip(axes, paths.items(), strict=True):
         for panel, index in zip(row, shown, strict=True):
-            draw_panel(panel, states[index], colors, real, low, high)
-            panel.set_title(f"{name}, t = {times[index]:.2f}", color=INK, fontsize=10, pad=4)
-            panel.set_xlabel("x₁" if name == list(paths)[-1] else "")
+            draw_panel(panel, f"{name}, t = {times[index]:.2f}", states[index], colors, real, limits)
+            panel.label_outer()
         row[0].set_ylabel("x₂")
     figure.subplots_adjust(left=0.07, right=0.985, bottom=50 / height, top=1 - 80 / height, wspace=0.06, hspace=0.16)
     return figure
 
 
 def film_figure(
-    paths: dict[str, np.ndarray], real: np.ndarray, low: np.ndarray, high: np.ndarray, title: str
+    paths: dict[str, np.ndarray], real: np.ndarray, limits: Limits, title: str
 ) -> tuple[Figure, list[PathCollection]]:
     """Return the first frame of the film, and what moves in it."""
-    from evaluation.pictures import INK, new_figure
-
-    colors, count, particles = start_colors(next(iter(paths.values()))[0]), len(paths), []
+    colors, count = start_colors(next(iter(paths.values()))[0]), len(paths)
     figure = new_figure(390, title, "", 300 * count + 40)
-    for panel, (name, states) in zip(np.atleast_1d(figure.subplots(1, count, sharey=True)), paths.items(), strict=True):
-        particles.append(draw_panel(panel, states[0], colors, real, low, high))
-        panel.set_title(name, color=INK, fontsize=11, pad=5)
+    panels = np.atleast_1d(figure.subplots(1, count, sharey=True))
+    particles = [
+        draw_panel(panel, name, states[0], colors, real, limits)
+        for panel, (name, states) in zip(panels, paths.items(), strict=True)
+    ]
     figure.axes[0].set_ylabel("x₂")
     figure.subplots_adjust(left=0.16 / count, right=0.985, bottom=0.12, top=0.8, wspace=0.06)
     return figure, particles
 
 
-def filmed(figure: Figure, particles: list[PathCollection], paths: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """Return every frame as bytes (H, W, 3)."""
-    from evaluation.films import pixels
-
-    frames = []
-    for index, t in enumerate(frame_times(len(next(iter(paths.values())))).numpy()):
-        figure.texts[1].set_text(f"t = {t:.2f}; {LEGEND}")
-        for drawn, states in zip(particles, paths.values(), strict=True):
-            drawn.set_offsets(states[index])
-        frames.append(pixels(figure))
-    return frames
+def filmed(figure: Figure, particles: list[PathCollection], paths: dict[str, np.ndarray], index: int) -> np.ndarray:
+    """Return a frame as bytes (H, W, 3)."""
+    for drawn, states in zip(particles, paths.values(), strict=True):
+        drawn.set_offsets(states[index])
+    t = frame_times(len(states))[index]
+    figure.texts[1].set_text(f"t = {t:.2f}; {LEGEND}")
+    return pixels(figure)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ from visualizers.scene import Scene, main
 def draw(scene: Scene) -> list[Path]:
     from evaluation.state_pictures import draw as draw_states
 
-    scene.label = "all" if scene.label is None and scene.model.objective.network.num_classes else scene.label
-    states = scene.model.sample(scene.n, scene.seed, scene.label, scene.own_solver())
+    scene.show_all_classes()
     path = scene.folder / "samples.png"
-    draw_states(path, states, scene.model.labels(scene.n, scene.label), scene.model, f"{scene.heading}: samples", True)
+    draw_states(
+        path, scene.samples(), scene.model.labels(scene.n, scene.label), scene.model, f"{scene.heading}: samples", True
+    )
     return [path]
 
 

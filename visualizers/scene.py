@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -10,16 +11,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.command_line import outputs, unknown
+import numpy as np
+
+from common.command_line import front, outputs, split, unknown
 from common.errors import UserError
 from common.ranges import CountFrom2, Seed
 from configuration.values import whole_number
-from evaluation.films import FORMS
+from evaluation.pictures import INK
 from run_files.checks import check_writable
+from visualizers.films import FORMS
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
+    from matplotlib.axes import Axes
     from torch import Tensor
 
     from evaluation.closed_forms import ExactFlow
@@ -27,6 +31,10 @@ if TYPE_CHECKING:
     from losses.objective import FlowObjective
     from solvers.base_solver import Sampler
 
+Limits = tuple[np.ndarray, np.ndarray]  # lowest and highest corner (2,) of a panel
+DEFAULTS = {
+    "ckpt": "", "n": "", "seed": "0", "frames": "", "format": "gif", "out": "", "device": "cpu", "label": "", "trust": "",
+}  # fmt: skip
 KEYS = """Keys: ckpt (a checkpoint; unless given the newest in outputs/ckpts of the working folder, or of the repository
 where that has no outputs), n (how many samples), seed (0), frames (of
 a film), format (gif; or mp4, or png for the still alone), out (the folder; outputs/pictures/<run_name> unless given), device
@@ -66,11 +74,21 @@ class Scene:
         labels = self.model.labels(self.n, self.label)
         return None if labels is None else labels.to(self.model.device)
 
+    @property
+    def value_range(self) -> tuple[float, float]:
+        """Return the values of images that are black and of full brightness, latents decoded."""
+        low, high = self.model.config["dataloaders"]["value_range"] or (-1.0, 1.0)
+        return (-1.0, 1.0) if self.model.config.get("vae") is not None else (low, high)
+
     def own_solver(self) -> Sampler:
         """Return the solver typed, or the run's own."""
         from evaluation.parts import build_solver
 
         return self.solver or build_solver(self.model.config)
+
+    def samples(self) -> Tensor:
+        """Return the model's samples (n, ...)."""
+        return self.model.sample(self.n, self.seed, self.label, self.own_solver())
 
     def noise(self) -> Tensor:
         """Return the source states (n, ...) at t = 0, on the model's device; those of sample i are its own, whatever n."""
@@ -88,8 +106,13 @@ class Scene:
         states, own = self.model.real(2 * n * self.model.objective.network.num_classes, self.seed)
         return (states if own is None else states[own == self.label])[:n].numpy()
 
+    def show_all_classes(self) -> None:
+        """Show all classes of a conditional model where none is asked for."""
+        if self.model.objective.network.num_classes and self.label is None:
+            self.label = "all"
+
     def choose_one_class(self) -> None:
-        """For what shows a field: of a conditional model the class asked for, or the first; each has a field of its own."""
+        """Show, of a conditional model, the class asked for, or the first: each has a field of its own."""
         if self.model.objective.network.num_classes and not isinstance(self.label, int):
             self.label = 0
 
@@ -129,25 +152,20 @@ def walk(solver: Sampler, flow: FlowObjective, noise: Tensor, label: Tensor | No
     import torch
 
     from solvers.base_solver import BaseSolver
-    from solvers.flow_map import FlowMapSolver
 
-    grid, states = [torch.zeros(())], [noise]
-    if isinstance(solver, FlowMapSolver):
-        solver.check(flow)
-        if solver.renoises:
-            raise UserError("solver.renoise=true throws its states back into noise: they have no path; leave it out")
-        points = solver.times(noise)
-        for r, t in pairwise(points):
-            states.append(flow.flow_map(states[-1], r, t, label))
-        grid = list(points.cpu())
+    if solver.renoises:
+        raise UserError("solver.renoise=true throws its states back into noise: they have no path; leave it out")
+    seen: list[tuple[Tensor, Tensor]] = []
+    if isinstance(solver, BaseSolver):
+        field = lambda x, t: flow.velocity(x, t, label)  # noqa: E731
+        solver.solve(field, noise, callback=lambda x, t: seen.append((x.clone(), t.cpu().clone())))
     else:
-        assert isinstance(solver, BaseSolver)
-        seen: list[tuple[Tensor, Tensor]] = []
-        solver.solve(
-            lambda x, t: flow.velocity(x, t, label), noise, callback=lambda x, t: seen.append((x.clone(), t.cpu().clone()))
-        )
-        states, grid = [x for x, _ in seen], [t for _, t in seen]
-    return interpolated(torch.stack(states), torch.stack(grid).float(), times)
+        solver.check(flow)
+        points = solver.times(noise)
+        seen.append((noise, points[0].cpu()))
+        for r, t in pairwise(points):
+            seen.append((flow.flow_map(seen[-1][0], r, t, label), t.cpu()))
+    return interpolated(torch.stack([x for x, _ in seen]), torch.stack([t for _, t in seen]).float(), times)
 
 
 def interpolated(states: Tensor, grid: Tensor, times: Tensor) -> Tensor:
@@ -161,10 +179,24 @@ def interpolated(states: Tensor, grid: Tensor, times: Tensor) -> Tensor:
 
 
 def frame_times(frames: int) -> torch.Tensor:
-    """0 to 1 in equal steps: (frames,)."""
+    """Return 0 to 1 in equal steps: (frames,)."""
     import torch
 
     return torch.linspace(0, 1, frames)
+
+
+def lattice(low: np.ndarray, high: np.ndarray, side: int) -> np.ndarray:
+    """Return the middles of side x side cells between two corners, row by row along the first axis: (side^2, 2)."""
+    centres = [low[i] + (np.arange(side) + 0.5) / side * (high[i] - low[i]) for i in range(2)]
+    return np.stack(np.meshgrid(*centres), -1).reshape(-1, 2)
+
+
+def plane(panel: Axes, name: str, low: np.ndarray, high: np.ndarray) -> None:
+    """Make a panel one of points in the plane, between two corners."""
+    panel.set_title(name, color=INK, fontsize=11, pad=5)
+    panel.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xlabel="x₁")
+    panel.set_aspect("equal", adjustable="box")
+    panel.tick_params(colors=INK, labelsize=9)
 
 
 def newest_checkpoint() -> Path:
@@ -193,25 +225,16 @@ def solver_label(solver: Sampler) -> str:
 
 def scene(words: list[str], n: int, frames: int, points: int | None = None) -> Scene:
     """Return the scene a command line asks for; n (points: that of points in the plane) and frames: unless it says
-    otherwise.
-
-    UserError for what it cannot be.
+    otherwise. UserError for what it cannot be.
     """
-    settings = {"ckpt": "", "n": "", "seed": "0", "frames": str(frames), "format": "gif", "out": "", "device": "cpu"}
-    settings |= {"label": "", "trust": ""}
-    overrides = []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if equals and key in settings:
-            settings[key] = value
-        elif equals and key.split(".")[0].split("/")[0] in ("solver", "guidance"):
-            overrides.append(word)
-        else:
+    settings, overrides = split(words, DEFAULTS)
+    for word in overrides:
+        if "=" not in word or re.split("[./=]", word)[0] not in ("solver", "guidance"):
             raise UserError(f"{unknown(word, settings)}, and solver and guidance settings, as key=value")
     n, seed, frames = (
         whole_number("n", settings["n"] or str(n)),
         whole_number("seed", settings["seed"], Seed),
-        whole_number("frames", settings["frames"], CountFrom2),
+        whole_number("frames", settings["frames"] or str(frames), CountFrom2),
     )
     if settings["format"] not in FORMS:
         raise UserError(f"format takes {', '.join(FORMS)}, not {settings['format']!r}")
@@ -227,9 +250,9 @@ def scene(words: list[str], n: int, frames: int, points: int | None = None) -> S
     model = load(checkpoint, settings["device"])
     model.config |= settings_from_overrides(overrides)
     folder = Path(settings["out"] or outputs_of(checkpoint) / "pictures" / model.config["run_name"])
-    if not settings["n"] and points and list(model.config["dataloaders"]["state_shape"]) == [2]:
-        n = points
     made = Scene(model, n, seed, frames, settings["format"], folder, None if label == "" else label)
+    if points and not settings["n"] and made.shape == (2,):
+        made.n = points
     if any(word.startswith("solver") for word in overrides):
         made.solver = made.own_solver()
         made.solver.check(model.objective)
@@ -241,19 +264,14 @@ def scene(words: list[str], n: int, frames: int, points: int | None = None) -> S
 def main(
     words: list[str], doc: str, draw: Callable[[Scene], list[Path]], n: int, frames: int = 2, points: int | None = None
 ) -> int:
-    """Run one drawing script: prints the files it wrote and the seconds it took; a user's mistake is one sentence."""
-    if "--help" in words or "-h" in words:
-        print(doc.strip() + "\n\n" + KEYS)
+    """Run one drawing script: print the files it wrote and the seconds it took; return the exit status."""
+
+    def carry_out(words: list[str]) -> int:
+        program, begun = Path(sys.argv[0]).name, time.perf_counter()
+        print(f"{program} ...", end="" if sys.stdout.isatty() else "\n", flush=True)
+        for path in draw(scene(words, n, frames, points)):
+            print(f"\r{path}  {path.stat().st_size / 1024:,.0f} kB")
+        print(f"{program}: {time.perf_counter() - begun:.1f} s")
         return 0
-    program = Path(sys.argv[0]).name
-    begun = time.perf_counter()
-    print(f"{program} ...", end="" if sys.stdout.isatty() else "\n", flush=True)
-    try:
-        files = draw(scene(words, n, frames, points))
-    except UserError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 1
-    for path in files:
-        print(f"\r{path}  {path.stat().st_size / 1024:,.0f} kB")
-    print(f"{program}: {time.perf_counter() - begun:.1f} s")
-    return 0
+
+    return front(words, f"{doc.strip()}\n\n{KEYS}", carry_out)

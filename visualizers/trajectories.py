@@ -17,33 +17,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from visualizers.scene import Scene, frame_times, main, solver_label, walk
+from evaluation.pictures import INK, new_figure, save_figure, shared_limits
+from visualizers.scene import Scene, frame_times, main, plane, solver_label, walk
 
 SHOWN = 250  # paths drawn; the number is of all n
 
 
 def straightness(paths: np.ndarray) -> float:
-    """Of paths (T, N, D) known at T equal times: 0 is straight at an even pace."""
+    """Return that of paths (T, N, D) known at T equal times: 0 is straight at an even pace."""
     chord = paths[-1] - paths[0]
     pieces = np.diff(paths, axis=0) * (len(paths) - 1)
     return float(((pieces - chord) ** 2).sum(-1).mean() / (chord**2).sum(-1).mean())
 
 
-def draw(scene: Scene) -> list[Path]:
+def paths_of(scene: Scene) -> dict[str, np.ndarray]:
+    """Return paths (51, n, 2) by the name of what walks them: a solver, the learned map, the exact field."""
     import torch
-    from matplotlib.collections import LineCollection
 
-    from evaluation.pictures import INK, new_figure, save_figure, shared_limits
     from solvers.base_solver import BaseSolver
     from solvers.runge_kutta import RK4
 
-    scene.need_points("see denoising.py")
     times, noise, flow = frame_times(51), scene.noise(), scene.model.flow()
     solver = scene.own_solver()
+    is_ode = isinstance(solver, BaseSolver)
     with torch.no_grad():
-        walked = flow.in_data_units(walk(solver, flow, noise, scene.labels, times)).cpu().numpy()
-        is_ode = isinstance(solver, BaseSolver)
-        paths = {("learned field, " if is_ode else "") + solver_label(solver): walked}
+        walked = walk(solver, flow, noise, scene.labels, times)
+        paths = {("learned field, " if is_ode else "") + solver_label(solver): flow.in_data_units(walked).cpu().numpy()}
         if flow.learns_flow_map and is_ode:
             maps = [flow.flow_map(noise, times[0], t, scene.labels) for t in times]
             paths["learned map from the start"] = flow.in_data_units(torch.stack(maps)).cpu().numpy()
@@ -53,8 +52,15 @@ def draw(scene: Scene) -> list[Path]:
             seen: list[torch.Tensor] = []
             RK4(100).solve(truth, noise.cpu().double(), grid, lambda x, t: seen.append(x.clone()))
             paths["exact"] = torch.stack(seen[::2]).numpy()
+    return paths
 
-    low, high = shared_limits(np.concatenate([p[[0, -1]].reshape(-1, 2) for p in paths.values()]), scene.real(1000))
+
+def draw(scene: Scene) -> list[Path]:
+    from matplotlib.collections import LineCollection
+
+    scene.need_points("see denoising.py")
+    paths = paths_of(scene)
+    limits = shared_limits(np.concatenate([p[[0, -1]].reshape(-1, 2) for p in paths.values()]), scene.real(1000))
     legend = "grey: the noise; black: the samples; straightness: 0 is straight at an even pace, more is more bent"
     figure = new_figure(450, f"{scene.heading}: paths from noise to data", legend, max(60 + 400 * len(paths), 600))
     panels = np.atleast_1d(figure.subplots(1, len(paths), sharex=True, sharey=True))
@@ -63,13 +69,10 @@ def draw(scene: Scene) -> list[Path]:
         pieces = np.stack([shown[:-1], shown[1:]], 2).reshape(-1, 2, 2)
         when = np.repeat(np.linspace(0, 1, len(shown) - 1), shown.shape[1])
         lines = LineCollection(list(pieces), array=when, cmap="viridis_r", linewidths=0.7, alpha=0.8)
+        plane(panel, f"{name}\nstraightness {straightness(states):.3f}", *limits)
         panel.add_collection(lines)
         panel.scatter(*shown[0].T, s=5, c="#999999", linewidths=0)
         panel.scatter(*shown[-1].T, s=8, c=INK, linewidths=0)
-        panel.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xlabel="x₁")
-        panel.set_aspect("equal", adjustable="box")
-        panel.set_title(f"{name}\nstraightness {straightness(states):.3f}", color=INK, fontsize=10, pad=5)
-        panel.tick_params(colors=INK, labelsize=9)
     panels[0].set_ylabel("x₂")
     figure.subplots_adjust(left=0.16 / len(paths), right=1 - 0.24 / len(paths), bottom=0.12, top=0.79, wspace=0.06)
     bar = figure.colorbar(lines, ax=list(panels), fraction=0.03, pad=0.015, label="t")

@@ -19,7 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from visualizers.scene import Scene, frame_times, main, walk
+from evaluation.pictures import INK, new_figure, save_figure, shared_limits
+from visualizers.films import pixels, with_film
+from visualizers.scene import Scene, frame_times, lattice, main, plane, walk
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,27 +51,25 @@ class Field:
     def __init__(self, scene: Scene, times: np.ndarray):
         import torch
 
-        from evaluation.pictures import shared_limits
+        from solvers.runge_kutta import RK4
 
         self.units = "data units" if scene.model.objective.data_std is None else "standard deviations of the data"
         model, clock = scene.model, torch.from_numpy(times).float()
         flow, label = model.flow(), scene.labels  # of one class, if any
         with torch.no_grad():
-            from solvers.runge_kutta import RK4
-
             self.states = walk(RK4(12), flow, scene.noise(), label, clock).cpu()
         self.times = times
         real = flow.standardised(torch.from_numpy(scene.real(2000)).to(model.device)).cpu().numpy()
-        self.low, self.high = shared_limits(self.states.numpy().reshape(-1, 2), real)
-        self.low, self.high = np.minimum(self.low, -2.2), np.maximum(self.high, 2.2)
+        low, high = shared_limits(self.states.numpy().reshape(-1, 2), real)
+        self.low, self.high = np.minimum(low, -2.2), np.maximum(high, 2.2)
         self.places = lattice(self.low, self.high, ARROWS)
         at = torch.from_numpy(self.places).float().to(model.device)
         shared = None if label is None else label[:1].expand(len(at))
         self.learned = np.stack([flow.velocity(at, t.to(at), shared).detach().cpu().numpy() for t in clock])
         truth = scene.exact()
         self.truth: ExactFlow | None = None if isinstance(truth, str) else truth
-        self.exact = None if self.truth is None else np.stack([self.velocity(self.truth, at, float(t)) for t in clock])
-        self.errors = None if self.truth is None else self.relative_errors(flow, label)
+        self.exact = None if self.truth is None else np.stack([exact_velocity(self.truth, at, float(t)) for t in clock])
+        self.errors = None if self.truth is None else self.relative_errors(self.truth, flow, label)
         speeds = np.linalg.norm(self.learned if self.exact is None else self.exact, axis=-1)
         self.scale = float(np.quantile(speeds, 0.9)) * ARROWS / 1.6
 
@@ -78,28 +78,22 @@ class Field:
         """Return the fields there are, by name."""
         return {"learned": self.learned} | ({} if self.exact is None else {"exact": self.exact})
 
-    @staticmethod
-    def velocity(truth: ExactFlow, at: Tensor, t: float) -> np.ndarray:
+    def relative_errors(self, truth: ExactFlow, flow: FlowObjective, label: Tensor | None) -> list[float]:
         import torch
 
-        return truth(at.cpu().double(), torch.tensor(min(t, truth.path.last_time), dtype=torch.float64)).numpy()
-
-    def relative_errors(self, flow: FlowObjective, label: Tensor | None) -> list[float]:
-        import torch
-
-        assert self.truth is not None
         errors = []
         for states, t in zip(self.states, self.times, strict=True):
-            last = min(float(t), self.truth.path.last_time)
+            last = min(float(t), truth.path.last_time)
             with torch.no_grad():
                 ours = flow.velocity(states.to(next(flow.network.parameters()).device), torch.tensor(last), label).cpu()
-            true = torch.from_numpy(self.velocity(self.truth, states, last))
+            true = torch.from_numpy(exact_velocity(truth, states, last))
             errors.append(((ours - true).square().sum() / true.square().sum()).sqrt().item())
         return errors
 
     def density(self, index: int) -> np.ndarray:
-        """Density of the states at a frame's time, relative to its highest: (CELLS, CELLS), rows along the second axis."""
+        """Return the density of the states at a frame's time, relative to its highest: (CELLS, CELLS), rows along x₂."""
         import torch
+        from scipy.ndimage import gaussian_filter
 
         if self.truth is not None:
             at = torch.from_numpy(lattice(self.low, self.high, CELLS))
@@ -107,24 +101,23 @@ class Field:
             values = self.truth.log_prob(at, t).exp().numpy().reshape(CELLS, CELLS)
         else:
             bins = [np.linspace(self.low[i], self.high[i], CELLS + 1) for i in range(2)]
-            values = smooth(np.histogram2d(self.states[index, :, 0], self.states[index, :, 1], bins=(bins[0], bins[1]))[0].T)
+            counts = np.histogram2d(self.states[index, :, 0], self.states[index, :, 1], bins=(bins[0], bins[1]))[0].T
+            values = gaussian_filter(counts.astype(float), 2.5)  # cells: few states make no blotches
         return (values / max(values.max(), 1e-12)) ** 0.5  # the root: tails stay visible
 
     def ink(self, density: np.ndarray) -> list[tuple[float, float, float, float]]:
-        """RGBA colours of the arrows over a density (CELLS, CELLS): black where there are states, faint elsewhere."""
+        """Return RGBA colours of the arrows over a density (CELLS, CELLS): black where there are states, else faint."""
         columns, rows = ((self.places - self.low) / (self.high - self.low) * CELLS).astype(int).T
         return [(0.13, 0.13, 0.13, min(0.12 + 3 * float(seen), 1.0)) for seen in density[rows, columns]]
 
     def draw(self, axes: Axes, index: int, velocities: np.ndarray, name: str) -> tuple[AxesImage, Quiver]:
-        """Return a panel at one time; returns what changes with it."""
+        """Draw a panel at one time; return what changes with it."""
         from matplotlib import colormaps
-
-        from evaluation.pictures import INK
 
         extent = (self.low[0], self.high[0], self.low[1], self.high[1])
         density = self.density(index)
         shades = colormaps["Blues"].resampled(SHADES)
-        image = axes.imshow(density, origin="lower", extent=extent, cmap=shades, vmin=0, vmax=1.6, aspect="equal")
+        image = axes.imshow(density, origin="lower", extent=extent, cmap=shades, vmin=0, vmax=1.6)
         arrows = axes.quiver(
             *self.places.T, *velocities[index].T, color=self.ink(density), scale=self.scale, scale_units="width",
             width=0.005, pivot="mid",
@@ -133,29 +126,19 @@ class Field:
             speed = float(f"{1.6 * self.scale / ARROWS:.0e}")
             axes.quiverkey(arrows, 0.95, 0.03, speed, f"{speed:g} {self.units} per unit of time", coordinates="figure",
                            labelpos="W", color=INK, fontproperties={"size": 9})  # fmt: skip
-        axes.set(xlim=extent[:2], ylim=extent[2:], xlabel="x₁")
-        axes.set_title(name, color=INK, fontsize=11, pad=5)
-        axes.tick_params(colors=INK, labelsize=9)
+        plane(axes, name, self.low, self.high)
         return image, arrows
 
 
-def lattice(low: np.ndarray, high: np.ndarray, side: int) -> np.ndarray:
-    """Return the middles of side x side cells between two corners, row by row along the first axis: (side^2, 2)."""
-    centres = [low[i] + (np.arange(side) + 0.5) / side * (high[i] - low[i]) for i in range(2)]
-    return np.stack(np.meshgrid(*centres), -1).reshape(-1, 2)
+def exact_velocity(truth: ExactFlow, at: Tensor, t: float) -> np.ndarray:
+    import torch
 
-
-def smooth(counts: np.ndarray) -> np.ndarray:
-    from scipy.ndimage import gaussian_filter
-
-    return gaussian_filter(counts.astype(float), 2.5)  # cells: few states make no blotches
+    return truth(at.cpu().double(), torch.tensor(min(t, truth.path.last_time), dtype=torch.float64)).numpy()
 
 
 def still(field: Field, title: str) -> Figure:
     """Return both fields at some times, one above the other."""
-    from evaluation.pictures import new_figure
-
-    height, last = 130 + 260 * len(field.kinds), list(field.kinds)[-1]
+    height = 130 + 260 * len(field.kinds)
     shown = sorted({round(t * (len(field.times) - 1)) for t in STILL})
     figure = new_figure(height, title, LEGEND, 940)
     axes = figure.subplots(len(field.kinds), len(shown), sharex=True, sharey=True, squeeze=False)
@@ -164,7 +147,7 @@ def still(field: Field, title: str) -> Figure:
             known = None if kind == "exact" or field.errors is None else field.errors[index]
             error = "" if known is None else f"\nrelative error {known:.3f}"
             field.draw(panel, index, velocities, f"{kind}, t = {field.times[index]:.2f}{error}")
-            panel.set_xlabel("x₁" if kind == last else "")
+            panel.label_outer()
         row[0].set_ylabel("x₂")
     figure.subplots_adjust(left=0.055, right=0.99, bottom=70 / height, top=1 - 100 / height, wspace=0.05, hspace=0.22)
     return figure
@@ -172,8 +155,6 @@ def still(field: Field, title: str) -> Figure:
 
 def film_figure(field: Field, title: str) -> tuple[Figure, list[tuple[AxesImage, Quiver]]]:
     """Return the first frame of the film, and what changes in it."""
-    from evaluation.pictures import new_figure
-
     two = len(field.kinds) == 2
     figure = new_figure(520, title, "", 900 if two else 520)
     panels = np.atleast_1d(figure.subplots(1, len(field.kinds), sharex=True, sharey=True))
@@ -183,37 +164,26 @@ def film_figure(field: Field, title: str) -> tuple[Figure, list[tuple[AxesImage,
     return figure, drawn
 
 
-def filmed(figure: Figure, drawn: list[tuple[AxesImage, Quiver]], field: Field) -> list[np.ndarray]:
-    """Return every frame as bytes (H, W, 3)."""
-    from evaluation.films import pixels
-
-    frames = []
-    for index, t in enumerate(field.times):
-        error = "" if field.errors is None else f", relative error of the learned field {field.errors[index]:.3f}"
-        figure.texts[1].set_text(f"t = {t:.2f}{error}\n{FILM_LEGEND}")
-        density = field.density(index)
-        for (image, arrows), velocities in zip(drawn, field.kinds.values(), strict=True):
-            image.set_data(density)
-            arrows.set_UVC(*velocities[index].T)
-            arrows.set_facecolor(field.ink(density))
-        frames.append(pixels(figure))
-    return frames
+def filmed(figure: Figure, drawn: list[tuple[AxesImage, Quiver]], field: Field, index: int) -> np.ndarray:
+    """Return a frame as bytes (H, W, 3)."""
+    error = "" if field.errors is None else f", relative error of the learned field {field.errors[index]:.3f}"
+    figure.texts[1].set_text(f"t = {field.times[index]:.2f}{error}\n{FILM_LEGEND}")
+    density = field.density(index)
+    for (image, arrows), velocities in zip(drawn, field.kinds.values(), strict=True):
+        image.set_data(density)
+        arrows.set_UVC(*velocities[index].T)
+        arrows.set_facecolor(field.ink(density))
+    return pixels(figure)
 
 
 def draw(scene: Scene) -> list[Path]:
-    from evaluation.films import write_film
-    from evaluation.pictures import save_figure
-
     scene.need_points("see denoising.py")
     scene.choose_one_class()
     path, title = scene.folder / "velocity_field.png", f"{scene.heading}: velocity field"
     field = Field(scene, frame_times(scene.frames).numpy())
     save_figure(still(field, title), path)
-    if scene.form == "png":
-        return [path]
-    film = path.with_suffix(f".{scene.form}")
-    write_film(film, filmed(*film_figure(field, title), field))
-    return [path, film]
+    figure, drawn = film_figure(field, title)
+    return with_film(path, scene.form, scene.frames, lambda index: filmed(figure, drawn, field, index))
 
 
 if __name__ == "__main__":

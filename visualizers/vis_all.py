@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.errors import UserError
+from common.command_line import front
 from visualizers.scene import newest_checkpoint, scene
 
 HERE = Path(__file__).resolve().parent
@@ -26,7 +26,7 @@ DRAWINGS = (
 
 
 def status(script: str, words: list[str]) -> int:
-    """That of a script as a program, in this process: what all of them import is imported once."""
+    """Return the exit status of a script as a program, in this process: what all of them import is imported once."""
     sys.argv = [script, *words]
     try:
         runpy.run_path(str(HERE / script), run_name="__main__")
@@ -35,24 +35,21 @@ def status(script: str, words: list[str]) -> int:
     return 0
 
 
-def main(words: list[str]) -> int:
-    if "--help" in words or "-h" in words:
-        print(__doc__)
-        return 0
+def draw_all(words: list[str]) -> int:
     if words and "=" not in words[0]:
         words = [f"ckpt={words[0]}", *words[1:]]
-    try:
-        if not any(word.startswith("ckpt=") for word in words):
-            words = [f"ckpt={newest_checkpoint()}", *words]
-        about_samples = [word for word in words if not word.startswith("metrics=")]
-        scene(about_samples, n=1, frames=2)  # what is wrong for every drawing is said once
-    except UserError as error:
-        print(f"vis_all: {error}", file=sys.stderr)
-        return 1
+    if not any(word.startswith("ckpt=") for word in words):
+        words = [f"ckpt={newest_checkpoint()}", *words]
+    about_samples = [word for word in words if not word.startswith("metrics=")]
+    scene(about_samples, n=1, frames=2)  # what is wrong for every drawing is said once
     about_runs = [word for word in words if word.startswith(("ckpt=", "out=", "metrics="))]  # curves know no samples
     drawn = sum(status(f"{name}.py", about_runs if name == "curves" else about_samples) == 0 for name in DRAWINGS)
     print(f"{drawn} of {len(DRAWINGS)} drawings")
     return 0 if drawn else 1
+
+
+def main(words: list[str]) -> int:
+    return front(words, __doc__, draw_all)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,7 @@ GROUPS = 8  # of channels, for norm=group
 
 
 def normalisation(norm: Norm, channels: int) -> nn.Module:
-    """Raise UserError for another word, or channels that groups do not divide."""
-    if norm not in ("batch", "group"):
-        raise UserError(f"model.norm takes batch or group, not {norm!r}")
+    """Return a normalisation layer. UserError for channels that groups do not divide."""
     if norm == "group" and channels % GROUPS:
         raise UserError(f"model.norm=group wants multiples of {GROUPS} channels, not {channels}; change model.width")
     return nn.BatchNorm2d(channels) if norm == "batch" else GroupNorm(GROUPS, channels)
@@ -80,7 +78,7 @@ class ResidualClassifier(Classifier):
         self.head = nn.Linear(widths[-1], num_classes)
 
     def init_weights(self) -> None:
-        """Normal weights that keep the gradients' variance (He et al. 2015, arXiv 1502.01852)."""
+        """Draw normal weights that keep the gradients' variance (He et al. 2015, arXiv 1502.01852)."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -105,7 +105,7 @@ class DiT(VelocityModel):
         self.head = nn.Linear(hidden_size, channels * patch_size**2)
 
     def init_weights(self) -> None:
-        """Xavier throughout; every gate and the output at zero, so that each block starts as the identity."""
+        """Draw Xavier weights throughout; every gate and the output at zero, so that each block starts as the identity."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

@@ -21,6 +21,7 @@ from run_files.run_folder import RunFolder
 
 POINTS = np.random.RandomState(0).randn(40, 3)
 LABELS = np.arange(40) % 4
+DAMAGED = "is damaged, cut or no .np[yz] file of NumPy"
 
 
 def saved(folder: Path, name: str = "data.npz", **arrays: object) -> str:
@@ -65,6 +66,7 @@ def test_held_out_rows_are_a_fixed_share_of_each_label(tmp_path: Path) -> None:
     assert torch.equal(dataset.held_out_states, again.held_out_states)
 
 
+@pytest.mark.process
 def test_headers_are_read_without_importing_torch() -> None:
     code = "import dataloaders.array_header, sys; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
@@ -81,7 +83,7 @@ FILE_FAULTS: dict[str, tuple[Callable[[Path], str], str]] = {
     "flat": (lambda folder: saved(folder, x=POINTS[:, 0]), r"shape \(40,\)"),
     "grey images": (lambda folder: saved(folder, x=np.zeros((40, 8, 8))), r"shape \(40, 8, 8\)"),
     "no columns": (lambda folder: saved(folder, x=np.zeros((40, 0))), r"shape \(40, 0\)"),
-    "few": (lambda folder: saved(folder, "data.npy", x=POINTS[:9]), "holds 9 rows"),
+    "few": (lambda folder: saved(folder, "data.npy", x=POINTS[:9]), r"shape \(9, 3\); .*with 10 rows or more"),
 }
 
 
@@ -96,16 +98,16 @@ def told(shape: str) -> str:
 
 
 GARBLED = {
-    "more rows than there are": (headed(told("(999999999, 2)")), "is cut: its header tells of x of shape"),
-    "sizes without end": (headed(told(f"({2**62}, {2**62})")), "is cut: its header tells of x of shape"),
-    "negative rows": (headed(told("(-20, 2)")), "holds -20 rows"),
+    "more rows than there are": (headed(told("(999999999, 2)")), DAMAGED + ".*its header promises x of shape"),
+    "sizes without end": (headed(told(f"({2**62}, {2**62})")), DAMAGED + ".*its header promises x of shape"),
+    "negative rows": (headed(told("(-20, 2)")), r"shape \(-20, 2\)"),
     "negative columns": (headed(told("(20, -2)")), r"shape \(20, -2\)"),
-    "a header cut": (headed(told("(20, 2)"))[:40], "damaged, cut or garbled"),
-    "a header that is no dict": (headed("{'descr': '<f8', 'shape': (20, \n"), "damaged, cut or garbled"),
-    "a header of other words": (headed("((((" * 40 + "\n"), "damaged, cut or garbled"),
-    "no header": (b"\x93NUMPY", "damaged, cut or garbled"),
-    "a version of no NumPy": (headed(told("(20, 2)"), b"\x09\0"), "version 9.0"),
-    "text": (b"hello", "damaged, cut or garbled|not in NumPy's"),
+    "a header cut": (headed(told("(20, 2)"))[:40], DAMAGED),
+    "a header that is no dict": (headed("{'descr': '<f8', 'shape': (20, \n"), DAMAGED),
+    "a header of other words": (headed("((((" * 40 + "\n"), DAMAGED),
+    "no header": (b"\x93NUMPY", DAMAGED),
+    "a version of no NumPy": (headed(told("(20, 2)"), b"\x09\0"), DAMAGED + r".*\(9, 0\)"),
+    "text": (b"x,y\n1,2\n", DAMAGED),
 }
 
 
@@ -136,7 +138,7 @@ def test_a_changed_byte_is_one_sentence(tmp_path: Path, of: str) -> None:
     content = bytearray(path.read_bytes())
     content[start + 150_000] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match="damaged, cut or garbled") as refused:
+    with pytest.raises(UserError, match=DAMAGED) as refused:
         ArrayDataset(str(path))
     assert str(path) in str(refused.value)
 
@@ -145,7 +147,7 @@ def test_labels_that_are_no_numbers_of_classes_are_refused(tmp_path: Path) -> No
     for most in (10**6, 2**62, 2**64 - 1):
         path = saved(tmp_path, x=POINTS, y=np.full(40, most, dtype=np.uint64))
         for read in (array_classes, ArrayDataset):
-            with pytest.raises(UserError, match=f"go up to {most}"):
+            with pytest.raises(UserError, match=f"to {most}; number the classes"):
                 read(path)
 
 
@@ -154,7 +156,7 @@ LABEL_FAULTS = {
     "one-hot": (np.eye(4, dtype=int)[LABELS], r"shape \(40, 4\)"),
     "fractions": (LABELS.astype(float), "type float64"),
     "objects": (np.array([None] * 40), "type object"),
-    "negative": (LABELS - 1, "go down to -1"),
+    "negative": (LABELS - 1, "go from -1 to 2; number the classes"),
 }
 
 
@@ -176,13 +178,6 @@ def test_unfit_labels_are_refused(tmp_path: Path, fault: str) -> None:
             read(path)
 
 
-@pytest.mark.parametrize("name", ["data.npy", "data.npz"])
-def test_a_file_of_another_kind_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("x,y\n1,2\n")
-    with pytest.raises(UserError, match="not in NumPy's"):
-        array_shape(str(tmp_path / name))
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
 def test_values_that_are_not_finite_are_counted(tmp_path: Path, value: float) -> None:
     states = POINTS.copy()
@@ -193,7 +188,7 @@ def test_values_that_are_not_finite_are_counted(tmp_path: Path, value: float) ->
 
 def test_knobs_are_checked_against_the_file(tmp_path: Path) -> None:
     path = saved(tmp_path, x=POINTS.clip(-1, 1), y=LABELS)
-    assert ArrayDataset(path, [3], 36, 4, [-1, 1]).value_range == (-1, 1)
+    assert ArrayDataset(path, state_shape=[3], epoch_size=36, num_classes=4, value_range=[-1, 1]).value_range == (-1, 1)
     with pytest.raises(UserError, match=r"go from -1 to 1, outside dataloaders.value_range=\[0, 1\]"):
         ArrayDataset(path, value_range=[0, 1])
     for fraction in (0, 1, -0.5):
@@ -201,7 +196,7 @@ def test_knobs_are_checked_against_the_file(tmp_path: Path) -> None:
             ArrayDataset(path, held_out_fraction=fraction)
 
 
-@pytest.mark.parametrize(("shape", "model"), [((400, 2), "mlp"), ((60, 1, 8, 8), "unet_small")])
+@pytest.mark.parametrize(("shape", "model"), [((400, 2), "mlp"), ((60, 1, 4, 4), "cnn")])
 def test_standardised_data_come_back_in_their_own_units(
     tmp_path: Path, small_run: Callable[..., Path], shape: tuple[int, ...], model: str
 ) -> None:

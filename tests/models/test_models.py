@@ -290,9 +290,10 @@ ONE_OF_EACH_CLASS = {model_node(name, suits(name)[0])["_target_"]: name for name
 @pytest.mark.parametrize("name", ONE_OF_EACH_CLASS.values())
 def test_the_compiled_loss_is_the_eager_one(name: str, loss: str) -> None:
     """Traced whole, with the derivative inside; no kernels are generated, which would take a minute each."""
+    has = model_node(name, "digits")
+    small = {"width": 16, "multipliers": "[1,1]", "inner_width": 16, "inner_blocks": 1, "embedding": 16, "qk_norm": "true"}
     node = ["run_name=x", "dataloaders=digits", f"model={name}", f"loss={loss}", *shallow(name)]
-    if "qk_norm" in model_node(name, "digits"):
-        node.append("model.qk_norm=true")
+    node += [f"model.{key}={value}" for key, value in small.items() if key in has]
     objective = build_objective(resolved(compose_config(node)), torch.device("cpu"))
     with torch.no_grad():
         for p in objective.parameters():

@@ -22,25 +22,10 @@ from models.vae.stable_diffusion_vae import CONFIG_FILE, WEIGHTS_FILE, StableDif
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random autoencoder of factor 8 and 4 latent channels, in a folder."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    settings: dict[str, Any] = {
-        "block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4,
-        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-    }  # fmt: skip
-    place = tmp_path_factory.mktemp("vae")
-    AutoencoderKL(**settings).save_pretrained(place)
-    return place
-
-
 @pytest.fixture
-def copy(folder: Path, tmp_path: Path) -> Path:
+def copy(vae_folder: Path, tmp_path: Path) -> Path:
     """The same folder, to be changed."""
-    return shutil.copytree(folder, tmp_path / "vae")
+    return shutil.copytree(vae_folder, tmp_path / "vae")
 
 
 def change_config(place: Path, **settings: Any) -> None:
@@ -65,8 +50,8 @@ def test_latents_are_diffusers_shifted_and_scaled_and_decode_undoes_both(shift: 
     assert torch.allclose(decoded, vae.autoencoder.decode(posterior.mean).sample, atol=1e-5)
 
 
-def test_a_generator_samples_the_posterior(folder: Path) -> None:
-    vae = StableDiffusionVAE(str(folder))
+def test_a_generator_samples_the_posterior(vae_folder: Path) -> None:
+    vae = StableDiffusionVAE(str(vae_folder))
     one = images(1).expand(2000, -1, -1, -1)
     first, again, other = (vae.encode(one, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -75,8 +60,8 @@ def test_a_generator_samples_the_posterior(folder: Path) -> None:
     assert torch.allclose(first.std(0), vae.scale * posterior.std[0], rtol=0.1)
 
 
-def test_memory_is_bounded_by_passing_a_few_images_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vae, seen = StableDiffusionVAE(str(folder)), []
+def test_memory_is_bounded_by_passing_a_few_images_at_once(vae_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, seen = StableDiffusionVAE(str(vae_folder)), []
     for part in (vae.autoencoder.encoder, vae.autoencoder.decoder):
         part.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
 
@@ -92,16 +77,16 @@ def test_memory_is_bounded_by_passing_a_few_images_at_once(folder: Path, monkeyp
     assert vae.rows(10**9) == 1
 
 
-def test_decode_does_not_clip(folder: Path) -> None:
-    vae = StableDiffusionVAE(str(folder))
+def test_decode_does_not_clip(vae_folder: Path) -> None:
+    vae = StableDiffusionVAE(str(vae_folder))
     bias = vae.autoencoder.decoder.conv_out.bias
     bias.copy_(torch.tensor([0.0, 3.0, -3.0]))
     decoded = vae.decode(torch.zeros(1, 4, 2, 2))
     assert decoded[:, 1].min() > 1 and decoded[:, 2].max() < -1
 
 
-def test_it_is_frozen_and_leaves_no_graph(folder: Path) -> None:
-    vae = StableDiffusionVAE(str(folder))
+def test_it_is_frozen_and_leaves_no_graph(vae_folder: Path) -> None:
+    vae = StableDiffusionVAE(str(vae_folder))
     assert not vae.autoencoder.training and not any(p.requires_grad for p in vae.parameters())
     assert not vae.decode(torch.zeros(1, 4, 2, 2, requires_grad=True)).requires_grad
     assert not vae.encode(images().requires_grad_()).requires_grad
@@ -168,6 +153,7 @@ def test_a_hub_id_without_a_network_is_one_sentence(monkeypatch: pytest.MonkeyPa
     assert asked == [("some/vae", False)] and "\n" not in str(caught.value)
 
 
+@pytest.mark.process
 def test_diffusers_is_imported_only_when_a_vae_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import sys, models.vae.stable_diffusion_vae; sys.exit('diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -176,9 +162,9 @@ def test_diffusers_is_imported_only_when_a_vae_is_built(monkeypatch: pytest.Monk
         StableDiffusionVAE("anything")
 
 
-def test_sides_that_are_no_multiples_of_eight_are_one_sentence(folder: Path) -> None:
+def test_sides_that_are_no_multiples_of_eight_are_one_sentence(vae_folder: Path) -> None:
     with pytest.raises(UserError, match="blocks of 8x8 pixels, which do not tile images of 12x16"):
-        StableDiffusionVAE(str(folder)).encode(images(1, 12, 16))
+        StableDiffusionVAE(str(vae_folder)).encode(images(1, 12, 16))
 
 
 def latent_words(tmp_path: Path, channels: int) -> list[str]:
@@ -187,9 +173,9 @@ def latent_words(tmp_path: Path, channels: int) -> list[str]:
     return ["run_name=x", "dataloaders=array", f"dataloaders.path={tmp_path / 'latents.npy'}", "model=unet_small"]
 
 
-def test_a_run_on_latents_gets_the_decoder_and_others_none(folder: Path, tmp_path: Path) -> None:
+def test_a_run_on_latents_gets_the_decoder_and_others_none(vae_folder: Path, tmp_path: Path) -> None:
     words = latent_words(tmp_path, 4)
-    config = resolved(compose_config([*words, "vae=stable_diffusion", f"vae.path={folder}"]))
+    config = resolved(compose_config([*words, "vae=stable_diffusion", f"vae.path={vae_folder}"]))
     decode = build_decoder(config, torch.device("cpu"))
     assert decode is not None and decode(torch.zeros(2, 4, 4, 4)).shape == (2, 3, 32, 32)
     plain = resolved(compose_config(words))
@@ -197,9 +183,9 @@ def test_a_run_on_latents_gets_the_decoder_and_others_none(folder: Path, tmp_pat
     assert build_decoder(plain | {"vae": None}, torch.device("cpu")) is None
 
 
-def test_data_that_are_not_the_vaes_latents_are_one_sentence(folder: Path, tmp_path: Path) -> None:
+def test_data_that_are_not_the_vaes_latents_are_one_sentence(vae_folder: Path, tmp_path: Path) -> None:
     for words in (latent_words(tmp_path, 3), ["run_name=x"]):
-        config = resolved(compose_config([*words, "vae=stable_diffusion", f"vae.path={folder}"]))
+        config = resolved(compose_config([*words, "vae=stable_diffusion", f"vae.path={vae_folder}"]))
         with pytest.raises(UserError, match=r"latents of shape \[4, height, width\], but the data has states of") as caught:
             build_decoder(config, torch.device("cpu"))
         assert "\n" not in str(caught.value)

@@ -20,12 +20,12 @@ from common.errors import UserError
 from dataloaders.gaussian_mixture import GaussianMixture
 from evaluation import pictures
 from evaluation.closed_forms import ExactFlow
-from evaluation.films import FRAMES_A_SECOND, HOLD, HOLD_FIRST, write_film
 from losses.paths import LinearPath
 from run_files.run_folder import RunFolder
 from solvers.flow_map import FlowMapSolver
 from solvers.runge_kutta import RK4, Euler
 from visualizers import curves, denoising, density, interpolation, particles, trajectories, velocity_field, vis_all
+from visualizers.films import FRAMES_A_SECOND, HOLD, HOLD_FIRST, write_film
 from visualizers.interpolation import slerp
 from visualizers.scene import Scene, interpolated, newest_checkpoint, scene, walk
 
@@ -44,19 +44,8 @@ SMALL = [
 ARCHS = {"points": "mlp", "classes": "mlp", "images": "cnn", "latents": "cnn"}
 
 
-def tiny_vae(place: Path) -> Path:
-    """A random autoencoder of 4 latent channels and factor 8, in a folder."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
-    shape = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4}
-    AutoencoderKL(**shape, down_block_types=down, up_block_types=up).save_pretrained(place)
-    return place
-
-
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, vae_folder: Path) -> dict[str, Path]:
     """Hardly trained models: points, images by class, and latents of images."""
     import launcher
 
@@ -68,7 +57,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     launcher.run("run_name=images", f"output_dir={folder}", log, *SMALL, *images)
     np.save(folder / "latents.npy", np.random.default_rng(0).normal(size=(64, 4, 2, 2)).astype("float32"))
     latents = ["dataloaders=array", f"dataloaders.path={folder / 'latents.npy'}", "model=cnn"]
-    latents += ["vae=stable_diffusion", f"vae.path={tiny_vae(folder / 'vae')}"]
+    latents += ["vae=stable_diffusion", f"vae.path={vae_folder}"]
     launcher.run("run_name=latents", f"output_dir={folder}", log, *SMALL, *latents)
     found = {name: folder / f"ckpts/{arch}/{name}_last.pt" for name, arch in ARCHS.items()}
     return found | {"root": folder}
@@ -165,7 +154,8 @@ def test_a_field_and_its_states_are_of_one_class_that_the_title_names(
     words: list[str], shown: int, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new_figure, field_walk = Mock(wraps=pictures.new_figure), Mock(wraps=walk)
-    monkeypatch.setattr(pictures, "new_figure", new_figure)
+    monkeypatch.setattr(velocity_field, "new_figure", new_figure)
+    monkeypatch.setattr(interpolation, "new_figure", new_figure)
     monkeypatch.setattr(velocity_field, "walk", field_walk)
     words = [f"ckpt={checkpoints['classes']}", f"out={tmp_path}", "format=png", "n=20", *words]
     velocity_field.draw(scene(words, n=1, frames=2))
@@ -214,16 +204,19 @@ def test_a_mistake_is_one_sentence(
     assert sentence in error and error.count("\n") == 1
 
 
-def test_scripts_run_from_any_folder_and_all_at_once(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHON": sys.executable}
+def test_scripts_run_from_any_folder_and_all_at_once(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["vis_all.py"])
     fast = ["n=8", "frames=2", "format=png", "solver=euler", "solver.steps=2"]
-    told = [str(ROOT / "visualizers" / "vis_all.sh"), str(checkpoints["points"]), f"out={tmp_path}", *fast]
-    done = subprocess.run(told, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "8 of 9 drawings" in done.stdout and "see particles.py" in done.stderr and "Traceback" not in done.stderr
+    assert vis_all.main([str(checkpoints["points"]), f"out={tmp_path}", *fast]) == 0
+    said = capsys.readouterr()
+    assert "8 of 9 drawings" in said.out and "see particles.py" in said.err
     assert {path.stem for path in tmp_path.glob("*.png")} == {*POINTS, "curves"}
 
 
+@pytest.mark.process
 def test_without_the_packages_all_at_once_says_so(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # -S hides site-packages
@@ -273,9 +266,9 @@ def test_a_film_starts_at_the_source_and_ends_at_the_data(tmp_path: Path) -> Non
     paths = {"exact": walk(RK4(40), ExactModel(TRUTH), noise, None, torch.linspace(0, 1, 9)).numpy()}
     assert stats.kstest(paths["exact"][0].ravel(), "norm").pvalue > 0.01
     low, high = np.array([-3.5, -3.5]), np.array([3.5, 3.5])
-    figure, moving = particles.film_figure(paths, np.zeros((0, 2)), low, high, "")
+    figure, moving = particles.film_figure(paths, np.zeros((0, 2)), (low, high), "")
     film = tmp_path / "film.gif"
-    write_film(film, particles.filmed(figure, moving, paths))
+    write_film(film, [particles.filmed(figure, moving, paths, index) for index in range(9)])
     decoded = Image.open(film)
     positions = []
     for index in (0, decoded.n_frames - 1):
@@ -396,9 +389,9 @@ def test_one_stray_sample_shows_in_the_density(checkpoints: dict[str, Path], tmp
     samples = torch.from_numpy(made.real(2000)).clone()
     samples[0] = samples.amin(0) - 1
     monkeypatch.setattr(made.model, "sample", lambda *_: samples)
-    monkeypatch.setattr(pictures, "shared_limits", lambda *_: (samples.numpy().min(0), samples.numpy().max(0)))
+    monkeypatch.setattr(density, "shared_limits", lambda *_: (samples.numpy().min(0), samples.numpy().max(0)))
     figure = pictures.new_figure(420, "", "", 1300)
-    monkeypatch.setattr(pictures, "new_figure", lambda *_: figure)
+    monkeypatch.setattr(density, "new_figure", lambda *_: figure)
     density.draw(made)
     image = figure.axes[0].images[0]
     corner = image.to_rgba(image.get_array())[:3, :3]
@@ -414,7 +407,7 @@ def test_each_evaluation_has_its_own_floor_without_a_slope_between() -> None:
 
 def test_panels_that_are_left_out_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new_figure = Mock(wraps=pictures.new_figure)
-    monkeypatch.setattr(pictures, "new_figure", new_figure)
+    monkeypatch.setattr(curves, "new_figure", new_figure)
     folder = RunFolder(tmp_path / "runs" / "many")
     scores = {f"eval/score_{index:02}": 1.0 for index in range(14)}
     folder.metrics.append(1, 1, 1.0, scores | {f"{name}_train": 0.5 for name in scores})
