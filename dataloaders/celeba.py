@@ -64,7 +64,7 @@ def require_files(place: Path, labelled: bool) -> None:
 
 def read_parts(file: Path) -> dict[str, str]:
     """Return which part, 0 to 2, each picture belongs to. UserError for a line of another form."""
-    parts = {}
+    parts: dict[str, str] = {}
     for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
         match line.split():
             case []:

@@ -191,9 +191,10 @@ def test_knobs_are_checked_against_the_file(tmp_path: Path) -> None:
     assert ArrayDataset(path, state_shape=[3], epoch_size=36, num_classes=4, value_range=[-1, 1]).value_range == (-1, 1)
     with pytest.raises(UserError, match=r"go from -1 to 1, outside dataloaders.value_range=\[0, 1\]"):
         ArrayDataset(path, value_range=[0, 1])
+    words = ["run_name=x", "dataloaders=array", f"dataloaders.path={path}"]
     for fraction in (0, 1, -0.5):
-        with pytest.raises(UserError, match="held_out_fraction must lie between"):
-            ArrayDataset(path, held_out_fraction=fraction)
+        with pytest.raises(UserError, match="held_out_fraction takes a number above 0 and below 1"):
+            prepare([*words, f"dataloaders.held_out_fraction={fraction}"])
 
 
 @pytest.mark.parametrize(("shape", "model"), [((400, 2), "mlp"), ((60, 1, 4, 4), "cnn")])

@@ -366,7 +366,7 @@ def test_a_folder_of_which_nothing_can_be_read_is_one_sentence(pictures: Path) -
     ({"size": 0}, "dataloaders.size takes"),
     ({"crop": "square"}, "takes resized, whole or random"),
     ({"channels": 4}, "dataloaders.channels takes 1 or 3"),
-    ({"held_out_fraction": 1.5}, "held_out_fraction=1.5"),
+    ({"held_out_fraction": 1.5}, "held_out_fraction takes"),
     ({"held_out_root": "/nowhere"}, "no folder /nowhere"),
     ({"num_classes": 3}, "has num_classes=2, not 3"),
     ({"epoch_size": 5}, "leave dataloaders.epoch_size out"),

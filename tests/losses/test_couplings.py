@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from common.errors import UserError
 from losses.couplings import Coupling, IndependentCoupling, MinibatchOTCoupling
 
 seeds = st.integers(0, 10_000)
@@ -86,5 +85,3 @@ def test_pairing_within_groups_is_the_pairing_of_each_group() -> None:
     x0, x1 = torch.randn(10, 2, generator=draw), torch.randn(10, 2, generator=draw)
     parts = [MinibatchOTCoupling().pair(x0[i : i + 4], x1[i : i + 4], None, draw)[1] for i in (0, 4, 8)]
     assert torch.equal(MinibatchOTCoupling(group=4).pair(x0, x1, None, draw)[1], torch.cat(parts))
-    with pytest.raises(UserError, match="group=0"):
-        MinibatchOTCoupling(group=0)
