@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from evaluation.pictures import draw_grids, new_figure, rescale, tile, to_bytes
-from visualizers.films import pixels, with_film
+from visualizers.films import film_beside, pixels
 from visualizers.scene import Scene, frame_times, main, solver_label, walk
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ def draw(scene: Scene) -> list[Path]:
     measured = "upper rows: states; below each: the data that the model expects of it"
     draw_grids(path, {"": grid}, title, None, measured, [f"t = {t:.2f}" for t in strip_times.tolist()])
 
+    if scene.form == "png":
+        return [path]
     columns = max(1, round(scene.n**0.5))
 
     def frame(index: int) -> np.ndarray:
@@ -69,7 +71,7 @@ def draw(scene: Scene) -> list[Path]:
         grid = tile(as_bytes(scene, flow.in_data_units(at[t])), columns)
         return captioned(enlarged(grid, 480), f"t = {t:.2f}; {solver_label(solver)}")
 
-    return with_film(path, scene.form, len(film_times), frame)
+    return [path, film_beside(path, scene.form, len(film_times), frame)]
 
 
 def as_bytes(scene: Scene, states: Tensor) -> np.ndarray:

@@ -34,16 +34,14 @@ def pixels(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def with_film(still: Path, form: str, count: int, frame: Callable[[int], np.ndarray]) -> list[Path]:
-    """Write a film of `count` frames beside a written picture unless form is png, with progress; return the files.
+def film_beside(still: Path, form: str, count: int, frame: Callable[[int], np.ndarray]) -> Path:
+    """Write a film of `count` frames beside a written picture, with progress, and return its path. form: gif or mp4.
 
     frame: draws one, bytes (H, W, 3), H and W even. UserError when the package that writes .mp4 is missing.
     """
-    if form == "png":
-        return [still]
     film = still.with_suffix(f".{form}")
     write_film(film, [frame(index) for index in each(range(count), film.name)])
-    return [still, film]
+    return film
 
 
 def write_film(path: Path, frames: list[np.ndarray]) -> None:

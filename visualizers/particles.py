@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from evaluation.pictures import new_figure, save_figure, shared_limits
-from visualizers.films import pixels, with_film
+from visualizers.films import film_beside, pixels
 from visualizers.scene import Limits, Scene, frame_times, main, plane, solver_label, walk
 
 if TYPE_CHECKING:
@@ -71,8 +71,10 @@ def draw(scene: Scene) -> list[Path]:
     title = f"{scene.heading}: from noise to data"
     path = scene.folder / "particles.png"
     save_figure(still(paths, real, limits, title), path)
+    if scene.form == "png":
+        return [path]
     figure, particles = film_figure(paths, real, limits, title)
-    return with_film(path, scene.form, scene.frames, lambda index: filmed(figure, particles, paths, index))
+    return [path, film_beside(path, scene.form, scene.frames, lambda index: filmed(figure, particles, paths, index))]
 
 
 def still(paths: dict[str, np.ndarray], real: np.ndarray, limits: Limits, title: str) -> Figure:

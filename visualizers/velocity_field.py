@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from evaluation.pictures import INK, new_figure, save_figure, shared_limits
-from visualizers.films import pixels, with_film
+from visualizers.films import film_beside, pixels
 from visualizers.scene import Scene, frame_times, lattice, main, plane, walk
 
 if TYPE_CHECKING:
@@ -182,8 +182,10 @@ def draw(scene: Scene) -> list[Path]:
     path, title = scene.folder / "velocity_field.png", f"{scene.heading}: velocity field"
     field = Field(scene, frame_times(scene.frames).numpy())
     save_figure(still(field, title), path)
+    if scene.form == "png":
+        return [path]
     figure, drawn = film_figure(field, title)
-    return with_film(path, scene.form, scene.frames, lambda index: filmed(figure, drawn, field, index))
+    return [path, film_beside(path, scene.form, scene.frames, lambda index: filmed(figure, drawn, field, index))]
 
 
 if __name__ == "__main__":

@@ -340,6 +340,26 @@ def test_mp4_decodes(tmp_path: Path) -> None:
     assert abs(levels[0]) < 6 and abs(levels[second] - 120) < 6 and abs(levels[-1] - 250) < 6
 
 
+@pytest.mark.parametrize("form", ["gif", "mp4"])
+def test_a_film_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    pytest.importorskip("imageio_ffmpeg")
+
+    def broken(path: str, *_: Any, **__: Any) -> Any:
+        Path(path).write_bytes(b"half a film")
+        yield
+        raise OSError("the encoder died")
+
+    monkeypatch.setattr("imageio_ffmpeg.write_frames", broken)
+    film = tmp_path / f"film.{form}"
+    film.write_bytes(b"the film before")
+    frames = [np.zeros((64, 96, 3), dtype=np.uint8), np.zeros((0, 0, 3), dtype=np.uint8)]  # no GIF has a frame of no size
+    with pytest.raises((ValueError, OSError)):
+        write_film(film, frames)
+    assert film.read_bytes() == b"the film before" and [path.name for path in tmp_path.iterdir()] == [film.name]
+
+
 def test_all_at_once_says_once_what_is_wrong_for_all(
     checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
