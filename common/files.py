@@ -57,9 +57,7 @@ def replacing(path: Path, owner: str = "") -> Iterator[BinaryIO]:
 
 
 def end_of(path: Path) -> Path:
-    """Return where a path leads when every symbolic link is followed. UserError for a folder, device, pipe, socket or
-    circle.
-    """
+    """Return where a path leads, every symbolic link followed. UserError for a folder, device, pipe, socket or circle."""
     end = Path(realpath(path))
     if end.is_symlink() or (end.exists() and not end.is_file()):
         raise UserError(f"{path} is not a regular file, so nothing is written there; give the path of a file")

@@ -40,9 +40,7 @@ def reading(file: Path) -> Iterator[None]:
 
 
 def array_shape(path: str) -> list[int]:
-    """Return the shape of one state, [D] or [C, H, W], in a .npy of states or a .npz with them as `x`. UserError when
-    unfit.
-    """
+    """Return the shape of one state, [D] or [C, H, W], in a .npy of states or the `x` of a .npz. UserError when unfit."""
     return list(state_shape(Path(path))[1:])
 
 
@@ -103,9 +101,7 @@ def read_header(file: Path, member: str) -> tuple[tuple[int, ...], "np.dtype"]:
 
 
 def read_labels(file: Path) -> "np.ndarray | None":
-    """Return the labels (N,) of a .npz, None where there are none. UserError unless each row has one whole number from 0
-    up.
-    """
+    """Return the labels (N,) of a .npz, None without any. UserError unless each row has one whole number from 0 up."""
     rows = state_shape(file)[0]
     if file.suffix == ".npy" or "y" not in member_names(file):
         return None

@@ -40,9 +40,7 @@ class Augmentation:
         self.flip, self.crop_padding, self.augment = flip, crop_padding, augment
 
     def __call__(self, x: Tensor, label: Tensor | None, generator: torch.Generator) -> Batch:
-        """Return x (B, C, H, W) in [-1, 1], label (B,) or None -> as many; with `augment`, labels (B, 1 + 9), see
-        join_label.
-        """
+        """Return x (B, C, H, W) in [-1, 1], label (B,) or None -> as many; with `augment`, labels (B, 1 + 9): join_label."""
         if self.flip:
             x = torch.where(wide(coins(len(x), generator)), x.flip(3), x)
         if self.crop_padding:

@@ -101,9 +101,7 @@ def names_in(meta: dict[str, Any], label_key: str, classes: int) -> list[str] | 
 
 
 def as_pictures(file: Path, batch: dict[str, Any], label_key: str, classes: int) -> tuple[Tensor, Tensor]:
-    """Return a batch as pictures (N, 3, 32, 32) uint8 and labels (N,) int64. UserError when it is not in the official
-    format.
-    """
+    """Return a batch as pictures (N, 3, 32, 32) uint8 and labels (N,) int64. UserError when it is in no official format."""
     data, labels = batch.get("data"), batch.get(label_key)
     if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != 3072 or len(data) == 0:
         raise UserError(f"{file} holds no pictures of 3x32x32 bytes under `data`; it is not in the official format")

@@ -16,9 +16,7 @@ def require_bare(name: str) -> None:
 
 
 def require_whole(file: Path, md5: str | None, remedy: str) -> None:
-    """Raise UserError when the file's MD5 sum, which tells damage, not malice, is not the one published (None: not
-    looked at).
-    """
+    """Raise UserError when the file's MD5 sum, a sign of damage, not of malice, is not the one published (None: any)."""
     if md5 is None:
         return
     with file.open("rb") as stream:

@@ -97,8 +97,7 @@ def middle(sides: tuple[int, int], length: int) -> tuple[int, int, int, int]:
 
 
 class ImageStream(StreamDataset):
-    """Pictures in [-1, 1] from files. Training ones are augmented, held-out ones never; one cut at random is cut in
-    the same place each time."""
+    """Pictures in [-1, 1] from files: training ones augmented, held-out ones not, random cuts of those always the same."""
 
     train: PictureReader
     unseen: PictureReader

@@ -25,10 +25,7 @@ class ImageTensor(TensorDataset):
         augment: float = 0.0,
         **described: Unpack[Described],
     ):
-        """train, held_out: pictures (N, C, H, W) uint8 and labels (N,) below `classes`.
-
-        UserError when the configuration describes other pictures.
-        """
+        """train, held_out: pictures (N, C, H, W) uint8 and labels (N,) below `classes`. UserError if otherwise described."""
         states, labels = (torch.cat(both) for both in zip(train, held_out, strict=True))
         rows = torch.arange(len(train[0]), len(states))
         super().__init__(states, labels, rows, num_classes=classes, value_range=(-1.0, 1.0), described=described)

@@ -51,9 +51,7 @@ def imagenet_classes(root: str) -> int:
 
 
 def attribute_classes(attributes: Sequence[str]) -> int:
-    """Return how many combinations so many attributes have, 0 without any. UserError for more than 10 of
-    them, or one twice.
-    """
+    """Return how many combinations attributes have, 0 without any. UserError for more than 10 of them, or one twice."""
     twice = next((name for place, name in enumerate(attributes) if name in attributes[:place]), None)
     if twice is not None:
         raise UserError(f"dataloaders.attributes names {twice} twice; name each attribute once")
@@ -75,9 +73,7 @@ def list_pictures(root: Path) -> list[str]:
 
 
 def latent_manifest(folder: str) -> dict[str, Any]:
-    """Return what scripts/cache_latents.py says it has put into a folder. UserError when it is missing, damaged or not
-    whole.
-    """
+    """Return what scripts/cache_latents.py says it put into a folder. UserError when missing, damaged or not whole."""
     file = Path(folder).expanduser() / MANIFEST
     how = f"`python scripts/cache_latents.py out={folder} ...`"
     if not file.is_file():

@@ -133,9 +133,7 @@ class StreamDataset(FlowDataset):
 
     @abstractmethod
     def states(self, stored: Tensor, generator: torch.Generator) -> Tensor:
-        """Return states (B, *state_shape) fp32 of what was stored (B, ...), on the device, `generator` giving what is
-        random.
-        """
+        """Return states (B, *state_shape) fp32 of what was stored (B, ...), on the device; `generator`: what is random."""
 
     def chosen(self, rows: Tensor, order: torch.Generator) -> Tensor:
         """Return the numbers by which the reader knows training rows (N,)."""
@@ -206,9 +204,7 @@ class StreamDataset(FlowDataset):
         return self.kept
 
     def real_rows(self, count: int) -> Tensor:
-        """Return all held-out rows as stored, and behind them so many training ones that there are `count`, or all; the same
-        ones each time.
-        """
+        """Return all held-out rows as stored, then the same training ones each time until there are `count`, or all."""
         kept = self.held_out_part()
         lacking = max(0, min(count - len(kept.stored), len(self.train)))
         if lacking > self.lent:

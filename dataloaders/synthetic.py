@@ -121,9 +121,7 @@ class EightGaussians(MixtureDataset):
 
 
 def for_each(knob: str, value: float | Sequence[float], count: int) -> Tensor:
-    """Return one number for each of `count` components (count,), the same for all where one is given. UserError for another
-    count of them.
-    """
+    """Return one number for each of `count` components (count,), a single one repeated. UserError for another count."""
     numbers = [value] * count if isinstance(value, int | float) else value
     if len(numbers) != count:
         raise UserError(

@@ -13,8 +13,7 @@ from losses.objective import FlowBatch, FlowObjective, expand_time
 
 @dataclass
 class AlphaBatch(FlowBatch):
-    """Adds a (B,), the share of [r, t] that the consistency step crosses (1 where r = t), and whether the derivative takes
-    the step's place."""
+    """Adds a (B,), the share of [r, t] that the consistency step crosses (1 where r = t), and whether a derivative does."""
 
     a: Tensor | None = None
     by_derivative: bool = False

@@ -221,9 +221,7 @@ class FlowObjective(Objective, ABC):
         return self.predict(self.unified(z, r, t), z, r, label)
 
     def mean_velocities(self, batch: FlowBatch, rows: int = 0) -> Tensor:
-        """Return u on every row (B, ...): in one pass, unless dropout asks that the first `rows` be evaluated by
-        themselves.
-        """
+        """Return u on every row (B, ...): in one pass, unless dropout asks that the first `rows` have one of their own."""
         parts = batch.split(rows) if self.is_random and 0 < rows < len(batch) else (batch,)
         return torch.cat([self.mean_velocity(part.input, part.r, part.t, part.label) for part in parts])
 

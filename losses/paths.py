@@ -64,9 +64,7 @@ class ProbabilityPath(ABC):
         return (p.alpha_dot * z - p.alpha * v) / (p.sigma * p.alpha_dot - p.sigma_dot * p.alpha)
 
     def score_from_velocity(self, v: Tensor, z: Tensor, t: Tensor, source_std: float = 1.0) -> Tensor:
-        """Return grad_z log p_t(z) = -E[x0 | z] / (sigma source_std^2) for a centred Gaussian source; infinite where sigma =
-        0.
-        """
+        """Return grad_z log p_t(z) = -E[x0 | z] / (sigma source_std^2), source a centred Gaussian; infinite at sigma = 0."""
         return -self.x0_from_velocity(v, z, t) / (self.at(t).sigma * source_std**2)
 
 

@@ -88,9 +88,7 @@ def rademacher(x: Tensor, probes: int, generator: torch.Generator | None) -> Ten
 
 
 def slopes_along(field: Field, x: Tensor, t: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the velocity (B, ...) at x (B, ...) and e^T (d velocity / dx) e (B, K) for the directions e
-    (K, B or 1, ...).
-    """
+    """Return the velocity (B, ...) at x (B, ...) and e^T (d velocity / dx) e (B, K) for directions e (K, B or 1, ...)."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         velocity = field(x, t)

@@ -52,9 +52,7 @@ LINE = 15  # pixels of a line of the caption
 
 
 def chosen_runs(words: list[str], runs: Path) -> list[RunFolder]:
-    """Return the runs whose whole names match one of the words, the newest alone without words. UserError when one matches
-    none.
-    """
+    """Return the runs whose names match one of the words, the newest without words. UserError when one matches none."""
     folders = [RunFolder(path.parent) for path in runs.glob("*/metrics.jsonl")]
     if not folders:
         raise UserError(f"there are no runs with metrics in {runs}; train one, or give output_dir=<folder>")
