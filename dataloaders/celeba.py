@@ -7,6 +7,7 @@ from typing import Annotated, Unpack
 from common.errors import UserError
 from common.ranges import Count, Range, Size
 from dataloaders.augmentation import ImageOptions
+from dataloaders.download import unfit
 from dataloaders.image_stream import ImageStream, PictureReader
 from dataloaders.picture_files import attribute_classes
 from dataloaders.stream import some_rows
@@ -45,7 +46,7 @@ class CelebA(ImageStream):
             readers.append(PictureReader(place / PICTURES, names, numbers, size, "resized", centre=centre))
         train, unseen = readers
         if not (len(train) and len(unseen)):
-            raise UserError(f"{place / PARTS} names no pictures to train on (0) or none to hold out (2)")
+            raise unfit(place / PARTS, "it names no pictures to train on (0) or none to hold out (2)")
         chosen = some_rows(len(unseen), held_out_most)
         super().__init__(train, unseen.subset(chosen), attribute_classes(attributes), **options)
         self.class_names = combinations(attributes) if attributes else None
@@ -72,7 +73,7 @@ def read_parts(file: Path) -> dict[str, str]:
             case [name, ("0" | "1" | "2") as part] if not (set(name) & {"/", "\\"} or name.startswith(".")):
                 parts[name] = part
             case _:
-                raise UserError(f"line {number} of {file} is not a picture and its part (0, 1 or 2): {line[:40]!r}")
+                raise unfit(file, f"line {number} is not a picture and its part (0, 1 or 2), {line[:40]!r}")
     return parts
 
 
@@ -89,7 +90,7 @@ def read_labels(file: Path, attributes: Sequence[str]) -> dict[str, int]:
     for number, line in enumerate(lines[2:], 3):
         words = line.split()
         if words and (len(words) != 1 + len(names) or not set(words[1:]) <= {"1", "-1"}):
-            raise UserError(f"line {number} of {file} is not a picture and {len(names)} times 1 or -1: {line[:40]!r}")
+            raise unfit(file, f"line {number} is not a picture and {len(names)} times 1 or -1, {line[:40]!r}")
         if words:
             labels[words[0]] = sum(2**k for k, column in enumerate(columns) if words[column] == "1")
     return labels
@@ -98,7 +99,7 @@ def read_labels(file: Path, attributes: Sequence[str]) -> dict[str, int]:
 def label_of(name: str, labels: dict[str, int], file: Path) -> int:
     """Return the label of a picture. UserError when the file does not list it."""
     if name not in labels:
-        raise UserError(f"{file} says nothing of {name}; fetch it again")
+        raise unfit(file, f"it says nothing of {name}")
     return labels[name]
 
 

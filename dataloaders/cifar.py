@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from dataloaders.augmentation import ImageOptions
-from dataloaders.download import fetch, require_bare, require_whole
+from dataloaders.download import fetch, require_bare, require_whole, unfit
 from dataloaders.image_tensor import ImageTensor
 from dataloaders.plain_pickle import read_pickled
 
@@ -104,11 +104,12 @@ def as_pictures(file: Path, batch: dict[str, Any], label_key: str, classes: int)
     """Return a batch as pictures (N, 3, 32, 32) uint8 and labels (N,) int64. UserError when it is in no official format."""
     data, labels = batch.get("data"), batch.get(label_key)
     if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != 3072 or len(data) == 0:
-        raise UserError(f"{file} holds no pictures of 3x32x32 bytes under `data`; it is not in the official format")
+        raise unfit(file, "it holds no pictures of 3x32x32 bytes under `data`")
     fits = isinstance(labels, list) and len(labels) == len(data)
     if not fits or not all(isinstance(k, int) and 0 <= k < classes for k in labels or []):
-        raise UserError(
-            f"{file} has no `{label_key}` below dataloaders.num_classes={classes} for each of its {len(data)} pictures; "
-            "leave label_key and num_classes as they are, or fetch the file again"
+        raise unfit(
+            file,
+            f"it has no `{label_key}` below dataloaders.num_classes={classes} for each of its {len(data)} pictures; leave "
+            "label_key and num_classes as they are",
         )
     return torch.from_numpy(data.reshape(-1, *SHAPE).copy()), torch.tensor(labels)

@@ -9,6 +9,11 @@ from common.errors import UserError
 from common.files import replacing
 
 
+def unfit(file: Path, why: str) -> UserError:
+    """Return the error about a file of a data set that is damaged, or another one."""
+    return UserError(f"{file} is not in the official format: {why}; fetch it again")
+
+
 def require_bare(name: str) -> None:
     """Raise UserError for a path in place of a name: a configuration may be anyone's, and leads nowhere else."""
     if name in ("", ".", "..") or Path(name).name != name:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UserError
+from dataloaders.download import unfit
 
 
 class StandIn:
@@ -28,7 +28,7 @@ class StandIn:
                 isinstance(n, int) and n >= 0 for n in shape
             ) and len(raw) == math.prod(shape):
                 return np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran else "C")
-        raise UserError(f"{file} holds an array that is not one of bytes; it is not in the official format")
+        raise unfit(file, "it holds an array that is not one of bytes")
 
 
 def pickled_text(text: Any, encoding: Any = "latin1") -> bytes:
@@ -59,11 +59,9 @@ def read_pickled(content: bytes, file: Path) -> dict[str, Any]:
     try:
         found = PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # a foreign file may fail in any way
-        raise UserError(
-            f"{file} is not a data file in the official format ({type(error).__name__}: {error}); fetch it again"
-        ) from error
+        raise unfit(file, f"{type(error).__name__}: {error}") from error
     if not isinstance(found, dict):
-        raise UserError(f"{file} holds no dictionary, so it is not in the official format; fetch it again")
+        raise unfit(file, "it holds no dictionary")
     return {
         key.decode("latin1") if isinstance(key, bytes) else str(key): value.bytes_array(file)
         if isinstance(value, StandIn)

@@ -418,11 +418,11 @@ def as_folder(file: Path) -> None:
     (lambda place: shutil.rmtree(place / "img_align_celeba"), "img_align_celeba; put"),
     (lambda place: as_folder(place / "list_eval_partition.txt"), "there is no file"),
     (lambda place: as_folder(place / "list_attr_celeba.txt"), "there is no file"),
-    (lambda place: (place / "list_eval_partition.txt").write_text("000001.jpg 0\n000002.jpg"), "line 2 of"),
-    (lambda place: (place / "list_eval_partition.txt").write_text("../../etc/passwd 0\n"), "line 1 of"),
+    (lambda place: (place / "list_eval_partition.txt").write_text("000001.jpg 0\n000002.jpg"), "line 2 is"),
+    (lambda place: (place / "list_eval_partition.txt").write_text("../../etc/passwd 0\n"), "line 1 is"),
     (lambda place: (place / "list_eval_partition.txt").write_text("000001.jpg 0\n"), "none to hold out"),
     (lambda place: (place / "list_attr_celeba.txt").write_text("<html>"), "not in the official format"),
-    (lambda place: (place / "list_attr_celeba.txt").write_text("2\nSmiling\n000001.jpg maybe\n"), "line 3 of"),
+    (lambda place: (place / "list_attr_celeba.txt").write_text("2\nSmiling\n000001.jpg maybe\n"), "line 3 is"),
     (lambda place: (place / "list_attr_celeba.txt").write_text("1\nSmiling\n000001.jpg 1\n"), "says nothing of 000002.jpg"),
 ])  # fmt: skip
 def test_broken_celeba_is_one_sentence(
