@@ -63,7 +63,7 @@ def full_products() -> Iterator[None]:
     """Compute matrix products and convolutions within in true fp32: no TF32, whose 10 bits of mantissa drown a difference
     of two evaluations (an error of 3e-2 for 4e-5) and make adaptive steps too small.
     """
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
     before = [switch.allow_tf32 for switch in switches]
     try:
         for switch in switches:
