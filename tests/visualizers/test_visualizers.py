@@ -78,8 +78,8 @@ def test_every_drawing_decodes(kind: str, name: str, checkpoints: dict[str, Path
         assert all(side % 2 == 0 for side in shown[0].shape[:2])
 
 
-@pytest.mark.parametrize("kind, name", [("points", "particles"), ("points", "velocity_field"), ("images", "denoising")])
-def test_every_film_is_an_mp4_when_asked(kind: str, name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind, name", [("points", "particles"), ("images", "denoising")])
+def test_films_are_mp4_when_asked(kind: str, name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
     words = [f"ckpt={checkpoints[kind]}", f"out={tmp_path}", "n=9", "frames=3", "format=mp4"]
     still, film = import_module(f"visualizers.{name}").draw(scene(words, n=1, frames=2))
