@@ -68,18 +68,24 @@ examples
   python launcher.py run_name=first_flow resume=true epochs=20
   python launcher.py run_name=again eval_checkpoint=outputs/ckpts/mlp/first_flow_last.pt solver=euler
   python launcher.py -m run_name=seeds seed=0,1,2
-keys people type: run_name epochs max_steps batch_size device precision compile seed resume overwrite init_from
-eval_every save_every optimizer.lr grad_clip trackio.enabled; docs/cli.md explains the rest."""
+keys that every run has, beside run_name and those of its parts, such as optimizer.lr (docs/cli.md explains them)
+{keys}"""
 
 
 def help_text() -> str:
-    """Return what `--help` prints; reads file names only, so it answers at once."""
+    """Return what `--help` prints; imports neither torch nor Hydra, so it answers at once."""
+    import textwrap
+
+    from configuration.values import SETTINGS
+
     choices: dict[str, list[str]] = {}
     for file in sorted(CONFIGS.rglob("*.yaml")):
         if file.parent != CONFIGS:
             choices.setdefault(file.parent.relative_to(CONFIGS).as_posix(), []).append(file.stem)
     width = max(map(len, choices))
-    return HELP.format(groups="\n".join(f"  {g:<{width}}  {' | '.join(names)}" for g, names in choices.items()))
+    lines = (f"  {group:<{width}}  {' | '.join(names)}" for group, names in choices.items())
+    keys = textwrap.fill(" ".join(SETTINGS), width=118, initial_indent="  ", subsequent_indent="  ")
+    return HELP.format(groups="\n".join(lines), keys=keys)
 
 
 def with_flags_as_overrides(arguments: list[str]) -> list[str]:

@@ -24,7 +24,7 @@ from configuration.stored import (
     upgraded,
     without_downloads,
 )
-from configuration.values import FREE
+from configuration.values import FREE, NEUTRAL
 from run_files.checks import check_files, check_run_is_new
 from run_files.result import RunResult, result_of
 from run_files.run_folder import RunFolder, run_folder_of
@@ -188,7 +188,7 @@ def sweep_job(job: list[str], swept_keys: set[str]) -> list[str] | RunResult:
 
 
 def settings_of(overrides: list[str]) -> list[str]:
-    """Return the overrides that say what a run is, sorted: without where it is carried out, and whether it goes on."""
+    """Return the overrides that results depend on, sorted: no NEUTRAL one, such as where the run is carried out."""
     keys = [override.key_or_group.split(".")[0] for override in parse_overrides(overrides)]
-    elsewhere = ("resume", "overwrite", "backend", "devices")
-    return sorted(text for text, key in zip(overrides, keys, strict=True) if key not in elsewhere)
+    neutral = NEUTRAL - {"guidance"}  # which samples depend on
+    return sorted(text for text, key in zip(overrides, keys, strict=True) if key not in neutral)

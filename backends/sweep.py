@@ -2,8 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -24,16 +23,6 @@ HEADLINES = (
 
 class JobFailedError(CompactHydraException):
     """One job of a sweep failed; Hydra goes on with the others and exits with status 1 at the end."""
-
-    @staticmethod
-    @contextmanager
-    def from_user_errors() -> Iterator[None]:
-        """Say at once what is wrong with the job."""
-        try:
-            yield
-        except UserError as error:
-            print(f"launcher.py: {error}", file=sys.stderr)
-            raise JobFailedError("a job of the sweep failed, see above; the same command runs it again") from error
 
 
 class Sweep:
@@ -87,12 +76,14 @@ class Sweep:
             self.results[key] = config
             return config
         try:
-            with JobFailedError.from_user_errors():
-                self.results[key] = submit(config)
-        except BaseException:
+            self.results[key] = submit(config)
+        except BaseException as error:
             self.results[key] = failed = result_of(config)
             failed.state = failed.state if failed.state == "interrupted" else "failed"
-            raise
+            if not isinstance(error, UserError):
+                raise
+            print(f"launcher.py: {error}", file=sys.stderr)
+            raise JobFailedError("a job of the sweep failed, see above; the same command runs it again") from error
         return self.results[key]
 
     def closing_table(self) -> str:

@@ -6,11 +6,11 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from backends.base_backend import Backend
@@ -31,6 +31,11 @@ class TorchrunBackend(Backend):
     Returns when the run has ended. When one process fails, all end: UserError with what it found wrong, or that it was
     killed; SystemExit with its status where it has written a traceback. SystemExit 130, 143 or 129 after SIGINT, SIGTERM or
     SIGHUP, the run being saved.
+
+    torchelastic's own supervision does less: its failures have times in whole seconds, so that of two ranks with one mistake
+    neither is the first; a rank that hangs ends after its shutdown timeout, which must last as long as a save; and its
+    workers, in sessions of their own, outlive an agent that is killed. So ranks leave a sentence and their process numbers
+    (backends/workers.py).
     """
 
     def submit(self, overrides: list[str], config: dict[str, Any]) -> float | None:
@@ -39,18 +44,18 @@ class TorchrunBackend(Backend):
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-        with temporary_folder() as place, environment(config, place), own_signals(place):
+        with TemporaryDirectory(prefix="torchrun-") as name, environment(config, Path(name)), own_signals(Path(name)):
             settings = LaunchConfig(
                 min_nodes=1, max_nodes=1, nproc_per_node=config["devices"], max_restarts=0, run_id=uuid.uuid4().hex,
                 rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
-                logs_specs=DefaultLogsSpecs(log_dir=str(place)), signals_to_handle="none",
+                logs_specs=DefaultLogsSpecs(log_dir=name), signals_to_handle="none",
             )  # fmt: skip
             try:
                 elastic_launch(settings, sys.executable)(str(LAUNCHER), *overrides)
             except SignalException as error:
                 raise SystemExit(128 + error.sigval) from None
             except ChildFailedError as error:
-                raise verdict(error, config, place) from None
+                raise verdict(error, config, Path(name)) from None
         return None  # its metrics say
 
     def describe(self, overrides: list[str], config: dict[str, Any]) -> dict[str, str]:
@@ -76,13 +81,6 @@ def check_devices_here(config: dict[str, Any]) -> None:
         raise UserError(
             f"devices={devices}, and this machine has {torch.cuda.device_count()} CUDA device(s); use so many, or device=cpu"
         )
-
-
-@contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """A folder that is gone after the block."""
-    with tempfile.TemporaryDirectory(prefix="torchrun-") as place:
-        yield Path(place)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Objects from configuration nodes."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from hydra.errors import HydraException
@@ -8,27 +7,13 @@ from hydra.utils import instantiate
 
 from common.errors import UserError
 from configuration.compose import RECOMMENDATIONS
+from configuration.nodes import interpolation_in, rebuilt
 from configuration.values import check_all
 
 
-def without_recommendations(node: Any) -> Any:
+def without_recommendations(node: dict[str, Any]) -> dict[str, Any]:
     """Return the node without the settings it only hands on to other parts."""
-    if isinstance(node, dict):
-        return {key: without_recommendations(value) for key, value in node.items() if key != RECOMMENDATIONS}
-    return node
-
-
-def words_in(node: Any) -> Iterator[str]:
-    """Yield every text among the values of a nested configuration."""
-    if isinstance(node, str):
-        yield node
-    for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
-        yield from words_in(inner)
-
-
-def interpolation_in(node: Any) -> str | None:
-    """Return a text that OmegaConf would work out, at which any `_target_` may appear; None in a resolved configuration."""
-    return next((word for word in words_in(node) if "${" in word), None)
+    return {key: value for key, value in node.items() if key != RECOMMENDATIONS}
 
 
 def build(node: dict[str, Any], **parts: Any) -> Any:
@@ -42,7 +27,7 @@ def build(node: dict[str, Any], **parts: Any) -> Any:
         raise UserError(f"{node.get('_target_')} is given {unresolved!r}, which is no value; write the value itself there")
     check_all(node, str(node.get("_target_", "")))
     try:
-        return instantiate(without_recommendations(node), _convert_="all", **parts)
+        return instantiate(rebuilt(node, without_recommendations), _convert_="all", **parts)
     except HydraException as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, (UserError, TypeError, ValueError, RuntimeError, MemoryError)):

@@ -2,30 +2,14 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from common.errors import UserError
+from configuration.nodes import lookup
 from configuration.values import check_all, check_run_name
 
 COPIES = 5  # of a row's state at once: noise, data, what is between, its velocity, and the network's input
-
-
-def lookup(config: dict[str, Any], key: str) -> Any:
-    """Return the value at a dotted key. KeyError if there is none."""
-    node: Any = config
-    for part in key.split("."):
-        node = node[part]
-    return node
-
-
-def has(config: dict[str, Any], key: str) -> bool:
-    node: Any = config
-    for part in key.split("."):
-        if not isinstance(node, dict) or part not in node:
-            return False
-        node = node[part]
-    return True
 
 
 def check_values(config: dict[str, Any]) -> None:
@@ -51,40 +35,52 @@ def check_contradictions(config: dict[str, Any]) -> None:
     """Raise UserError for words of one command that cannot both hold; what a resumed run was once
     started with is no matter.
     """
-    if config["resume"] and config["overwrite"]:
-        raise UserError("resume and overwrite contradict each other; give one of them")
-    if config["resume"] and config["init_from"]:
-        raise UserError("resume and init_from contradict each other: a resumed run has its own weights; give one of them")
-    if has(config, "dataloaders.augment") and lookup(config, "dataloaders.augment") and not has(config, "model.augment_dim"):
-        raise UserError(
-            "dataloaders.augment turns and stretches pictures, and this model cannot be told of it and would draw them so; "
-            "use model=unet or model=unet_small, or dataloaders.augment=0"
-        )
+    new = not (config["resume"] or config["eval_checkpoint"])
+    for holds, sentence in [*of_any_run(config), *(of_new_runs(config) if new else ())]:
+        if holds:
+            raise UserError(sentence)
 
-    if config["resume"] or config["eval_checkpoint"]:
-        return
+
+def of_any_run(config: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+    """Yield each contradiction that any command may have: whether it has it, and the sentence."""
+    yield bool(config["resume"] and config["overwrite"]), "resume and overwrite contradict each other; give one of them"
+    yield (
+        bool(config["resume"] and config["init_from"]),
+        "resume and init_from contradict each other: a resumed run has its own weights; give one of them",
+    )
+    yield (
+        bool(lookup(config, "dataloaders.augment")) and lookup(config, "model.augment_dim") is None,
+        "dataloaders.augment turns and stretches pictures, and this model has no input that says so and would draw them "
+        "turned; use model=unet or model=unet_small, or dataloaders.augment=0",
+    )
+
+
+def of_new_runs(config: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+    """Yield each contradiction of the parts of a new run: whether it has it, and the sentence."""
+    choices, guidance = config["choices"], lookup(config, "guidance._target_")
     classifies = config["model"]["_target_"].startswith("models.classifier.")
-    if config["dataloaders"].get("standardize") and (classifies or has(config, "loss.coupling.teacher")):
-        what = "a classifier" if classifies else "loss/coupling=reflow, whose pairs its teacher makes,"
-        raise UserError(
-            f"dataloaders.standardize is undone in samples, and {what} does not learn from standardised data; leave it out"
-        )
-    if has(config, "guidance._target_") and classifies:
-        raise UserError("guidance steers samples, and a classifier makes none; leave guidance out")
-    if has(config, "guidance._target_") and "ClassifierFree" in config["guidance"]["_target_"] and not config["conditional"]:
-        raise UserError("guidance=cfg requires a class-conditional model; add conditional=true, or leave guidance out")
+    what = "a classifier" if classifies else "loss/coupling=reflow, whose pairs its teacher makes,"
+    yield (
+        bool(config["dataloaders"].get("standardize") and (classifies or lookup(config, "loss.coupling.teacher"))),
+        f"dataloaders.standardize is undone in samples, and {what} does not learn from standardised data; leave it out",
+    )
+    yield bool(guidance and classifies), "guidance steers samples, and a classifier makes none; leave guidance out"
+    yield (
+        "ClassifierFree" in str(guidance) and not config["conditional"],
+        "guidance=cfg requires a class-conditional model; add conditional=true, or leave guidance out",
+    )
     walks_map = config["solver"]["_target_"].endswith(".FlowMapSolver")
-    if walks_map and not config["loss"]["training"].get("learns_flow_map", True):
-        raise UserError(
-            f"solver=flow_map walks a learned flow map, and loss={config['choices']['loss']} teaches only the velocity at "
-            "an instant; use solver=midpoint, or train with loss=meanflow"
-        )
-    shape, source = config["dataloaders"].get("state_shape"), config["source"]
-    if has(source, "dataset.state_shape") and shape is not None and list(source["dataset"]["state_shape"]) != list(shape):
-        raise UserError(
-            f"source={config['choices']['source']} has states of shape {list(source['dataset']['state_shape'])}, "
-            f"but the data has {list(shape)}; use source=gaussian, which takes the data's shape"
-        )
+    yield (
+        walks_map and not config["loss"]["training"].get("learns_flow_map", True),
+        f"solver=flow_map walks a learned flow map, and loss={choices['loss']} teaches only the velocity at an instant; use "
+        "solver=midpoint, or train with loss=meanflow",
+    )
+    shape, of_source = config["dataloaders"].get("state_shape"), lookup(config, "source.dataset.state_shape")
+    yield (
+        None not in (shape, of_source) and list(of_source) != list(shape),
+        f"source={choices['source']} has states of shape {of_source}, but the data has {shape}; use source=gaussian, which "
+        "takes the data's shape",
+    )
 
 
 def check_memory(config: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from common.errors import UserError
+from configuration.nodes import lookup
 from configuration.values import as_typed, check_run_name, check_value, declared
 from dataloaders.array_header import array_classes, array_shape
 from dataloaders.picture_files import attribute_classes, folder_classes, imagenet_classes, latent_classes, latent_shape
@@ -98,10 +99,15 @@ def groups() -> dict[str, list[str]]:
 
 
 @cache
+def named_in_configs(key: str, files: str = "**/*.yaml") -> set[str]:
+    """Return every value of a key, such as `_target_` or `url`, in those files of configs/."""
+    texts = (file.read_text(encoding="utf-8") for file in CONFIG_DIR.glob(files))
+    return {value for text in texts for value in re.findall(rf"\b{key}:\s*([^\s,}}]+)", text)}
+
+
 def known_targets() -> set[str]:
     """Return every class that a file of configs/ names as its `_target_`."""
-    files = CONFIG_DIR.rglob("*.yaml")
-    return {target for file in files for target in re.findall(r"_target_:\s*([\w.]+)", file.read_text(encoding="utf-8"))}
+    return named_in_configs("_target_")
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -195,36 +201,33 @@ def flat_keys(cfg: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def select(node: Any, key: str) -> Any:
-    """Return the value at a dotted key of nested dicts."""
-    for part in key.split("."):
-        node = node[part]
-    return node
-
-
 def lay_over(cfg: DictConfig, override: Override) -> None:
     """Set, add (+key) or delete (~key) one value. UserError for an unknown key or a value of another type."""
-    key, known = override.key_or_group, flat_keys(cfg)
-    if not override.is_add() and not override.is_force_add() and key not in known:
-        group = key.split(".")[0]
-        if group == "tracker":
-            raise UserError(
-                f"there is no setting {key}; a tracker's settings are those of trackio: trackio{key[len(group) :]}"
-            )
-        if group in groups() and group not in cfg:
-            raise UserError(f"{key} is a setting of a chosen {group}; add {group}={groups()[group][0]} or another choice")
-        owners = [choice for choice in groups().get(group, []) if has_setting(group, choice, key)]
-        if owners:
-            raise UserError(f"{key} is a setting of {group}={' or '.join(owners)}, which is not chosen here; add it")
-        known += [group for group in groups() if "/" in group]
-        raise UserError(f"there is no setting {key}{nearest(key, known)}; `python launcher.py --cfg job` lists them all")
-    if override.is_delete():
-        if "." not in key and key not in groups():
-            raise UserError(f"{key} cannot be left out, every run has one; set it, as in {key}={cfg._get_node(key)}")
+    key = override.key_or_group
+    if not override.is_add() and not override.is_force_add() and key not in flat_keys(cfg):
+        raise UserError(unknown_setting(cfg, key))
+    if not override.is_delete():
+        value = checked(cfg, key, override.value(), str(override.input_line).partition("=")[2].strip("'\""))
+        OmegaConf.update(cfg, key, value, merge=isinstance(value, dict), force_add=True)
+    elif "." in key or key in groups():
         delete(cfg, key)
-        return
-    value = checked(cfg, key, override.value(), raw_text(override))
-    OmegaConf.update(cfg, key, value, merge=isinstance(value, dict), force_add=True)
+    else:
+        raise UserError(f"{key} cannot be left out, every run has one; set it, as in {key}={cfg._get_node(key)}")
+
+
+def unknown_setting(cfg: DictConfig, key: str) -> str:
+    """Return why there is no such key in this configuration, and what to write instead, in a sentence."""
+    group, _, rest = key.partition(".")
+    choices = groups().get(group, [])
+    if group == "tracker":
+        return f"there is no setting {key}; a tracker's settings are those of trackio: trackio.{rest}"
+    if choices and group not in cfg:
+        return f"{key} is a setting of a chosen {group}; add {group}={choices[0]} or another choice"
+    owners = [choice for choice in choices if has_setting(group, choice, key)]
+    if owners:
+        return f"{key} is a setting of {group}={' or '.join(owners)}, which is not chosen here; add it"
+    known = [*flat_keys(cfg), *(group for group in groups() if "/" in group)]
+    return f"there is no setting {key}{nearest(key, known)}; `python launcher.py --cfg job` lists them all"
 
 
 def has_setting(group: str, choice: str, key: str) -> bool:
@@ -237,11 +240,6 @@ def delete(cfg: DictConfig, key: str) -> None:
     """Remove the node at a dotted key."""
     parent, _, leaf = key.rpartition(".")
     del (OmegaConf.select(cfg, parent) if parent else cfg)[leaf]
-
-
-def raw_text(override: Override) -> str:
-    """Return the value as it was typed."""
-    return str(override.input_line).partition("=")[2].strip("'\"")
 
 
 def held(cfg: DictConfig, key: str) -> Any:
@@ -277,12 +275,12 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     """Return the configuration as plain values, every interpolation carried out. UserError for what is missing or
     impossible.
     """
-    unset = OmegaConf.to_container(cfg)
-    missing = [key for key in flat_keys(cfg) if select(unset, key) == "???"]
+    unset: Any = OmegaConf.to_container(cfg)
+    missing = [key for key in flat_keys(cfg) if lookup(unset, key) == "???"]
     if missing:
         example = "run_name=my_experiment" if missing[0] == "run_name" else f"{missing[0]}=..."
         raise UserError(f"{missing[0]} is missing; add it to the command, such as {example}")
-    reading = [key for key in flat_keys(cfg) if re.search(r"\$\{\s*oc\.env\b", str(select(unset, key)))]
+    reading = [key for key in flat_keys(cfg) if re.search(r"\$\{\s*oc\.env\b", str(lookup(unset, key)))]
     if reading:
         raise UserError(
             f"{reading[-1]} reads the environment by ${{oc.env:...}}, and what it reads would be kept in config.yaml, saves "
@@ -291,18 +289,23 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     try:
         plain = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is not None:
-            raise cause from None
-        group, _, rest = str(error.msg).partition("'")[2].partition("'")[0].partition(".")
-        if isinstance(error, InterpolationKeyError) and rest and group in cfg["choices"]:
-            lacking, asked = f"configs/{group}/{cfg['choices'][group]}.yaml", error.full_key
-            add = "`training: {lr: 1e-3}`" if rest == "training.lr" else rest
-            raise UserError(
-                f"{asked} is taken from {group}.{rest}, which {lacking} lacks; add {add} there, or give {asked}=<a value>"
-            ) from error
-        raise UserError(f"a setting cannot be worked out: {str(error).splitlines()[0]}") from error
+        raise explained(error, cfg) from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def explained(error: OmegaConfBaseException, cfg: DictConfig) -> UserError:
+    """Return what a value that cannot be worked out means for the user; a resolver's own sentence where it raised one."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        return cause
+    group, _, rest = str(error.msg).partition("'")[2].partition("'")[0].partition(".")
+    if not (isinstance(error, InterpolationKeyError) and rest and group in cfg["choices"]):
+        return UserError(f"a setting cannot be worked out: {str(error).splitlines()[0]}")
+    lacking, asked = f"configs/{group}/{cfg['choices'][group]}.yaml", error.full_key
+    add = "`training: {lr: 1e-3}`" if rest == "training.lr" else rest
+    return UserError(
+        f"{asked} is taken from {group}.{rest}, which {lacking} lacks; add {add} there, or give {asked}=<a value>"
+    )

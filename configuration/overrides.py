@@ -6,8 +6,8 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from common.errors import UserError
-from configuration.checks import has, lookup
 from configuration.compose import delete, is_group
+from configuration.nodes import lookup
 
 
 def laid_over(stored: dict[str, Any], config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
@@ -29,11 +29,10 @@ def laid_over(stored: dict[str, Any], config: dict[str, Any], typed: list[Overri
                 "whether a network is class-conditional is decided when a run starts; leave conditional out here"
             )
         if override.is_delete():
-            if has(stored, key):
+            if lookup(stored, key) is not None:
                 delete(merged, key)
             continue
-        value = lookup(config, key) if has(config, key) else None
-        OmegaConf.update(merged, key, value, merge=False, force_add=True)
+        OmegaConf.update(merged, key, lookup(config, key), merge=False, force_add=True)
     for key in ("resume", "overwrite", "command", "overrides", "changed", "output_dir", "trust"):
         merged[key] = config[key]
     plain = OmegaConf.to_container(merged)

@@ -160,11 +160,7 @@ def fields(annotation: ast.expr | None, module: str) -> dict[str, Any]:
     if not isinstance(annotation, ast.Subscript) or not isinstance(annotation.slice, ast.Name):
         return {}
     place = definition(module, annotation.slice.id)
-    return dict(annotated(place)) if place is not None else {}
-
-
-def annotated(place: Place) -> Iterator[tuple[str, Any]]:
-    """Yield each annotated name in the body of a class, with its type."""
-    for node in place.node.body if isinstance(place.node, ast.ClassDef) else ():
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            yield node.target.id, kind_of(node.annotation, place.module)
+    if place is None or not isinstance(place.node, ast.ClassDef):
+        return {}
+    own = [node for node in place.node.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
+    return {ast.unparse(node.target): kind_of(node.annotation, place.module) for node in own}

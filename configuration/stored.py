@@ -6,14 +6,13 @@ No torch here: the launcher's checks use it.
 import inspect
 import pkgutil
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from configuration.build import interpolation_in
-from configuration.compose import CONFIG_DIR, known_targets, parse_overrides
+from configuration.compose import CONFIG_DIR, named_in_configs, parse_overrides
+from configuration.nodes import interpolation_in, rebuilt, targets_in
 from configuration.signatures import derives
 
 NEEDED_PARTS = ("model", "loss", "dataloaders", "source", "solver", "evaluation", "choices")
@@ -72,27 +71,22 @@ def allow(trust: str | list[str] | None) -> None:
 
 
 def is_allowed(target: str) -> bool:
-    return target in known_targets() or any(target == name or target.startswith(f"{name}.") for name in allowed)
+    return target in named_in_configs("_target_") or any(target == name or target.startswith(f"{name}.") for name in allowed)
 
 
 def upgraded(config: dict[str, Any]) -> dict[str, Any]:
     """Return a stored configuration with what older versions named otherwise under its name of today."""
-    return upgraded_node(config) if is_plain(config) else config
+    new: dict[str, Any] = rebuilt(config, upgraded_node) if is_plain(config) else config
+    return new
 
 
-def upgraded_node(node: Any) -> Any:
-    if isinstance(node, list | tuple):
-        return [upgraded_node(inner) for inner in node]
-    if not isinstance(node, dict):
-        return node
-    kept = {key: upgraded_node(value) for key, value in node.items()}
-    target = str(kept.get("_target_", ""))
+def upgraded_node(node: dict[str, Any]) -> dict[str, Any]:
+    target = str(node.get("_target_", ""))
     old = next((prefix for prefix in MOVED if target.startswith(prefix)), None)
     if old is not None:
-        kept["_target_"] = MOVED[old] + target.removeprefix(old)
-    if target == "losses.couplings.ReflowCoupling":
-        kept = {"make_pairs": {"_target_": "evaluation.reflow.TeacherPairs"}} | kept
-    return kept
+        node["_target_"] = MOVED[old] + target.removeprefix(old)
+    pairs = {"make_pairs": {"_target_": "evaluation.reflow.TeacherPairs"}}
+    return pairs | node if target == "losses.couplings.ReflowCoupling" else node
 
 
 def check_targets(config: dict[str, Any], where: Path, parts: Any) -> None:
@@ -129,9 +123,7 @@ def stored_config(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
     if is_plain(config):
         check_targets(config, path, BUILT_PARTS)
     check_plain(config, path)
-    kept = without_downloads(config)
-    assert isinstance(kept, dict)
-    return with_files_found(kept, places_of(path, kept))
+    return with_files_found(without_downloads(config), places_of(path, config))
 
 
 def check_new_parts(config: dict[str, Any]) -> None:
@@ -163,9 +155,8 @@ def nodes_at(config: dict[str, Any], key: str) -> list[tuple[str, Any]]:
 def targets_of(key: str) -> set[str]:
     """Return what the files of configs/ for the part under a key of BASES name as a `_target_`."""
     parts = {"trackio": "tracker"}.get(key, key).split(".")
-    own = CONFIG_DIR.joinpath(*parts)
-    files = own.glob("*.yaml") if own.is_dir() else (CONFIG_DIR / parts[0]).glob("*.yaml")
-    return {target for file in files for target in re.findall(r"_target_:\s*([\w.]+)", file.read_text(encoding="utf-8"))}
+    own = "/".join(parts)
+    return named_in_configs("_target_", f"{own if (CONFIG_DIR / own).is_dir() else parts[0]}/*.yaml")
 
 
 def found_class(key: str, path: str) -> type:
@@ -194,16 +185,20 @@ def places_of(path: Path, config: dict[str, Any]) -> list[Path]:
     return [*([made_in] if made_in != Path.cwd() else []), Path(), CONFIG_DIR.parent]
 
 
-def with_files_found(node: Any, places: list[Path], key: str = "") -> Any:
+def with_files_found(config: dict[str, Any], places: list[Path]) -> dict[str, Any]:
     """Return a configuration whose relative paths of files and folders lead there from the working folder, where there is
     one.
     """
-    if isinstance(node, dict):
-        return {name: with_files_found(inner, places, name) for name, inner in node.items()}
-    if key not in FILE_KEYS or not isinstance(node, str) or not node:
-        return node
-    found = (place / node for place in places if exists(place / node))
-    return str(next(found, node))
+
+    def found(value: Any) -> Any:
+        if not isinstance(value, str) or not value:
+            return value
+        return str(next((place / value for place in places if exists(place / value)), value))
+
+    changed: dict[str, Any] = rebuilt(
+        config, lambda node: {key: found(value) if key in FILE_KEYS else value for key, value in node.items()}
+    )
+    return changed
 
 
 def exists(path: Path) -> bool:
@@ -238,30 +233,12 @@ def is_plain(node: Any, depth: int = 20) -> bool:
     return named and depth > 0 and all(is_plain(value, depth - 1) for value in inner)
 
 
-@cache
-def known_urls() -> set[str]:
-    """Return every address that a file of configs/ has its data fetched from."""
-    files = CONFIG_DIR.rglob("*.yaml")
-    return {url for file in files for url in re.findall(r"\burl:\s*(\S+)", file.read_text(encoding="utf-8"))}
-
-
-def without_downloads(node: Any) -> Any:
+def without_downloads(config: dict[str, Any]) -> dict[str, Any]:
     """Return the nested configuration with every `download` off, and every `url` empty that no file of configs/ names."""
-    if isinstance(node, list | tuple):
-        return [without_downloads(inner) for inner in node]
-    if not isinstance(node, dict):
-        return node
-    kept = {key: without_downloads(value) for key, value in node.items()}
-    if "download" in kept:
-        kept["download"] = False
-    if "url" in kept and str(kept["url"]) not in known_urls():
-        kept["url"] = ""
+    kept: dict[str, Any] = rebuilt(config, without_download)
     return kept
 
 
-def targets_in(node: Any) -> Iterator[str]:
-    """Yield every `_target_` of a nested configuration, as text."""
-    if isinstance(node, dict) and "_target_" in node:
-        yield str(node["_target_"])
-    for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
-        yield from targets_in(inner)
+def without_download(node: dict[str, Any]) -> dict[str, Any]:
+    off = {"download": False} if "download" in node else {}
+    return node | off | ({"url": ""} if "url" in node and str(node["url"]) not in named_in_configs("url") else {})

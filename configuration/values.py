@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from common.errors import UserError
 from common.ranges import ANY, Count, CountOr0, NotNegative, Positive, Range, Seed, ShareBelow1, Size
+from configuration.nodes import nodes_in
 from configuration.signatures import Part, parameters
 
 LARGEST = 3.4e38  # that single precision holds
@@ -127,10 +128,7 @@ def whole_number(key: str, text: str, kind: Any = Count, otherwise: str = "") ->
 
 def numbers_in(value: Any) -> Iterator[float]:
     """Yield every number of nested lists and dicts."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        yield value
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from numbers_in(inner)
+    return (inner for inner in nodes_in(value) if isinstance(inner, int | float) and not isinstance(inner, bool))
 
 
 def kinds_in(kind: Any) -> set[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import end_of
-from configuration.checks import has, lookup
+from configuration.nodes import lookup
 from run_files.experiment_log import ExperimentLog
 from run_files.run_folder import RunFolder
 
@@ -19,10 +19,10 @@ def check_files(config: dict[str, Any]) -> None:
         path = None if key == "init_from" and config["resume"] else config[key]
         if path is not None and not Path(path).is_file():
             raise UserError(f"{key}={path} is not a file; give the path of a checkpoint such as outputs/ckpts/mlp/last.pt")
-    teacher = lookup(config, "loss.coupling.teacher") if has(config, "loss.coupling.teacher") else None
+    teacher = lookup(config, "loss.coupling.teacher")
     if teacher is not None and not Path(teacher).is_file():
         raise UserError(f"loss.coupling.teacher={teacher} is not a file; give the checkpoint of a trained flow")
-    guide = lookup(config, "guidance.checkpoint") if has(config, "guidance.checkpoint") else None
+    guide = lookup(config, "guidance.checkpoint")
     if guide is not None and not Path(guide).is_file():
         raise UserError(f"guidance.checkpoint={guide} is not a file; give the path of a weaker model's checkpoint")
     saves = f"ckpts/{config['choices']['model']}"

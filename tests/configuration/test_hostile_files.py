@@ -1,12 +1,8 @@
-"""Files that lie or mean harm: each is refused in one sentence, and nothing of it is carried out."""
+"""Checkpoints whose content means harm: each is refused in one sentence, and nothing of it is carried out."""
 
 import copy
-import importlib
-import io
 import os
-import pickle
 import re
-import shutil
 import signal
 import zipfile
 from collections.abc import Callable
@@ -16,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from backends.submission import prepare
 from common.errors import UserError
@@ -25,161 +19,9 @@ from configuration.build import build
 from dataloaders.cifar import Cifar
 from evaluation.feature_networks import classifier_features
 from evaluation.sample import load
-from run_files.checkpoint import FORMAT, KEYS, load_checkpoint, write_checkpoint, write_export
+from run_files.checkpoint import load_checkpoint
 from scripts import eval_fid, report, sample, trackio_delete
-from training.assemble import assemble
 from visualizers import curves, scene, vis_all
-
-BLANK = {key: {} for key in KEYS} | {
-    "step": 0, "best": 0.0, "waited": 0, "elapsed": 0.0, "run_name": "x", "second_time": None, "format": FORMAT,
-}  # fmt: skip
-PAYLOAD: dict[str, Any] = BLANK | {"step": 3, "network": {"w": torch.arange(64.0), "b": torch.ones(9)}}
-
-
-def saved(payload: object) -> bytes:
-    file = io.BytesIO()
-    torch.save(payload, file)
-    return file.getvalue()
-
-
-def rebuilt(content: bytes, change: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    """The archive with some entries replaced (by the end of their name), every checksum right."""
-    target = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(target, "w", compression) as new:
-        for entry in old.infolist():
-            replaced = [data for end, data in change.items() if entry.filename.endswith(end)]
-            new.writestr(entry.filename, replaced[0] if replaced else old.read(entry.filename))
-    return target.getvalue()
-
-
-def entry(content: bytes, end: str) -> bytes:
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        return next(archive.read(name) for name in archive.namelist() if name.endswith(end))
-
-
-def refusal(path: Path, content: bytes) -> str:
-    path.write_bytes(content)
-    with pytest.raises(UserError) as refused:
-        load_checkpoint(path)
-    assert "\n" not in str(refused.value) and str(path) in str(refused.value)
-    return str(refused.value)
-
-
-class Harm:
-    def __reduce__(self):
-        return (print, ("harm",))
-
-
-def test_a_pickle_that_would_run_code_does_not(tmp_path, capsys):
-    whole = saved(PAYLOAD)
-    assert "cannot be read" in refusal(tmp_path / "a.pt", rebuilt(whole, {"data.pkl": pickle.dumps(Harm())}))
-    assert "cannot be read" in refusal(tmp_path / "b.pt", saved(PAYLOAD | {"config": Harm()}))
-    assert "harm" not in capsys.readouterr().out
-
-
-def test_a_zip_bomb_is_refused_unopened(tmp_path, monkeypatch):
-    """Compressed zeros, and one stored entry listed many times: neither is unpacked."""
-    bomb = rebuilt(saved(PAYLOAD), {"data/0": bytes(50_000_000)}, zipfile.ZIP_DEFLATED)
-    assert len(bomb) < 100_000
-    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda _: pytest.fail("unpacked"))
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpacked"))
-    assert "would unpack to more than it holds" in refusal(tmp_path / "bomb.pt", bomb)
-    target = io.BytesIO()
-    with zipfile.ZipFile(target, "w") as archive:
-        archive.writestr("a/data.pkl", bytes(10_000))
-        archive.filelist += archive.filelist * 99
-    assert "would unpack to more than it holds" in refusal(tmp_path / "overlap.pt", target.getvalue())
-
-
-def test_sizes_and_strides_that_lie_are_refused(tmp_path):
-    """torch's own guards; without them memory behind the tensor would be read."""
-    whole = saved(PAYLOAD)
-    pickled = entry(whole, "data.pkl")
-    counts = pickled.replace(b"K\x40t", b"J\xff\xff\xff\x0ft")  # 64 numbers stored, 2^28 claimed
-    sizes = pickled.replace(b"K\x40\x85", b"J\xff\xff\xff\x0f\x85")  # a shape of 2^28
-    assert counts != pickled and sizes != pickled and counts != sizes
-    (tmp_path / "x.pt").write_bytes(rebuilt(whole, {"data.pkl": pickled}))
-    assert load_checkpoint(tmp_path / "x.pt")["step"] == 3
-    for lie in (counts, sizes):
-        assert "cannot be read" in refusal(tmp_path / "x.pt", rebuilt(whole, {"data.pkl": lie}))
-
-
-def same(left: Any, right: Any) -> bool:
-    """Whether nested dicts hold the same values, tensors bit for bit."""
-    if isinstance(right, torch.Tensor):
-        return isinstance(left, torch.Tensor) and left.dtype == right.dtype and torch.equal(left, right)
-    if isinstance(right, dict):
-        return left.keys() == right.keys() and all(same(left[key], value) for key, value in right.items())
-    return type(left) is type(right) and left == right
-
-
-@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
-def test_no_changed_byte_changes_what_is_read(tmp_path, name):
-    """Wherever one byte differs, the file is refused, or means the same as before (padding, dates)."""
-    path = tmp_path / name
-    config = {"run_name": "x", "loss": {"_target_": "x"}}
-    payload = PAYLOAD | {"config": config, "ema": {"w": torch.arange(6.0), "n": torch.tensor(3)}}
-    write_checkpoint(path, payload) if name == "x.pt" else write_export(path, payload)
-    content, whole, read = path.read_bytes(), load_checkpoint(path), 0
-    for position in range(len(content)):
-        for change in (1, 16, 128, 255):
-            path.write_bytes(content[:position] + bytes([content[position] ^ change]) + content[position + 1 :])
-            try:
-                found = load_checkpoint(path)
-            except UserError as refused:
-                assert "\n" not in str(refused) and str(path) in str(refused)
-                continue
-            assert same(found, whole), (position, change)
-            read += 1
-    assert 0 < read < 2 * len(content)
-
-
-def test_files_of_earlier_versions_have_no_digest_and_are_read_with_a_line(tmp_path, capsys):
-    (tmp_path / "x.pt").write_bytes(saved(PAYLOAD))
-    assert same(load_checkpoint(tmp_path / "x.pt"), PAYLOAD)
-    assert capsys.readouterr().err.count("has no digest, as files of earlier versions") == 1
-
-
-def test_an_archive_that_two_readers_read_differently_is_damaged(tmp_path):
-    """Every checksum is right, and the weights are others."""
-    write_checkpoint(tmp_path / "x.pt", PAYLOAD)
-    whole = (tmp_path / "x.pt").read_bytes()
-    other = rebuilt(whole, {"data/0": torch.zeros(64).numpy().tobytes()})
-    assert "what is read from it is not what was written" in refusal(tmp_path / "x.pt", other)
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.data())
-def test_no_changed_pickle_is_more_than_one_sentence(tmp_path_factory, data):
-    """The pickle cut, or with bytes changed, under right checksums: refused as a checkpoint, or read as one."""
-    whole = saved(PAYLOAD)
-    pickled = bytearray(entry(whole, "data.pkl"))
-    for _ in range(data.draw(st.integers(1, 4))):
-        pickled[data.draw(st.integers(0, len(pickled) - 1))] = data.draw(st.integers(0, 255))
-    pickled = pickled[: data.draw(st.integers(1, len(pickled)))] if data.draw(st.booleans()) else pickled
-    path = tmp_path_factory.getbasetemp() / "changed.pt"
-    path.write_bytes(rebuilt(whole, {"data.pkl": bytes(pickled)}))
-    try:
-        load_checkpoint(path)
-    except UserError as refused:
-        assert "\n" not in str(refused)
-
-
-def test_other_versions_projects_and_parts_are_told_apart(tmp_path):
-    assert "checkpoint format 2" in refusal(tmp_path / "n.pt", saved(PAYLOAD | {"format": "denoising-zoo-checkpoint-2"}))
-    assert "not written by this project" in refusal(tmp_path / "o.pt", saved({"model_state_dict": {}, "epoch": 3}))
-    assert "not written by this project" in refusal(tmp_path / "f.pt", saved(PAYLOAD | {"format": 7}))
-    lacking = {key: value for key, value in PAYLOAD.items() if key != "optimizer"}
-    assert "lacks optimizer" in refusal(tmp_path / "l.pt", saved(lacking))
-
-
-def test_weights_of_another_architecture_are_named(small_run, tmp_path):
-    folder = small_run("x", "epochs=1")
-    payload = load_checkpoint(folder / "ckpts/mlp/x_last.pt")
-    payload["ema"] = {"conv.weight": torch.ones(3)}
-    torch.save(payload, tmp_path / "other.pt")
-    with pytest.raises(UserError, match="holds another network than this model"):
-        load(tmp_path / "other.pt", device="cpu")
 
 
 @pytest.mark.parametrize("part", ["model", "loss.path", "dataloaders", "solver", "evaluation"])
@@ -203,26 +45,6 @@ def test_a_configuration_in_a_checkpoint_calls_nothing_but_what_configs_name(sma
     with pytest.raises(UserError, match="which no file in configs/ names"):
         classifier_features(str(tmp_path / "hostile.pt"))
     assert not (tmp_path / "harm").exists()
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the checkpoint of a small run holds, before its first step."""
-    words = [f"output_dir={tmp_path_factory.mktemp('whole')}", "trackio.enabled=false", "callbacks=none", "device=cpu"]
-    return assemble(prepare(["run_name=x", *words, "model.width=16", "model.depth=2"])).payload()
-
-
-@pytest.fixture
-def changed(whole: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
-    """changed(change): a file of that checkpoint, changed; every byte of it is as torch.save wrote it."""
-
-    def write(change: Callable[[dict[str, Any]], object]) -> Path:
-        payload = copy.deepcopy(whole)
-        change(payload)
-        torch.save(payload, tmp_path / "changed.pt")
-        return tmp_path / "changed.pt"
-
-    return write
 
 
 def one_sentence(path: Path, act: Callable[[], object]) -> str:
@@ -272,6 +94,11 @@ def test_contents_of_another_kind_are_one_sentence(changed, contents):
     change, said = CONTENTS[contents]
     path = changed(change)
     assert re.search(said, one_sentence(path, lambda: load(path, device="cpu")))
+
+
+class Harm:
+    def __reduce__(self):
+        return (print, ("harm",))
 
 
 CALL = "_target_: run_files.provenance.subprocess.check_output, args: touch HARM, shell: true"
@@ -431,135 +258,3 @@ def test_an_array_file_that_would_run_code_or_escape_is_refused(small_run, tmp_p
         with pytest.raises(UserError):
             small_run("x", "dataloaders=array", f"dataloaders.path={tmp_path / name}", "dataloaders.epoch_size=null")
     assert not list(tmp_path.parent.rglob("escaped.npy"))
-
-
-HARM = "_target_: distutils.spawn.spawn\n  cmd: [touch, HARM]"
-
-
-def text_of(folder: Path, name: str) -> str:
-    return (folder / name).read_text()
-
-
-def linked(name: str) -> Callable[[Path, Path], object]:
-    """The file replaced by a link to one outside, whose content nobody may see or change."""
-
-    def harm(folder: Path, outside: Path) -> None:
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).symlink_to(outside)
-
-    return harm
-
-
-def piped(name: str) -> Callable[[Path, Path], object]:
-    """The file replaced by a pipe, at which a reader would wait for ever."""
-
-    def harm(folder: Path, outside: Path) -> None:
-        (folder / name).unlink()
-        os.mkfifo(folder / name)
-
-    return harm
-
-
-def written(name: str, change: Callable[[str], str]) -> Callable[[Path, Path], object]:
-    return lambda folder, outside: (folder / name).write_text(change(text_of(folder, name)))
-
-
-def node_replaced(key: str, text: str) -> Callable[[str], str]:
-    return lambda config: re.sub(rf"^{key}:.*\n(  .*\n)*", f"{key}:\n  {text}\n", config, flags=re.M)
-
-
-BOMB = "\n".join([f"a{k}: &a{k} [{', '.join([f'*a{k - 1}' if k else 'x'] * 9)}]" for k in range(12)])
-HOSTILE: dict[str, Callable[[Path, Path], object]] = {
-    "a backend that is a command": written("config.yaml", node_replaced("backend", HARM)),
-    "a callback that is a command": written("config.yaml", node_replaced("callbacks", "x: {" + CALL + "}")),
-    "an interpolation": written("config.yaml", node_replaced("ema", "decay: ${oc.create:{%s}}" % CALL)),  # noqa: UP031
-    "a bomb of aliases": written("config.yaml", lambda text: f"{text}{BOMB}\n"),
-    "a configuration of lists": written("config.yaml", node_replaced("log", "- 1")),
-    "a log elsewhere": written(
-        "config.yaml", node_replaced("log", "expect: x\n  source: null\n  reason: null\n  targets: {}\n  file: ../outside")
-    ),
-    "saves elsewhere": written(
-        "config.yaml", lambda text: re.sub(r"^  model: mlp$", "  model: ../../../x", text, flags=re.M)
-    ),
-    "no YAML": written("config.yaml", lambda text: "a: [" + text),
-    "a linked configuration": linked("config.yaml"),
-    "a piped configuration": piped("config.yaml"),
-    "a linked status": linked("status.json"),
-    "a piped status": piped("status.json"),
-    "no JSON": written("status.json", lambda text: text[:20]),
-    "a status that steers the terminal": written("status.json", lambda text: text.replace('"why": "', r'"why": "\u001b[2J')),
-    "linked metrics": linked("metrics.jsonl"),
-    "piped metrics": piped("metrics.jsonl"),
-    "text and long numbers in metrics": written(
-        "metrics.jsonl", lambda text: f'{{"step": {"9" * 400}, "eval/loss": 1}}\n{{"step": 1, "eval/loss": "x"}}\n{text}'
-    ),
-    "a linked picture": linked("samples/step_00000001.png"),
-    "a linked lock": linked(".lock"),
-}
-HARMLESS = ("no JSON", "a status that steers the terminal", "text and long numbers in metrics")  # a run goes on
-COMMANDS: dict[str, list[str]] = {
-    "resume": ["launcher.py", "run_name=x", "resume=true", "max_steps=3"],
-    "dry run": ["launcher.py", "run_name=x", "resume=true", "max_steps=3", "--dry-run"],
-    "sweep": ["launcher.py", "-m", "--dry-run", "run_name=x", "seed=0,1"],
-    "list": ["scripts/runs.py", "list"],
-    "show": ["scripts/runs.py", "show", "x"],
-    "compare": ["scripts/runs.py", "compare", "x", "y"],
-    "report": ["scripts/report.py", "x"],
-    "curves": ["visualizers/curves.py", "x"],
-    "rebuild": ["scripts/trackio_rebuild.py", "x"],
-}
-
-
-@pytest.fixture(scope="module")
-def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of two tiny runs, of which one is a sweep's job."""
-    import launcher
-
-    folder = tmp_path_factory.mktemp("two") / "outputs"
-    for name in ("x", "y"):
-        launcher.run(
-            f"run_name={name}", f"output_dir={folder}", "max_steps=2", "device=cpu", "model.width=8", "model.depth=1",
-            "evaluation=loss_only", "evaluation.samples=16", "evaluation.final_samples=16", "dataloaders.epoch_size=64",
-            "trackio.enabled=false", "log_every=1", "num_workers=0",
-        )  # fmt: skip
-    return folder
-
-
-@pytest.fixture
-def carry_out(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """carry_out(command, output_dir): the exit status of a command line, within this process, and all that it printed."""
-
-    def act(command: str, folder: Path) -> tuple[int, str]:
-        script, *words = COMMANDS[command]
-        separate = script in ("scripts/runs.py", "scripts/trackio_rebuild.py")
-        words += ["--output-dir", str(folder)] if separate else [f"output_dir={folder}"]
-        main = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main
-        monkeypatch.setattr("sys.argv", [script, *words])
-        capfd.readouterr()
-        status = main(words)
-        said = capfd.readouterr()
-        return status, said.out + said.err
-
-    return act
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("harm", HOSTILE)
-def test_no_file_of_a_run_folder_harms_who_uses_it(harm, command, two_runs, tmp_path, carry_out, monkeypatch):
-    """Nothing is carried out, nothing outside is read or written, nothing hangs, and what is said is no traceback."""
-    folder, outside = tmp_path / "outputs", tmp_path / "outside"
-    shutil.copytree(two_runs, folder)
-    run = (folder / "runs/x").rename(folder / "runs" / ("x_seed=0" if command == "sweep" else "x"))
-    outside.write_text("SECRET")
-    HOSTILE[harm](run, outside)
-    monkeypatch.chdir(tmp_path)
-    signal.alarm(120)  # ends a test that hangs
-    status, said = carry_out(command, folder)
-    signal.alarm(0)
-    assert outside.read_text() == "SECRET" and not list(tmp_path.rglob("HARM"))
-    pages = [path.read_text() for path in folder.rglob("*.html")]
-    assert not any(secret in text for text in (said, *pages) for secret in ("SECRET", "U0VDUkVU", "\x1b[2J"))
-    refused = command in ("resume", "dry run") and harm not in HARMLESS
-    assert status == 1 if refused else status in (0, 1)
-    if status:
-        assert len([line for line in said.splitlines() if not line.startswith("note: ")]) == 1, said
