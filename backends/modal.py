@@ -228,9 +228,7 @@ def project() -> dict[str, Any]:
 
 
 def packages(extras: list[str]) -> list[str]:
-    """Return what the image installs: the dependencies of the project and of these extras. UserError for an extra there is
-    not.
-    """
+    """Return what the image installs: those of the project and of these extras. UserError for an unknown extra."""
     table = project()["project"]
     optional = table["optional-dependencies"]
     for extra in extras:

@@ -42,9 +42,7 @@ def submit(config: dict[str, Any]) -> RunResult:
 
 
 def describe(config: dict[str, Any]) -> str:
-    """Return what `submit` would do with a prepared configuration, and where, in a few lines. UserError
-    for what it refuses.
-    """
+    """Return what `submit` would do with a prepared configuration, in a few lines. UserError for what it refuses."""
     backend: Backend = build(config["backend"])
     name, choices, folder = config["run_name"], config["choices"], run_folder_of(config)
     what = f"{choices['model']} learns {choices['dataloaders']} by {choices['loss']}"

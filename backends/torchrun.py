@@ -140,9 +140,7 @@ def own_signals(place: Path) -> Iterator[None]:
 
 
 def verdict(error: "ChildFailedError", config: dict[str, Any], place: Path) -> BaseException:
-    """Return what ends this process: the sentence of the one that failed first, or about it if it had no time for one, or
-    its status.
-    """
+    """Return what ends this process: the sentence of the rank that failed first, one about it, or its exit status."""
     if (place / "sentence").is_file():
         return UserError((place / "sentence").read_text())
     from backends.workers import EXIT_PEER_DIED

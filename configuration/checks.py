@@ -32,9 +32,7 @@ def check_devices(config: dict[str, Any]) -> None:
 
 
 def check_contradictions(config: dict[str, Any]) -> None:
-    """Raise UserError for words of one command that cannot both hold; what a resumed run was once
-    started with is no matter.
-    """
+    """Raise UserError for settings that cannot both hold; of a resumed run only its own command counts."""
     new = not (config["resume"] or config["eval_checkpoint"])
     for holds, sentence in [*of_any_run(config), *(of_new_runs(config) if new else ())]:
         if holds:
@@ -84,9 +82,7 @@ def of_new_runs(config: dict[str, Any]) -> Iterator[tuple[bool, str]]:
 
 
 def check_memory(config: dict[str, Any]) -> None:
-    """Raise UserError for a batch, or samples, that cannot fit: better a sentence now than the system
-    killing the process.
-    """
+    """Raise UserError for a batch, or samples, that cannot fit, before the system kills the process."""
     shape = config["dataloaders"].get("state_shape") or [1]
     epoch = config["dataloaders"].get("epoch_size") or float("inf")
     check_rows_fit("batch_size", min(config["batch_size"], epoch), shape)

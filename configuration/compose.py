@@ -157,9 +157,7 @@ def check_choice(override: Override) -> None:
 
 
 def compose_config(overrides: list[str]) -> DictConfig:
-    """Return the configuration a command line means, choices included under `choices`. UserError with one sentence
-    otherwise.
-    """
+    """Return the configuration a command line means, its choices under `choices`. UserError where it means none."""
     register_resolvers()
     parsed = [override for override in parse_overrides(overrides) if not override.key_or_group.startswith("hydra")]
     for override in parsed:
@@ -251,9 +249,7 @@ def held(cfg: DictConfig, key: str) -> Any:
 
 
 def checked(cfg: DictConfig, key: str, value: Any, text: str) -> Any:
-    """Return the value that was typed as `text`, for the key. UserError unless it may stand there;
-    ${...} is left for later.
-    """
+    """Return the value that was typed as `text`, for the key, ${...} unchecked. UserError where it may not stand there."""
     if isinstance(value, str) and value.startswith("${"):
         return value
     setting, before = declared(key, held(cfg, f"{key.rpartition('.')[0]}._target_")), held(cfg, key)
@@ -272,9 +268,7 @@ def twice_as_long(config: dict[str, Any]) -> str:
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """Return the configuration as plain values, every interpolation carried out. UserError for what is missing or
-    impossible.
-    """
+    """Return the configuration as plain values, every interpolation resolved. UserError for what is missing."""
     unset: Any = OmegaConf.to_container(cfg)
     missing = [key for key in flat_keys(cfg) if lookup(unset, key) == "???"]
     if missing:

@@ -67,9 +67,7 @@ def absolute(module: str, is_package: bool, node: ast.ImportFrom) -> str:
 
 
 def kind_of(node: ast.expr | None, module: str) -> Any:
-    """Return the type an annotation stands for: of int, float, bool, str, None, list, tuple, dict, Literal, object, Part and
-    Annotated with a Range.
-    """
+    """Return the type an annotation stands for; Part for any class, object where it cannot be known."""
     if node is None:
         return object
     if isinstance(node, ast.Constant):
@@ -114,9 +112,7 @@ def range_of(node: ast.expr) -> Range:
 
 @cache
 def parameters(target: str) -> dict[str, Any]:
-    """Return name -> type of what a class's constructor takes, its bases' too where it hands settings on by ** ; {} if
-    unknown.
-    """
+    """Return name -> type of what a class's constructor takes, by ** that of its bases too; {} if unknown."""
     module, _, name = target.rpartition(".")
     place = definition(module, name) if module else None
     if place is None or not isinstance(place.node, ast.ClassDef):

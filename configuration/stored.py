@@ -186,9 +186,7 @@ def places_of(path: Path, config: dict[str, Any]) -> list[Path]:
 
 
 def with_files_found(config: dict[str, Any], places: list[Path]) -> dict[str, Any]:
-    """Return a configuration whose relative paths of files and folders lead there from the working folder, where there is
-    one.
-    """
+    """Return a configuration whose relative paths to files and folders that exist are from the working folder."""
 
     def found(value: Any) -> Any:
         if not isinstance(value, str) or not value:
