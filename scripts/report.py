@@ -13,26 +13,26 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import math
 import re
 import shlex
 import sys
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import front, outputs, split, unknown
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup, escape
+
+from common.command_line import front, outputs, unknown
 from common.errors import UserError
 from common.files import write_atomically
+from configuration.values import NOT_NEGATIVE
 from run_files.run_folder import RunFolder
 from scripts.runs import find_run, flat, number, overrides, read_config, rows_that_differ, state
+from scripts.settings import known_settings
 from visualizers.curves import BAND
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 PICTURES = 4  # samples over time: the first, the last and what lies between at even spacing
 UNINTERESTING = ("command", "overrides", "changed", "run_name", "output_dir", "resume", "overwrite", "show", "log")
@@ -42,38 +42,34 @@ NO_SCORES = ("_floor", "_floor_sd", "_floor_q99", "_se", "_train", "/seconds")  
 SHORT = 200  # optimizer steps in which hardly any network has learned its data
 FAR_ERROR = 3.0  # times the solver's own flow-map error that a network's may be before it is named
 FAR = 3.0  # standard deviations of its floor that a score may lie above one without an upper end, to be told from real
-STYLE = """
-:root { color-scheme: light dark;
-  --ink: #1b1b1b; --quiet: #55585c; --paper: #ffffff; --line: #c9ccd0; --card: #f4f5f7; --link: #0b57a4 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #ececec; --quiet: #b4b8bd; --paper: #16181b; --line: #44484d; --card: #212428; --link: #8ec2ff }
-}
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 70rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
-  color: var(--ink); background: var(--paper) }
-h1 { font-size: 1.6rem; margin: .5rem 0 }
-h2 { font-size: 1.25rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--line) }
-p.quiet, figcaption, caption { color: var(--quiet); text-align: left }
-a { color: var(--link) }
-pre { background: var(--card); padding: .75rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere }
-.wide { overflow-x: auto; margin-top: 1rem } .wide:focus { outline: 2px solid var(--link) }
-table { border-collapse: collapse }
-th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem .3rem 0; text-align: left;
-  vertical-align: top; font-variant-numeric: tabular-nums } th[scope=row] { min-width: 9rem } td { min-width: 4rem }
-.hint { display: none; color: var(--quiet); margin: 1rem 0 -.75rem }
-@media screen and (max-width: 40rem) { .hint { display: block } }
-td { overflow-wrap: normal; word-break: keep-all } .number { white-space: nowrap }
-.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) }
-.pictures { grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)) }
-figure { margin: 0 } figure img { width: 100%; height: auto; background: #ffffff; border: 1px solid var(--line) }
-@media print {
-  :root { color-scheme: light; --ink: #000000; --quiet: #333333; --paper: #ffffff; --card: #ffffff; --line: #999999 }
-  body { max-width: none; font-size: 10pt } figure, table, pre { break-inside: avoid } .wide { overflow: visible } }
-"""
+NUMBER = re.compile(r"[-+±]? ?[\d.,]+(e[-+]?\d+)?( ± [\d.e+-]+)?( \w+)?")  # perhaps with its error or unit
 
 
-@dataclass
-class Told:
+@dataclass(frozen=True)
+class Settings:
+    """The command line, run names aside."""
+
+    out: Path | None = None
+    output_dir: Path | None = None
+    price: Annotated[float | None, NOT_NEGATIVE] = None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture of the page. kind: png or svg+xml."""
+
+    kind: str
+    content: bytes
+    alt: str
+    caption: str
+
+    @property
+    def data(self) -> str:
+        return base64.b64encode(self.content).decode()
+
+
+@dataclass(frozen=True)
+class RunRecord:
     """What is known of one run."""
 
     folder: RunFolder
@@ -89,51 +85,37 @@ class Told:
     def scores(self) -> dict[str, float | None]:
         return self.status.get("scores", {})
 
-    def pictures(self, kind: str) -> list[tuple[Path, int]]:
-        """Of that kind, samples or neighbours, with their steps and in their order."""
-        return [(path, step) for name, path, step in self.folder.pictures() if name == kind]
-
     @property
     def command(self) -> str:
         return str(self.config.get("command", "python launcher.py " + " ".join(overrides(self.folder).split("\n"))))
 
+    def figures(self, kind: str, alt: str) -> list[Figure]:
+        """Return the run's own pictures of a kind, samples or neighbours, by step; one that cannot be read is left out."""
+        found = []
+        for name, path, step in self.folder.pictures():
+            if name == kind:
+                try:
+                    content = self.folder.read_picture(path)
+                except UserError as error:
+                    print(f"note: {error}; it is left out of the page", file=sys.stderr)
+                    continue
+                found.append(
+                    Figure("png", content, f"{alt.format(self.name)}, at step {step}", f"{self.name}, step {step:,}")
+                )
+        return found
 
-def told(output_dir: Path, name: str) -> Told:
+
+def record_of(output_dir: Path, name: str) -> RunRecord:
     folder = find_run(output_dir, name)
-    return Told(folder, folder.status.read(), read_config(folder), folder.metrics.read())
+    return RunRecord(folder, folder.status.read(), read_config(folder), folder.metrics.read())
 
 
-def table(header: list[str], rows: Iterable[list[str]], caption: str) -> str:
-    """Return a table that scrolls by itself where the page is narrower; first cells are headings of their rows."""
-    head = "".join(f'<th scope="col">{breakable(cell)}</th>' for cell in header)
-    body = "".join(
-        f'<tr><th scope="row">{breakable(name)}</th>' + "".join(cell_of(cell) for cell in cells) + "</tr>"
-        for name, *cells in rows
-    )
-    told = f"<caption>{escape(caption)}</caption>"
-    scroll = '<p class="hint">Scroll the table sideways for more columns.</p>' if len(header) > 2 else ""
-    scroll += f'<div class="wide" role="region" tabindex="0" aria-label="{escape(caption)}">'
-    return f"{scroll}<table>{told}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def cell_of(text: str) -> str:
-    """Return a cell; one that is a number, perhaps with its error or unit, keeps to a line."""
-    numeric = re.fullmatch(r"[-+±]? ?[\d.,]+(e[-+]?\d+)?( ± [\d.e+-]+)?( \w+)?", text)
-    return f'<td class="number">{breakable(text)}</td>' if numeric else f"<td>{breakable(text)}</td>"
-
-
-def breakable(text: str) -> str:
+def breakable(text: str) -> Markup:
     """Return HTML of a text whose names may go on in a new line after their parts; numbers stay whole."""
-    return re.sub(r"(?<=[A-Za-z])([/_.=])(?=\w)", r"\1<wbr>", escape(text)).replace("± ", "±&nbsp;")
+    return Markup(re.sub(r"(?<=[A-Za-z])([/_.=])(?=\w)", r"\1<wbr>", str(escape(text))).replace("± ", "±&nbsp;"))
 
 
-def figure(kind: str, content: bytes, alt: str, caption: str) -> str:
-    data = base64.b64encode(content).decode()
-    image = f'<img src="data:image/{kind};base64,{data}" alt="{escape(alt)}">'
-    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def curve_figures(runs: list[Told]) -> list[str]:
+def curve_figures(runs: list[RunRecord]) -> list[Figure]:
     """Return a figure for the training loss and for each score the runs logged."""
     from matplotlib import rc_context
 
@@ -155,31 +137,25 @@ def curve_figures(runs: list[Told]) -> list[str]:
         ends = [f"{name} ends at {number(float(series(rows, metric)[-1, 1]))}" for name, rows in by_name.items()
                 if len(series(rows, metric))]  # fmt: skip
         alt = f"{metric} over optimizer steps: {', '.join(ends)}"
-        figures.append(figure("svg+xml", file.getvalue(), alt, "; ".join(ends)))
+        figures.append(Figure("svg+xml", file.getvalue(), alt, "; ".join(ends)))
     return figures
 
 
-def sample_figures(run: Told) -> list[str]:
-    """Some of the run's own pictures, in order of time."""
-    pictures = run.pictures("samples")
-    last = len(pictures) - 1
-    chosen = sorted({round(last * i / (PICTURES - 1)) for i in range(PICTURES)}) if pictures else []
-    return [picture_figure(run, *pictures[i], "samples of {} beside real data") for i in chosen]
-
-
-def neighbour_figures(run: Told) -> list[str]:
-    """Return the newest picture of samples beside the training images nearest to them, or none."""
-    alt = "samples of {} that lie nearest to training images, each beside the five nearest"
-    return [picture_figure(run, *newest, alt) for newest in run.pictures("neighbours")[-1:]]
-
-
-def picture_figure(run: Told, path: Path, step: int, alt: str) -> str:
-    return figure(
-        "png", run.folder.read_picture(path), f"{alt.format(run.name)}, at step {step}", f"{run.name}, step {step:,}"
+def sample_figures(run: RunRecord) -> list[Figure]:
+    """Return some of the run's own pictures, in order of time."""
+    found = run.figures("samples", "samples of {} beside real data")
+    return (
+        [found[k] for k in sorted({round((len(found) - 1) * i / (PICTURES - 1)) for i in range(PICTURES)})] if found else []
     )
 
 
-def score_rows(run: Told) -> list[list[str]]:
+def neighbour_figures(run: RunRecord) -> list[Figure]:
+    """Return the newest picture of samples beside the training images nearest to them, or none."""
+    alt = "samples of {} that lie nearest to training images, each beside the five nearest"
+    return run.figures("neighbours", alt)[-1:]
+
+
+def score_rows(run: RunRecord) -> list[list[str]]:
     """Name, value, standard error, noise floor, distance from the floor, of every score."""
     rows = []
     for name, value in run.scores.items():
@@ -194,7 +170,7 @@ def score_rows(run: Told) -> list[list[str]]:
     return rows
 
 
-def floors(runs: list[Told], name: str) -> str:
+def floors(runs: list[RunRecord], name: str) -> str:
     """Return what real data score against real: of runs on different data, each of them."""
     found = [(run.scores.get(f"{name}_floor"), run.scores.get(f"{name}_floor_sd")) for run in runs]
     known = [number(floor) + ("" if sd is None else f" ± {number(sd)}") for floor, sd in found if floor is not None]
@@ -202,7 +178,7 @@ def floors(runs: list[Told], name: str) -> str:
     return ", ".join(dict.fromkeys([*known, *(f"training set {number(value)}" for value in own)]))
 
 
-def fact_rows(run: Told, price: float | None) -> list[list[str]]:
+def fact_rows(run: RunRecord, price: float | None) -> list[list[str]]:
     """Return what was run, where, and for how long."""
     status, choices = run.status, run.config.get("choices", {})
     hours = status.get("seconds", 0.0) / 3600
@@ -218,7 +194,7 @@ def fact_rows(run: Told, price: float | None) -> list[list[str]]:
     return rows + ([] if price is None else [["cost", f"{hours * price:.2f} ({hours:.2f} hours at {price:g})"]])
 
 
-def difference_rows(run: Told) -> list[list[str]]:
+def difference_rows(run: RunRecord) -> list[list[str]]:
     """Return settings that differ from those of the same run without its overrides."""
     from configuration.compose import compose_config, resolved
 
@@ -235,7 +211,7 @@ def telling(rows: list[list[str]], *more: str) -> list[list[str]]:
     return [row for row in kept if not set(row[1:]) <= {"None", "-"}]
 
 
-def go_on(run: Told) -> str:
+def go_on(run: RunRecord) -> str:
     """Return the command that trains a finished run for as long again."""
     from configuration.compose import twice_as_long
 
@@ -244,7 +220,7 @@ def go_on(run: Told) -> str:
     return f"python launcher.py run_name={run.name} resume=true {twice_as_long(run.config)}{folder}"
 
 
-def advice(run: Told) -> list[str]:
+def advice(run: RunRecord) -> list[str]:
     """Return what the numbers suggest, most urgent first."""
     scores, name, steps = run.scores, run.name, run.status.get("step", 0)
     found = []
@@ -289,47 +265,35 @@ def advice(run: Told) -> list[str]:
     return found or ["Nothing stands out; the next seed tells how much of this is luck."]
 
 
-def page(runs: list[Told], price: float | None) -> str:
+def section(run: RunRecord, price: float | None) -> dict[str, Any]:
+    """Return what the page says of one run."""
+    return {
+        "name": run.name, "command": run.command, "facts": fact_rows(run, price), "samples": sample_figures(run),
+        "neighbours": neighbour_figures(run), "expected": (run.config.get("log") or {}).get("expect"),
+        "scores": score_rows(run), "advice": advice(run), "settings": difference_rows(run),
+    }  # fmt: skip
+
+
+def page(runs: list[RunRecord], price: float | None) -> str:
     """Return the whole document."""
-    title = ", ".join(run.name for run in runs)
-    parts = [f"<h1>{escape(title)}</h1>"]
-    if len(runs) > 1:
-        columns = [flat(run.config) for run in runs]
-        rows = telling(rows_that_differ(columns, str, ()))
-        parts.append("<h2>What differs</h2>")
-        parts.append(table(["setting", *(run.name for run in runs)], rows, "Settings that are not the same in all runs"))
-        names = [name for name in dict.fromkeys(n for run in runs for n in run.scores) if not name.endswith(NO_SCORES)]
-        shown = [
-            [name, *(number(run.scores[name]) if name in run.scores else "-" for run in runs), floors(runs, name)]
-            for name in names
-        ]
-        parts.append("<h2>Scores side by side</h2>")
-        parts.append(table(["score", *(run.name for run in runs), "noise floor"], shown, "Last scores of each run"))
-    for run in runs:
-        parts.append(f"<h2>{escape(run.name)}</h2><pre><code>{escape(run.command)}</code></pre>")
-        parts.append(table(["fact", "value"], fact_rows(run, price), "What was run, where, for how long"))
-        copying = "Is it copying? Samples nearest to training images, beside those"
-        for heading, pictures in (("Samples over time", sample_figures(run)), (copying, neighbour_figures(run))):
-            parts.append(f'<h3>{heading}</h3><div class="cards pictures">{"".join(pictures)}</div>' if pictures else "")
-        expected = (run.config.get("log") or {}).get("expect")
-        parts.append("<h3>Scores</h3>")
-        parts.append(f"<p>Expected before the run: <strong>{escape(str(expected))}</strong></p>" if expected else "")
-        scores = score_rows(run)
-        header = ["score", "value", "standard error", "noise floor", "above the floor by"]
-        parts.append(
-            table(header, scores, "Scores; floor: real data against real data") if scores else "<p>No scores yet.</p>"
-        )
-        parts.append("<h3>What to try next</h3><ul>" + "".join(f"<li>{escape(line)}</li>" for line in advice(run)) + "</ul>")
-        parts.append("<details><summary>Settings that differ from the defaults</summary>")
-        parts.append(table(["setting", "default", "here"], difference_rows(run), "Settings") + "</details>")
-    parts += ["<h2>Curves</h2>", f'<div class="cards">{"".join(curve_figures(runs))}</div>']
-    parts.append(f'<p class="quiet">{escape(BAND)}</p>')
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f"<title>{escape(title)}</title><style>{STYLE}</style>"
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><main>{"".join(parts)}</main></body></html>\n'
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["breakable"] = breakable
+    environment.tests["numeric"] = NUMBER.fullmatch
+    names = [name for name in dict.fromkeys(n for run in runs for n in run.scores) if not name.endswith(NO_SCORES)]
+    side_by_side = [
+        [name, *(number(run.scores[name]) if name in run.scores else "-" for run in runs), floors(runs, name)]
+        for name in names
+    ]
+    return environment.get_template("report.html").render(
+        title=", ".join(run.name for run in runs), names=[run.name for run in runs],
+        differing=telling(rows_that_differ([flat(run.config) for run in runs], str, ())), side_by_side=side_by_side,
+        runs=[section(run, price) for run in runs], curves=curve_figures(runs), band=BAND,
+    )  # fmt: skip
 
 
-def file_name(runs: list[Told]) -> str:
+def file_name(runs: list[RunRecord]) -> str:
     """Return all names, or where those are long the first and a hash of all: other runs get another file."""
     names = "_".join(run.name for run in runs)
     digest = hashlib.sha256("\n".join(run.name for run in runs).encode()).hexdigest()[:8]
@@ -338,26 +302,20 @@ def file_name(runs: list[Told]) -> str:
 
 def report(words: list[str]) -> Path:
     """Carry out the command; returns the file written."""
-    settings, names = split(words, {"out": "", "output_dir": str(outputs()), "price": ""})
+    settings, names = known_settings(words, Settings)
     if not names:
         raise UserError(
             "name a run, such as `python scripts/report.py first_flow`; `python scripts/runs.py list` shows them"
         )
-    try:
-        price = float(settings["price"]) if settings["price"] else None
-    except ValueError as error:
-        raise UserError(f"price takes a number, not {settings['price']!r}") from error
-    if price is not None and not 0 <= price < math.inf:
-        raise UserError(f"price takes a number of at least 0, not {settings['price']!r}")
-    output_dir = Path(settings["output_dir"])
+    output_dir = settings.output_dir or outputs()
     for name in names:
         if "=" in name and not (output_dir / "runs" / name).is_dir():
-            raise UserError(unknown(name, settings) + "; and no run has that name")
-    runs = [told(output_dir, name) for name in dict.fromkeys(names)]
-    path = Path(settings["out"]) if settings["out"] else output_dir / "reports" / f"{file_name(runs)}.html"
+            raise UserError(unknown(name, vars(settings)) + "; and no run has that name")
+    runs = [record_of(output_dir, name) for name in dict.fromkeys(names)]
+    path = settings.out or output_dir / "reports" / f"{file_name(runs)}.html"
     if path.suffix != ".html":
         raise UserError(f"out={path} must end in .html")
-    write_atomically(path, page(runs, price).replace(str(Path.home()), "~"))
+    write_atomically(path, page(runs, settings.price).replace(str(Path.home()), "~"))
     return path
 
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from run_files.run_folder import RunFolder
 from scripts import log, report
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+ROOT = Path(__file__).resolve().parents[2]
 COMMAND = "python launcher.py run_name=first note='<b>&'"
 
 
@@ -128,8 +130,8 @@ def test_what_was_expected_stands_above_what_came(output: Path) -> None:
 
 def test_numbers_keep_to_a_line() -> None:
     for text in ("2.211e-05", "0.0001 ± 0.0004", "+49.9 sd", "-0.02", "± 0.01"):
-        assert report.cell_of(text).startswith('<td class="number">'), text
-    assert report.cell_of("cpu (test)") == "<td>cpu (test)</td>"
+        assert report.NUMBER.fullmatch(text), text
+    assert not report.NUMBER.fullmatch("cpu (test)")
 
 
 def test_several_runs_stand_side_by_side(output: Path) -> None:
@@ -149,7 +151,7 @@ def luminance(color: str) -> float:
 
 
 def test_text_stands_out_in_every_scheme() -> None:
-    schemes = re.findall(r"(--ink:[^}]*)", report.STYLE)
+    schemes = re.findall(r"(--ink:[^}]*)", (ROOT / "scripts/report.html").read_text())
     assert len(schemes) == 3  # light, dark, paper
     colors: dict[str, str] = {}
     for scheme in schemes:
@@ -165,7 +167,7 @@ def advised(output: Path, name: str, step: int = 2000, max_steps: int | None = N
     folder = RunFolder(output / "runs" / name)
     folder.write_config(config_of(name, max_steps), [])
     folder.status.write("finished", step, 1, 1.0, {key.replace("__", "/"): value for key, value in scores.items()})
-    return " ".join(report.advice(report.told(output, name)))
+    return " ".join(report.advice(report.record_of(output, name)))
 
 
 def test_who_is_to_train_longer_gets_the_command_that_does(tmp_path: Path) -> None:
@@ -181,7 +183,7 @@ def test_a_score_is_told_from_real_by_the_upper_end_of_its_floor(tmp_path: Path,
     scores = {"": 1.0, "_floor": 0.0, "_floor_sd": 0.2, "_floor_q99": upper}
     said = advised(tmp_path, "x", **{f"eval__energy_distance{end}": value for end, value in scores.items()})
     assert word in said
-    (row,) = report.score_rows(report.told(tmp_path, "x"))
+    (row,) = report.score_rows(report.record_of(tmp_path, "x"))
     assert row[-1] == ("+5.0 sd, above it" if upper < 1 else "+5.0 sd, not above it")
 
 
@@ -262,3 +264,22 @@ def test_a_note_on_nothing_is_one_sentence(tmp_path: Path, capsys: pytest.Captur
     assert "has no section of a run nobody" in capsys.readouterr().err
     with pytest.raises(UserError, match="say python"):
         log.note(["note", "one"])
+
+
+@pytest.mark.parametrize("kind", ["a link that leads out", "a pipe", "text"])
+def test_a_picture_that_cannot_be_read_is_left_out_with_one_line(output: Path, kind: str, capsys) -> None:
+    path = output / "runs/first/samples/step_00000003.png"
+    path.unlink()
+    if kind == "text":
+        path.write_text("no picture")
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(output / "runs/second/samples/step_00000003.png")
+    assert report.main(["first", f"output_dir={output}"]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{output / 'reports/first.html'}\n"
+    assert said.err.startswith(f"note: {path} is ") and said.err.endswith("; it is left out of the page\n")
+    assert said.err.count("\n") == 1
+    pngs = [a for tag, a in outline(output / "reports/first.html").tags if tag == "img" and "image/png" in (a["src"] or "")]
+    assert [re.search(r"step (\d)", image["alt"] or "")[1] for image in pngs] == ["0", "1", "4", "5"]  # type: ignore[index]
