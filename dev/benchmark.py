@@ -29,7 +29,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.command_line import front
 from common.errors import UserError
+from common.files import write_atomically
 from dev.devices_benchmark import devices_rates
 from dev.loader_benchmark import data_preset, loader_rates
 from dev.saves_benchmark import SAVED_RUN, saves_seconds
@@ -178,8 +180,7 @@ def two_columns(title: str, figures: dict[str, float]) -> str:
     return "\n".join([f"| {title} | |", "|---|---|", *(f"| {name} | {value:,.4g} |" for name, value in figures.items())])
 
 
-def main(words: list[str]) -> int:
-    assert __doc__ is not None
+def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", default=[""], help="launcher overrides, one quoted argument a row")
     parser.add_argument("--preset", choices=["jvp", "data", "devices", "saves"], help="rows made ready, instead of your own")
@@ -188,37 +189,45 @@ def main(words: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=20, help="training steps in a round")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args(words)
-    try:
-        if options.rounds < 1 or options.steps < 1:
-            raise UserError("--rounds and --steps take whole numbers of at least 1")
-        if options.json and not options.json.absolute().parent.is_dir():
-            raise UserError(f"--json {options.json} lies in a folder that does not exist; make it first")
-        results = []
-        with tempfile.TemporaryDirectory(prefix="benchmark-") as place:
-            if options.preset == "devices":
-                rates = devices_rates(Path(place), (1, 2), options.rounds, options.steps, options.common)
-                results.append({"row": "samples a second, one thread a process", **rates})
-                print(two_columns("samples a second", rates))
-            if options.preset == "saves":
-                saved = Contestant(f"{SAVED_RUN} output_dir={place} {options.common}".strip())
-                saved.round(1)  # the optimizer has its state after a step
-                found_seconds = saves_seconds(saved.run.payload(), Path(place), options.rounds)
-                results.append({"row": "saves of the large U-Net", **found_seconds})
-                print(two_columns("saves of the large U-Net", found_seconds))
-            for title, rows in tables_of(options.preset, options.rows, Path(place)).items():
-                found = benchmark([f"{row} {options.common}".strip() for row in rows], options.rounds, options.steps)
-                print((f"\n{title}\n" if title else "") + markdown(found), flush=True)
-                results += found
-            if options.preset == "data":
-                rates = loader_rates(Path(place))
-                results.append({"row": "loaders alone, rows a second on one core", **rates})
-                print("\n" + two_columns("loaders alone, rows a second on one core", rates), flush=True)
-    except UserError as error:
-        print(f"benchmark.py: {error}", file=sys.stderr)
-        return 1
+    if options.rounds < 1 or options.steps < 1:
+        raise UserError("--rounds and --steps take whole numbers of at least 1")
+    if options.json and not options.json.absolute().parent.is_dir():
+        raise UserError(f"--json {options.json} lies in a folder that does not exist; make it first")
+    return options
+
+
+def figures_of(options: argparse.Namespace, place: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield what a preset measures besides rows of steps: its title and its figures by name."""
+    if options.preset == "devices":
+        yield (
+            "samples a second, one thread a process",
+            devices_rates(place, (1, 2), options.rounds, options.steps, options.common),
+        )
+    if options.preset == "saves":
+        saved = Contestant(f"{SAVED_RUN} output_dir={place} {options.common}".strip())
+        saved.round(1)  # the optimizer has its state after a step
+        yield "saves of the large U-Net", saves_seconds(saved.run.payload(), place, options.rounds)
+    if options.preset == "data":
+        yield "loaders alone, rows a second on one core", loader_rates(place)
+
+
+def carry_out(words: list[str]) -> None:
+    """Carry out the command: print each table once it is measured, and write all figures where that is asked for."""
+    options, results = parse(words), list[dict[str, Any]]()
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as place:
+        for title, rows in tables_of(options.preset, options.rows, Path(place)).items():
+            found = benchmark([f"{row} {options.common}".strip() for row in rows], options.rounds, options.steps)
+            print((f"\n{title}\n" if title else "") + markdown(found), flush=True)
+            results += found
+        for title, figures in figures_of(options, Path(place)):
+            results.append({"row": title, **figures})
+            print(f"\n{two_columns(title, figures)}", flush=True)
     if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
-    return 0
+        write_atomically(options.json, json.dumps(results, indent=2) + "\n")
+
+
+def main(words: list[str]) -> int:
+    return front(words, None, carry_out)
 
 
 if __name__ == "__main__":

@@ -15,22 +15,25 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from common.command_line import front, split, unknown
-from common.errors import UserError
+from common.command_line import front
 from common.seeds import generator_for
 from configuration.compose import compose_config, resolved
+from configuration.values import RANGES
 from dataloaders.base_dataloaders import FlowDataset
 from evaluation.metrics.base_metric import Generation, Score
 from evaluation.metrics.energy_distance import EnergyDistance
 from evaluation.metrics.two_sample import TwoSampleMetric
 from evaluation.metrics.wasserstein import SlicedWasserstein, Wasserstein
 from evaluation.parts import build_dataset, build_source, dataset_key
+from scripts.settings import read_settings
 
 SHIFTS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)  # standard deviations of the data
 SETS = 50  # for each shift
@@ -83,26 +86,36 @@ def check(name: str, metric: TwoSampleMetric, samples: int, replicates: int, cac
     return f"| {name} | {metric.name} | {upper} | {alarms} of {replicates} | {least or f'above {SHIFTS[-1]}'} |", alarms
 
 
+@dataclass(frozen=True)
+class Settings:
+    """The command line."""
+
+    data: list[str] = field(default_factory=lambda: ["gaussian", "kmeans", "digits"])
+    samples: Annotated[int, RANGES["samples"]] = 2000
+    replicates: Annotated[int, RANGES["samples"]] = 300
+
+
 def carry_out(words: list[str]) -> str:
-    settings, others = split(words, {"data": "gaussian,kmeans,digits", "samples": "2000", "replicates": "300"})
-    if others:
-        raise UserError(unknown(others[0], settings))
-    numbers = {key: settings[key] for key in ("samples", "replicates")}
-    for key, value in numbers.items():
-        if not value.isdecimal() or int(value) < 2:
-            raise UserError(f"{key} takes a whole number of at least 2, not {value!r}")
-    samples, replicates = map(int, numbers.values())
+    """Carry out the command; returns the table."""
+    settings, _ = read_settings(words, Settings)
     rows, total = [], 0
     with tempfile.TemporaryDirectory() as folder:
-        for name in settings["data"].split(","):
+        for name in settings.data:
             for metric in (EnergyDistance(), SlicedWasserstein(), Wasserstein()):
-                row, alarms = check(name, metric, samples, replicates, Path(folder))
+                row, alarms = check(name, metric, settings.samples, settings.replicates, Path(folder))
                 rows.append(row)
                 total += alarms
                 print(row, file=sys.stderr, flush=True)
     given = sum("not given" not in row for row in rows)
     head = "| data | score | floor's mean, upper end | false alarms | found, standard deviations |\n|---|---|---|---|---|"
-    return "\n".join([head, *rows, "", f"{total / max(1, given * replicates):.2%} false alarms of {given * replicates:,}"])
+    return "\n".join(
+        [
+            head,
+            *rows,
+            "",
+            f"{total / max(1, given * settings.replicates):.2%} false alarms of {given * settings.replicates:,}",
+        ]
+    )
 
 
 if __name__ == "__main__":

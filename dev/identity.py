@@ -22,9 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.command_line import ROOT, front
 from common.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 PLAIN = "device=cpu trackio.enabled=false callbacks=none evaluation.samples=100 evaluation.final_samples=100"
 RUNS = {
     "default": "epochs=2",
@@ -56,21 +56,18 @@ SHRUNK = {  # by experiment; the others are small once their network is
 MLP = "model.width=8 model.depth=1"
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="FILE", help="store the hashes of every run")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="hold the runs against stored hashes")
     parser.add_argument("--fixtures", type=Path, metavar="DIR", help="make a tiny run of each experiment, in a new folder")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these runs or experiments alone")
-    options = parser.parse_args(arguments)
-    try:
-        return carry_out(options)
-    except UserError as error:
-        print(f"identity.py: {error}", file=sys.stderr)
-        return 1
+    return parser.parse_args(arguments)
 
 
-def carry_out(options: argparse.Namespace) -> int:
+def carry_out(words: list[str]) -> int:
+    """Carry out the command; 1 when a run differs."""
+    options = parse(words)
     if options.fixtures:
         make_fixtures(options.fixtures, options.only)
         return 0
@@ -102,12 +99,9 @@ def chosen(only: list[str] | None, known: list[str]) -> list[str]:
 def stored(file: Path) -> dict[str, dict[str, str]]:
     """Hashes by run and part that --write has stored. UserError for a file that holds none."""
     try:
-        hashes = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file} holds no hashes ({error}); write them by --write={file}") from error
-    if not isinstance(hashes, dict):
-        raise UserError(f"{file} holds no hashes; write them by --write={file}")
-    return hashes
 
 
 def train(words: list[str], place: Path) -> None:
@@ -163,4 +157,4 @@ def keep(place: Path, to: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(front(sys.argv[1:], None, carry_out))

@@ -35,6 +35,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.command_line import front
 from common.errors import UserError
 
 Notice = Callable[[str, str], None]  # (operation, file it is for), called before the operation, and half-way in a write
@@ -248,30 +249,24 @@ def save_stages() -> list[str]:
     return list(dict.fromkeys(seen))
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def carry_out(words: list[str]) -> str:
+    """Carry out the command, and return how many kills came where. UserError where the killed run differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--and", nargs="+", default=[], dest="more", help="words for the run that is killed")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+    options = parser.parse_args(words)
     os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
     with tempfile.TemporaryDirectory() as folder:
         try:
             counts = drive(Path(folder), options.kills, random.Random(options.seed), options.more)
-        except UserError as error:
+        except UserError:
             log = Path(folder) / "log.txt"
             print(log.read_text()[-3000:] if log.exists() else "", file=sys.stderr)
-            print(f"kill_test.py: {error}", file=sys.stderr)
-            return 1
-    for name, count in sorted(counts.items()):
-        print(f"  {count:4d}  {name}")
-    print(f"{options.kills} kills: weights, metrics and files equal those of the run left alone")
-    return 0
+            raise
+    lines = [f"  {count:4d}  {name}" for name, count in sorted(counts.items())]
+    return "\n".join([*lines, f"{options.kills} kills: weights, metrics and files equal those of the run left alone"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(front(sys.argv[1:], None, carry_out))

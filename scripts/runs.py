@@ -18,9 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import outputs
-from common.errors import UserError, printable
-from common.files import outlive_readers
+from common.command_line import front, outputs
+from common.errors import UserError
 from run_files.metrics_file import higher_is_better
 from run_files.result import table
 from run_files.run_folder import RunFolder
@@ -31,46 +30,37 @@ HEADLINES_SHOWN = 2
 NO_METRICS = ("step", "epoch", "elapsed_seconds", "provenance")  # keys of a row of metrics.jsonl
 
 
-def main(arguments: list[str] | None = None) -> int:
-    outlive_readers()
-    options = parse(arguments)
-    try:
-        print(printable(options.report(options)))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
-        "--output-dir",
-        type=Path,
-        metavar="FOLDER",
-        default=outputs(),
-        help="of the runs (outputs/ here or the repository's)",
-    )
+def parse(arguments: list[str]) -> argparse.Namespace:
+    place = {"type": Path, "metavar": "FOLDER", "help": "of the runs (outputs/ here or the repository's)"}
     parser = argparse.ArgumentParser(
         usage="runs.py [-h] [--output-dir FOLDER] (list | show NAME | compare A B ... | delete NAME ...)",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[shared],
-    )
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--output-dir", default=outputs(), **place)
     commands = parser.add_subparsers(required=True, metavar="list, show, compare or delete", prog="runs.py")
-    listing = commands.add_parser("list", help="every run in a line")
-    showing = commands.add_parser("show", help="one run in full")
-    comparing = commands.add_parser("compare", help="two runs or more, side by side")
-    showing.add_argument("names", nargs=1, metavar="NAME")
-    comparing.add_argument("names", nargs="+", metavar="NAME")
-    deleting = commands.add_parser("delete", help="runs, with their saves and their dashboard rows")
-    deleting.add_argument("names", nargs="+", metavar="NAME")
-    deleting.add_argument("--dry-run", action="store_true", help="say what would be deleted")
-    reports = ((listing, list_runs), (showing, show_run), (comparing, compare_runs), (deleting, delete_runs))
-    for command, report in reports:
-        command.add_argument("--output-dir", type=Path, metavar="FOLDER", default=argparse.SUPPRESS, help="of the runs")
+    for name, report, names, what in (
+        ("list", list_runs, None, "every run in a line"),
+        ("show", show_run, 1, "one run in full"),
+        ("compare", compare_runs, "+", "two runs or more, side by side"),
+        ("delete", delete_runs, "+", "runs, with their saves and their dashboard rows"),
+    ):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("--output-dir", default=argparse.SUPPRESS, **place)
         command.set_defaults(report=report)
+        if names:
+            command.add_argument("names", nargs=names, metavar="NAME")
+        if name == "delete":
+            command.add_argument("--dry-run", action="store_true", help="say what would be deleted")
     return parser.parse_args(arguments)
+
+
+def carry_out(words: list[str]) -> str:
+    options = parse(words)
+    return str(options.report(options))
+
+
+def main(words: list[str]) -> int:
+    return front(words, None, carry_out)
 
 
 def list_runs(options: argparse.Namespace) -> str:
@@ -282,4 +272,4 @@ def indent(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -14,21 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.command_line import front
 from common.command_line import matching as names_that_match
 from common.errors import UserError, printable
 from run_files.trackio_tracker import delete_run, run_names
 
 
-def main(arguments: list[str] | None = None) -> int:
-    try:
-        explained(parse(arguments))
-    except UserError as error:
-        print(f"trackio_delete.py: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pattern", nargs="?", help="regular expression for the whole name of a run")
     parser.add_argument("--list", action="store_true", help="list the runs (those that match, with a pattern)")
@@ -38,10 +30,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def explained(options: argparse.Namespace) -> None:
+def carry_out(words: list[str]) -> str:
     """Carry out the command. UserError also where another process holds the database, or it is damaged."""
+    options = parse(words)
     try:
-        run(options)
+        return run(options)
     except (RuntimeError, OSError, sqlite3.Error) as error:
         what = str(error).splitlines()[0]
         raise UserError(
@@ -50,18 +43,20 @@ def explained(options: argparse.Namespace) -> None:
         ) from error
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> str:
+    """List or delete, and return what to print of it."""
     if options.pattern is None and not options.list:
         raise UserError('say which runs: python scripts/trackio_delete.py "old_.*" --dry-run, or --list for their names.')
     names = matching(options.project, options.pattern)
-    if options.list or options.dry_run:
-        print(printable("\n".join(names)) if options.list else "would delete:\n" + indent(names))
-        return
+    if options.list:
+        return "\n".join(names)
+    if options.dry_run:
+        return f"would delete:\n{indent(names)}"
     if not options.yes and not confirmed(names):
         raise UserError("nothing was deleted.")
     for name in names:
         delete_run(options.project, name)
-    print(f"deleted {len(names)} of the project {options.project}:\n{indent(names)}")
+    return f"deleted {len(names)} of the project {options.project}:\n{indent(names)}"
 
 
 def matching(project: str, pattern: str | None) -> list[str]:
@@ -90,5 +85,9 @@ def indent(names: list[str]) -> str:
     return "\n".join(f"  {printable(name)}" for name in names)
 
 
+def main(words: list[str]) -> int:
+    return front(words, None, carry_out)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

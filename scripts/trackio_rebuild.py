@@ -15,21 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.command_line import front
 from common.errors import UserError
 from run_files.run_folder import RunFolder
 from run_files.trackio_tracker import TrackioTracker
 
 
-def main(arguments: list[str] | None = None) -> int:
-    try:
-        run(parse(arguments))
-    except UserError as error:
-        print(f"trackio_rebuild.py: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="names of runs")
     parser.add_argument("--all", action="store_true", help="every run there is")
@@ -38,8 +30,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Raise UserError for a run that has no metrics, before any is rebuilt."""
+def carry_out(words: list[str]) -> str:
+    """Rebuild the runs and return a line for each. UserError for a run without metrics, before any is rebuilt."""
+    options = parse(words)
     place = options.output_dir / "runs"
     names = sorted(path.parent.name for path in place.glob("*/metrics.jsonl")) if options.all else options.runs
     if not names:
@@ -48,9 +41,11 @@ def run(options: argparse.Namespace) -> None:
     for folder in folders:
         if not folder.metrics.path.is_file():
             raise UserError(f"there is no {folder.metrics.path}; --output-dir names another place")
+    lines = []
     for folder in folders:
         project, rows = rebuild(folder, options.project)
-        print(f"{folder.name}: {rows} rows in the project {project}")
+        lines.append(f"{folder.name}: {rows} rows in the project {project}")
+    return "\n".join(lines)
 
 
 def rebuild(folder: RunFolder, project: str | None) -> tuple[str, int]:
@@ -73,5 +68,9 @@ def rebuild(folder: RunFolder, project: str | None) -> tuple[str, int]:
     return project, len(steps)
 
 
+def main(words: list[str]) -> int:
+    return front(words, None, carry_out)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

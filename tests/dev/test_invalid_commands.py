@@ -4,11 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from dev.invalid_commands import CONTRADICTIONS, EXTREMES, PARTS, drawn
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_a_hundred_wrong_command_lines_are_refused_and_change_nothing():
     """The forks start from a process of their own: this one has threads."""
     command = [sys.executable, str(ROOT / "dev/invalid_commands.py"), "--count", "100", "--jobs", "2"]

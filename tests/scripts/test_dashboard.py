@@ -19,7 +19,6 @@ from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 Look = Callable[..., str]
 
 
@@ -76,7 +75,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Look]:
     server.wait(20)
 
 
-@needs_browser
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_the_metrics_page_has_a_plot_for_each_metric_and_both_runs(pages: Look) -> None:
     text = pages("")
     assert "alpha" in text and "beta" in text and "Runs (2)" in text
@@ -86,20 +86,23 @@ def test_the_metrics_page_has_a_plot_for_each_metric_and_both_runs(pages: Look) 
         assert re.search(rf"\b{metric}\b", text), metric
 
 
-@needs_browser
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_resumed_run_is_one_line_of_the_table(pages: Look) -> None:
     rows = re.findall(r"(alpha|beta) (\d+) (\d+)", pages("runs"))
     assert [(name, int(last)) for name, _, last in sorted(rows)] == [("alpha", 4), ("beta", 8)]
 
 
-@needs_browser
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_the_media_page_shows_the_pictures(pages: Look) -> None:
     shown = pages("media", dom=True)
     assert "Images (3)" in re.sub(r"<[^>]*>", "", shown)
     assert len(re.findall(r"<img[^>]*src=\"[^\"]*\.png", shown)) >= 3
 
 
-@needs_browser
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_runs_page_has_its_settings(pages: Look) -> None:
     text = pages("run", selected_run="beta")
     assert "0.00123" in text and "kmeans" in text and "FlowMatchingLoss" in text

@@ -195,6 +195,7 @@ def test_short_runs_and_errors_far_above_the_solvers_own_are_named(tmp_path: Pat
     assert fine.startswith("Nothing stands out")
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 @pytest.mark.parametrize("width", [360, 1280])
 def test_a_browser_shows_it_readable_and_without_scrolling_sideways(width: int, output: Path, tmp_path: Path) -> None:

@@ -125,6 +125,7 @@ def test_unknown_run_is_one_sentence_with_the_nearest_name(output_dir: Path, cap
     assert code == 1 and "two different runs" in err
 
 
+@pytest.mark.process
 def test_runs_from_any_folder_without_the_libraries(output_dir: Path) -> None:
     """-S hides site-packages: the script finds the repository by itself and needs nothing else."""
     command = [sys.executable, "-S", str(ROOT / "scripts/runs.py"), "show", "moons_mlp", "--output-dir", "."]
@@ -241,6 +242,7 @@ def test_delete_says_so_when_the_database_is_damaged(
     assert f"trackio refuses the project {project}: " in err and err.count("\n") == 1
 
 
+@pytest.mark.process
 def test_delete_runs_from_any_folder_on_the_users_trackio_dir(project: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts/trackio_delete.py"), "--list", "--project", project]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
