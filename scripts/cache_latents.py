@@ -12,6 +12,8 @@ for each file. A file appears only once it is whole. Killed, the same command go
 are the same as if nothing had happened; files that are missing or cut short are made again,
 damaged ones once they are deleted. It refuses when the pictures have changed since: a cache is of one set of them.
 
+How long the encoding will take is said on stderr, measured on its first batch.
+
 Keys: out (required), shard_rows (8192), batch_size (32 pictures encoded at once), num_workers (4 processes that read),
 device (auto), verify (false); and any dataloaders or vae setting (dataloaders=imagenet_pixels, vae=stable_diffusion).
 """

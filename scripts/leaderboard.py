@@ -7,7 +7,8 @@
     python scripts/leaderboard.py redo=true                              # train anew what the settings no longer match
     python scripts/leaderboard.py output_dir=/tmp/trial -- max_steps=100 # a trial with further launcher words for every run
 
-Finished runs are skipped, begun ones go on, failed ones start again; Ctrl-C lets the runs at work save. A run is stale when
+Finished runs are skipped, begun ones go on, failed ones start again, and those that another process trains are waited for;
+Ctrl-C lets the runs at work save. After each run it says about how long the others will take. A run is stale when
 its words, or the settings they stand for, are no longer those of the table, or when the run it starts from was trained again
 since: it is named, left alone and kept out of the means, until redo=true moves it aside and trains it anew.
 

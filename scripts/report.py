@@ -30,7 +30,7 @@ from common.errors import UserError
 from common.files import write_atomically
 from configuration.values import NOT_NEGATIVE
 from run_files.run_folder import RunFolder
-from scripts.runs import find_run, flat, number, overrides, read_config, rows_that_differ, state
+from scripts.runs import find_run, flat, number, read_config, rows_that_differ, state
 from scripts.settings import known_settings
 from visualizers.curves import BAND
 
@@ -87,7 +87,7 @@ class RunRecord:
 
     @property
     def command(self) -> str:
-        return str(self.config.get("command", "python launcher.py " + " ".join(overrides(self.folder).split("\n"))))
+        return str(self.config.get("command", "python launcher.py " + " ".join(self.folder.read_overrides().split("\n"))))
 
     def figures(self, kind: str, alt: str) -> list[Figure]:
         """Return the run's own pictures of a kind, samples or neighbours, by step; one that cannot be read is left out."""

@@ -93,8 +93,8 @@ def show_run(options: argparse.Namespace) -> str:
     """Overrides, status, last metrics and files of one run."""
     folder = find_run(options.output_dir, options.names[0])
     status = folder.status.read()
-    best = best_scores(folder)
-    last = last_metrics(folder)
+    best, last = best_scores(folder), last_metrics(folder)
+    files = sorted(path for path in folder.path.rglob("*") if path.is_file() and not path.name.startswith("."))
     rows = [["metric", "last", "best"]] + [
         [name, number(value), number(best[name]) if name in best else ""] for name, value in sorted(last.items())
     ]
@@ -102,9 +102,9 @@ def show_run(options: argparse.Namespace) -> str:
         "": f"{folder.name}: {state(folder, status)} at step {status.get('step', '-')}, epoch {epochs(status)}, "
         f"{status.get('seconds', 0) / 60:.1f} minutes" + (f"\n{status['why']}" if status.get("why") else ""),
         "started, updated": f"{status.get('started', '-')}, {status.get('updated', '-')}",
-        "overrides": overrides(folder) or "none, or not stored",
+        "overrides": folder.read_overrides() or "none, or not stored",
         "metrics": table(rows) if last else "none yet",
-        "files": "\n".join(describe(path) for path in files(folder)),
+        "files": "\n".join(f"{path}  ({path.stat().st_size / 1024:,.1f} KiB)" for path in files),
     }
     return "\n\n".join(f"{title}\n{indent(text)}" if title else text for title, text in parts.items())
 
@@ -118,7 +118,7 @@ def compare_runs(options: argparse.Namespace) -> str:
     configs = [flat(read_config(folder)) for folder in folders]
     metrics = [last_metrics(folder) for folder in folders]
     settings = rows_that_differ(configs, str, ignored=("run_name",))
-    scores = rows_of(metrics, number, [name for name in all_keys(metrics) if not name.startswith("gpu/")])
+    scores = rows_of(metrics, number, [name for name in sorted(set().union(*metrics)) if not name.startswith("gpu/")])
     parts = [
         table([["setting", *names], *settings]) if settings else "the settings are the same",
         table([["last value", *names], *scores]) if scores else "no metrics yet",
@@ -198,17 +198,13 @@ def epochs(status: dict[str, Any]) -> str:
 def best_scores(folder: RunFolder) -> dict[str, float]:
     """Return the best value of each eval metric, over metrics.jsonl and the status."""
     best: dict[str, float] = {}
-    for scores in (folder.status.read().get("scores", {}), *evaluations(folder)):
+    evaluations = [row for _, row in folder.metrics.numbered_rows(holding='"eval/')]  # the others are not parsed
+    for scores in (folder.status.read().get("scores", {}), *evaluations):
         for name, value in scores.items():
             if name.startswith("eval/") and not NO_SCORE.search(name) and isinstance(value, int | float):
                 pick = max if higher_is_better(name) else min
                 best[name] = pick(best.get(name, value), value)
     return best
-
-
-def evaluations(folder: RunFolder) -> list[dict[str, Any]]:
-    """Return the rows that hold an eval metric; the others, by far the most, are not parsed."""
-    return [row for _, row in folder.metrics.numbered_rows(holding='"eval/')]
 
 
 def last_metrics(folder: RunFolder) -> dict[str, float | None]:
@@ -218,10 +214,6 @@ def last_metrics(folder: RunFolder) -> dict[str, float | None]:
         last |= row
     last |= folder.status.read().get("scores", {})
     return {name: v for name, v in last.items() if name not in NO_METRICS and (v is None or isinstance(v, int | float))}
-
-
-def overrides(folder: RunFolder) -> str:
-    return folder.read_overrides()
 
 
 def read_config(folder: RunFolder) -> dict[str, Any]:
@@ -237,13 +229,9 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     return {name: value for part in pairs for name, value in part.items()}
 
 
-def all_keys(columns: list[dict[str, Any]]) -> list[str]:
-    return sorted({key for column in columns for key in column})
-
-
 def rows_that_differ(columns: list[dict[str, Any]], show: Callable[[Any], str], ignored: tuple[str, ...]) -> list[list[str]]:
     """Return a row for each key whose values are not all the same."""
-    rows = rows_of(columns, show, [key for key in all_keys(columns) if key not in ignored])
+    rows = rows_of(columns, show, [key for key in sorted(set().union(*columns)) if key not in ignored])
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
@@ -257,14 +245,6 @@ def number(value: float | None) -> str:
     if value is None:
         return "nan"
     return str(value) if isinstance(value, int) else f"{value:.4g}"
-
-
-def files(folder: RunFolder) -> list[Path]:
-    return sorted(path for path in folder.path.rglob("*") if path.is_file() and not path.name.startswith("."))
-
-
-def describe(path: Path) -> str:
-    return f"{path}  ({path.stat().st_size / 1024:,.1f} KiB)"
 
 
 def indent(text: str) -> str:
