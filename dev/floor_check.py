@@ -17,16 +17,15 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
 from common.command_line import front
+from common.ranges import CountFrom2
 from common.seeds import generator_for
 from configuration.compose import compose_config, resolved
-from configuration.values import RANGES
 from dataloaders.base_dataloaders import FlowDataset
 from evaluation.metrics.base_metric import Generation, Score
 from evaluation.metrics.energy_distance import EnergyDistance
@@ -91,8 +90,8 @@ class Settings:
     """The command line."""
 
     data: list[str] = field(default_factory=lambda: ["gaussian", "kmeans", "digits"])
-    samples: Annotated[int, RANGES["samples"]] = 2000
-    replicates: Annotated[int, RANGES["samples"]] = 300
+    samples: CountFrom2 = 2000
+    replicates: CountFrom2 = 300
 
 
 def carry_out(words: list[str]) -> str:

@@ -18,7 +18,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,7 +28,7 @@ from markupsafe import Markup, escape
 from common.command_line import front, outputs, unknown
 from common.errors import UserError
 from common.files import write_atomically
-from configuration.values import NOT_NEGATIVE
+from common.ranges import NotNegative
 from run_files.run_folder import RunFolder
 from scripts.runs import find_run, flat, number, read_config, rows_that_differ, state
 from scripts.settings import known_settings
@@ -51,7 +51,7 @@ class Settings:
 
     out: Path | None = None
     output_dir: Path | None = None
-    price: Annotated[float | None, NOT_NEGATIVE] = None
+    price: NotNegative | None = None
 
 
 @dataclass(frozen=True)
