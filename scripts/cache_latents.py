@@ -241,7 +241,7 @@ def encode(settings: Settings, overrides: list[str]) -> str:
 
 def missing(cache: Cache, part: str, pictures: int, settings: Settings) -> dict[str, list[list[int]]]:
     """Return the shards of one part that are not there, by name: the numbers of their pictures, in batches."""
-    rows, step, plan = settings.shard_rows, settings.batch_size, {}
+    rows, step, plan = settings.shard_rows, settings.batch_size, dict[str, list[list[int]]]()
     for first in range(0, pictures, rows):
         name, numbers = f"{part}-{first // rows:05d}.npy", list(range(first, min(first + rows, pictures)))
         if not cache.holds(name):

@@ -31,19 +31,20 @@ NO_METRICS = ("step", "epoch", "elapsed_seconds", "provenance")  # keys of a row
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    place = {"type": Path, "metavar": "FOLDER", "help": "of the runs (outputs/ here or the repository's)"}
+    place: dict[str, Any] = {"type": Path, "metavar": "FOLDER", "help": "of the runs (outputs/ here or the repository's)"}
     parser = argparse.ArgumentParser(
         usage="runs.py [-h] [--output-dir FOLDER] (list | show NAME | compare A B ... | delete NAME ...)",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--output-dir", default=outputs(), **place)
     commands = parser.add_subparsers(required=True, metavar="list, show, compare or delete", prog="runs.py")
-    for name, report, names, what in (
+    reports: list[tuple[str, Callable[[argparse.Namespace], str], int | str | None, str]] = [
         ("list", list_runs, None, "every run in a line"),
         ("show", show_run, 1, "one run in full"),
         ("compare", compare_runs, "+", "two runs or more, side by side"),
         ("delete", delete_runs, "+", "runs, with their saves and their dashboard rows"),
-    ):
+    ]
+    for name, report, names, what in reports:
         command = commands.add_parser(name, help=what)
         command.add_argument("--output-dir", default=argparse.SUPPRESS, **place)
         command.set_defaults(report=report)
