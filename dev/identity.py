@@ -77,12 +77,12 @@ def carry_out(words: list[str]) -> int:
         with tempfile.TemporaryDirectory(prefix="identity-") as place:
             train([f"run_name={name}", *PLAIN.split(), *RUNS[name].split()], Path(place))
             found[name] = hashes(Path(place), name)
-        words = " ".join(f"{part} {digest[:12]}" for part, digest in found[name].items())
+        line = " ".join(f"{part} {digest[:12]}" for part, digest in found[name].items())
         if before is not None:
             parts = [part for part, digest in found[name].items() if before.get(name, {}).get(part) != digest]
             differ |= bool(parts)
-            words = f"different: {', '.join(parts)}" if parts else "identical"
-        print(f"{name}: {words}", flush=True)
+            line = f"different: {', '.join(parts)}" if parts else "identical"
+        print(f"{name}: {line}", flush=True)
     if options.write:
         options.write.write_text(json.dumps(found, indent=2) + "\n")
     return int(differ)
