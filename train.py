@@ -14,8 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from common.device import wait_for_device
 from common.distributed import explained_lost_ranks, rank
 from common.errors import UserError
@@ -112,7 +110,7 @@ def run_training(run: Run) -> float:
     """
     config = run.config
     remove_temporaries(run)
-    run.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(config)), config["overrides"])
+    run.write_config()
     begun_at = run.state.step
     resumed_at = begun_at if config["resume"] else None
     if resumed_at is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -223,11 +224,16 @@ class Run:
             "versions": package_versions(),
         }
 
+    def write_config(self) -> None:
+        self.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(self.config)), self.config["overrides"])
+
     def save(self, epoch: int | None, best: bool) -> None:
         """Save the state, and what people and scripts want to know of it."""
         self.settle()
         with self.writing():
             self.folder.metrics.sync()
+            if not self.folder.config_path.exists():  # deleted meanwhile: without it nothing goes on from the save
+                self.write_config()
             self.checkpoints.save(self.payload(), epoch, best)
         self.write_status("running")
 

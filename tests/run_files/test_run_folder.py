@@ -16,6 +16,7 @@ import pytest
 from backends.submission import prepare
 from common.errors import UserError
 from common.files import share, write_atomically
+from run_files.metrics_file import MetricsFile
 from run_files.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -251,6 +252,19 @@ def test_a_folder_that_is_deleted_while_its_run_writes_is_noticed_and_not_made_a
             write()
     assert not folder.path.exists()
     folder.release()
+
+
+def test_a_configuration_deleted_while_its_run_trains_is_there_again_with_the_next_save(small_run, monkeypatch) -> None:
+    sync = MetricsFile.sync
+
+    def lose_configuration(metrics: MetricsFile) -> None:
+        metrics.path.with_name("config.yaml").unlink()
+        sync(metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsFile, "sync", lose_configuration)
+        small_run("x", "max_steps=2")
+    small_run("x", "resume=true", "max_steps=3")
 
 
 TALKER = """
