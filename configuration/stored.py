@@ -213,7 +213,7 @@ def is_whole(config: dict[str, Any]) -> bool:
     return (
         all(isinstance(node, dict) and ("_target_" in node or node is choices) for node in parts)
         and all(
-            isinstance(choice := choices.get(group), str) and CHOICE.fullmatch(choice)
+            isinstance(choice := config["choices"].get(group), str) and CHOICE.fullmatch(choice)
             for group in ("model", "loss", "dataloaders")
         )
         and isinstance(config["dataloaders"].get("state_shape"), list)

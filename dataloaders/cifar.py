@@ -50,7 +50,10 @@ class Cifar(ImageTensor):
         source, wanted = place / folder, {*names, *META_FILES}
         remedy = f"put {archive}{url and f' from {url}'}, or the folder {folder} in it, into {place.absolute()}"
         if source.is_dir():
-            files = {file.name: file.read_bytes() for file in source.iterdir() if file.name in wanted and file.is_file()}
+            there = [file for file in source.iterdir() if file.name in wanted and file.is_file()]
+            for file in there:
+                require_size(file, file.stat().st_size, remedy)
+            files = {file.name: file.read_bytes() for file in there}
         else:
             source = place / archive
             require_archive(source, url, md5, download, remedy)
@@ -83,13 +86,19 @@ def read_archive(archive: Path, folder: str, names: Collection[str], remedy: str
             for member in tar:
                 place, _, name = member.name.rpartition("/")
                 stream = tar.extractfile(member) if place == folder and name in names and member.isreg() else None
-                if stream is not None and member.size > MOST_BYTES:
-                    raise UserError(f"{archive} has {member.name} of {member.size:,} bytes, far too many; {remedy}")
                 if stream is not None:
+                    require_size(archive / member.name, member.size, remedy)
                     contents[name] = stream.read()
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{archive} cannot be read to its end ({error}); {remedy}") from error
+        said = str(error).partition(":\n")[0]
+        raise UserError(f"{archive} cannot be read to its end ({said}); {remedy}") from error
     return contents
+
+
+def require_size(file: Path, size: int, remedy: str) -> None:
+    """Raise UserError for a file of more bytes than any batch has."""
+    if size > MOST_BYTES:
+        raise UserError(f"{file} has {size:,} bytes, far too many; {remedy}")
 
 
 def names_in(meta: dict[str, Any], label_key: str, classes: int) -> list[str] | None:

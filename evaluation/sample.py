@@ -168,7 +168,7 @@ class TrainedModel:
     def times(self, states: Tensor, *times: Tensor | float) -> list[Tensor]:
         """Return the times beside the states. UserError for states of another shape, or times not rising from 0 to 1."""
         shape, moments = self.config["dataloaders"]["state_shape"], [torch.as_tensor(t, device=states.device) for t in times]
-        rise = all(bool((torch.as_tensor(a) <= b).all()) for a, b in itertools.pairwise([0.0, *moments, 1.0]))
+        rise = all((a <= b).all() for a, b in itertools.pairwise([torch.tensor(0), *moments, torch.tensor(1)]))
         if list(states.shape[1:]) != shape or not rise:
             raise UserError(
                 f"this model takes states of shape (B, {', '.join(map(str, shape))}) at times 0 <= r <= t <= 1, not states "

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import io
+import os
 import pickle
 import shutil
 import tarfile
@@ -118,10 +119,18 @@ def test_an_archive_with_another_checksum_is_refused(archive: Path) -> None:
     assert build("cifar10", settings_of(archive, md5=right)).epoch_size == 250
 
 
-@pytest.mark.parametrize("bytes_left", [100, 200_000])
+@pytest.mark.parametrize("bytes_left", [0, 100, 200_000])
 def test_a_truncated_archive_is_one_sentence(archive: Path, bytes_left: int) -> None:
     archive.write_bytes(archive.read_bytes()[:bytes_left])
-    assert "cannot be read to its end" in refusal("cifar10", settings_of(archive))
+    message = refusal("cifar10", settings_of(archive))
+    assert "cannot be read to its end" in message and "\n" not in message
+
+
+def test_an_unpacked_file_that_is_huge_is_not_read(archive: Path) -> None:
+    with tarfile.open(archive) as opened:
+        opened.extractall(archive.parent, filter="data")
+    os.truncate(archive.parent / FOLDERS["cifar10"] / "data_batch_1", 2**40)
+    assert "1,099,511,627,776 bytes" in refusal("cifar10", settings_of(archive))
 
 
 def rewrite(archive: Path, change: Callable[[dict[str, bytes]], None]) -> None:
