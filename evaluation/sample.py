@@ -14,13 +14,14 @@ from common.distributed import rank
 from common.errors import UserError
 from common.files import write_atomically
 from common.progress import watched
+from common.ranges import Count
 from common.seeds import generator_for
 from configuration.build import build
 from configuration.checks import check_rows_fit, check_values
 from configuration.compose import compose_config, parse_overrides, resolved
 from configuration.overrides import laid_over
 from configuration.stored import stored_config
-from configuration.values import shown
+from configuration.values import Setting, check_value, shown
 from dataloaders.base_dataloaders import Batch
 from evaluation.evaluator import EvaluationInputs, Evaluator
 from evaluation.generate import (
@@ -89,6 +90,7 @@ class TrainedModel:
         and 1 is none. evaluations: so many equal steps of one evaluation each instead of a solver, see few_steps.
         UserError for more samples than this machine's memory holds.
         """
+        check_value("n", n, Setting(Count))
         check_rows_fit("n", n, self.config["dataloaders"]["state_shape"])
         source, labels, flow = build_source(self.config, torch.device("cpu")), self.labels(n, label), self.flow(guidance)
         if evaluations is not None:
@@ -115,7 +117,12 @@ class TrainedModel:
             raise UserError(f"label=all wants a sample of each of the {classes} classes; give n={classes} or more")
         if classes and label == "all":
             return torch.arange(n) * classes // n
-        labels = torch.as_tensor(label).cpu().expand(n) if classes and not isinstance(label, str) else torch.tensor([-1])
+        labels = torch.as_tensor(label).cpu() if classes and not isinstance(label, str) else torch.tensor(-1)
+        if labels.shape not in ((), (1,), (n,)):
+            raise UserError(
+                f"label takes a class, all, or a tensor of n={n} classes, not one of shape {tuple(labels.shape)}"
+            )
+        labels = labels.expand(n)
         if not 0 <= int(labels.min()) <= int(labels.max()) < max(classes, 1):
             raise UserError(
                 f"label={label if isinstance(label, (int, str)) else '(a tensor)'} does not fit: this model knows "

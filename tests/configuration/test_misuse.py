@@ -47,6 +47,13 @@ def test_guidance_that_guides_no_step_and_too_few_samples_for_all_classes_are_sa
     assert not torch.equal(model.sample(10, evaluations=2, guidance=guided), model.sample(10, evaluations=2))
     with pytest.raises(UserError, match="wants a sample of each of the 5 classes"):
         model.sample(4, label="all")
+    for n, label, said in (
+        (-1, None, "n takes a whole"),
+        (2.5, None, "n takes a whole"),
+        (4, torch.tensor([0, 1]), "n=4 classes"),
+    ):
+        with pytest.raises(UserError, match=said):
+            model.sample(n, label=label)  # type: ignore[arg-type]
     assert model.labels(5, "all").tolist() == [0, 1, 2, 3, 4]
 
 
