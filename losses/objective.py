@@ -12,11 +12,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from common.errors import UserError
 from common.ranges import Share
-from common.seeds import fork_generators
 from dataloaders.sources import Source
 from losses.couplings import Coupling
 from losses.paths import ProbabilityPath
@@ -24,6 +22,7 @@ from losses.predictions import Prediction
 from losses.time_samplers import TimeSampler
 from losses.weightings import Weighting
 from models.inputs import make_unified_flow_matching_input, with_class
+from models.layers import ReplayedDropout, replace_dropout
 from models.network import Network
 from models.velocity_model import VelocityModel
 
@@ -122,7 +121,7 @@ class FlowObjective(Objective, ABC):
         self.network = network
         self.path, self.coupling, self.time_sampler, self.prediction = path, coupling, time_sampler, prediction
         self.weighting, self.label_dropout = weighting, label_dropout
-        self.has_dropout = any(isinstance(part, _DropoutNd) and part.p > 0 for part in network.modules())
+        replace_dropout(network)
         self.register_buffer("data_mean", None, persistent=False)
         self.register_buffer("data_std", None, persistent=False)
 
@@ -142,16 +141,21 @@ class FlowObjective(Objective, ABC):
     @property
     def is_random(self) -> bool:
         """Whether two evaluations of the network differ: dropout, in training."""
-        return self.has_dropout and self.training
+        return self.training and any(part.p > 0 for part in self.dropouts())
+
+    def dropouts(self) -> list[ReplayedDropout]:
+        return [part for part in self.network.modules() if isinstance(part, ReplayedDropout)]
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
-        """Let the next evaluation of as many rows draw the dropout masks of those in the block again."""
-        if not self.is_random:
+        """Let the next evaluation of as many rows use the dropout masks of the one within."""
+        parts = self.dropouts() if self.training else []
+        outer = [part.keep() for part in parts]
+        try:
             yield
-            return
-        with fork_generators(next(self.network.parameters()).device):
-            yield
+        finally:
+            for part, kept in zip(parts, outer, strict=True):
+                part.replay(kept)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.device import full_products
 from common.errors import UserError
 from losses.objective import FlowBatch, FlowObjective, SecondTime, expand_time
 from losses.total_derivative import STEP, Engine, forward_derivative, picked_engine
@@ -56,8 +57,8 @@ class TerminalVelocityLoss(FlowObjective):
 
         if picked_engine(self.jvp, batch.t.device) == "func":
             return forward_derivative(u, (batch.t,), (torch.ones_like(batch.t),))
-        with self.repeated():
+        with full_products(), self.repeated():
             ahead = u(batch.t + STEP)
-        with self.repeated():
+        with full_products(), self.repeated():
             behind = u(batch.t - STEP)
         return u(batch.t), (ahead - behind) / (2 * STEP)

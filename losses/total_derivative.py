@@ -28,6 +28,7 @@ def forward_derivative(
     one form that has a forward derivative.
     """
     with sdpa_kernel(SDPBackend.MATH):
+        at = tuple(place.clone() for place in at)  # compiled forward mode refuses views
         value, derivative = torch.func.jvp(function, at, along)  # type: ignore[misc]
     return value, derivative
 

@@ -40,6 +40,47 @@ class ClassEmbedding(nn.Embedding):
         return self(label)
 
 
+class ReplayedDropout(nn.Module):
+    """Dropout whose masks one evaluation can leave to the next: keep() before it, replay() after it.
+
+    It draws what torch's dropout of the same kind would. Random states of generators would do as well, but they break
+    compiled graphs.
+    """
+
+    DRAWN_BY = {nn.Dropout: F.dropout, nn.Dropout1d: F.dropout1d, nn.Dropout2d: F.dropout2d, nn.Dropout3d: F.dropout3d}
+
+    def __init__(self, replaced: nn.Module):
+        super().__init__()
+        self.p, self.draw = float(replaced.p), self.DRAWN_BY[type(replaced)]  # type: ignore[arg-type, index]
+        self.left: list[Tensor] = []  # masks that the next evaluation uses
+        self.kept: list[Tensor] | None = None  # masks of this evaluation, where they are kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        mask = self.left.pop(0) if self.left else self.draw(torch.ones(x.shape, dtype=x.dtype, device=x.device), self.p)
+        if self.kept is not None:
+            self.kept.append(mask)
+        return x * mask.to(x.dtype)
+
+    def keep(self) -> list[Tensor] | None:
+        """Keep the masks from here on; return those that an evaluation around this one has kept so far."""
+        outer, self.kept = self.kept, []
+        return outer
+
+    def replay(self, outer: list[Tensor] | None) -> None:
+        """Leave the masks kept since keep() to the next evaluation, which is within `outer`."""
+        self.left, self.kept = self.kept or [], outer
+
+
+def replace_dropout(network: nn.Module) -> None:
+    """Put a ReplayedDropout in the place of each dropout layer inside the network."""
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if type(child) in ReplayedDropout.DRAWN_BY:
+                setattr(module, name, ReplayedDropout(child))
+
+
 class GroupNorm(nn.Module):
     """Group normalisation written as a layer norm over each flattened group, with explicit scale and shift.
 

@@ -401,7 +401,6 @@ def found(case: Callable[[], str], where: str, name: str, fault: Any) -> str:
 def planted_cases() -> Iterator[tuple[str, Callable[[], str]]]:
     """Each check can fail."""
     import training.loop
-    from common.seeds import fork_generators
     from evaluation.metrics.wasserstein import SlicedWasserstein
     from losses.paths import ProbabilityPath
     from losses.total_derivative import DerivativeObjective
@@ -418,6 +417,10 @@ def planted_cases() -> Iterator[tuple[str, Callable[[], str]]]:
 
     def of_the_cpu(self: Any, count: int, generator: torch.Generator) -> torch.Tensor:
         return torch.randn(count, *self.state_shape, generator=torch.Generator(), device=device.NAME)
+
+    def forgetting(self: Any, outer: list[torch.Tensor] | None) -> None:
+        kept = self.kept or []
+        self.left, self.kept = [mask for mask in kept if mask.device.type == "cpu"], outer
 
     def in_double(self: Any, x: torch.Tensor, y: torch.Tensor) -> float:
         return distance(self, x.double(), y)
@@ -442,10 +445,10 @@ def planted_cases() -> Iterator[tuple[str, Callable[[], str]]]:
         "no map_location",
         lambda: found(going_on, "torch", "load", lambda file, map_location=None, **options: torch_load(file, **options)),
     )
-    yield "masks of dropout that differ", lambda: found(
-        lambda: same_curve(config_of(*difference)), "losses.objective", "fork_generators",
-        lambda where: fork_generators(torch.device("cpu")),
-    )  # fmt: skip
+    yield (
+        "masks of dropout that are not used again",
+        lambda: found(lambda: same_curve(config_of(*difference)), "models.layers:ReplayedDropout", "replay", forgetting),
+    )
     if KIND == "cuda":
         rounded = DerivativeObjective.central_difference.__wrapped__  # type: ignore[attr-defined]
         yield (
