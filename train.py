@@ -20,11 +20,12 @@ from common.errors import UserError
 from common.files import DISK_ERRORS, disk_sentence
 from configuration.stored import allow_for
 from evaluation.sample import evaluate_checkpoint
-from run_files.checkpoint import saves_of
+from run_files.checkpoint_folder import saves_of
 from run_files.checks import check_run_is_new
-from run_files.run_folder import RunFolder, SilentRunFolder, run_folder_of
+from run_files.run_folder import run_folder_of
 from training.assemble import assemble
 from training.loop import fit
+from training.records import Records
 from training.run import Run, Stop
 from training.summary import print_end, print_start, print_times
 
@@ -34,7 +35,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def carry_out(config: dict[str, Any]) -> float | None:
     """Train, or score a checkpoint. Returns the best monitored value, if any was found.
 
-    UserError for what the user can mend. SystemExit 130, 143 or 129 after SIGINT, SIGTERM or SIGHUP, the run being saved.
+    UserError for what the user can correct. SystemExit 130, 143 or 129 after SIGINT, SIGTERM or SIGHUP, the run being saved.
     """
     allow_for(config)
     with explained_memory_errors():
@@ -42,119 +43,90 @@ def carry_out(config: dict[str, Any]) -> float | None:
             with explained_disk_errors(None):
                 evaluate_checkpoint(config)
             return None
-        folder = open_run_folder(config)
-        if config["resume"]:
+        folder = run_folder_of(config)
+        if config["resume"] and rank() == 0:
             folder.lock.acquire()  # before its save is read: whoever still trains it would save a newer one
         try:
             run = assemble(config)
-            run.folder = folder
+            run.records.folder = folder
             return start_or_resume(run)
         finally:
             folder.release()
 
 
-def open_run_folder(config: dict[str, Any]) -> RunFolder:
-    """Return the run's folder; only the first process writes there."""
-    folder = run_folder_of(config)
-    return folder if rank() == 0 else SilentRunFolder(folder.path)
-
-
 def start_or_resume(run: Run) -> float | None:
     """Take the run's name, and train. Returns the best monitored value, if any was found."""
-    config = run.config
-    if config["resume"] and run.state.step >= run.total_steps:
+    records, settings = run.records, run.records.settings
+    if settings.resume and run.state.step >= run.total_steps:
         say_finished(run)
         return run.state.best
-    wait_for_device(run.device, config["wait"])
-    with stop_signals(run), explained_disk_errors(run):
-        if run.rank == 0 and not config["resume"]:
-            claim_run_name(run)
+    wait_for_device(run.device, settings.wait)
+    with stop_signals(run), explained_disk_errors(records):
+        if run.rank == 0 and not settings.resume:
+            claim_run_name(records)
         return run_training(run)
 
 
-def claim_run_name(run: Run) -> None:
+def claim_run_name(records: Records) -> None:
     """Hold the folder of a new run. UserError when another process has begun it meanwhile."""
-    run.folder.lock.acquire()
-    if run.config["overwrite"]:
-        move_aside(run)
-        run.folder.lock.acquire()
+    folder = records.folder
+    folder.lock.acquire()
+    if records.settings.overwrite:
+        move_aside(records)
+        folder.lock.acquire()
     else:
-        check_run_is_new(run.config, run.folder.path)
-        run.folder.clear()
+        check_run_is_new(records.config, folder.path)
+        folder.clear()
 
 
 def say_finished(run: Run) -> None:
     """Say that nothing is left to do, and complete what a kill at the very end may have left out."""
-    config = run.config
-    key = "max_steps" if config["max_steps"] else "epochs"
+    key, value = ("max_steps", run.settings.max_steps) if run.settings.max_steps else ("epochs", run.settings.epochs)
     print(
-        f"{config['run_name']} has done its {run.state.step:,} steps already; give a larger {key}= "
-        f"(it has {config[key]}) to go on"
+        f"{run.notes.run_name} has done its {run.state.step:,} steps already; give a larger {key}= (it has {value}) to go on"
     )
-    with explained_disk_errors(run):
-        remove_temporaries(run)
-        if run.folder.status.read().get("state") != "finished":
-            run.export_weights(run.state.ema_objective.network.state_dict())
-            run.folder.status.write("finished", run.state.step, run.epoch, run.elapsed())
-
-
-def remove_temporaries(run: Run) -> None:
-    """Half-written files of processes of this run that were killed; its lock is held."""
-    run.folder.remove_temporaries()
-    run.checkpoints.remove_temporaries()
+    with explained_disk_errors(run.records):
+        run.records.remove_temporaries()
+        status = run.records.folder.status.read()
+        if status.get("state") != "finished":
+            run.records.export(run.payload())
+            run.last_values |= status.get("scores", {})
+            run.write_status("finished")
 
 
 def run_training(run: Run) -> float:
-    """Return one sitting: from the summary before to the closing block after, with the status file telling the truth
-    throughout.
+    """Train to the end or a stop, between the summary before and the closing block after; the status file tells the truth
+    throughout. Returns the best monitored value.
     """
-    config = run.config
-    remove_temporaries(run)
-    run.write_config()
-    begun_at = run.state.step
-    resumed_at = begun_at if config["resume"] else None
-    if resumed_at is not None:
-        run.folder.metrics.trim(resumed_at)
+    records, begun_at = run.records, run.state.step
+    resumed_at = begun_at if records.settings.resume else None
+    records.begin(resumed_at)
     run.write_status("running")
     print_start(run)
-    run.tracker.start(config["run_name"], public(config), run.folder.path, resumed_at, overwrite=config["overwrite"])
+    records.start_tracker(resumed_at)
     try:
-        with explained_disk_errors(run), explained_lost_ranks():
+        with explained_disk_errors(records), explained_lost_ranks():
             print_times(run)
             fit(run)
-            check_saved(run, begun_at)
+            if run.state.step != begun_at:
+                records.check_saved(run.state.step)
     except BaseException as error:
         with suppress(OSError):  # the disk may be what failed
-            run.settle()
+            records.settle()
         with suppress(OSError, UserError):  # or the folder is gone
             run.write_status("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise
     finally:
         for callback in run.callbacks:
             callback.close()
-        run.tracker.finish()
-    run.export_weights(run.state.ema_objective.network.state_dict())
+        records.tracker.finish()
+    records.export(run.payload())
     run.write_status("interrupted" if run.interrupted else "finished", run.stop.why if run.stop else "")
-    picture = run.folder.sample_picture(run.state.step)
-    print_end(run, picture if picture.exists() else None)
+    print_end(run)
     stop = run.stop or run.asked  # asked for after the last step
     if stop is not None and stop.signal:
         raise SystemExit(128 + stop.signal)
     return run.state.best
-
-
-def check_saved(run: Run, begun_at: int) -> None:
-    """Raise UserError when on_save_error=continue has trained from step `begun_at` to an end that no save holds."""
-    run.settle()
-    if run.state.step != begun_at and run.checkpoints.saved_step != run.state.step:
-        raise UserError(
-            f"{run.refusal}; step {run.state.step} is in no save, {run.last_save()}; make room, then go on with resume=true"
-        )
-
-
-def public(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration as the tracker shows it."""
-    return {key: value for key, value in config.items() if key not in ("changed", "overrides")}
 
 
 @contextmanager
@@ -185,21 +157,22 @@ def stop_signals(run: Run) -> Iterator[None]:
 
 
 @contextmanager
-def explained_disk_errors(run: Run | None) -> Iterator[None]:
-    """A full, read-only or broken disk is the user's to mend: say where it is, and what is safe."""
+def explained_disk_errors(records: Records | None) -> Iterator[None]:
+    """Turn the errors of a full, read-only or broken disk into a UserError: where it is, and what is safe."""
     try:
         yield
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        begun = run is not None and run.folder.config_path.is_file()
-        what = f"{run.last_save()}; make room, then go on with resume=true" if run and begun else "make room, and try again"
-        raise UserError(f"{disk_sentence(error)}; {what}") from error
+        remedy = "make room, and try again"
+        if records is not None and records.folder.config_path.is_file():
+            remedy = f"{records.last_save()}; make room, then go on with resume=true"
+        raise UserError(f"{disk_sentence(error)}; {remedy}") from error
 
 
 @contextmanager
 def explained_memory_errors() -> Iterator[None]:
-    """Out of memory is the user's to mend: say what to turn."""
+    """Turn the errors of a full memory into a UserError: which settings to change."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -212,21 +185,21 @@ def explained_memory_errors() -> Iterator[None]:
         ) from error
 
 
-def move_aside(run: Run) -> None:
-    """Rename the files of an earlier run of this name, so that overwrite=true loses nothing; lets go of its folder.
+def move_aside(records: Records) -> None:
+    """Rename the files of an earlier run of this name, so that overwrite=true loses nothing; releases its folder.
 
     The saves go first: a kill in between leaves a folder that asks for overwrite=true again, never saves without one.
     """
-    name, output_dir = run.config["run_name"], Path(run.config["output_dir"])
+    folder, output_dir = records.folder, Path(records.settings.output_dir)
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    numbered = (f"{name}.old-{stamp}" + (f".{n}" if n > 1 else "") for n in itertools.count(1))
-    taken = {path.name for path in run.folder.path.parent.iterdir()}
+    numbered = (f"{folder.name}.old-{stamp}" + (f".{n}" if n > 1 else "") for n in itertools.count(1))
+    taken = {path.name for path in folder.path.parent.iterdir()}
     new_name = next(new for new in numbered if new not in taken and not saves_of(output_dir, new))
-    for path in saves_of(output_dir, name):
-        path.rename(path.with_name(path.name.replace(name, new_name, 1)))
-    if run.folder.config_path.exists():
-        run.folder.path.rename(run.folder.path.with_name(new_name))
-    run.folder.release()
+    for path in saves_of(output_dir, folder.name):
+        path.rename(path.with_name(path.name.replace(folder.name, new_name, 1)))
+    if folder.config_path.exists():
+        folder.path.rename(folder.path.with_name(new_name))
+    folder.release()
 
 
 if __name__ == "__main__":  # torchrun train.py is torchrun launcher.py

@@ -80,7 +80,7 @@ class Contestant:
         objective, batch = self.run.state.objective, next(self.groups)[0]
         objective.train()
         with FlopCounterMode(display=False) as counter:
-            objective(batch, self.run.teacher)["loss"].backward()
+            objective(batch, self.run.state.teacher)["loss"].backward()
         objective.zero_grad(set_to_none=True)
         return counter.get_total_flops() / 1e9
 
@@ -119,13 +119,13 @@ class Contestant:
         data_seconds, groups = self.timed(lambda: [next(self.groups) for _ in range(steps)])
         step_seconds, _ = self.timed(lambda: [train_step(self.run, group) for group in groups])
         rows = sum(len(batch) for group in groups for batch in group)
-        flow = self.run.flow
+        flow = self.run.inputs.flow
         if flow is None:
             raise UserError("this times generators, and a classifier makes no samples; leave loss=cross_entropy out")
-        noise = self.run.source.sample(self.run.batch_size, torch.Generator(self.run.device).manual_seed(0))
+        noise = self.run.source.sample(self.run.settings.batch_size, torch.Generator(self.run.device).manual_seed(0))
         with torch.no_grad():
             sample_seconds, _ = self.timed(
-                lambda: generate(flow, self.run.solver, noise, None, lambda k, first, count: noise[:count])
+                lambda: generate(flow, self.run.inputs.solver, noise, None, lambda k, first, count: noise[:count])
             )
         total = data_seconds + step_seconds
         memory = torch.cuda.max_memory_allocated() / 2**20 if self.run.device.type == "cuda" else resident_megabytes()

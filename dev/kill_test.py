@@ -238,7 +238,7 @@ def drive(folder: Path, kills: int, chance: random.Random, more: Sequence[str] =
 
 def save_stages() -> list[str]:
     """Return every stage of the save at an epoch's end that is also the best so far, in order."""
-    from run_files.checkpoint import CheckpointFolder
+    from run_files.checkpoint_folder import CheckpointFolder
 
     seen: list[str] = []
     with tempfile.TemporaryDirectory() as folder:

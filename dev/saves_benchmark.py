@@ -14,7 +14,7 @@ def saves_seconds(payload: dict[str, Any], place: Path, rounds: int) -> dict[str
 
     payload: what a checkpoint holds; it is written below `place`.
     """
-    from run_files.checkpoint import CheckpointFolder, tensor_bytes
+    from run_files.checkpoint_folder import CheckpointFolder, tensor_bytes
 
     ways = {"at once": False, "in the background": True}
     folders = {

@@ -45,7 +45,7 @@ def check_writable(key: str, folder: Path, below: str = "") -> None:
 
 
 def takes_folders(folder: Path) -> bool:
-    """Whether a folder can be made in `folder`. It is tried where the file system has no room of its own, as /proc."""
+    """Return whether a folder can be made in `folder`. Tried where the file system has no room of its own, as /proc."""
     if os.statvfs(folder).f_blocks:
         return os.access(folder, os.W_OK | os.X_OK)
     try:
@@ -58,25 +58,32 @@ def takes_folders(folder: Path) -> bool:
 def check_run_is_new(config: dict[str, Any], run_folder: Path) -> None:
     """Raise UserError when the name is taken and nothing says what to do about it, or is another run's but for the case."""
     name, there = config["run_name"], [path.name for path in run_folder.parent.glob("*")]
-    alike = next((other for other in there if other.lower() == name.lower()), name)
-    if name not in there and alike != name:
-        raise UserError(
-            f"run_name={name} differs from the run {alike} in {run_folder.parent} only in capitals, which not every disk "
-            f"tells apart; write {alike}, or choose another name"
+    alike = [] if name in there else [other for other in there if other.lower() == name.lower()]
+    why: str | None
+    if alike:
+        why = (
+            f"differs from the run {alike[0]} in {run_folder.parent} only in capitals, which not every disk tells apart; "
+            f"write {alike[0]}"
         )
-    if config["resume"] or config["overwrite"] or config["eval_checkpoint"]:
-        return
-    left = first_save(config)
-    if (run_folder / "config.yaml").exists() and (left or not ended_unbegun(RunFolder(run_folder))):
-        raise UserError(
-            f"run_name={name} exists already in {run_folder}; go on with it by resume=true, "
-            "replace it (the old run is moved aside) by overwrite=true, or choose another name"
+    else:
+        decided = config["resume"] or config["overwrite"] or config["eval_checkpoint"]
+        why = None if decided else taken(config, RunFolder(run_folder))
+    if why:
+        raise UserError(f"run_name={name} {why}, or choose another name")
+
+
+def taken(config: dict[str, Any], folder: RunFolder) -> str | None:
+    """Return what of an earlier run a new one would overwrite, and what to do about it; None for nothing."""
+    left, status = first_save(config), folder.status.read()
+    unbegun = status.get("state") in ("failed", "interrupted") and status.get("step") == 0
+    if folder.config_path.exists() and (left or not unbegun):
+        return (
+            f"exists already in {folder.path}; go on with it by resume=true, replace it (the old run is moved aside) by "
+            "overwrite=true"
         )
-    if left is not None:
-        raise UserError(
-            f"run_name={name} has saves already, such as {left}, of a run whose folder is gone; "
-            "move them aside by overwrite=true, or choose another name"
-        )
+    if left:
+        return f"has saves already, such as {left}, of a run whose folder is gone; move them aside by overwrite=true"
+    return None
 
 
 def first_save(config: dict[str, Any]) -> Path | None:
@@ -85,9 +92,3 @@ def first_save(config: dict[str, Any]) -> Path | None:
     epoch_save = re.compile(re.escape(name) + r"_epoch_\d{4,}\.pt")
     archived = (path for path in saves.glob("*/archive/*.pt") if epoch_save.fullmatch(path.name))
     return next((path for path in (*saves.glob(f"*/{name}_last.pt"), *archived)), None)
-
-
-def ended_unbegun(folder: RunFolder) -> bool:
-    """Whether the run there came to its end before its first step."""
-    status = folder.status.read()
-    return status.get("state") in ("failed", "interrupted") and status.get("step") == 0

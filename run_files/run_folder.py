@@ -89,35 +89,5 @@ class RunFolder:
         self.lock.release()
 
 
-class SilentStatus(StatusFile):
-    def write(self, *_: Any, **__: Any) -> None: ...
-
-
-class SilentMetrics(MetricsFile):
-    def append(self, *_: Any, **__: Any) -> None: ...
-
-    def sync(self) -> None: ...
-
-    def trim(self, step: int) -> None: ...
-
-
-class SilentLock(RunLock):
-    def acquire(self) -> None: ...
-
-
-class SilentRunFolder(RunFolder):
-    """The folder as the other processes of a run see it: they read, and what they would write is dropped."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.lock = SilentLock(path)
-        self.status = SilentStatus(path / "status.json", self.lock)
-        self.metrics = SilentMetrics(path / "metrics.jsonl", self.lock)
-
-    def remove_temporaries(self) -> None: ...
-
-    def write_config(self, config: str, overrides: list[str]) -> None: ...
-
-
 def run_folder_of(config: dict[str, Any]) -> RunFolder:
     return RunFolder(Path(config["output_dir"]) / "runs" / config["run_name"])

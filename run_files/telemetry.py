@@ -7,17 +7,17 @@ gpu/temp_c      degrees Celsius
 cuda/allocated_mb, cuda/reserved_mb, mps/allocated_mb, mps/driver_mb    memory of this process in MiB
 """
 
-import contextlib
 import json
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
+from statistics import fmean
 from typing import Any
 
 MIB = 2**20
@@ -25,109 +25,69 @@ WINDOW_SECONDS = 5.0
 MACMON_COMMAND = ["macmon", "pipe", "-i", "500"]  # one JSON line every 500 ms
 
 
-class Telemetry(ABC):
-    """Reads the accelerator of this process."""
+class Telemetry:
+    """Reads the accelerator of this process; this one a CPU, of which nothing is known."""
 
-    @abstractmethod
     def read(self) -> dict[str, float]:
         """Return the figures known now, at once; a figure that is not known is absent."""
-
-    def close(self) -> None:
-        """Let go of what the reader holds; it may be called more than once."""
-
-
-class NoTelemetry(Telemetry):
-    """A CPU, or an accelerator nobody can read."""
-
-    def read(self) -> dict[str, float]:
         return {}
 
-
-class TorchCudaTelemetry(Telemetry):
-    """What torch itself knows of the current CUDA device: memory."""
-
-    def read(self) -> dict[str, float]:
-        import torch
-
-        return {
-            "cuda/allocated_mb": torch.cuda.memory_allocated() / MIB,
-            "cuda/reserved_mb": torch.cuda.memory_reserved() / MIB,
-        }
+    def close(self) -> None:
+        """Stop reading; it may be called more than once."""
 
 
-class NvidiaTelemetry(TorchCudaTelemetry):
-    """The current CUDA device through NVML (extra `gpu`), and torch's memory figures.
+class CudaTelemetry(Telemetry):
+    """The current CUDA or ROCm device by torch.cuda, which asks NVML (extra `gpu`) or amdsmi.
 
-    NVML's utilisation is the share of its last sampling period (up to a second) in which a kernel ran. A figure that
-    the device does not offer (power on some laptops, load on a MIG slice) is absent.
-
-    Raises:
-        pynvml.NVMLError: no NVIDIA driver (ROCm calls its devices cuda as well), or one that does not know the device.
+    A figure that cannot be read at first (power on some laptops, load on a MIG slice) is left out; where none can, one line
+    says why, and the memory figures remain. Utilisation is that of NVML's last sampling period, up to a second.
     """
 
     def __init__(self) -> None:
-        import pynvml
         import torch
 
-        self.nvml = pynvml
-        self.nvml.nvmlInit()
-        self.device = self.nvml.nvmlDeviceGetHandleByUUID(nvml_uuid(torch.cuda.get_device_properties().uuid))
-        self.readers: dict[str, Callable[[], float]] = {
-            "gpu/util_pct": lambda: self.nvml.nvmlDeviceGetUtilizationRates(self.device).gpu,
-            "gpu/freq_mhz": lambda: self.nvml.nvmlDeviceGetClockInfo(self.device, self.nvml.NVML_CLOCK_SM),
-            "gpu/power_w": lambda: self.nvml.nvmlDeviceGetPowerUsage(self.device) / 1000,
-            "gpu/temp_c": lambda: self.nvml.nvmlDeviceGetTemperature(self.device, self.nvml.NVML_TEMPERATURE_GPU),
+        self.cuda = torch.cuda
+        readers: dict[str, Callable[[], float]] = {
+            "gpu/util_pct": torch.cuda.utilization,
+            "gpu/freq_mhz": torch.cuda.clock_rate,
+            "gpu/power_w": lambda: torch.cuda.power_draw() / 1000,
+            "gpu/temp_c": torch.cuda.temperature,
         }
+        self.readers = {name: reader for name, reader in readers.items() if self.figure(reader) is not None}
+        if not self.readers:
+            remedy = "`uv sync --extra gpu` adds load, clock, power and heat of NVIDIA's"
+            print(f"GPU telemetry is memory only ({self.why}); {remedy}", file=sys.stderr)
+
+    def figure(self, reader: Callable[[], float]) -> float | None:
+        """Return a figure, None where it cannot be read; `why` has what was raised last."""
+        try:
+            return float(reader())
+        except (ImportError, RuntimeError, *library_errors()) as error:
+            self.why = f"{type(error).__name__}: {error}"
+            return None
 
     def read(self) -> dict[str, float]:
-        figures = super().read()
-        for name, reader in self.readers.items():
-            with contextlib.suppress(self.nvml.NVMLError):
-                figures[name] = float(reader())
-        return figures
-
-    def close(self) -> None:
-        if self.readers:
-            self.nvml.nvmlShutdown()
-        self.readers = {}
+        memory = {"cuda/allocated_mb": self.cuda.memory_allocated(), "cuda/reserved_mb": self.cuda.memory_reserved()}
+        figures = {name: self.figure(reader) for name, reader in self.readers.items()}
+        known = {name: value for name, value in figures.items() if value is not None}
+        return {name: count / MIB for name, count in memory.items()} | known
 
 
-class RollingMean:
-    """Means over the last `seconds` of samples; safe between one writing and one reading thread."""
-
-    def __init__(self, seconds: float = WINDOW_SECONDS, clock: Callable[[], float] = time.monotonic) -> None:
-        self.seconds = seconds
-        self.clock = clock
-        self.samples: deque[tuple[float, dict[str, float]]] = deque()
-        self.lock = threading.Lock()
-
-    def add(self, sample: dict[str, float]) -> None:
-        with self.lock:
-            self.samples.append((self.clock(), sample))
-            self.forget_old()
-
-    def mean(self) -> dict[str, float]:
-        """Per name, the mean over the samples in the window that have it."""
-        with self.lock:
-            self.forget_old()
-            samples = [sample for _, sample in self.samples]
-        names = sorted({name for sample in samples for name in sample})
-        values = {name: [sample[name] for sample in samples if name in sample] for name in names}
-        return {name: sum(known) / len(known) for name, known in values.items()}
-
-    def forget_old(self) -> None:
-        while self.samples and self.samples[0][0] <= self.clock() - self.seconds:
-            self.samples.popleft()
+def library_errors() -> tuple[type[Exception], ...]:
+    """Return the errors that NVML or amdsmi raises, of whichever is installed."""
+    named = (("pynvml", "NVMLError"), ("amdsmi", "AmdSmiException"))
+    return tuple(getattr(import_module(module), name) for module, name in named if find_spec(module))
 
 
 class AppleTelemetry(Telemetry):
-    """An Apple GPU: macmon's stream, averaged over a rolling window of 5 s, and torch's memory figures.
+    """An Apple GPU: macmon's stream, averaged over the last 5 s, and torch's memory figures.
 
     Without macmon on PATH one line says how to install it and only the memory figures remain.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.window = RollingMean(WINDOW_SECONDS, clock)
+        self.clock = clock
+        self.samples: deque[tuple[float, dict[str, float]]] = deque(maxlen=100)
         self.process: subprocess.Popen[str] | None = None
         if shutil.which("macmon") is None:
             print("GPU telemetry is off: macmon is not installed; `brew install macmon` turns it on", file=sys.stderr)
@@ -135,18 +95,20 @@ class AppleTelemetry(Telemetry):
         self.process = subprocess.Popen(
             MACMON_COMMAND, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
-        self.reader = threading.Thread(target=self.follow, daemon=True, name="macmon")
+        self.reader = threading.Thread(target=self.follow, args=(self.process.stdout,), daemon=True, name="macmon")
         self.reader.start()
 
-    def follow(self) -> None:
-        """Take in macmon's lines until it ends; runs in its own thread."""
-        assert self.process is not None and self.process.stdout is not None
-        for line in self.process.stdout:
+    def follow(self, lines: Any) -> None:
+        """Take in macmon's lines until it ends; runs in a thread of its own."""
+        for line in lines:
             if line.startswith("{") and line.endswith("}\n"):
-                self.window.add(parse_macmon(json.loads(line)))
+                self.samples.append((self.clock(), parse_macmon(json.loads(line))))
 
     def read(self) -> dict[str, float]:
-        return self.window.mean() | mps_memory()
+        begin = self.clock() - WINDOW_SECONDS
+        recent = [sample for moment, sample in self.samples.copy() if moment > begin]
+        names = sorted({name for sample in recent for name in sample})
+        return {name: fmean(sample[name] for sample in recent if name in sample) for name in names} | mps_memory()
 
     def close(self) -> None:
         if self.process is None:
@@ -162,9 +124,9 @@ class AppleTelemetry(Telemetry):
 def parse_macmon(record: dict[str, Any]) -> dict[str, float]:
     """Return one macmon record in our names and units.
 
-    macmon up to 0.7 tells the GPU as `gpu_usage: [MHz, ratio]`, its ratio (0 to 1) scaled by frequency; from 0.8 on it
-    has `gpu_freq_mhz` and `gpu_active_ratio`, the share of time busy (0 to 1), which is what NVML means as well and is
-    taken where present. `gpu_power` is in watts, `temp.gpu_temp_avg` in Celsius, 0 where no sensor answered.
+    macmon up to 0.7 has `gpu_usage: [MHz, ratio]`, its ratio (0 to 1) scaled by frequency; from 0.8 on it has
+    `gpu_freq_mhz` and `gpu_active_ratio`, the share of time busy (0 to 1), which is what NVML means as well and is taken
+    where present. `gpu_power` is in watts, `temp.gpu_temp_avg` in Celsius, 0 where no sensor answered.
     """
     if "gpu_active_ratio" in record:
         frequency, ratio = record["gpu_freq_mhz"], record["gpu_active_ratio"]
@@ -176,40 +138,15 @@ def parse_macmon(record: dict[str, Any]) -> dict[str, float]:
 
 
 def mps_memory() -> dict[str, float]:
-    """Memory of this process on the Apple GPU: tensors, and all that the driver holds for it; nothing elsewhere."""
+    """Return memory of this process on the Apple GPU: tensors, and all that the driver holds for it; nothing elsewhere."""
     import torch
 
     if not torch.backends.mps.is_available():
         return {}
-    return {
-        "mps/allocated_mb": torch.mps.current_allocated_memory() / MIB,
-        "mps/driver_mb": torch.mps.driver_allocated_memory() / MIB,
-    }
-
-
-def nvml_uuid(uuid: object) -> str:
-    """Return torch's UUID of a device as NVML writes it; unlike an index it means the same under CUDA_VISIBLE_DEVICES."""
-    return f"GPU-{str(uuid).removeprefix('GPU-')}"
+    memory = {"mps/allocated_mb": torch.mps.current_allocated_memory(), "mps/driver_mb": torch.mps.driver_allocated_memory()}
+    return {name: count / MIB for name, count in memory.items()}
 
 
 def telemetry_for(device_type: str) -> Telemetry:
-    """Return the reader for torch's device type (cpu, cuda, mps); what cannot be read costs a line on
-    stderr, not the run.
-    """
-    if device_type == "mps":
-        return AppleTelemetry()
-    return cuda_telemetry() if device_type == "cuda" else NoTelemetry()
-
-
-def cuda_telemetry() -> Telemetry:
-    """NVML where there is one, else torch's memory figures and a line that says why."""
-    if find_spec("pynvml") is None:
-        print("GPU telemetry is memory only: `uv sync --extra gpu` adds load, clock, power and heat", file=sys.stderr)
-        return TorchCudaTelemetry()
-    import pynvml
-
-    try:
-        return NvidiaTelemetry()
-    except pynvml.NVMLError as error:
-        print(f"GPU telemetry is memory only: NVML says {error}", file=sys.stderr)
-        return TorchCudaTelemetry()
+    """Return the reader for torch's device type (cpu, cuda, mps)."""
+    return {"mps": AppleTelemetry, "cuda": CudaTelemetry}.get(device_type, Telemetry)()

@@ -90,8 +90,8 @@ def counts(*overrides: str) -> tuple[int, int]:
     """Samples of evaluations and of the last one."""
     run = assemble(prepare(["run_name=x", "device=cpu", *overrides]))
     assert isinstance(run.evaluator, GeneratorEvaluator)
-    assert run.config["evaluation"]["samples"] == run.evaluator.samples
-    assert run.config["evaluation"]["final_samples"] == run.evaluator.final_samples
+    assert run.records.config["evaluation"]["samples"] == run.evaluator.samples
+    assert run.records.config["evaluation"]["final_samples"] == run.evaluator.final_samples
     return run.evaluator.samples, run.evaluator.final_samples
 
 

@@ -14,7 +14,7 @@ from configuration.build import build
 from configuration.compose import RECOMMENDATIONS, parse_overrides
 from configuration.stored import stored_config
 from dataloaders.base_dataloaders import FlowDataset
-from evaluation.evaluator import GeneratorEvaluator
+from evaluation.evaluator import EvaluationInputs, GeneratorEvaluator
 from evaluation.parts import (
     build_dataset,
     build_decoder,
@@ -27,11 +27,15 @@ from evaluation.parts import (
 )
 from helpers_cfg import Guidance
 from losses.objective import FlowObjective, Objective
-from run_files.checkpoint import CheckpointFolder, SilentCheckpointFolder, load_checkpoint
+from run_files.checkpoint import load_checkpoint
+from run_files.checkpoint_folder import CheckpointFolder
 from run_files.run_folder import run_folder_of
 from run_files.trackers import NullTracker, tracker_from_config
+from training.records import Records, SilentRecords
 from training.run import Run
+from training.settings import LogSettings, LoopSettings, SaveSettings, settings_of, summary_settings
 from training.state import TrainState, averaged_objective
+from training.step_hooks import SkipNonFinite, StepHook
 
 SAMPLE_COUNTS = {
     "evaluation.samples", "evaluation.final_samples", "dataloaders.training.evaluation_samples",
@@ -60,14 +64,17 @@ def adopt_model(config: dict[str, Any], path: Path) -> None:
     """
     stored = stored_config(path, load_checkpoint(path))
     kind, wanted = stored["choices"]["model"], config["choices"]["model"]
+    theirs, ours = ((c["loss"].get("prediction") or {}).get("_target_", "") for c in (stored, config))
+    why = ""
     if kind != wanted:
-        raise UserError(f"init_from={path} holds model={kind}, this run has model={wanted}; add model={kind}")
-    theirs, ours = ((c["loss"].get("prediction") or {}).get("_target_") for c in (stored, config))
-    if theirs != ours and theirs and ours:
-        raise UserError(
-            f"init_from={path} predicts by {theirs.rpartition('.')[2]}, this run by "
-            f"{ours.rpartition('.')[2]}: the same numbers would mean another thing; choose the same loss/prediction"
+        why = f"holds model={kind}, this run has model={wanted}; add model={kind}"
+    elif theirs and ours and theirs != ours:
+        why = (
+            f"predicts by {theirs.rpartition('.')[2]}, this run by {ours.rpartition('.')[2]}: the same numbers would mean "
+            "another thing; choose the same loss/prediction"
         )
+    if why:
+        raise UserError(f"init_from={path} {why}")
     typed = {override.key_or_group for override in parse_overrides(config["overrides"])}
     for key, value in stored["model"].items():
         free = key in config["model"] and key not in (RECOMMENDATIONS, "state_shape", "num_classes", "augment_dim")
@@ -78,7 +85,7 @@ def adopt_model(config: dict[str, Any], path: Path) -> None:
 
 def assemble(config: dict[str, Any]) -> Run:
     """Return every part of the run, on its device, at its start or where its newest save left it. Writes nothing."""
-    device = pick_device(config["device"])
+    device, first = pick_device(config["device"]), rank() == 0
     set_numerics(device, config["deterministic"])
     if not config["dataloaders"].get("standardize"):
         config.pop("standardized", None)  # resume=force may have turned it off
@@ -88,10 +95,35 @@ def assemble(config: dict[str, Any]) -> Run:
     evaluator.check(objective)
     if isinstance(objective, FlowObjective):
         solver.check(objective)
-    checkpoints = (SilentCheckpointFolder if rank() else CheckpointFolder)(
+    checkpoints = CheckpointFolder(
         Path(config["output_dir"]), config["choices"]["model"], config["run_name"], config["keep_saves"],
         in_background={"auto": None, "always": True, "never": False}[config["async_save"]],
     )  # fmt: skip
+    state = assemble_state(objective, checkpoints, config, device)
+    dataset, source = assemble_data(state, config, device), build_source(config, device)
+    loop = settings_of(LoopSettings, config)
+    inputs = EvaluationInputs(
+        state.ema_objective, dataset, source, solver, loop.seed, dataset_key(config), Path(config["output_dir"]) / "cache",
+        False, sampled_flow(state.ema_objective, config, device), build_decoder(config, device),
+    )  # fmt: skip
+    tracker = tracker_from_config(config["trackio"]) if first else NullTracker()
+    records = Records if first else SilentRecords
+    run = Run(
+        loop, settings_of(LogSettings, config | config["log"]), summary_settings(config), device, dataset, source, state,
+        forward_of(objective, config), evaluator, inputs,
+        records(settings_of(SaveSettings, config), config, run_folder_of(config), checkpoints, tracker),
+        (SkipNonFinite if loop.on_nan == "skip" else StepHook)(loop.log_every),
+        [build(node) for node in config["callbacks"].values() if node and first], rank(), world(),
+    )  # fmt: skip
+    if not config["resume"]:
+        fit_samples(run, config)
+    return run
+
+
+def assemble_state(
+    objective: Objective, checkpoints: CheckpointFolder, config: dict[str, Any], device: torch.device
+) -> TrainState:
+    """Return the objective with its average, optimizer and schedule, from the newest save where there is one."""
     going_on = bool(config["resume"] and checkpoints.saves())
     if config["init_from"] and not going_on:
         start_weights(objective, Path(config["init_from"]))
@@ -108,6 +140,11 @@ def assemble(config: dict[str, Any]) -> Run:
     elif config["resume"]:
         check_same_arch(checkpoints)
         print(f"{config['run_name']} ended before its first save; beginning it again")
+    return state
+
+
+def assemble_data(state: TrainState, config: dict[str, Any], device: torch.device) -> FlowDataset:
+    """Return the data; where they are to be standardised, their moments become part of the objective and of `config`."""
     with rank0_first(bool(config["dataloaders"].get("download"))):
         dataset = build_dataset(config, device)
     if dataset.standardize and "standardized" not in config:
@@ -115,18 +152,7 @@ def assemble(config: dict[str, Any]) -> Run:
         for flow in (state.objective, state.ema_objective):
             assert isinstance(flow, FlowObjective)
             flow.standardise_by(**config["standardized"], state_shape=dataset.state_shape)
-    first = rank() == 0
-    run = Run(
-        config, device, dataset, build_source(config, device), state, solver,
-        evaluator, forward_of(objective, config), run_folder_of(config), checkpoints,
-        tracker_from_config(config["trackio"]) if first else NullTracker(),
-        [build(node) for node in config["callbacks"].values() if node and first],
-        dataset_key(config), sampled_flow(state.ema_objective, config, device), build_decoder(config, device),
-        rank(), world(),
-    )  # fmt: skip
-    if not config["resume"]:
-        fit_samples(run)
-    return run
+    return dataset
 
 
 def moments(dataset: FlowDataset) -> dict[str, list[float]]:
@@ -142,25 +168,25 @@ def moments(dataset: FlowDataset) -> dict[str, list[float]]:
     return {"mean": numbers.mean(1).tolist(), "std": torch.where(std > 0, std, 1.0).tolist()}
 
 
-def fit_samples(run: Run) -> None:
+def fit_samples(run: Run, config: dict[str, Any]) -> None:
     """Draw fewer samples of images where evaluations that nobody asked for would cost more than a fifth of the run.
 
     A rule of the shape, the network, the kind of device and the length of the run alone, a training step counted as three
     forward passes; the counts become part of the configuration, so a run that goes on keeps them. Evaluations of about ten
     seconds (LIGHT) stay as they are.
     """
-    evaluator, flow, shape = run.evaluator, run.flow, run.dataset.state_shape
-    typed = {override.key_or_group for override in parse_overrides(run.config["overrides"])}
+    evaluator, flow, shape = run.evaluator, run.inputs.flow, run.dataset.state_shape
+    typed = {override.key_or_group for override in parse_overrides(config["overrides"])}
     if not isinstance(evaluator, GeneratorEvaluator) or flow is None or len(shape) != 3 or typed & SAMPLE_COUNTS:
         return
     passes = 1 + isinstance(flow.network, Guidance)
-    during, last = (passes * evaluator.rows(flow, run.dataset, run.solver, final) for final in (False, True))
-    evaluations = (-(-run.total_steps // run.steps_per_epoch) - 1) // run.config["eval_every"]
+    during, last = (passes * evaluator.rows(flow, run.dataset, run.inputs.solver, final) for final in (False, True))
+    evaluations = (-(-run.total_steps // run.steps_per_epoch) - 1) // run.settings.eval_every
     allowed = 3 * run.dataset.epoch_size * run.total_steps / run.steps_per_epoch / 4
     share = min(1.0, allowed / (evaluations * during + last))
     size = run.state.objective.network.parameter_count() * math.prod(shape[1:])
     light = LIGHT.get(run.device.type, LIGHT_GPU)
-    node: dict[str, Any] = run.config["evaluation"]
+    node: dict[str, Any] = config["evaluation"]
     for key, rows in [("samples", during)] + [("final_samples", last)] * bool(evaluator.metrics):
         if size * rows > light:
             node[key] = min(node[key], max(FEWEST_SAMPLES, int(share * node[key])))
@@ -205,15 +231,13 @@ def resume_state(state: TrainState, path: Path, payload: dict[str, Any], config:
     load_network(state.ema_objective.network, payload["ema"], path)
     wanted = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
     saved = payload["optimizer"].get("param_groups", [])
+    other = "schedule" if state.schedule.state_dict().keys() - payload["schedule"].keys() else None
     if [group.keys() for group in wanted] != [group.keys() - {"params"} for group in saved]:
+        other = "optimizer"
+    if other:
         raise UserError(
-            f"{path} holds the state of another optimizer than {config['choices']['optimizer']}; leave optimizer as it was, "
-            "or start another run_name from these weights by init_from"
-        )
-    if state.schedule.state_dict().keys() - payload["schedule"].keys():
-        raise UserError(
-            f"{path} holds the state of another schedule than {config['choices']['schedule']}; leave schedule as it was, "
-            "or start another run_name from these weights by init_from"
+            f"{path} holds the state of another {other} than {config['choices'][other]}; leave {other} as it was, or start "
+            "another run_name from these weights by init_from"
         )
     state.load_state_dict(payload)
     for settings, ours in zip(state.optimizer.param_groups, wanted, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from common.ranges import Count, CountOr0, Steps
 from evaluation.report import per_dimension
 from run_files.experiment_log import ExperimentLog
 from run_files.metrics_file import higher_is_better
-from run_files.telemetry import NoTelemetry, Telemetry, telemetry_for
+from run_files.run_folder import RunFolder
+from run_files.telemetry import Telemetry, telemetry_for
 from training.run import Callback
 
 if TYPE_CHECKING:
@@ -70,20 +72,19 @@ class SamplePictures(Callback):
         from evaluation.report import draw_neighbours, draw_picture
 
         assert run.evaluation is not None
-        path = run.folder.sample_picture(run.state.step)
-        title = f"{run.config['run_name']}, step {run.state.step}"
-        if draw_picture(path, run.evaluation, title, self.images) and run.state.step:
-            run.tracker.log_image("samples", path, run.state.step)
-        beside = run.folder.neighbours_picture(run.state.step)
-        if draw_neighbours(beside, run.evaluation, run.config["run_name"]) and run.state.step:
-            run.tracker.log_image("neighbours", beside, run.state.step)
+        name, step, records = run.notes.run_name, run.state.step, run.records
+        path, beside = records.folder.sample_picture(step), records.folder.neighbours_picture(step)
+        if draw_picture(path, run.evaluation, f"{name}, step {step}", self.images) and step:
+            records.tracker.log_image("samples", path, step)
+        if draw_neighbours(beside, run.evaluation, name) and step:
+            records.tracker.log_image("neighbours", beside, step)
 
 
 class DeviceTelemetry(Callback):
     """Adds what the accelerator is doing to each logged line."""
 
     def __init__(self) -> None:
-        self.telemetry: Telemetry = NoTelemetry()
+        self.telemetry = Telemetry()
 
     def fit_begin(self, run: Run) -> None:
         self.telemetry = telemetry_for(run.device.type)
@@ -102,29 +103,26 @@ class ExperimentNotes(Callback):
         self.logs: list[ExperimentLog] = []
 
     def fit_begin(self, run: Run) -> None:
-        log = run.config["log"]
-        self.logs = [ExperimentLog(run.folder.log_path)]
-        if log["expect"]:
-            self.logs.append(ExperimentLog(Path(log["file"])))
-            print(f"log: this run states what it expects, so it writes its section of {log['file']} (log.file=)")
-        if run.state.step == 0:
-            choices = ", ".join(f"{group}={choice}" for group, choice in run.config["choices"].items() if choice)
-            for notes in self.logs:
-                notes.begin(
-                    run.config["run_name"], run.config["command"], f"Configuration: {choices}",
-                    log["expect"] or "", log["source"] or "", log["reason"] or "",
-                )  # fmt: skip
-        for notes in self.logs:
-            if run.state.step:
-                notes.drop_results_after(run.config["run_name"], run.state.step)
-            for key, (old, new) in run.config["changed"].items():
-                notes.add_change(run.config["run_name"], key, old, new, log["reason"] or "")
+        notes, step = run.notes, run.state.step
+        self.logs = [ExperimentLog(run.records.folder.log_path)]
+        if notes.expect:
+            self.logs.append(ExperimentLog(Path(notes.file)))
+            print(f"log: this run states what it expects, so it writes its section of {notes.file} (log.file=)")
+        choices = ", ".join(f"{group}={choice}" for group, choice in notes.choices.items() if choice)
+        reasons = notes.expect or "", notes.source or "", notes.reason or ""
+        for log in self.logs:
+            if step:
+                log.drop_results_after(notes.run_name, step)
+            else:
+                log.begin(notes.run_name, notes.command, f"Configuration: {choices}", *reasons)
+            for key, (old, new) in notes.changed.items():
+                log.add_change(notes.run_name, key, old, new, reasons[-1])
 
     def evaluation_end(self, run: Run) -> None:
         if run.evaluation is not None and run.state.step:
             scores = ", ".join(f"{score.name} {score.value:.4g}" for score in run.evaluation.scores)
-            for notes in self.logs:
-                notes.add_result(run.config["run_name"], f"epoch {run.epoch}, step {run.state.step}: {scores}")
+            for log in self.logs:
+                log.add_result(run.notes.run_name, f"epoch {run.epoch}, step {run.state.step}: {scores}")
 
     def fit_end(self, run: Run) -> None:
         if run.evaluation is None or run.interrupted:
@@ -132,58 +130,57 @@ class ExperimentNotes(Callback):
         from evaluation.classifier_evaluator import ClassifierEvaluation
         from evaluation.report import class_table, provenance_lines, score_rows
 
-        rows = [f"| {name} | {value} | {floor} |" for name, value, floor in score_rows(run.evaluation)]
-        facts = f"{run.state.step} steps, {run.elapsed():.0f} s in the loop, seed {run.config['seed']}."
-        facts = "\n\n".join([facts, *provenance_lines(run.evaluation.scores)])
-        table = "\n".join(["| score | value | noise floor |", "|---|---|---|", *rows, "", facts])
+        step, _, seconds = run.now
+        facts = [f"{step} steps, {seconds:.0f} s in the loop, seed {run.notes.seed}."]
+        parts = [table("score | value | noise floor", score_rows(run.evaluation))]
+        parts += [*facts, *provenance_lines(run.evaluation.scores)]
         if isinstance(run.evaluation, ClassifierEvaluation):
-            table += "\n\n" + class_table(run.evaluation) + compared_table(run)
-        targets = run.config["log"].get("targets")
-        if targets:
-            table += "\n\n" + target_table(run.evaluation.values, targets)
-        for notes in self.logs:
-            notes.finish(run.config["run_name"], table)
+            parts += [class_table(run.evaluation), *compared_table(run)]
+        if run.notes.targets:
+            parts.append(target_table(run.evaluation.values, run.notes.targets))
+        for log in self.logs:
+            log.finish(run.notes.run_name, "\n\n".join(parts))
 
 
-def target_table(values: dict[str, float], targets: dict[str, float]) -> str:
-    """Metrics beside their acceptable values: some are to be reached, such as accuracy, the others not passed."""
-    lines = ["| target | acceptable | reached | met |", "|---|---|---|---|"]
-    for name, wanted in targets.items():
-        if name not in values:
-            lines.append(f"| {name} | {wanted:g} | not measured | no |")
-            continue
-        higher = higher_is_better(name)
-        met = values[name] >= wanted if higher else values[name] <= wanted
-        lines.append(f"| {name} | {'>=' if higher else '<='} {wanted:g} | {values[name]:.4g} | {'yes' if met else 'no'} |")
+def table(head: str, rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; head: names of the columns, between bars."""
+    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(lines)
 
 
-def compared_table(run: Run) -> str:
-    """Return the difference to the last finished run of the same data, model and loss, as a Markdown table; empty without
-    one.
-    """
-    from run_files.run_folder import RunFolder
+def target_table(values: dict[str, float], targets: dict[str, float]) -> str:
+    """Return metrics beside their acceptable values: some are to be reached, such as accuracy, the others not passed."""
+    rows = []
+    for name, wanted in targets.items():
+        if name not in values:
+            rows.append((name, f"{wanted:g}", "not measured", "no"))
+            continue
+        higher = higher_is_better(name)
+        met = values[name] >= wanted if higher else values[name] <= wanted
+        rows.append((name, f"{'>=' if higher else '<='} {wanted:g}", f"{values[name]:.4g}", "yes" if met else "no"))
+    return table("target | acceptable | reached | met", rows)
 
+
+def compared_table(run: Run) -> list[str]:
+    """Return the difference to the last finished run of the same data, model and loss, as a table; none without one."""
     assert run.evaluation is not None
-    same, found = ("dataloaders", "model", "loss"), []
-    for path in run.folder.path.parent.glob("*/status.json"):
+    found = []
+    for path in run.records.folder.path.parent.glob("*/status.json"):
         folder = RunFolder(path.parent)
         status = folder.status.read()
-        if path.parent != run.folder.path and status.get("state") == "finished" and folder.config_path.is_file():
-            found.append((status.get("updated", ""), folder, status.get("scores", {})))
-    for _, folder, scores in sorted(found, key=lambda item: str(item[0]), reverse=True):
+        finished = path.parent != run.records.folder.path and status.get("state") == "finished"
+        if finished and folder.config_path.is_file():
+            found.append((str(status.get("updated", "")), folder, status.get("scores", {})))
+    for _, folder, scores in sorted(found, key=lambda item: item[0], reverse=True):
         try:
             choices = folder.read_config().get("choices", {})
-        except UserError:  # what is damaged there is not this run's to tell
+        except UserError:  # of another run, whose files are damaged
             continue
-        if all(choices.get(group) == run.config["choices"][group] for group in same):
-            lines = [f"| score | {folder.name} | here | difference |", "|---|---|---|---|"]
-            for score in run.evaluation.scores:
-                before = scores.get(score.name)
-                if before is not None:
-                    lines.append(f"| {score.name} | {before:.4g} | {score.value:.4g} | {score.value - before:+.2g} |")
-            return "\n\n" + "\n".join(lines)
-    return ""
+        if all(choices.get(group) == run.notes.choices[group] for group in ("dataloaders", "model", "loss")):
+            known = [(score, scores[score.name]) for score in run.evaluation.scores if scores.get(score.name) is not None]
+            rows = [(s.name, f"{before:.4g}", f"{s.value:.4g}", f"{s.value - before:+.2g}") for s, before in known]
+            return [table(f"score | {folder.name} | here | difference", rows)]
+    return []
 
 
 class Profiler(Callback):
@@ -206,5 +203,5 @@ class Profiler(Callback):
             self.profiler.start()
         elif done == self.skip + self.steps:
             self.profiler.stop()
-            self.profiler.export_chrome_trace(str(run.folder.path / "trace.json"))
+            self.profiler.export_chrome_trace(str(run.records.folder.path / "trace.json"))
             print(self.profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))

@@ -2,7 +2,6 @@
 
 import math
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -29,8 +28,7 @@ def fit(run: Run) -> None:
     """Train until the last step, an early stop or an interruption; evaluate and save on the way."""
     run.notify("fit_begin")
     run.state.objective.train()
-    run.clock = time.perf_counter()
-    run.split_time()
+    run.clock.start(run.state.step)
     while run.state.step < run.total_steps and run.agreed_stop() is None:
         run.notify("epoch_begin")
         for group in epoch_groups(run):
@@ -49,11 +47,10 @@ def epoch_groups(run: Run) -> Iterator[list[Any]]:
     Each step's randomness comes from generators seeded by (seed, step, rank): nothing has to be saved to resume exactly.
     """
     epoch, position = divmod(run.state.step, run.steps_per_epoch)
-    accumulate, seed = run.config["gradient_accumulation_steps"], run.config["seed"]
+    accumulate, seed, fixed = run.settings.gradient_accumulation_steps, run.settings.seed, run.settings.overfit
     generator = torch.Generator(device=run.device)
-    fixed = run.config["overfit"]
     order = generator_for(seed, "order", 0 if fixed else epoch)
-    plan = EpochPlan(run.batch_size, order, generator, position * accumulate, run.rank, run.world)
+    plan = EpochPlan(run.settings.batch_size, order, generator, position * accumulate, run.rank, run.world)
     batches = run.dataset.epoch(plan)
     for step in range(run.state.step, (epoch + 1) * run.steps_per_epoch):
         index = (0 if fixed else step) + run.rank * RANK_SEED_STRIDE  # distinct for every step and rank
@@ -86,14 +83,14 @@ def train_step(run: Run, group: list[Any]) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     for i, (batch, share) in enumerate(zip(group, run.shares(group), strict=True)):
         with run.gradient_sync(last=i == len(group) - 1):
-            with autocast(run.device, run.config["precision"]):
-                terms = named_terms(run.forward(batch, run.teacher), run.config["loss_weights"])
+            with autocast(run.device, run.settings.precision):
+                terms = named_terms(run.forward(batch, state.teacher), run.settings.loss_weights)
             state.scaler.scale(terms["loss"] * share).backward()
         for name, term in terms.items():
             values[name] = values.get(name, 0.0) + share * term.detach()
     # Clip gradients.
     state.scaler.unscale_(state.optimizer)
-    values["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, run.config["grad_clip"] or math.inf)
+    values["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, run.settings.grad_clip or math.inf)
     # Update the weights.
     state.step += 1
     if run.hook.accepts(state, values):
@@ -116,7 +113,7 @@ def after_step(run: Run, values: dict[str, Tensor]) -> None:
     ratio = values.pop("update_ratio", None)
     if values:
         run.state.window.add(values)
-    if run.state.step % run.config["log_every"] == 0:
+    if run.state.step % run.settings.log_every == 0:
         log_window(run, {} if ratio is None else {"train/update_ratio": ratio.item()})
     run.notify("step_end")
 
@@ -127,15 +124,16 @@ def log_window(run: Run, more: dict[str, float] | None = None) -> None:
     check_finite(run)
     if not window.count:
         return
-    means, seconds = window.means(), max(run.split_time(), 1e-9)
-    rate = run.steps_since_split / seconds
+    means = window.means()
+    steps, seconds = run.clock.lap(state.step)
+    rate = steps / max(seconds, 1e-9)
     metrics = {f"train/{name}": value for name, value in means.items()}
     metrics |= more or {}
     if state.skipped:
         metrics["train/skipped_steps"] = float(state.skipped)
     metrics["train/lr"] = state.optimizer.param_groups[0]["lr"]
     metrics["train/steps_per_second"] = rate
-    metrics["train/samples_per_second"] = rate * run.batch_size * run.config["gradient_accumulation_steps"]
+    metrics["train/samples_per_second"] = rate * run.settings.batch_size * run.settings.gradient_accumulation_steps
     window.clear()
     run.log(metrics)
 
@@ -143,10 +141,10 @@ def log_window(run: Run, more: dict[str, float] | None = None) -> None:
 def check_finite(run: Run, weights: bool = False) -> None:
     """The NaN guard, of the weights too before they are judged and saved: nothing broken ever is.
 
-    UserError naming the term, the step and the last good save; with on_nan=skip, when MOST_SKIPPED steps in a row were.
+    UserError naming the term, the step and the last good save; with on_nan=skip, after MAX_CONSECUTIVE_SKIPS in a row.
     """
     state = run.state
-    state.window.meet()
+    state.window.all_reduce_mean()
     term = state.window.non_finite(overflows=state.scaler.is_enabled())
     if state.skipped_in_a_row >= MAX_CONSECUTIVE_SKIPS:
         term = f"loss (in each of the last {state.skipped_in_a_row} steps, all skipped)"
@@ -158,7 +156,7 @@ def check_finite(run: Run, weights: bool = False) -> None:
         first = None if state.scaler.is_enabled() else state.window.broken_step(state.step)
         when = f"at step {first}" if first else f"within the steps up to {state.step}"
         raise UserError(
-            f"train/{term} became NaN or infinite {when}; {run.last_save()}; "
+            f"train/{term} became NaN or infinite {when}; {run.records.last_save()}; "
             "try a lower optimizer.lr, a smaller grad_clip or precision=fp32"
         )
 
@@ -174,15 +172,15 @@ def end_epoch(run: Run) -> None:
     log_window(run)
     check_finite(run, weights=True)
     best = False
-    if last or run.epoch % run.config["eval_every"] == 0:
+    if last or run.epoch % run.settings.eval_every == 0:
         best = judge(run, evaluate(run, final=last))
     run.agreed_stop()
     if run.stop is not None and not last and run.stop.early:
         judge(run, evaluate(run, final=True))
-    if last or best or run.stop is not None or run.epoch % run.config["save_every"] == 0:
+    if last or best or run.stop is not None or run.epoch % run.settings.save_every == 0:
         run.save(epoch=run.epoch, best=best)
     run.notify("epoch_end")
-    run.split_time()  # the next rate is of training alone
+    run.clock.lap(run.state.step)  # the next rate is of training alone
 
 
 def evaluate(run: Run, final: bool) -> dict[str, float]:
@@ -197,20 +195,20 @@ def evaluate(run: Run, final: bool) -> dict[str, float]:
 def save_unevaluated(run: Run) -> None:
     run.save(epoch=None, best=False)
     if run.world == 1:  # else it may be another rank that failed, and the launcher says what
-        print(f"note: the evaluation after step {run.state.step:,} failed; {run.last_save()}", file=sys.stderr)
+        print(f"note: the evaluation after step {run.state.step:,} failed; {run.records.last_save()}", file=sys.stderr)
 
 
 def judge(run: Run, values: dict[str, float]) -> bool:
-    """Compare the monitored metric with the best so far: whether this is the best; plateau and patience hear of it."""
-    state, monitor = run.state, run.config["monitor"]
+    """Return whether the monitored metric is the best so far; plateau and patience are given it."""
+    state, monitor, patience = run.state, run.settings.monitor, run.settings.patience
     if monitor not in values:
         run.save(epoch=None, best=False)
         known = ", ".join(sorted(values))
         raise UserError(f"monitor={monitor} is not among this run's evaluation metrics; use one of {known}")
-    sign = -1 if higher_is_better(monitor, run.config["monitor_mode"]) else 1
+    sign = -1 if higher_is_better(monitor, run.settings.monitor_mode) else 1
     state.schedule.observe(sign * values[monitor])
     better = sign * values[monitor] < (math.inf if math.isinf(state.best) else sign * state.best)
     state.best, state.waited = (values[monitor], 0) if better else (state.best, state.waited + 1)
-    if run.config["patience"] and state.waited >= run.config["patience"]:
+    if patience and state.waited >= patience:
         run.stop_early(f"{monitor} has not improved for {state.waited} evaluations")
     return better

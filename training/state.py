@@ -37,12 +37,17 @@ class TrainState:
     skipped: int = 0
     skipped_in_a_row: int = 0
 
+    @property
+    def teacher(self) -> Objective | None:
+        """Return the EMA objective, for losses that want a target from it."""
+        return self.ema_objective if self.objective.needs_teacher else None
+
     def trainable(self) -> list[torch.nn.Parameter]:
         """Return the weights that the optimizer changes."""
         return [p for p in self.objective.network.parameters() if p.requires_grad]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors only. Networks are saved bare."""
+        """Return plain values and tensors only. Networks are saved bare."""
         return {
             "network": self.objective.network.state_dict(),
             "ema": self.ema_objective.network.state_dict(),
@@ -59,11 +64,13 @@ class TrainState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state exactly."""
-        self.objective.network.load_state_dict(state["network"])
-        self.ema_objective.network.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
+        parts: dict[str, Any] = {
+            "network": self.objective.network,
+            "ema": self.ema_objective.network,
+            "optimizer": self.optimizer,
+        }
+        for name, part in (parts | {"schedule": self.schedule, "scaler": self.scaler}).items():
+            part.load_state_dict(state[name])
         self.window.load_state_dict(state["window"], next(self.objective.network.parameters()).device)
         self.step, self.best, self.waited, self.elapsed = (state[k] for k in ("step", "best", "waited", "elapsed"))
         self.skipped = state.get("skipped", 0)  # saves of before it was counted

@@ -7,16 +7,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from common.device import autocast, device_name
 from common.progress import LONG, in_words, seconds_a_row
 from common.seeds import fork_generators
-from configuration.build import build
-from configuration.compose import CONFIG_DIR, twice_as_long
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.stream import Rows, StreamDataset
 from dataloaders.tensor_dataset import TensorDataset
@@ -50,16 +46,6 @@ def megabytes(paths: list[Path]) -> str:
     return f"{sum(sizes.values()) / 1e6:.1f} MB"
 
 
-def recipe_batch(config: dict[str, Any]) -> int | None:
-    """Return rows of an optimizer step in the chosen experiment's recipe, or the data's own; None for debugging."""
-    if config["choices"].get("debug"):
-        return None
-    experiment = config["choices"].get("experiment")
-    recipe: Any = OmegaConf.load(CONFIG_DIR / "experiment" / f"{experiment}.yaml") if experiment else {}
-    rows = recipe.get("batch_size") or config["dataloaders"].get("training", {}).get("batch_size")
-    return rows and int(rows) * int(recipe.get("gradient_accumulation_steps") or 1)
-
-
 def rms(dataset: FlowDataset) -> float | None:
     """Root mean square of training states that are in memory as numbers, else None."""
     if not isinstance(dataset, TensorDataset) or dataset.states.dtype == torch.uint8:
@@ -67,48 +53,60 @@ def rms(dataset: FlowDataset) -> float | None:
     return dataset.train_states.square().mean().sqrt().item()
 
 
-def print_start(run: Run) -> None:
-    """A dozen lines: what is about to happen, where, and what it leaves."""
-    config, choices, network = run.config, run.config["choices"], run.state.objective.network
-    accumulate = config["gradient_accumulation_steps"]
-    rows = f"{run.batch_size} rows" + (f" x {accumulate} batches" if accumulate > 1 else "")
-    many, learning_rate = run.world > 1, config["optimizer"]["lr"]
-    frequencies = config["model"].get("time_frequencies")
-    kept = f"newest {config['keep_saves']} epoch saves" if config["keep_saves"] else "every epoch save"
-    shape = "x".join(map(str, run.dataset.state_shape))
-    recipe = recipe_batch(config)
-    if recipe not in (None, run.batch_size * accumulate):
-        print(f"note: a step sees {run.batch_size * accumulate:,} rows ({rows}), the recipe of this data {recipe:,}")
+def print_notes(run: Run) -> None:
+    """A line where a step sees other rows than the recipe's, and where a flow's data are far from unit size."""
+    loop, scale = run.settings, rms(run.dataset)
+    rows = loop.batch_size * loop.gradient_accumulation_steps
+    if run.shown.recipe not in (None, rows):
+        print(f"note: a step sees {rows:,} rows ({rows_of_step(run)}), the recipe of this data {run.shown.recipe:,}")
     flow = isinstance(run.state.objective, FlowObjective)
-    scale = rms(run.dataset)
-    if config["dataloaders"].get("standardize") is False and flow and scale and not 0.2 <= scale <= 5:
+    if run.shown.standardize is False and flow and scale and not 0.2 <= scale <= 5:
         print(
             f"note: the data's root mean square is {scale:.3g}, and flows from standard noise learn best near 1; add "
             "dataloaders.standardize=true: samples and scores stay in the data's units"
         )
-    print(f"{config['run_name']}: {choices['model']} learns {choices['dataloaders']} by {choices['loss']}")
-    print_lines(
-        [
-            ("device", (f"{run.world} x " if many else "") + f"{device_name(run.device)}, {config['precision']}"
-             + (", compiled" if config["compile"] else "")),
-            *([("global batch", f"{run.batch_size} rows, {run.batch_size // run.world} on each device; lr {learning_rate:g} "
-               "is that of the global batch, as typed")] if many else []),
-            ("data", f"{choices['dataloaders']}, states {shape}, {run.dataset.epoch_size:,} draws an epoch"),
-            ("model", f"{choices['model']}, {network.parameter_count():,} parameters"
-             + (f", {network.num_classes} classes" if network.num_classes else "")
-             + (f", time frequencies {frequencies}" if frequencies else "")),
-            ("objective", choices["loss"]
-             + (f", path {choices.get('loss/path')}, coupling {choices.get('loss/coupling')}" if flow else "")),
-            ("optimizer", f"{choices['optimizer']}, lr {learning_rate:g}, schedule {choices['schedule']}"),
-            ("steps", f"{run.total_steps:,} of {rows}, {run.steps_per_epoch:,} an epoch"
-             + (f", from step {run.state.step:,}" if run.state.step else "")),
-            ("evaluation", f"every {config['eval_every']} epoch(s): "
-             + (f"{config['evaluation']['samples']:,} samples, {config['evaluation']['final_samples']:,} at the end; "
-                f"{choices['solver']}, {run.solver.steps} steps" if flow else "accuracy on held-out images")),
-            ("run folder", str(run.folder.path)),
-            ("checkpoints", f"{run.checkpoints.folder} ({kept}, last and best)"),
-        ]
-    )  # fmt: skip
+
+
+def rows_of_step(run: Run) -> str:
+    batches = run.settings.gradient_accumulation_steps
+    return f"{run.settings.batch_size} rows" + (f" x {batches} batches" if batches > 1 else "")
+
+
+def print_start(run: Run) -> None:
+    """A dozen lines: what is about to happen, where, and what it leaves."""
+    loop, choices, network, dataset = run.settings, run.notes.choices, run.state.objective.network, run.dataset
+    learning_rate, keep = run.state.optimizer.param_groups[0]["initial_lr"], run.records.checkpoints.keep
+    flow, many, frequencies = isinstance(run.state.objective, FlowObjective), run.world > 1, run.shown.time_frequencies
+    print_notes(run)
+    print(f"{run.notes.run_name}: {choices['model']} learns {choices['dataloaders']} by {choices['loss']}")
+    device = f"{device_name(run.device)}, {loop.precision}" + (", compiled" if run.shown.compile else "")
+    lines = [("device", (f"{run.world} x " if many else "") + device)]
+    if many:
+        share = f"{loop.batch_size} rows, {loop.batch_size // run.world} on each device"
+        lines.append(("global batch", f"{share}; lr {learning_rate:g} is that of the global batch, as typed"))
+    shape = "x".join(map(str, dataset.state_shape))
+    lines.append(("data", f"{choices['dataloaders']}, states {shape}, {dataset.epoch_size:,} draws an epoch"))
+    model = f"{choices['model']}, {network.parameter_count():,} parameters"
+    model += f", {network.num_classes} classes" if network.num_classes else ""
+    lines.append(("model", model + (f", time frequencies {frequencies}" if frequencies else "")))
+    parts = f", path {choices.get('loss/path')}, coupling {choices.get('loss/coupling')}" if flow else ""
+    lines.append(("objective", choices["loss"] + parts))
+    lines.append(("optimizer", f"{choices['optimizer']}, lr {learning_rate:g}, schedule {choices['schedule']}"))
+    begun = f", from step {run.state.step:,}" if run.state.step else ""
+    lines.append(("steps", f"{run.total_steps:,} of {rows_of_step(run)}, {run.steps_per_epoch:,} an epoch{begun}"))
+    lines.append(("evaluation", f"every {loop.eval_every} epoch(s): {scored(run)}"))
+    lines.append(("run folder", str(run.records.folder.path)))
+    kept = f"newest {keep} epoch saves" if keep else "every epoch save"
+    print_lines([*lines, ("checkpoints", f"{run.records.checkpoints.folder} ({kept}, last and best)")])
+
+
+def scored(run: Run) -> str:
+    """Return what an evaluation is of, in words."""
+    evaluator, solver = run.evaluator, run.inputs.solver
+    if not isinstance(evaluator, GeneratorEvaluator):
+        return "accuracy on held-out images"
+    samples = f"{evaluator.samples:,} samples, {evaluator.final_samples:,} at the end"
+    return f"{samples}; {run.notes.choices['solver']}, {solver.steps} steps"
 
 
 def print_times(run: Run) -> None:
@@ -120,8 +118,8 @@ def print_times(run: Run) -> None:
     row, answer = seconds_of_training(run), seconds_of_sampling(run)
     epoch = beside_reading(run, row) * run.dataset.epoch_size / run.world + seconds_of_update(run) * run.steps_per_epoch
     words = f"about {in_words(epoch)} an epoch, {in_words(epoch * left / run.steps_per_epoch)} of training"
-    flow, evaluator = run.flow, run.evaluator
-    coupling, rows = None if flow is None else flow.coupling, run.batch_size // run.world
+    flow, evaluator = run.inputs.flow, run.evaluator
+    coupling, rows = None if flow is None else flow.coupling, run.settings.batch_size // run.world
     paired = min(coupling.group or rows, rows) if isinstance(coupling, MinibatchOTCoupling) else 0
     if paired > MANY_PAIRED:
         print(
@@ -129,7 +127,9 @@ def print_times(run: Run) -> None:
             "their number; batch_size=256 or loss.coupling.group=128, pairs within groups of so many, is faster"
         )
     if flow is not None and isinstance(evaluator, GeneratorEvaluator):
-        each, last = (answer * evaluator.rows(flow, run.dataset, run.solver, final) / run.world for final in (False, True))
+        each, last = (
+            answer * evaluator.rows(flow, run.dataset, run.inputs.solver, final) / run.world for final in (False, True)
+        )
         if max(each, last) > LONG:
             words += f"; an evaluation {in_words(each)}, the last one {in_words(last)}"
     print_lines([(f"{'time':<11}", words)])
@@ -154,12 +154,12 @@ def seconds_of_training(run: Run) -> float:
     def train(rows: int) -> None:
         label = torch.zeros(rows, dtype=torch.int64, device=run.device) if run.dataset.num_classes else None
         batch = objective.batch(run.source, run.source.sample(rows, generator), label, generator, 0.0)
-        with autocast(run.device, run.config["precision"]):
-            terms = named_terms(objective(batch, run.teacher), run.config["loss_weights"])
+        with autocast(run.device, run.settings.precision):
+            terms = named_terms(objective(batch, run.state.teacher), run.settings.loss_weights)
         terms["loss"].backward()
 
     with on_trial(run) as generator:
-        return seconds_a_row(train, run.batch_size // run.world, run.device)
+        return seconds_a_row(train, run.settings.batch_size // run.world, run.device)
 
 
 def beside_reading(run: Run, trained: float) -> float:
@@ -187,11 +187,10 @@ def seconds_of_update(run: Run) -> float:
     network, state = run.state.objective.network, run.state
     if network.parameter_count() > COPIED:
         return 0.0
-    copied = copy.deepcopy(network)
-    weights = [weight for weight in copied.parameters() if weight.requires_grad]
-    for weight in weights:
-        weight.grad = torch.zeros_like(weight)
-    optimizer, average = build(run.config["optimizer"], params=weights), state.ema.average_of(copied)
+    copied, optimizer = copy.deepcopy((network, state.optimizer))
+    for weight in copied.parameters():
+        weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+    average = state.ema.average_of(copied)
 
     def update(_: int) -> None:
         optimizer.step()
@@ -204,7 +203,7 @@ def seconds_of_update(run: Run) -> float:
 @torch.no_grad()
 def seconds_of_sampling(run: Run) -> float:
     """Return what a row costs the solver in an evaluation of the network; 0 where nothing is sampled."""
-    flow = run.flow
+    flow = run.inputs.flow
     if flow is None:
         return 0.0
     flow.eval()
@@ -217,36 +216,38 @@ def seconds_of_sampling(run: Run) -> float:
         return seconds_a_row(answer, CHUNK, run.device)
 
 
-def print_end(run: Run, picture: Path | None) -> None:
+def print_end(run: Run) -> None:
     """The closing block: scores, picture, dashboard, how to go on."""
-    name = run.config["run_name"]
-    how = "interrupted" if run.interrupted else "finished"
+    how, (step, _, seconds) = "interrupted" if run.interrupted else "finished", run.now
     why = f" ({run.stop.why})" if run.stop is not None else ""
-    print(f"{name} {how}{why} at step {run.state.step:,} of {run.total_steps:,}, {run.elapsed():.1f} s")
+    print(f"{run.notes.run_name} {how}{why} at step {step:,} of {run.total_steps:,}, {seconds:.1f} s")
     if run.evaluation is not None and how == "finished":
-        print_scores(run.evaluation, run.solver.evaluations)
-    print_lines(end_lines(run, picture, how))
-    if picture and run.config.get("show"):
+        print_scores(run.evaluation, run.inputs.solver.evaluations)
+    print_lines(end_lines(run))
+    picture = run.records.folder.sample_picture(step)
+    if run.shown.show and picture.exists():
         from evaluation.thumbnail import thumbnail
 
         print(thumbnail(picture))
 
 
-def end_lines(run: Run, picture: Path | None, how: str) -> list[tuple[str, str]]:
-    config, name = run.config, run.config["run_name"]
-    lines: list[tuple[str, Any]] = [("picture", picture)] if picture else []
-    beside = run.folder.neighbours_picture(run.state.step)
-    lines += [("copies?", f"{beside} (samples beside their nearest training images)")] if beside.exists() else []
-    files = run.checkpoints.all_files()
+def end_lines(run: Run) -> list[tuple[str, str]]:
+    """Return what the run left, and the commands that go on from it."""
+    name, records = run.notes.run_name, run.records
+    saves, folder, output_dir = records.checkpoints, records.folder, records.settings.output_dir
+    picture, beside = folder.sample_picture(run.state.step), folder.neighbours_picture(run.state.step)
+    files, lines = saves.all_files(), []
+    if picture.exists():
+        lines.append(("picture", str(picture)))
+    if beside.exists():
+        lines.append(("copies?", f"{beside} (samples beside their nearest training images)"))
     if files:
-        lines.append(("checkpoint", f"{run.checkpoints.last} ({len(files)} saves, {megabytes(files)})"))
-    if config["trackio"]["enabled"]:
-        lines.append(("dashboard", f"{RUNNER}trackio show --project {config['trackio']['project']}"))
-    place = "" if config["output_dir"] == "outputs" else f" output_dir={shlex.quote(config['output_dir'])}"
-    if how == "interrupted":
-        lines.append(("go on", f"{LAUNCH} run_name={name} resume=true{place}"))
-    else:
-        lines.append(("go on", f"{LAUNCH} run_name={name} resume=true {twice_as_long(config)}{place}"))
-    if how != "interrupted" and isinstance(run.state.objective, FlowObjective):
-        lines.append(("sample", f"{SAMPLE} ckpt={run.checkpoints.last} n=1000"))
-    return [(key, str(value)) for key, value in lines]
+        lines.append(("checkpoint", f"{saves.last} ({len(files)} saves, {megabytes(files)})"))
+    if run.shown.project:
+        lines.append(("dashboard", f"{RUNNER}trackio show --project {run.shown.project}"))
+    place = "" if output_dir == "outputs" else f" output_dir={shlex.quote(output_dir)}"
+    longer = "" if run.interrupted else f" {run.shown.longer}"
+    lines.append(("go on", f"{LAUNCH} run_name={name} resume=true{longer}{place}"))
+    if not run.interrupted and isinstance(run.state.objective, FlowObjective):
+        lines.append(("sample", f"{SAMPLE} ckpt={saves.last} n=1000"))
+    return lines

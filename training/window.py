@@ -26,8 +26,8 @@ class Window:
         self.count += 1
         self.whole = self.whole + torch.stack(list(self.sums.values())).isfinite().all()
 
-    def meet(self) -> None:
-        """Each sum becomes its mean over the ranks, all of which call this."""
+    def all_reduce_mean(self) -> None:
+        """Replace each sum by its mean over the ranks, all of which call this."""
         self.sums = all_reduce_mean(self.sums)
 
     def means(self) -> dict[str, float]:

@@ -89,7 +89,7 @@ def trained(words: list[str]) -> dict[str, torch.Tensor]:
             rate = run.state.optimizer.param_groups[0]["lr"]
             clipped = torch.cat([(b - p.detach()).flatten() / rate for b, p in zip(start, parameters, strict=True)])
             found["gradient"] = clipped * max(1.0, float(values["grad_norm"]) / 0.5)
-    run.state.window.meet()
+    run.state.window.all_reduce_mean()
     found |= {f"mean {name}": total / 4 for name, total in run.state.window.sums.items()}
     found |= {f"network.{k}": v for k, v in run.state.objective.network.state_dict().items()}
     return found | {f"ema.{k}": v for k, v in run.state.ema_objective.network.state_dict().items()}

@@ -20,7 +20,8 @@ import torch
 from common.errors import UserError
 from common.files import share, write_atomically
 from dev.kill_test import watched_disk
-from run_files.checkpoint import FORMAT, KEYS, CheckpointFolder, load_checkpoint
+from run_files.checkpoint import FORMAT, KEYS, load_checkpoint
+from run_files.checkpoint_folder import CheckpointFolder
 from run_files.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,8 +186,8 @@ def test_a_disk_that_refuses_the_first_file_asks_for_no_resume(small_run, monkey
 FULL_DISK = """
 import sys, torch
 from pathlib import Path
-from run_files.checkpoint import CheckpointFolder, load_checkpoint
 from run_files.checkpoint import FORMAT, KEYS
+from run_files.checkpoint_folder import CheckpointFolder
 folder = CheckpointFolder(Path(sys.argv[1]), "mlp", "x", keep=0)
 large = {key: {} for key in KEYS} | {"network": {"w": torch.randn(300_000)}}
 large |= {"best": 0.0, "waited": 0, "elapsed": 0.0, "run_name": "x", "second_time": None, "format": FORMAT}

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from common.errors import UserError
-from run_files import checkpoint
-from run_files.checkpoint import ASYNC_BYTES, FORMAT, KEYS, CheckpointFolder, load_checkpoint
+from run_files import checkpoint_folder
+from run_files.checkpoint import FORMAT, KEYS, load_checkpoint
+from run_files.checkpoint_folder import ASYNC_BYTES, CheckpointFolder
 
 
 class Harm:
@@ -78,8 +79,8 @@ def test_a_save_in_the_background_holds_the_state_of_its_moment(tmp_path, monkey
         write(path, content)
         running.remove(path)
 
-    write = checkpoint.write_checkpoint
-    monkeypatch.setattr(checkpoint, "write_checkpoint", slow_write)
+    write = checkpoint_folder.write_checkpoint
+    monkeypatch.setattr(checkpoint_folder, "write_checkpoint", slow_write)
     folder.save(payload(1) | {"optimizer": {"w": [weights]}}, 1, best=True)
     assert folder.saved_step is None and not folder.last.exists()
     weights += 1
@@ -93,7 +94,7 @@ def test_a_save_in_the_background_holds_the_state_of_its_moment(tmp_path, monkey
 
 def test_a_save_in_the_background_that_fails_is_told_once(tmp_path, monkeypatch):
     folder = CheckpointFolder(tmp_path, "mlp", "x", keep=3, in_background=True)
-    monkeypatch.setattr(checkpoint, "write_checkpoint", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
+    monkeypatch.setattr(checkpoint_folder, "write_checkpoint", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
     folder.save(payload(1), 1, best=False)
     with pytest.raises(OSError, match="No space"):
         folder.settle()
