@@ -6,13 +6,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from run_files import telemetry
-from run_files.telemetry import AppleTelemetry, NoTelemetry, RollingMean, TorchCudaTelemetry, parse_macmon, telemetry_for
+from run_files.telemetry import AppleTelemetry, Telemetry, parse_macmon, telemetry_for
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD_LINE = (
@@ -73,30 +72,27 @@ def test_sensor_that_did_not_answer_is_absent() -> None:
     assert "gpu/temp_c" not in parse_macmon(record(temp={"cpu_temp_avg": 0.0, "gpu_temp_avg": 0.0}))
 
 
-def test_window_forgets_what_is_five_seconds_old() -> None:
+def test_the_window_forgets_what_is_five_seconds_old_and_averages_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
     clock = Clock()
-    window = RollingMean(5.0, clock)
-    for half_seconds in range(21):
-        clock.now = half_seconds / 2
-        window.add({"gpu/util_pct": float(half_seconds)})
-    assert window.mean() == {"gpu/util_pct": sum(range(11, 21)) / 10}
-    clock.now = 14.0
-    assert window.mean() == {"gpu/util_pct": (19 + 20) / 2}
+    reader = AppleTelemetry(clock)
+    reader.samples.append((0.0, {"gpu/temp_c": 40.0}))
+    reader.samples.extend((half_seconds / 2, {"gpu/util_pct": float(half_seconds)}) for half_seconds in range(21))
+    clock.now = 4.9
+    assert reader.read()["gpu/temp_c"] == 40.0
+    for now, mean in ((10.0, sum(range(11, 21)) / 10), (14.0, (19 + 20) / 2)):
+        clock.now = now
+        assert reader.read() == {"gpu/util_pct": mean}
     clock.now = 15.0
-    assert window.mean() == {}
-
-
-def test_a_figure_missing_now_and_then_is_averaged_over_what_there_is() -> None:
-    window = RollingMean(5.0, Clock())
-    window.add({"gpu/temp_c": 40.0, "gpu/power_w": 1.0})
-    window.add({"gpu/power_w": 3.0})
-    assert window.mean() == {"gpu/temp_c": 40.0, "gpu/power_w": 2.0}
+    assert reader.read() == {}
 
 
 def test_stream_is_averaged_and_the_process_ended(macmon: Path) -> None:
     clock = Clock()
     reader = AppleTelemetry(clock)
-    wait_until(lambda: len(reader.window.samples) == 2)
+    wait_until(lambda: len(reader.samples) == 2)
     means = {name: (OLD_FIGURES[name] + NEW_FIGURES[name]) / 2 for name in OLD_FIGURES}
     assert reader.read() == pytest.approx(means)
     clock.now = 5.0
@@ -113,7 +109,7 @@ def test_stream_is_averaged_and_the_process_ended(macmon: Path) -> None:
 
 def test_macmon_that_dies_leaves_the_run_alone(macmon: Path) -> None:
     reader = AppleTelemetry()
-    wait_until(lambda: len(reader.window.samples) == 2)
+    wait_until(lambda: len(reader.samples) == 2)
     os.kill(int(macmon.read_text().split()[0]), 9)
     reader.reader.join(timeout=120)
     assert set(reader.read()) == set(OLD_FIGURES)
@@ -138,66 +134,48 @@ def test_apple_memory_is_in_mebibytes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert telemetry.mps_memory() == {"mps/allocated_mb": 3.0, "mps/driver_mb": 5.0}
 
 
-class FakeNvmlError(Exception):
-    pass
+MEMORY = {"cuda/allocated_mb": 1.0, "cuda/reserved_mb": 2.0}
+FUNCTIONS = {"utilization": 75, "clock_rate": 1980, "power_draw": 350_500, "temperature": 61}  # %, MHz, milliwatts, Celsius
+LOAD = {"gpu/util_pct": 75.0, "gpu/freq_mhz": 1980.0, "gpu/power_w": 350.5, "gpu/temp_c": 61.0}
 
 
-def refuse(*arguments: object) -> None:
-    raise FakeNvmlError("Not Supported")
+def refuse() -> None:
+    raise RuntimeError("Not Supported")
 
 
 @pytest.fixture
-def nvml(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """NVML as it answers for one device: load in percent, milliwatts, MHz, Celsius."""
-    fake = ModuleType("pynvml")
-    answers = {
-        "NVMLError": FakeNvmlError,
-        "NVML_CLOCK_SM": 1,
-        "NVML_TEMPERATURE_GPU": 0,
-        "nvmlInit": lambda: None,
-        "nvmlShutdown": lambda: None,
-        "nvmlDeviceGetHandleByUUID": lambda uuid: uuid,
-        "nvmlDeviceGetUtilizationRates": lambda device: SimpleNamespace(gpu=75, memory=10),
-        "nvmlDeviceGetClockInfo": lambda device, clock: 1980 if clock == 1 else 0,
-        "nvmlDeviceGetPowerUsage": lambda device: 350_500,
-        "nvmlDeviceGetTemperature": lambda device, sensor: 61,
-    }
-    fake.__dict__.update(answers)
-    monkeypatch.setitem(sys.modules, "pynvml", fake)
-    monkeypatch.setattr(telemetry, "find_spec", lambda name: object())
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(uuid="1234"))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2**20)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2**21)
-    return fake
+def cuda(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """torch.cuda as it answers for one device."""
+    for name, value in (FUNCTIONS | {"memory_allocated": 2**20, "memory_reserved": 2**21}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    return monkeypatch
 
 
-MEMORY = {"cuda/allocated_mb": 1.0, "cuda/reserved_mb": 2.0}
-
-
-def test_nvidia_units(nvml: ModuleType) -> None:
+def test_units_of_a_cuda_device(cuda: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     reader = telemetry_for("cuda")
-    load = {"gpu/util_pct": 75.0, "gpu/freq_mhz": 1980.0, "gpu/power_w": 350.5, "gpu/temp_c": 61.0}
-    assert reader.read() == MEMORY | load
-    assert reader.device == "GPU-1234"  # type: ignore[attr-defined]
+    assert reader.read() == MEMORY | LOAD and capsys.readouterr().err == ""
+    cuda.setattr(torch.cuda, "temperature", refuse)  # the device was lost meanwhile
+    assert reader.read().keys() == MEMORY.keys() | LOAD.keys() - {"gpu/temp_c"}
     reader.close()
-    reader.close()
-    assert reader.read() == MEMORY
 
 
-def test_figure_the_device_does_not_offer_is_absent(nvml: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvml, "nvmlDeviceGetPowerUsage", refuse)
+def test_a_figure_that_the_device_does_not_offer_is_absent(cuda: pytest.MonkeyPatch) -> None:
+    cuda.setattr(torch.cuda, "power_draw", refuse)
     assert set(telemetry_for("cuda").read()) == {*MEMORY, "gpu/util_pct", "gpu/freq_mhz", "gpu/temp_c"}
 
 
-def test_without_a_driver_or_the_extra_memory_remains(
-    nvml: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("error", [RuntimeError("Not Supported"), ModuleNotFoundError("nvidia-ml-py is missing")])
+def test_where_nothing_can_be_read_memory_remains_and_one_line_says_why(
+    cuda: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
-    monkeypatch.setattr(nvml, "nvmlInit", refuse)
+    def fail() -> None:
+        raise error
+
+    for name in FUNCTIONS:
+        cuda.setattr(torch.cuda, name, fail)
     assert telemetry_for("cuda").read() == MEMORY
-    assert capsys.readouterr().err == "GPU telemetry is memory only: NVML says Not Supported\n"
-    monkeypatch.setattr(telemetry, "find_spec", lambda name: None)
-    assert isinstance(telemetry_for("cuda"), TorchCudaTelemetry)
-    assert "uv sync --extra gpu" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(error) in said and "uv sync --extra gpu" in said
 
 
 @pytest.mark.gpu
@@ -212,7 +190,7 @@ def test_cuda_device_is_read() -> None:
 
 
 def test_cpu_has_none() -> None:
-    assert isinstance(telemetry_for("cpu"), NoTelemetry)
+    assert type(telemetry_for("cpu")) is Telemetry
     assert telemetry_for("cpu").read() == {}
 
 
