@@ -4,7 +4,6 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any
 
-from common.errors import UserError
 from common.ranges import CountOr0, Share, ShareAbove0
 
 
@@ -15,8 +14,6 @@ class Schedule(ABC):
     """
 
     def __init__(self, warmup_steps: CountOr0 = 0):
-        if warmup_steps < 0:
-            raise UserError(f"schedule.warmup_steps must be 0 or more, not {warmup_steps}")
         self.warmup_steps = warmup_steps
 
     def factor(self, step: int, total_steps: int) -> float:

@@ -45,7 +45,7 @@ def assembled(config: dict[str, Any], where: str) -> Any:
     from training.assemble import assemble
 
     run = assemble(copy.deepcopy(config) | {"device": where})
-    run.split_time()
+    run.clock.start(run.state.step)
     return run
 
 

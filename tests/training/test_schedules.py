@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from common.errors import UserError
-from training.schedules import Constant, Cosine, Exponential, Linear, OneCycle, Plateau, Schedule, Step
+from training.schedules import Constant, Cosine, Exponential, Linear, Plateau, Schedule, Step
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "schedule"
 NAMES = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
@@ -156,8 +155,3 @@ def test_only_plateau_hears_the_metric() -> None:
         for _ in range(20):
             schedule.observe(1.0)
         assert factors(schedule, 20) == before
-
-
-def test_a_negative_warmup_is_refused() -> None:
-    with pytest.raises(UserError, match="warmup_steps"):
-        OneCycle(warmup_steps=-1)
