@@ -12,19 +12,19 @@ from configuration.nodes import lookup
 from run_files.experiment_log import ExperimentLog
 from run_files.run_folder import RunFolder
 
+FILES = {
+    **dict.fromkeys(("init_from", "eval_checkpoint"), "the path of a checkpoint such as outputs/ckpts/mlp/last.pt"),
+    "loss.coupling.teacher": "the checkpoint of a trained flow",
+    "guidance.checkpoint": "the path of a weaker model's checkpoint",
+}
+
 
 def check_files(config: dict[str, Any]) -> None:
     """Raise UserError for a file that should be there, or an output folder that cannot be written."""
-    for key in ("init_from", "eval_checkpoint"):
-        path = None if key == "init_from" and config["resume"] else config[key]
+    for key, wanted in FILES.items():
+        path = None if key == "init_from" and config["resume"] else lookup(config, key)
         if path is not None and not Path(path).is_file():
-            raise UserError(f"{key}={path} is not a file; give the path of a checkpoint such as outputs/ckpts/mlp/last.pt")
-    teacher = lookup(config, "loss.coupling.teacher")
-    if teacher is not None and not Path(teacher).is_file():
-        raise UserError(f"loss.coupling.teacher={teacher} is not a file; give the checkpoint of a trained flow")
-    guide = lookup(config, "guidance.checkpoint")
-    if guide is not None and not Path(guide).is_file():
-        raise UserError(f"guidance.checkpoint={guide} is not a file; give the path of a weaker model's checkpoint")
+            raise UserError(f"{key}={path} is not a file; give {wanted}")
     saves = f"ckpts/{config['choices']['model']}"
     for below in ("",) if config["eval_checkpoint"] else ("", saves, f"{saves}/archive"):
         check_writable("output_dir", Path(config["output_dir"]), below)

@@ -58,15 +58,10 @@ class ExperimentLog:
     def begin(
         self, run_name: str, command: str, config_summary: str, expect: str = "", source: str = "", reason: str = ""
     ) -> None:
-        """Open the run's section, or open it anew where one of that name stands (its people's words are kept).
+        """Open the run's section, or open it again where one of that name stands (people's words in it are kept).
 
-        Args:
-            run_name: title of the section.
-            command: the command line that repeats the run.
-            config_summary: Markdown: what is trained on what, in a few lines.
-            expect: the outcome stated before the run.
-            source: where the hyper-parameters come from.
-            reason: why the run is made.
+        command: the line that repeats the run; config_summary: Markdown, what is trained on what; expect: the outcome stated
+        before the run; source: where the hyper-parameters come from; reason: why the run is made.
         """
         facts = {"Started": date.today().isoformat(), "Expected outcome": expect, "Hyper-parameters from": source}
         lines = [f"- {fact}: {text}" for fact, text in (facts | {"Reason": reason}).items() if text]
@@ -184,8 +179,7 @@ class Section:
 
     def marked(self, part: str, body: str) -> str:
         """Return the body between the comments of that part."""
-        start, stop = self.comments(part)
-        return f"{start}\n{body}\n{stop}" if body else f"{start}\n{stop}"
+        return "\n".join(filter(None, (self.comments(part)[0], body, self.comments(part)[1])))
 
     def pattern(self, part: str) -> re.Pattern[str]:
         start, stop = (re.escape(comment) for comment in self.comments(part))

@@ -4,11 +4,11 @@ A tracker is a convenience, metrics.jsonl is the record: whatever a tracker does
 the run. The libraries are imported inside the methods, so that a run without a tracker does not pay for them.
 """
 
-import re
 import sys
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +70,11 @@ class TensorboardTracker(Tracker):
     def start(
         self, run_name: str, config: dict[str, Any], folder: Path, resume_step: int | None, overwrite: bool = False
     ) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise missing_extra("tensorboard") from error
         purge_step = None if resume_step is None else resume_step + 1
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
-        self.writer.add_text("config", as_markdown(config), resume_step or 0)
+        tensorboard = optional("torch.utils.tensorboard", "tensorboard")
+        self.writer = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+        as_markdown = "\n".join(f"    {name}: {value}" for name, value in config.items())
+        self.writer.add_text("config", as_markdown, resume_step or 0)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         for name, value in metrics.items():
@@ -105,10 +103,7 @@ class WandbTracker(Tracker):
     def start(
         self, run_name: str, config: dict[str, Any], folder: Path, resume_step: int | None, overwrite: bool = False
     ) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise missing_extra("wandb") from error
+        wandb = optional("wandb", "wandb")
         self.image_type = wandb.Image
         self.run = wandb.init(
             project=self.project,
@@ -167,7 +162,8 @@ class GuardedTracker(Tracker):
             raise
         except Exception as error:
             self.on = False
-            print(f"tracker off: {one_line(error)}; metrics.jsonl has everything", file=sys.stderr)
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"tracker off: {why}; metrics.jsonl has everything", file=sys.stderr)
 
 
 def tracker_from_config(settings: dict[str, Any]) -> Tracker:
@@ -181,19 +177,12 @@ def tracker_from_config(settings: dict[str, Any]) -> Tracker:
     return GuardedTracker(instantiate(keys)) if settings["enabled"] else NullTracker()
 
 
-def missing_extra(extra: str) -> UserError:
-    """Return what to say when the package behind an optional tracker is not installed."""
-    return UserError(
-        f"tracker={extra} needs the package {extra}, which is not installed: run `uv sync --extra {extra}`, "
-        "or leave tracker= out for the local dashboard."
-    )
-
-
-def one_line(error: Exception) -> str:
-    """Return the exception's kind and message with its line breaks folded away."""
-    return re.sub(r"\s+", " ", f"{type(error).__name__}: {error}").strip()
-
-
-def as_markdown(config: dict[str, Any]) -> str:
-    """Return the configuration as an indented block, one top-level key a line."""
-    return "\n".join(f"    {name}: {value}" for name, value in config.items())
+def optional(module: str, extra: str) -> Any:
+    """Return the module of an optional tracker. UserError when its package is not installed."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"tracker={extra} needs the package {extra}, which is not installed: run `uv sync --extra {extra}`, "
+            "or leave tracker= out for the local dashboard."
+        ) from error

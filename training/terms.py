@@ -1,1 +1,0 @@
-"""What an objective returns, made uniform, and its sums over a logging window."""
