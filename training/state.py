@@ -11,6 +11,7 @@ from training.ema import ConstantEMA
 from training.schedules import Schedule
 from training.window import Window
 
+COUNTS = ("step", "best", "waited", "elapsed", "skipped")
 AnyObjective = TypeVar("AnyObjective", bound=Objective)
 
 
@@ -46,34 +47,23 @@ class TrainState:
         """Return the weights that the optimizer changes."""
         return [p for p in self.objective.network.parameters() if p.requires_grad]
 
+    def parts(self) -> dict[str, Any]:
+        """Return what has a state_dict of its own, by its name in a checkpoint. Networks are saved bare."""
+        networks = {"network": self.objective.network, "ema": self.ema_objective.network}
+        return networks | {"optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
+
     def state_dict(self) -> dict[str, Any]:
-        """Return plain values and tensors only. Networks are saved bare."""
-        return {
-            "network": self.objective.network.state_dict(),
-            "ema": self.ema_objective.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "window": self.window.state_dict(),
-            "step": self.step,
-            "best": self.best,
-            "waited": self.waited,
-            "elapsed": self.elapsed,
-            "skipped": self.skipped,
-        }
+        """Return plain values and tensors only."""
+        parts = {name: part.state_dict() for name, part in self.parts().items()}
+        return parts | {"window": self.window.state_dict()} | {name: getattr(self, name) for name in COUNTS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state exactly."""
-        parts: dict[str, Any] = {
-            "network": self.objective.network,
-            "ema": self.ema_objective.network,
-            "optimizer": self.optimizer,
-        }
-        for name, part in (parts | {"schedule": self.schedule, "scaler": self.scaler}).items():
+        for name, part in self.parts().items():
             part.load_state_dict(state[name])
         self.window.load_state_dict(state["window"], next(self.objective.network.parameters()).device)
-        self.step, self.best, self.waited, self.elapsed = (state[k] for k in ("step", "best", "waited", "elapsed"))
-        self.skipped = state.get("skipped", 0)  # saves of before it was counted
+        for name in COUNTS:
+            setattr(self, name, state.get(name, 0))  # skipped is in no save of before it was counted
 
 
 def averaged_objective(objective: AnyObjective, ema: ConstantEMA) -> AnyObjective:
