@@ -131,7 +131,7 @@ def run_training(run: Run) -> float:
 
 @contextmanager
 def stop_signals(run: Run) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP ask the loop to stop after its step; a second one ends the process at once.
+    """Have SIGINT, SIGTERM and SIGHUP stop the loop after its step; a second one ends the process at once.
 
     A SIGHUP that is ignored, as under nohup, stays so.
     """

@@ -97,7 +97,7 @@ class ExperimentLog:
             section.append("changes", row if section.read("changes") else f"{CHANGES_HEADER}\n{row}")
 
     def add_note(self, run_name: str, line: str) -> None:
-        """A person's line under Observations of a section there is; UserError without one."""
+        """Add a person's line under Observations of a section. UserError when there is no such section."""
         text, name = self.read(), re.escape(run_name)
         written = rf"^<!-- {name}: \w+, written by the run -->$"
         if not all(re.search(line, text, re.MULTILINE) for line in (rf"^## {name}[ \t]*$", written)):
@@ -107,7 +107,7 @@ class ExperimentLog:
 
     @contextmanager
     def section(self, run_name: str) -> Iterator["Section"]:
-        """The run's section for one change, made where it is missing, under the lock of the file."""
+        """Give the run's section for one change, made where it is missing, under the lock of the file."""
         path = end_of(self.path)
         with locked(path):
             section = Section(self.read() or TITLE, run_name)

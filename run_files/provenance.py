@@ -29,7 +29,7 @@ def git_commit() -> str:
 
 @cache
 def package_versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Return versions of what the numbers depend on."""
     versions = {"python": platform.python_version()}
     for name in ("denoising-zoo", "torch", "numpy", "scipy", "hydra-core", "trackio", "torchdiffeq"):
         try:

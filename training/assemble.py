@@ -47,7 +47,7 @@ LIGHT, LIGHT_GPU = {"cpu": 2.5e12}, 5e14  # parameters x pixels x rows through t
 
 
 def start_weights(objective: Objective, path: Path) -> None:
-    """init_from: begin at the EMA weights of another run."""
+    """Begin at the EMA weights of another run (init_from)."""
     payload = load_checkpoint(path)
     load_network(objective.network, payload["ema"], path)
     if payload["second_time"] != objective.second_time:
@@ -58,7 +58,7 @@ def start_weights(objective: Objective, path: Path) -> None:
 
 
 def adopt_model(config: dict[str, Any], path: Path) -> None:
-    """init_from: build the network as the checkpoint's was, but for what was typed (losses choose time embeddings).
+    """Build the network as that of init_from, but for what was typed (losses choose time embeddings).
 
     UserError when the checkpoint holds another kind of model.
     """

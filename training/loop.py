@@ -66,7 +66,7 @@ def epoch_groups(run: Run) -> Iterator[list[Any]]:
 
 
 def with_a_row(x1: Tensor, label: Tensor | None) -> Batch:
-    """Data x1 (B, ...) and its label; where the end of an epoch left this rank none, a row of zeros that weighs nothing."""
+    """Return data x1 (B, ...) and its label; where an epoch left this rank none, a row of zeros that weighs nothing."""
     if len(x1):
         return x1, label
     return x1.new_zeros(1, *x1.shape[1:]), None if label is None else label.new_zeros(1, *label.shape[1:])
@@ -104,7 +104,7 @@ def train_step(run: Run, group: list[Any]) -> dict[str, Tensor]:
 
 
 def all_finite(network: torch.nn.Module) -> bool:
-    """Whether the weights, and the buffers, such as a batch norm's running variance, are all finite."""
+    """Return whether the weights, and the buffers, such as a batch norm's running variance, are all finite."""
     return bool(total_norm([*network.parameters(), *(b for b in network.buffers() if b.is_floating_point())]).isfinite())
 
 
@@ -139,7 +139,7 @@ def log_window(run: Run, more: dict[str, float] | None = None) -> None:
 
 
 def check_finite(run: Run, weights: bool = False) -> None:
-    """The NaN guard, of the weights too before they are judged and saved: nothing broken ever is.
+    """Check losses and gradients, and the weights before they are judged and saved, for NaN and infinity.
 
     UserError naming the term, the step and the last good save; with on_nan=skip, after MAX_CONSECUTIVE_SKIPS in a row.
     """
@@ -162,7 +162,7 @@ def check_finite(run: Run, weights: bool = False) -> None:
 
 
 def end_epoch(run: Run) -> None:
-    """At the end of an epoch, of the run, or on a stop: evaluate where due, then save."""
+    """Evaluate where due, then save: at the end of an epoch, of the run, or on a stop."""
     complete = run.state.step % run.steps_per_epoch == 0
     last = run.state.step >= run.total_steps
     if not complete and not last:

@@ -37,7 +37,7 @@ class Records:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Where files are written: what the disk refuses ends the run, or with on_save_error=continue costs a line."""
+        """Surround the writing of files: what the disk refuses ends the run, or with on_save_error=continue costs a line."""
         try:
             yield
         except OSError as error:

@@ -89,7 +89,7 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch; the last may see fewer batches."""
+        """Return optimizer steps of an epoch; the last may see fewer batches."""
         batches = self.dataset.batches_per_epoch(self.settings.batch_size)
         return -(-batches // self.settings.gradient_accumulation_steps)
 
@@ -99,17 +99,17 @@ class Run:
 
     @property
     def epoch(self) -> int:
-        """Epochs done, a begun one counted once the run ends in it."""
+        """Return epochs done, a begun one counted once the run ends in it."""
         return -(-self.state.step // self.steps_per_epoch)
 
     @property
     def now(self) -> Progress:
-        """Step, epoch, and seconds spent in the loop, earlier sittings included."""
+        """Return step, epoch, and seconds spent in the loop, earlier sittings included."""
         return self.state.step, self.epoch, self.state.elapsed + self.clock.elapsed()
 
     @property
     def interrupted(self) -> bool:
-        """Whether a signal ends the run before its last step."""
+        """Return whether a signal ends the run before its last step."""
         return self.stop is not None and not self.stop.early and self.state.step < self.total_steps
 
     def notify(self, hook: str) -> None:

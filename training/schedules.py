@@ -28,7 +28,7 @@ class Schedule(ABC):
         """Return the factor after warm-up, `share` in [0, 1] of the remaining steps being done."""
 
     def observe(self, value: float) -> None:
-        """Hear the monitored metric after an evaluation; only plateau listens."""
+        """Take note of the monitored metric after an evaluation; only plateau does."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}

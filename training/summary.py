@@ -47,14 +47,14 @@ def megabytes(paths: list[Path]) -> str:
 
 
 def rms(dataset: FlowDataset) -> float | None:
-    """Root mean square of training states that are in memory as numbers, else None."""
+    """Return the root mean square of training states that are in memory as numbers, else None."""
     if not isinstance(dataset, TensorDataset) or dataset.states.dtype == torch.uint8:
         return None
     return dataset.train_states.square().mean().sqrt().item()
 
 
 def print_notes(run: Run) -> None:
-    """A line where a step sees other rows than the recipe's, and where a flow's data are far from unit size."""
+    """Print a line where a step sees other rows than the recipe's, and where a flow's data are far from unit size."""
     loop, scale = run.settings, rms(run.dataset)
     rows = loop.batch_size * loop.gradient_accumulation_steps
     if run.shown.recipe not in (None, rows):
@@ -73,7 +73,7 @@ def rows_of_step(run: Run) -> str:
 
 
 def print_start(run: Run) -> None:
-    """A dozen lines: what is about to happen, where, and what it leaves."""
+    """Print a dozen lines: what is about to happen, where, and what it leaves."""
     loop, choices, network, dataset = run.settings, run.notes.choices, run.state.objective.network, run.dataset
     learning_rate, keep = run.state.optimizer.param_groups[0]["initial_lr"], run.records.checkpoints.keep
     flow, many, frequencies = isinstance(run.state.objective, FlowObjective), run.world > 1, run.shown.time_frequencies
@@ -110,7 +110,7 @@ def scored(run: Run) -> str:
 
 
 def print_times(run: Run) -> None:
-    """How long an epoch and the run will take, as a few rows tried now show; and evaluations, if they are long.
+    """Print how long an epoch and the run will take, as a few rows tried now show; and evaluations, if they are long.
 
     The trial leaves weights, buffers and random numbers as they are.
     """
@@ -137,7 +137,7 @@ def print_times(run: Run) -> None:
 
 @contextmanager
 def on_trial(run: Run) -> Iterator[torch.Generator]:
-    """Gives a generator; afterwards random numbers, gradients and buffers are as before."""
+    """Give a generator; afterwards random numbers, gradients and buffers are as before."""
     network = run.state.objective.network
     kept = [buffer.clone() for buffer in network.buffers()]
     with fork_generators(run.device):
@@ -217,7 +217,7 @@ def seconds_of_sampling(run: Run) -> float:
 
 
 def print_end(run: Run) -> None:
-    """The closing block: scores, picture, dashboard, how to go on."""
+    """Print the closing block: scores, picture, dashboard, how to go on."""
     how, (step, _, seconds) = "interrupted" if run.interrupted else "finished", run.now
     why = f" ({run.stop.why})" if run.stop is not None else ""
     print(f"{run.notes.run_name} {how}{why} at step {step:,} of {run.total_steps:,}, {seconds:.1f} s")
