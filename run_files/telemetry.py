@@ -62,7 +62,7 @@ class CudaTelemetry(Telemetry):
         """Return a figure, None where it cannot be read; `why` has what was raised last."""
         try:
             return float(reader())
-        except (ImportError, RuntimeError, *library_errors()) as error:
+        except reading_errors() as error:
             self.why = f"{type(error).__name__}: {error}"
             return None
 
@@ -73,10 +73,11 @@ class CudaTelemetry(Telemetry):
         return {name: count / MIB for name, count in memory.items()} | known
 
 
-def library_errors() -> tuple[type[Exception], ...]:
-    """Return the errors that NVML or amdsmi raises, of whichever is installed."""
+def reading_errors() -> tuple[type[Exception], ...]:
+    """Return what torch raises, and NVML or amdsmi where it is installed."""
     named = (("pynvml", "NVMLError"), ("amdsmi", "AmdSmiException"))
-    return tuple(getattr(import_module(module), name) for module, name in named if find_spec(module))
+    own = [getattr(import_module(module), name) for module, name in named if find_spec(module)]
+    return (ImportError, RuntimeError, *own)
 
 
 class AppleTelemetry(Telemetry):

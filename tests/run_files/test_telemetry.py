@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from run_files import telemetry
-from run_files.telemetry import AppleTelemetry, Telemetry, parse_macmon, telemetry_for
+from run_files.telemetry import AppleTelemetry, CudaTelemetry, Telemetry, parse_macmon, telemetry_for
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD_LINE = (
@@ -139,7 +139,7 @@ FUNCTIONS = {"utilization": 75, "clock_rate": 1980, "power_draw": 350_500, "temp
 LOAD = {"gpu/util_pct": 75.0, "gpu/freq_mhz": 1980.0, "gpu/power_w": 350.5, "gpu/temp_c": 61.0}
 
 
-def refuse() -> None:
+def refuse() -> float:
     raise RuntimeError("Not Supported")
 
 
@@ -152,9 +152,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_units_of_a_cuda_device(cuda: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    reader = telemetry_for("cuda")
+    reader = CudaTelemetry()
     assert reader.read() == MEMORY | LOAD and capsys.readouterr().err == ""
-    cuda.setattr(torch.cuda, "temperature", refuse)  # the device was lost meanwhile
+    reader.readers["gpu/temp_c"] = refuse  # which it no longer offers
     assert reader.read().keys() == MEMORY.keys() | LOAD.keys() - {"gpu/temp_c"}
     reader.close()
 
