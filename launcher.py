@@ -53,6 +53,7 @@ flags (anywhere on the line)
   --no-detach                  wait for a rented GPU and show what it prints, short for backend.detach=false
   -m                           one run for every combination of a=1,2 b=x,y; run again, it skips what has finished
   --dry-run                    print what would run, and where; nothing is started or written
+  --prove loss=NAME            is the exact field where this loss is least? Exit status 0 yes, 3 no, 4 undecided
   --dashboard                  open the tracker's pages for the project of these runs, until Ctrl-C
   --cfg job                    print the composed configuration and stop (every key there can be set)
   -sc install=bash             shell completion: eval "$(python launcher.py -sc install=bash)"
@@ -222,6 +223,10 @@ def main(arguments: list[str]) -> int:
         if "--dashboard" in arguments:
             dashboard([word for word in arguments if word != "--dashboard"])
             return 0
+        if "--prove" in arguments:
+            from evaluation.prove_command import command
+
+            return command([word for word in arguments if word != "--prove"])
         words = [word for word in with_flags_as_overrides(arguments) if word != "--dry-run"]
         flag = unknown_flag(words)
         if flag is not None:

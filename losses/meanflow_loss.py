@@ -9,6 +9,7 @@ from common.errors import UserError
 from losses.meanflow_guidance import MeanFlowGuidance
 from losses.objective import FlowBatch, FlowObjective, SecondTime, expand_time
 from losses.total_derivative import DerivativeObjective
+from losses.world import Field, World
 from models.inputs import with_class
 
 
@@ -44,6 +45,11 @@ class MeanFlowLoss(DerivativeObjective):
         duration = expand_time(batch.t - batch.r, batch.input)[:rows]
         target = torch.cat([v[:rows] + duration * derivative, v[rows:]])
         return {"loss": self.weighted(u - target)}
+
+    def exact(self, world: World) -> Field | str:
+        if self.guidance is not None:
+            return "the mean velocity of a guided flow is not known exactly"
+        return super().exact(world)
 
     def velocity_target(self, batch: FlowBatch) -> Tensor:
         """Return v_c (B, ...), or with guidance its guided form on the rows that have a label."""

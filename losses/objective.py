@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.ranges import Share
 from dataloaders.sources import Source
-from losses.couplings import Coupling
+from losses.couplings import Coupling, IndependentCoupling
 from losses.paths import ProbabilityPath
 from losses.predictions import Prediction
 from losses.time_samplers import TimeSampler
 from losses.weightings import Weighting
+from losses.world import Field, World
 from models.inputs import make_unified_flow_matching_input, with_class
 from models.layers import ReplayedDropout, replace_dropout
 from models.network import Network
@@ -76,6 +77,10 @@ class Objective(nn.Module, ABC):
         """Return one forward pass's rows from data x1 (B, ...) and label (B,) or None, with all of the loss's randomness,
         from `generator`; progress in [0, 1] is the share of the run that is done. len() of it is B.
         """
+
+    def exact(self, world: World) -> Field | str:
+        """Return what a network that minimises this loss gives on the data of `world`, or why that is not known."""
+        return f"{type(self).__name__} learns no flow"
 
     @abstractmethod
     def forward(self, batch: Any, teacher: Any = None) -> dict[str, Tensor]:
@@ -248,6 +253,12 @@ class FlowObjective(Objective, ABC):
                 "this model knows only the velocity at an instant, not a map from one time to another; "
                 "sample it with an ODE solver, or train one with loss=meanflow"
             )
+
+    def exact(self, world: World) -> Field | str:
+        """Return the velocity, or where maps are learned the mean velocity, of independent pairs."""
+        if not isinstance(self.coupling, IndependentCoupling):
+            return f"the pairs of {type(self.coupling).__name__} have another flow than independent ones, not known exactly"
+        return world.mean_velocity if self.learns_flow_map else world.velocity
 
     @abstractmethod
     def forward(self, batch: FlowBatch, teacher: "FlowObjective | None" = None) -> dict[str, Tensor]: ...

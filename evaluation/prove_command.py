@@ -1,0 +1,173 @@
+"""`python launcher.py --prove ...`: the proof of a configured loss, or of a function in a file, in words."""
+
+import re
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import get_class
+from torch import Tensor
+
+from common.command_line import split
+from common.errors import UserError
+from configuration.build import build
+from configuration.compose import compose_config, resolved
+from evaluation.prove import CHANCE, WORLDS, Builder, Plan, Stage, prove
+from losses.couplings import IndependentCoupling
+from losses.objective import FlowObjective
+from losses.paths import ProbabilityPath
+from losses.predictions import VelocityPrediction
+from losses.terms import LossOutput
+from losses.time_samplers import UniformTimes
+from losses.weightings import UniformWeighting
+from models.velocity_model import VelocityModel
+
+STATUS = {"stationary": 0, "biased": 3, "undecided": 4}
+CONVENTIONS = ("forward", "reversed")
+USAGE = "python launcher.py --prove loss=NAME, or --prove path/to/file.py:function convention=forward|reversed"
+Function = Callable[[Callable[..., Tensor], Tensor, Tensor], LossOutput]
+
+
+class PlainLoss(FlowObjective):
+    """A function(network, x0, x1) -> loss as an objective; it draws its times and makes its states by itself.
+
+    x0 and x1 (B, 1) are what is at time 0 and 1 of the function's own convention: noise and data, or, reversed, data and
+    noise. There network(z, t) is the velocity dz/dt at z of time t, and network(z, r, t), r <= t, the mean velocity
+    between r and t: of the state at r, or, reversed, of the state at t. Times may be numbers, (B,) or (B, 1).
+    """
+
+    second_time = "state"
+
+    def __init__(self, network: VelocityModel, function: Function, is_reversed: bool, path: ProbabilityPath):
+        parts = (IndependentCoupling(), UniformTimes(1.0), VelocityPrediction(), UniformWeighting())
+        super().__init__(network, path, *parts)
+        self.function, self.is_reversed = function, is_reversed
+        self.called(self.count_times, *torch.randn(2, 64, 1))
+
+    def count_times(self, z: Tensor, *times: Any) -> Tensor:
+        """Stand for a network and note whether two times are asked for."""
+        self.learns_flow_map = self.learns_flow_map or len(times) == 2
+        return torch.zeros_like(z)
+
+    def batch(self, source: Any, x1: Tensor, label: Tensor | None, generator: torch.Generator, progress: float) -> Any:
+        return source.sample(len(x1), generator), x1
+
+    def forward(self, batch: Any, teacher: FlowObjective | None = None) -> Any:
+        return self.called(self.read, *(reversed(batch) if self.is_reversed else batch))
+
+    def called(self, network: Callable[..., Tensor], x0: Tensor, x1: Tensor) -> LossOutput:
+        """Return what the function gives. UserError for whatever goes wrong in it."""
+        try:
+            return self.function(network, x0, x1)
+        except Exception as error:
+            raise UserError(
+                f"the loss fails with {type(error).__name__}: {error}; it is called as f(network, x0, x1)"
+            ) from error
+
+    def read(self, z: Tensor, *times: Any) -> Tensor:
+        """Return the network's velocity (B, 1) at one time, or its mean velocity between two, as the function means it."""
+        r, t = (torch.as_tensor(time, dtype=z.dtype).reshape(-1).expand(len(z)) for time in (times[0], times[-1]))
+        return -self.mean_velocity(z, 1 - t, 1 - r) if self.is_reversed else self.mean_velocity(z, r, t)
+
+
+def function_in(word: str) -> Function:
+    """Return the function that path/to/file.py:name says, by running the file. UserError where it is not there."""
+    file, _, name = word.rpartition(":")
+    if not Path(file).is_file():
+        raise UserError(f"there is no file {file}; write path/to/file.py:function")
+    try:
+        found = runpy.run_path(file).get(name)
+    except Exception as error:
+        raise UserError(f"{file} cannot be run: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise UserError(f"{file} defines no function {name}; it is called as {name}(network, x0, x1)")
+    return found
+
+
+def prepared(words: list[str]) -> tuple[str, Builder | str, ProbabilityPath | None, list[str], Plan]:
+    """Return a command line's name, its objective's builder or why it has none, its path, the worlds and the plan."""
+    settings, words = split(words, {"convention": ""})
+    files = [word for word in words if re.fullmatch(r"[^=]+\.py:\w+", word)]
+    losses = [word for word in words if re.match(r"loss[=/.]", word)]
+    if len(files) > 1 or not (files or losses):
+        raise UserError(f"--prove takes one loss: {USAGE}")
+    if settings["convention"] not in (CONVENTIONS if files else ()) and settings["convention"]:
+        where = f"is one of {', '.join(CONVENTIONS)}" if files else "is of a function in a file"
+        raise UserError(f"convention={settings['convention']}: a convention {where}; {USAGE}")
+    cfg = compose_config(["run_name=prove", *(word for word in words if word not in files)])
+    kind = get_class(cfg.loss["_target_"])
+    if not issubclass(kind, FlowObjective):
+        return (
+            " ".join(losses),
+            f"{kind.__name__} learns no flow, so there is no exact field to hold it against",
+            None,
+            [],
+            Plan(),
+        )
+    config = resolved(cfg)
+    path: ProbabilityPath = build(config["loss"]["path"])
+    plan = Plan(seed=config["seed"], loss_weights=config["loss_weights"])
+    if files:
+        function = function_in(files[0])
+        plain = lambda network: PlainLoss(network, function, settings["convention"] == "reversed", path)  # noqa: E731
+        return files[0], plain, path, list(WORLDS)[:2], plan
+    return " ".join(losses), lambda network: build(config["loss"], network=network), path, list(WORLDS), plan
+
+
+def size(seen: float) -> str:
+    """Return the least bias that would have been seen."""
+    return f"{seen:.1%}" if seen < 1 else "100% or more"
+
+
+def line(stage: Stage) -> str:
+    """Return what one world says, in one line."""
+    if stage.reason:
+        return f"  {stage.world:<13}{stage.verdict}: {stage.reason}"
+    what = f"chi2 {stage.statistic:.1f} in {stage.dof} directions, p = {stage.p:.2g}"
+    bias = (
+        f"; its optimum is {stage.bias:.1%} ± {stage.spread:.1%} off, {stage.direction}" if stage.verdict == "biased" else ""
+    )
+    return f"  {stage.world:<13}{stage.verdict}: {what}{bias}; would have seen {size(stage.seen)} ({stage.seconds:.0f} s)"
+
+
+def summed_up(stages: list[Stage]) -> tuple[str, str]:
+    """Return the verdict over all worlds, and what it means."""
+    verdicts = [stage.verdict for stage in stages]
+    verdict = next(word for word in ("biased", "undecided", "stationary") if word in verdicts)
+    worst = max(stages, key=lambda stage: stage.bias if stage.verdict == "biased" else -1.0)
+    least = f"{size(max(stage.seen for stage in stages))} of the field, in any of the directions tried,"
+    if verdict == "biased":
+        meaning = (
+            f"on {worst.world} this loss is least {worst.bias:.1%} ± {worst.spread:.1%} away from the exact field, at one "
+            f"that has {worst.direction}"
+        )
+    elif verdict == "stationary":
+        meaning = (
+            f"the exact field is where the gradient is zero; an error of {least} would have shown in {CHANCE:.0%} of proofs"
+        )
+    else:
+        reasons = [stage.reason for stage in stages if stage.reason]
+        meaning = reasons[0] if reasons else f"only an error of {least} would have been seen"
+    return verdict, f"{verdict}: {meaning}"
+
+
+def command(words: list[str]) -> int:
+    """Carry out `--prove` with the other words of its line; print the proof; return the exit status.
+
+    0 stationary, 3 biased, 4 undecided. UserError for words that name no loss, or a loss that fails.
+    """
+    name, build_around, path, worlds, plan = prepared(words)
+    print(f"{name}: is its gradient zero at the exact field?", flush=True)
+    if isinstance(build_around, str):
+        stages = [Stage("any data", reason=build_around)]
+    else:
+        assert path is not None
+        stages = []
+        for stage in prove(build_around, path, worlds, plan):
+            stages.append(stage)
+            print(line(stage), flush=True)
+    verdict, meaning = summed_up(stages)
+    print(meaning)
+    return STATUS[verdict]

@@ -1,0 +1,20 @@
+"""What is known exactly of data and of the noise they come from: where the minimisers of losses are read off."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from torch import Tensor
+
+Field = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # of states z at times r, headed to t, and labels
+
+
+class World(ABC):
+    """The marginal flow of independent pairs along a path: states z (B, ...), times (B,), label (B,) or None for all."""
+
+    @abstractmethod
+    def velocity(self, z: Tensor, r: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return E[v_c | z_r = z, label] (B, ...), whatever t."""
+
+    @abstractmethod
+    def mean_velocity(self, z: Tensor, r: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return (X(z, r, t) - z) / (t - r) (B, ...), X the flow map; the velocity where t = r."""
