@@ -85,11 +85,11 @@ class Probe(VelocityModel):
         x1, label = world.sample(STATES, generator)
         r, ahead = torch.rand(2, STATES, generator=generator)
         r, t = world.path.last_time * r, world.path.last_time * (r + (1 - r) * ahead)
-        hidden = 0.2 if objective.label_dropout else 0.0  # a label never hidden in training has no direction
-        label = torch.where(ahead < hidden, self.num_classes, label) if self.num_classes else None
         z = world.path.state(torch.randn(x1.shape, generator=generator), x1, r[:, None])
-        u, raw = self.raw(z, r, t, label)
-        self.names = list(raw_directions(z, r, t, label, u, self.num_classes))
+        hidden = torch.rand(STATES, generator=generator) < (0.2 if objective.label_dropout else 0.0)  # as training has them
+        shown = torch.where(hidden, self.num_classes, label) if self.num_classes else None
+        u, raw = self.raw(z, r, t, shown)
+        self.names = list(raw_directions(z, r, t, shown, u, self.num_classes))
         self.gram = raw.T @ raw / STATES / u.square().mean()
         size = self.gram.diagonal().sqrt().clamp(min=1e-9)
         values, vectors = torch.linalg.eigh(self.gram / size / size[:, None])
@@ -167,7 +167,7 @@ class Proof:
         """Return the gradient at c of each of so many batches' losses, (batches, dof)."""
         for objective in (self.objective, self.teacher):
             if objective is not None:
-                objective.network.c.data = c.clone()  # type: ignore[union-attr]
+                objective.network.c.data = c.clone()
         return torch.stack([self.gradient(stream, index) for index in range(batches)])
 
     def gradient(self, stream: str, index: int) -> Tensor:
