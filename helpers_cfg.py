@@ -39,20 +39,16 @@ class Guidance(VelocityModel, ABC):
         """Raise UserError when the objective has not taught the network what this guidance asks of it."""
 
     def describe(self) -> str:
-        """In a few words, for a line about samples."""
+        """Return the guidance in a few words, for a line about samples."""
         low, high = self.interval
         where = "" if self.interval == (0, 1) else f" for t in [{low:g}, {high:g}]"
         return f"{type(self).__name__} {self.scale:g}{where}"
 
-    def combine(self, weak: Tensor, strong: Tensor, guided: Tensor) -> Tensor:
-        """Return weak + scale (strong - weak) (B, ...) in the rows where guided (B,), else strong."""
-        rows = guided.reshape(-1, *(1,) * (strong.ndim - 1))
-        return torch.where(rows, weak + self.scale * (strong - weak), strong)
-
-    def inside(self, unified_input: Tensor) -> Tensor:
-        """Return (B,): whether the state's time lies in the interval."""
+    def combine(self, unified_input: Tensor, weak: Tensor, strong: Tensor, known: Tensor | bool = True) -> Tensor:
+        """Return weak + scale (strong - weak) (B, ...) in the rows of guided times that are `known` (B,), else strong."""
         time = split_unified_flow_matching_input(unified_input)[1][:, 0]
-        return (self.interval[0] <= time) & (time <= self.interval[1])
+        guided = (self.interval[0] <= time) & (time <= self.interval[1]) & known
+        return torch.where(guided.reshape(-1, *(1,) * (strong.ndim - 1)), weak + self.scale * (strong - weak), strong)
 
 
 class ClassifierFreeGuidance(Guidance):
@@ -74,7 +70,7 @@ class ClassifierFreeGuidance(Guidance):
             return self.network(unified_input, label)
         null = torch.full_like(label, self.num_classes)
         strong, weak = self.network(torch.cat([unified_input] * 2), torch.cat([label, null])).chunk(2)
-        return self.combine(weak, strong, self.inside(unified_input) & (label != null))
+        return self.combine(unified_input, weak, strong, label != null)
 
     def check(self, objective: FlowObjective) -> None:
         if objective.label_dropout == 0:
@@ -104,7 +100,7 @@ class Autoguidance(Guidance):
         if self.scale == 1:
             return strong
         weak = self.guide(unified_input, label if self.guide.num_classes else None)
-        return self.combine(weak, strong, self.inside(unified_input))
+        return self.combine(unified_input, weak, strong)
 
 
 def guided(objective: FlowObjective, guidance: Guidance) -> FlowObjective:

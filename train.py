@@ -19,7 +19,7 @@ from common.distributed import explained_lost_ranks, rank
 from common.errors import UserError
 from common.files import DISK_ERRORS, disk_sentence
 from configuration.stored import allow_for
-from evaluation.sample import evaluate_checkpoint
+from evaluation.eval_checkpoint import evaluate_checkpoint
 from run_files.checkpoint_folder import saves_of
 from run_files.checks import check_run_is_new
 from run_files.run_folder import run_folder_of

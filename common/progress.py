@@ -93,10 +93,10 @@ def watched(network: nn.Module, what: str, rows: int) -> Iterator[None]:
             handle.remove()
 
 
-def each(items: Iterable[T], what: str) -> Iterator[T]:
-    """Yield the items, with progress."""
-    items = items if isinstance(items, Sized) else list(items)
-    with progress(what, len(items)) as shown:
+def each(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """Yield the items, with progress; total: how many there are, where the items do not know it."""
+    items = items if total is not None or isinstance(items, Sized) else list(items)
+    with progress(what, len(items) if isinstance(items, Sized) else total or 0) as shown:
         for item in items:
             yield item
             shown.advance(1)

@@ -6,7 +6,8 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from common.errors import UserError
-from configuration.compose import delete, is_group
+from configuration.checks import check_values
+from configuration.compose import compose_config, delete, is_group, parse_overrides, resolved
 from configuration.nodes import lookup
 
 
@@ -52,3 +53,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
     before, after = flat(old), flat(new)
     keys = [*before, *(key for key in after if key not in before)]
     return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}
+
+
+def settings_from_overrides(words: list[str]) -> dict[str, Any]:
+    """Return the nodes that words name, e.g. {"solver": ...} of ["solver=rk4", "solver.steps=8"]. UserError if wrong."""
+    config = resolved(compose_config(["run_name=sample", *words]))
+    check_values(config)
+    named = {override.key_or_group.split(".")[0].split("/")[0] for override in parse_overrides(words)}
+    return {name: config.get(name) for name in named}

@@ -50,8 +50,8 @@ def real(name: str, samples: int, cache: Path) -> Generation:
     source = build_source(config, torch.device("cpu"))
     states = states[torch.arange(samples) % len(states)]
     return Generation(
-        states, states, None, None, None, None, dataset, source, dataset_key(config), cache, False,  # type: ignore[arg-type]
-        lambda stream: generator_for(1, stream),
+        objective=None, dataset=dataset, source=source, solver=None, seed=1, dataset_key=dataset_key(config),  # type: ignore[arg-type]
+        cache=cache, final=False, noise=states, samples=states,
     )  # fmt: skip
 
 

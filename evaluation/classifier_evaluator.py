@@ -11,8 +11,8 @@ from common.errors import UserError, printable
 from common.progress import watched
 from common.ranges import Count, CountFrom2
 from common.seeds import generator_for
-from evaluation.evaluator import Evaluation, EvaluationInputs, Evaluator, flat_values, held_out_states
-from evaluation.metrics.base_metric import Score
+from evaluation.evaluator import Evaluation, Evaluator, held_out_states
+from evaluation.metrics.base_metric import EvaluationInputs, Score, share_score
 from losses.cross_entropy_loss import CrossEntropyLoss
 from losses.objective import Objective
 
@@ -30,12 +30,10 @@ class ClassifierEvaluation(Evaluation):
 
     @property
     def names(self) -> list[str]:
-        """Return what each class is called in a line of text: its name, on one line, or else its number."""
+        """Return the name of each class on one line, or its number."""
         if self.class_names is None:
             return [str(k) for k in range(len(self.confusion))]
-        encodable = [
-            name.encode(errors="backslashreplace").decode() for name in self.class_names
-        ]  # folders in other encodings
+        encodable = (name.encode(errors="backslashreplace").decode() for name in self.class_names)  # in other encodings
         return [printable(" ".join(name.split())) for name in encodable]
 
     @property
@@ -66,15 +64,13 @@ class ClassifierEvaluator(Evaluator):
 
     @torch.no_grad()
     def evaluate(self, given: EvaluationInputs) -> ClassifierEvaluation:
-        """Classify with the objective's network (in eval mode) on the dataset's device."""
-        begun = time.perf_counter()
-        objective, dataset = given.objective, given.dataset
+        """Return how the objective's network classifies held-out images, in eval mode on their device."""
+        begun, objective, dataset = time.perf_counter(), given.objective, given.dataset
         self.check(objective)
         assert isinstance(objective, CrossEntropyLoss)
         network = objective.eval().network
-        device = next(network.parameters()).device
-        count = self.final_samples if given.final else self.samples
-        images, label = held_out_states(dataset, count, generator_for(0, "evaluation/classifier", 0, device))
+        generator = generator_for(0, "evaluation/classifier", 0, next(network.parameters()).device)
+        images, label = held_out_states(dataset, self.final_samples if given.final else self.samples, generator)
         assert label is not None
         with watched(network, f"evaluation, {len(images):,} images", len(images)):
             logits = torch.cat([network(part) for part in images.split(self.batch_size)]).float()
@@ -83,11 +79,11 @@ class ClassifierEvaluator(Evaluator):
         scores = self.scores(logits, label, confusion)
         values = {"eval/loss": loss}
         for score in scores:
-            values |= flat_values(score)
+            values |= score.values()
         return ClassifierEvaluation(list(scores), [], values, time.perf_counter() - begun, confusion, dataset.class_names)
 
     def scores(self, logits: Tensor, label: Tensor, confusion: Tensor) -> list[Score]:
-        """Accuracy and what belongs to it, with binomial standard errors."""
+        """Return accuracies, with binomial standard errors."""
         classes, note = len(confusion), f"{len(label):,} held-out images"
         right = logits.topk(min(5, classes)).indices == label[:, None]
         shares = confusion.diag() / confusion.sum(1)
@@ -97,9 +93,3 @@ class ClassifierEvaluator(Evaluator):
             scores.append(share_score("eval/accuracy_top5", right.any(1), note))
         worst, extra = min(named.values()), named if classes <= CLASSES_LOGGED else None
         return [*scores, Score("eval/accuracy_class_min", worst, extra=extra, note=note)]
-
-
-def share_score(name: str, right: Tensor, note: str = "") -> Score:
-    """Return the share of true values in right (N,), with its binomial standard error."""
-    share = right.float().mean().item()
-    return Score(name, share, (share * (1 - share) / len(right)) ** 0.5, note=note)

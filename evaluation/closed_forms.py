@@ -25,9 +25,6 @@ class ExactFlow:
         self.mixture, self.source_std, self.path = mixture, source_std, path
 
     def __call__(self, z: Tensor, t: Tensor) -> Tensor:
-        return self.velocity(z, t)
-
-    def velocity(self, z: Tensor, t: Tensor) -> Tensor:
         """Return v(z, t), of z's shape. As trained: later than path.last_time it follows the path's own bounded sigma'."""
         mixture = self.mixture.to(z.device, z.dtype)
         p = self.path.at(t.to(z.device, z.dtype))
@@ -43,11 +40,8 @@ class ExactFlow:
         return self.components(z, self.path.at(t.to(z.device, z.dtype)))[2].logsumexp(0)
 
     def components(self, z: Tensor, p: PathPoint) -> tuple[Tensor, Tensor, Tensor]:
-        """Return z - alpha m_k (K, D, B), S_k^2 (K, 1 or B) and log(w_k N(z; alpha m_k, S_k^2 I)) (K, B).
-
-        The batch comes last, which is several times faster than first; differences are taken before they are squared, so
-        float32 loses nothing to cancellation.
-        """
+        """Return z - alpha m_k (K, D, B), S_k^2 (K, 1 or B) and log(w_k N(z; alpha m_k, S_k^2 I)) (K, B)."""
+        # The batch comes last, several times faster than first; differences before squares: no cancellation in float32.
         mixture = self.mixture.to(z.device, z.dtype)
         offsets = z.flatten(1).T.contiguous() - p.alpha * mixture.means[:, :, None]
         variances = (p.alpha * mixture.stds[:, None]).square() + (p.sigma * self.source_std).square()
@@ -57,11 +51,10 @@ class ExactFlow:
 
     @torch.no_grad()
     def flow_map(self, z: Tensor, r: float, t: float) -> Tensor:
-        """X(z, r, t): where the flow carries the states z (B, ...) of time r by time t, of z's dtype and device.
+        """Return X(z, r, t): where the flow carries the states z (B, ...) of time r by time t, of z's dtype and device.
 
-        One component: alpha_t m + S(t) / S(r) (z - alpha_r m). More: integrated in float64 on the CPU. Every path is the
-        linear one in its own clock: z / (alpha + sigma) follows it at time alpha / (alpha + sigma); so that one is
-        integrated, where sigma' is bounded.
+        One component: alpha_t m + S(t) / S(r) (z - alpha_r m). More: integrated in float64 on the CPU along the linear path,
+        where sigma' is bounded; every path is that one in its own clock, z / (alpha + sigma) at alpha / (alpha + sigma).
         """
         times = torch.tensor([r, t], dtype=torch.float64)
         states = z.detach().to("cpu", torch.float64)

@@ -1,7 +1,7 @@
 """Names data by their content: what was computed of other data in the same place is never taken for theirs."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import singledispatch
 from weakref import WeakKeyDictionary
 
@@ -21,24 +21,19 @@ KNOWN: WeakKeyDictionary[FlowDataset, str] = WeakKeyDictionary()  # each set is 
 
 
 def data_hash(dataset: FlowDataset, device: torch.device) -> str:
-    """Of all that scores compare samples of this set with; device: the dataset's."""
+    """Return a hash of all that scores compare samples of this set with; device: the dataset's."""
     if dataset not in KNOWN:
-        KNOWN[dataset] = hash_of(contents(dataset, device))
+        digest = hashlib.blake2b(digest_size=8)
+        for tensor in contents(dataset, device):
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        KNOWN[dataset] = digest.hexdigest()
     return KNOWN[dataset]
-
-
-def hash_of(tensors: Iterable[Tensor]) -> str:
-    """Of their shapes, types and bytes, in order."""
-    digest = hashlib.blake2b(digest_size=8)
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 @singledispatch
 def contents(dataset: FlowDataset, device: torch.device) -> Iterator[Tensor]:
-    """Tensors that a set is known by: of data drawn afresh, some states from a seed of their own."""
+    """Yield the tensors that a set is known by: of data drawn afresh, some states from a seed of their own."""
     yield dataset.held_out(DRAWS, generator_for(0, "contents", 0, device))[0]
 
 

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.progress import each
 from configuration.build import build
+from configuration.stored import stored_config
+from dataloaders.array_header import reading
 from models.classifier.classifier import Classifier
 from run_files.checkpoint import load_checkpoint
 
@@ -36,11 +39,11 @@ class FeatureNetwork(ABC):
 
     @abstractmethod
     def refusal(self, shape: tuple[int, ...]) -> str | None:
-        """Why it cannot see images of this shape (C, H, W); None if it can."""
+        """Return why it cannot see images of this shape (C, H, W); None if it can."""
 
     @abstractmethod
     def features(self, images: Tensor, device: torch.device) -> Tensor:
-        """Return bytes (N, C, H, W) -> features (N, F) fp32 on `device`."""
+        """Return features (N, F) fp32 on `device` of bytes (N, C, H, W)."""
 
     def metric(self, score: str) -> str:
         """Return the metric's full name for a score: "frechet_distance", "kernel_distance", "precision", ..."""
@@ -71,8 +74,8 @@ class ClassifierFeatures(FeatureNetwork):
         self.classifier.to(device)
         low, high = self.value_range
         shown = images.expand(-1, self.shape[0], -1, -1)
-        scaled = (low + (high - low) * part.to(device).float() / 255 for part in shown.split(CHUNK))
-        return torch.cat([self.classifier.features(part) for part in scaled])
+        parts = each(shown.split(CHUNK), f"features by {self.name}")
+        return torch.cat([self.classifier.features(low + (high - low) * part.to(device).float() / 255) for part in parts])
 
     def answers(self, features: Tensor) -> Tensor:
         """Return the classes (N,) that features (N, F) are taken for."""
@@ -110,11 +113,11 @@ class InceptionFeatures(FeatureNetwork):
         from cleanfid.resize import build_resizer
 
         resizer, network = build_resizer("clean"), load_inception(str(self.file.parent)).to(device)
-        parts = []
-        for part in images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().split(INCEPTION_CHUNK):
+        colored, found = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu(), []
+        for part in each(colored.split(INCEPTION_CHUNK), "features by Inception"):
             resized = np.stack([resizer(image).transpose(2, 0, 1) for image in part.numpy()])
-            parts.append(network(torch.from_numpy(resized).to(device)))
-        return torch.cat(parts)
+            found.append(network(torch.from_numpy(resized).to(device)))
+        return torch.cat(found)
 
     def metric(self, score: str) -> str:
         return self.names.get(score, f"eval/{score}")
@@ -125,14 +128,12 @@ def load_inception(folder: str) -> Any:
     """Return clean-fid's wrapper around the TorchScript file. UserError when that is damaged."""
     from cleanfid.inception_torchscript import InceptionV3W
 
-    try:
+    with reading(Path(folder) / INCEPTION_FILE):
         return InceptionV3W(folder, download=False).eval()
-    except RuntimeError as error:
-        raise UserError(f"{folder}/{INCEPTION_FILE} cannot be read as TorchScript; download it again") from error
 
 
 def weights_hash(network: torch.nn.Module) -> str:
-    """Of the names and values of all weights: the same for a checkpoint and its export."""
+    """Return a hash of the names and values of all weights: the same for a checkpoint and its export."""
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         digest.update(name.encode())
@@ -146,7 +147,6 @@ def classifier_features(path: str) -> ClassifierFeatures:
 
     UserError when there is none, or it holds something else.
     """
-    from configuration.stored import stored_config
     from evaluation.parts import load_network
 
     file = SHIPPED / f"{path}.safetensors" if "/" not in path and (SHIPPED / f"{path}.safetensors").is_file() else Path(path)

@@ -16,11 +16,7 @@ from solvers.flow_map import FlowMapSolver
 from solvers.runge_kutta import Euler
 
 SEED_BLOCK = 256  # noise is drawn in blocks of this many samples, each from its own seed: any batch size, the same set
-
-
 CHUNK = 1024  # samples carried through the solver at once, whatever the number of ranks that share them
-
-
 Fresh = Callable[[int, int, int], Tensor]  # fresh(k, first, count) -> noise (count, ...) of step k, from sample `first` on
 
 
@@ -35,21 +31,12 @@ def fixed_noise(source: Source, count: int, seed: int, stream: str = "sample", f
 
 
 def fresh_noise(source: Source, seed: int) -> Fresh:
-    """Return the noise that re-noising solvers add: that of sample i in step k depends on (seed, k, i) alone. For a source
-    on the CPU.
-    """
+    """Return the noise re-noising solvers add, from a source on the CPU: of sample i in step k by (seed, k, i) alone."""
     return lambda k, first, count: fixed_noise(source, count, seed, f"renoise/{k}", first)
 
 
-def fixed_labels(num_classes: int, count: int) -> Tensor | None:
-    """Return labels 0, 1, 2, ... in turn, or None for an unconditional network."""
-    return torch.arange(count) % num_classes if num_classes else None
-
-
 def data_labels(dataset: FlowDataset, num_classes: int, count: int, generator: torch.Generator) -> Tensor | None:
-    """Return labels (count,) of held-out states, so classes come as often as in the data; None for an
-    unconditional network.
-    """
+    """Return labels (count,), classes as often as in held-out data; None for an unconditional network."""
     if not num_classes:
         return None
     labels = dataset.held_out(count, generator)[1]
@@ -73,7 +60,7 @@ def generate(
 def generate_together(
     flow: FlowObjective, solver: Sampler, noise: Tensor, label: Tensor | None, fresh: Fresh | None = None
 ) -> Tensor:
-    """`generate`, its chunks shared out among the ranks, all of which call this: the same samples, exactly, on every rank.
+    """Return what `generate` does, exactly, its chunks shared out among the ranks, all of which call this.
 
     Rank 0 carries the last chunk, so that its solver has counted what it would have counted alone.
     """
@@ -88,9 +75,7 @@ def generate_together(
 def sample_chunk(
     flow: FlowObjective, solver: Sampler, x0: Tensor, label: Tensor | None, fresh: Fresh | None, first: int
 ) -> Tensor:
-    """Return the samples, in the units of the data, from number `first` on that the noise x0 (B, ...), for label (B,) or
-    None, is carried to.
-    """
+    """Return the samples from number `first` on, in the data's units, that x0 (B, ...) is carried to; label (B,) or None."""
 
     def added(k: int) -> Tensor:
         assert fresh is not None, "a re-noising solver needs fresh noise"
@@ -100,23 +85,19 @@ def sample_chunk(
 
 
 def few_steps(objective: FlowObjective, noise: Tensor, label: Tensor | None, evaluations: int) -> Tensor:
-    """Return noise (N, ...) carried to t = 1 in so many equal steps of one evaluation each.
-
-    By the objective's flow map where it learns one, else by Euler steps of its velocity.
-    """
+    """Return noise (N, ...) carried to t = 1 in so many equal steps of one evaluation each."""
     return generate(objective, few_step_solver(objective, evaluations), noise, label)
 
 
 def few_step_solver(objective: FlowObjective, evaluations: int) -> Sampler:
-    """Return the solver that takes few_steps."""
+    """Return the objective's flow map where it learns one, else Euler's method, in so many equal steps."""
     return FlowMapSolver(evaluations) if objective.learns_flow_map else Euler(evaluations)
 
 
 def few_step_words(objective: FlowObjective, evaluations: int | None = None) -> str:
-    """Return what few_steps does, for provenance; without a number of evaluations the score's name tells it."""
+    """Return what few_steps does, for provenance; without a number of evaluations the score's name has it."""
     what = "the flow map" if objective.learns_flow_map else "Euler"
-    steps = f"steps of {what}: {evaluations or 'as many as the name says'}"
-    return steps + guidance_words(objective)
+    return f"steps of {what}: {evaluations or 'as many as the name says'}{guidance_words(objective)}"
 
 
 def solver_words(flow: FlowObjective, solver: Sampler) -> str:
@@ -125,5 +106,5 @@ def solver_words(flow: FlowObjective, solver: Sampler) -> str:
 
 
 def guidance_words(flow: FlowObjective) -> str:
-    """Return its guidance, if it has one, after a comma."""
+    """Return its guidance, if any, after a comma."""
     return f", {flow.network.describe()}" if isinstance(flow.network, Guidance) else ""

@@ -17,6 +17,7 @@ COUNTS = (1, 2, 4)
 ENERGY, W2, FLOW_MAP = "eval/energy_distance", "eval/w2", "oracle/flow_map_error"
 SHORT = {ENERGY: "energy distance", W2: "W2", FLOW_MAP: "flow-map error"}
 SECONDS = "training seconds"
+FLOOR = "floor (real against real)"
 
 
 @dataclass
@@ -29,17 +30,14 @@ class Row:
     stale: int = 0
 
     @property
-    def empty_word(self) -> str:
-        """Return what its cells say while no seed has finished."""
-        return "failed" if self.failed else "stale" if self.stale else "not run"
-
-    @property
     def remark(self) -> str:
         """Return what is not as planned, for the name of the row."""
+        if not self.scores:
+            return ""
         count = "one" if len(self.scores) == 1 else len(self.scores)
-        parts = [f"{count} of {self.planned} seeds"] * (0 < len(self.scores) < self.planned)
+        parts = [f"{count} of {self.planned} seeds"] * (len(self.scores) < self.planned)
         parts += [f"{count} {word}" for count, word in ((self.failed, "failed"), (self.stale, "stale")) if count]
-        return f" ({', '.join(parts)})" if parts and self.scores else ""
+        return f" ({', '.join(parts)})" if parts else ""
 
     def values(self, metric: str) -> list[float]:
         return [scores[metric] for scores in self.scores if metric in scores]
@@ -59,7 +57,7 @@ def seeds_in_words(count: int) -> str:
 
 
 def rounded(value: float, spread: float | None) -> str:
-    """Value ± spread to the spread's first digit (two digits where that is a 1); alone, to about three digits."""
+    """Return value ± spread to the spread's first digit (two digits where that is a 1); alone, to about three digits."""
     if spread:
         exponent = math.floor(math.log10(spread))
         decimals = min(max(0, -exponent + (spread / 10**exponent < 1.95)), 6)
@@ -71,14 +69,13 @@ def rounded(value: float, spread: float | None) -> str:
 def cell(row: Row, metric: str, best: bool = False) -> str:
     """Return mean ± standard deviation over seeds, of the seconds the least, or in a word why there is none."""
     if not row.scores:
-        return row.empty_word
+        return "failed" if row.failed else "stale" if row.stale else "not run"
     values = row.values(metric)
     if not values:
         known = not metric.startswith("oracle/") or row.values("oracle/velocity_error")
         return "not finite" if known else "-"
-    text = (
-        f"{min(values):.0f}" if metric == SECONDS else rounded(*mean_and_deviation(values))
-    )  # other work can only slow a run
+    least = metric == SECONDS  # other work can only slow a run
+    text = f"{min(values):.0f}" if least else rounded(*mean_and_deviation(values))
     part = f" ({len(values)} of {len(row.scores)})" if len(values) < len(row.scores) else ""
     return (f"**{text}**" if best else text) + part
 
@@ -95,9 +92,7 @@ def keys(metric: str) -> list[str]:
 
 
 def floor_cell(rows: dict[str, Row], metric: str) -> str:
-    """Return the same score of real against real, mean ± sd; of the flow-map error, what the solver makes of the exact
-    field.
-    """
+    """Return the score of real against real, mean ± sd; of the flow-map error, the solver's own on the exact field."""
     scores = [scores for row in rows.values() for scores in row.scores]
     if metric == FLOW_MAP:
         exact = [found[f"{FLOW_MAP}_exact_field"] for found in scores if f"{FLOW_MAP}_exact_field" in found]
@@ -107,19 +102,18 @@ def floor_cell(rows: dict[str, Row], metric: str) -> str:
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *lines])
 
 
 def dataset_table(rows: dict[str, Row], metrics: list[str], solver: int) -> str:
     """Return one line per objective under the floor; the best one-step values in bold."""
     best = {metric: best_of(rows, metric) for metric in metrics if metric.endswith("_1nfe")}
-    floor = ["floor (real against real)", *(floor_cell(rows, metric) for metric in metrics)]
     lines = [
         [objective + row.remark, *(cell(row, metric, best.get(metric) == objective) for metric in metrics)]
         for objective, row in rows.items()
     ]
-    return markdown(["objective", *(heading(metric, solver) for metric in metrics)], [floor, *lines])
+    header = ["objective", *(heading(metric, solver) for metric in metrics)]
+    return markdown(header, [[FLOOR, *(floor_cell(rows, metric) for metric in metrics)], *lines])
 
 
 def heading(metric: str, solver: int) -> str:
@@ -130,19 +124,15 @@ def heading(metric: str, solver: int) -> str:
 
 
 def overview_table(results: Results, datasets: list[str], solver: int) -> str:
-    """Objectives against data sets: energy distance in one evaluation and by the solver."""
+    """Return objectives against data sets: energy distance in one evaluation and by the solver."""
     columns = [(dataset, metric) for dataset in datasets for metric in (f"{ENERGY}_1nfe", ENERGY)]
     best = {dataset: best_of(results[dataset], f"{ENERGY}_1nfe") for dataset in datasets}
-    floor = ["floor (real against real)", *(floor_cell(results[dataset], metric) for dataset, metric in columns)]
-    lines = []
+    lines = [[FLOOR, *(floor_cell(results[dataset], metric) for dataset, metric in columns)]]
     for objective in results[datasets[0]]:
-        cells = [
-            cell(results[d][objective], metric, metric != ENERGY and best[d] == objective) + results[d][objective].remark
-            for d, metric in columns
-        ]
-        lines.append([objective, *cells])
+        rows = [(results[d][objective], metric, metric != ENERGY and best[d] == objective) for d, metric in columns]
+        lines.append([objective, *(cell(*row) + row[0].remark for row in rows)])
     header = [f"{dataset}, {1 if metric != ENERGY else solver}" for dataset, metric in columns]
-    return markdown(["energy distance", *header], [floor, *lines])
+    return markdown(["energy distance", *header], lines)
 
 
 def solver_evaluations(results: Results) -> int:
@@ -151,19 +141,19 @@ def solver_evaluations(results: Results) -> int:
     return found[0] if found else 50
 
 
-def full_text(results: Results, told: str) -> str:
+def full_text(results: Results, caption: str) -> str:
     """Return a table for each data set."""
     solver = solver_evaluations(results)
     metrics = [*keys(ENERGY), *keys(W2), *keys(FLOW_MAP), SECONDS]
     parts = [f"### {dataset}\n\n{dataset_table(rows, metrics, solver)}" for dataset, rows in results.items()]
-    return "\n\n".join([told, *parts])
+    return "\n\n".join([caption, *parts])
 
 
-def short_text(results: Results, told: str) -> str:
+def short_text(results: Results, caption: str) -> str:
     """Return the first data set with fewer columns, the others in one table."""
     solver, first, others = solver_evaluations(results), next(iter(results)), list(results)[1:]
     metrics = [*keys(ENERGY), f"{FLOW_MAP}_1nfe", FLOW_MAP, f"{W2}_1nfe", SECONDS]
-    parts = [told, f"**{first}**", dataset_table(results[first], metrics, solver)]
+    parts = [caption, f"**{first}**", dataset_table(results[first], metrics, solver)]
     if others:
         parts += ["**The other data sets**", overview_table(results, others, solver)]
     return "\n\n".join([*parts, "The full tables are in EXPERIMENT_LOG.md."])
@@ -186,17 +176,17 @@ def write_between(path: Path, body: str) -> None:
         write_atomically(path, f"{before}{START}\n{body}\n{STOP}{after}")
 
 
-def as_json(results: Results, told: str) -> str:
+def as_json(results: Results, caption: str) -> str:
     """Return every mean, spread and count, and the single values, for other programs."""
-    told_rows = [
+    rows = [
         {
             "dataset": dataset, "objective": objective, "planned": row.planned, "finished": len(row.scores),
             "failed": row.failed, "stale": row.stale,
             "scores": {m: score_record(row.values(m)) for m in sorted({m for scores in row.scores for m in scores})},
         }
-        for dataset, rows in results.items() for objective, row in rows.items()
+        for dataset, found in results.items() for objective, row in found.items()
     ]  # fmt: skip
-    return json.dumps({"caption": told, "rows": told_rows}, indent=1) + "\n"
+    return json.dumps({"caption": caption, "rows": rows}, indent=1) + "\n"
 
 
 def score_record(values: list[float]) -> dict[str, Any]:

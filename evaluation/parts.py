@@ -14,7 +14,7 @@ from configuration.checks import check_fits
 from configuration.stored import stored_config
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
-from evaluation.metrics.base_metric import Decode
+from evaluation.metrics.base_metric import Decode, EvaluationInputs
 from helpers_cfg import guided
 from losses.objective import FlowObjective, Objective
 from run_files.checkpoint import load_checkpoint
@@ -60,9 +60,7 @@ def build_objective(config: dict[str, Any], device: torch.device) -> Objective:
 
 
 def sampled_flow(objective: Objective, config: dict[str, Any], device: torch.device) -> FlowObjective | None:
-    """Return what evaluations sample: build_flow of a flow; None of a classifier. UserError for a
-    classifier under guidance.
-    """
+    """Return what evaluations sample, None for a classifier. UserError for a classifier under guidance."""
     if isinstance(objective, FlowObjective):
         return build_flow(objective, config, device)
     if config.get("guidance"):
@@ -71,9 +69,9 @@ def sampled_flow(objective: Objective, config: dict[str, Any], device: torch.dev
 
 
 def build_flow(objective: FlowObjective, config: dict[str, Any], device: torch.device) -> FlowObjective:
-    """Return what is sampled: the objective under the guidance that the configuration asks for, or itself without any.
+    """Return the objective under the configuration's guidance, if any. UserError for guidance this model cannot have.
 
-    A guidance with a checkpoint gets the network in it as `guide`. UserError for guidance that this model cannot have.
+    A guidance with a checkpoint gets the network in it as `guide`.
     """
     node = config.get("guidance")
     if not node:
@@ -115,14 +113,22 @@ def meaning(objective: FlowObjective, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_decoder(config: dict[str, Any], device: torch.device) -> Decode | None:
-    """From latent states to images in [-1, 1]: the decoder of the configuration's VAE; None where states are no latents."""
+    """Return the VAE's decoder, from latent states to images in [-1, 1]; None where states are no latents."""
     return build(config["vae"]).to(device).decode if config.get("vae") else None
 
 
+def evaluation_inputs(
+    objective: Objective, config: dict[str, Any], device: torch.device, cache: Path, weights: str
+) -> EvaluationInputs:
+    """Return what the last evaluation of a run would judge the objective by; weights: which it has, in words."""
+    return EvaluationInputs(
+        objective, build_dataset(config, device), build_source(config, device), build_solver(config), config["seed"],
+        dataset_key(config), cache, True, sampled_flow(objective, config, device), build_decoder(config, device), weights,
+    )  # fmt: skip
+
+
 def dataset_key(config: dict[str, Any]) -> str:
-    """Return names the data and all its settings, and the autoencoder whose decoder shows it, by its weights: part of every
-    cache key, beside a hash of the data themselves.
-    """
+    """Return a name of the data's settings and of the weights that decode it: part of every cache key."""
     vae = config.get("vae") or {}
     files = sorted(Path(vae["path"]).glob("*.safetensors")) if "path" in vae else []
     settings = json.dumps([config["dataloaders"], vae, [file_hash(file) for file in files]], sort_keys=True)
@@ -130,7 +136,6 @@ def dataset_key(config: dict[str, Any]) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """Of the file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, hashlib.blake2s).hexdigest()
 

@@ -1,8 +1,8 @@
 """Sample pictures: generated points beside real ones, generated images beside real ones, as PNG files 900 pixels wide.
 
 Figures are built on the Agg canvas without pyplot, so that nothing global is touched and no display is needed. The
-background is opaque white with dark text, which reads on light and dark pages alike; the two colours are told apart by
-every kind of colour vision, and never carry the meaning alone (each panel has its title).
+background is opaque white with dark text, which reads on light and dark pages alike; the two colours differ for every
+kind of colour vision, and never carry the meaning alone (each panel has its title).
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Panel = tuple[np.ndarray, np.ndarray | None]  # images and their labels
 GENERATED_COLOR = "#0072B2"  # blue and vermilion of Okabe and Ito's palette
 REAL_COLOR = "#D55E00"
 INK = "#222222"
 DPI = 100
 WIDTH = 900  # pixels
-MAX_POINTS = 5000  # more cannot be told apart on 400 pixels, and drawing them takes the time
+MAX_POINTS = 5000  # more run together on 400 pixels, and drawing them takes the time
 MAX_IMAGE = 256  # pixels a side that a single image is enlarged to at most
 MARGIN = 8  # pixels around the grids
 LABEL_MARGIN = 36  # pixels at the sides where rows have class numbers
@@ -33,17 +34,10 @@ GAP = 28  # pixels between the two grids: wider than between the images of one
 
 
 def scatter_picture(path: Path, samples: np.ndarray, reference: np.ndarray, title: str = "", score_line: str = "") -> None:
-    """Generated points and real ones, side by side on the same axes.
+    """Draw generated points (N, 2) and real ones (M, 2) side by side on the same axes, 900 x 450 pixels.
 
-    Args:
-        path: the PNG file to write, 900 x 450 pixels.
-        samples: (N, 2) generated; rows that are not finite are left out and counted in the panel's title.
-        reference: (M, 2) real.
-        title: what run and step this is.
-        score_line: the scores, under the title.
-
-    Raises:
-        ValueError: the points are not two-dimensional.
+    Rows that are not finite are left out and counted in the panel's title. title: what run and step this is; score_line: the
+    scores, under it. ValueError for points that are not two-dimensional.
     """
     for points in (samples, reference):
         if points.ndim != 2 or points.shape[1] != 2:
@@ -52,10 +46,9 @@ def scatter_picture(path: Path, samples: np.ndarray, reference: np.ndarray, titl
     low, high = shared_limits(samples, reference)
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
     axes[0].set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), ylabel="x₂")
-    for panel, name, points, color in zip(
-        axes, ("generated", "real"), (samples, reference), (GENERATED_COLOR, REAL_COLOR), strict=True
-    ):
-        draw_points(panel, points, color)
+    draw_points(axes[0], samples, GENERATED_COLOR)
+    draw_points(axes[1], reference, REAL_COLOR)
+    for panel, name, points in zip(axes, ("generated", "real"), (samples, reference), strict=True):
         panel.set_title(f"{name} ({describe_count(points, low, high)})", color=INK, fontsize=11, pad=5)
     figure.subplots_adjust(left=0.075, right=0.985, bottom=0.12, top=0.80, wspace=0.06)
     save_figure(figure, path)
@@ -63,87 +56,68 @@ def scatter_picture(path: Path, samples: np.ndarray, reference: np.ndarray, titl
 
 def image_grid_picture(
     path: Path,
-    images: np.ndarray,
+    panels: dict[str, Panel],
     value_range: tuple[float, float] = (-1.0, 1.0),
     columns: int = 8,
-    reference: np.ndarray | None = None,
     title: str = "",
-    labels: np.ndarray | None = None,
-    reference_labels: np.ndarray | None = None,
-    names: tuple[str, str] = ("generated", "real"),
     score_line: str = "",
 ) -> None:
-    """Generated images in a grid, beside a grid of real ones where `reference` is given.
+    """Draw images in grids side by side, 600 to 1350 pixels wide, each under its name: generated ones, then real ones.
 
-    With labels, each class takes a row or several of its own, its number at the left, and real images stand in the row of
-    their class; `columns` then follows from how many there are of a class. Classes of one image each are a plain grid.
+    Every image pixel becomes a square of whole pixels; only images too large for that are reduced. With labels, each class
+    takes a row or several of its own, its number at the left, and real images stand in the row of their class; `columns`
+    then follows from how many there are of a class. Classes of one image each are a plain grid.
 
-    Args:
-        path: the PNG file to write, 600 to 1350 pixels wide: every image pixel becomes a square of whole pixels, and
-            only images too large for that are reduced.
-        images: (N, C, H, W), C = 1 (gray) or 3 (RGB).
-        value_range: the values shown as black and as full brightness; what lies outside is clipped.
-        columns: images in a row of the generated grid.
-        reference: (M, C, H, W) real; as many as there are generated ones are shown, or all, in as many columns as they fill.
-        title: what run and step this is.
-        labels, reference_labels: (N,) and (M,) classes.
-        names: what stands above the two grids.
-        score_line: what was measured, under the title.
-
-    Raises:
-        ValueError: the images are not (N, C, H, W) with one or three channels.
+    panels: name -> images (N, C, H, W), C = 1 (gray) or 3 (RGB), of which at most as many are shown as the first has, and
+    labels (N,) or None. value_range: the values shown as black and as full brightness; what lies outside is clipped.
+    columns: images in a row of the first grid; the others have as many as they fill. score_line: what was measured.
+    ValueError for images of another shape.
     """
-    first, second = names
-    grids = {first: images} if reference is None else {first: images, second: reference[: len(images)]}
-    for batch in grids.values():
+    for batch, _ in panels.values():
         if batch.ndim != 4 or batch.shape[1] not in (1, 3):
             raise ValueError(f"an image grid needs images of shape (N, 1 or 3, H, W), not {batch.shape}")
-    columns, row_labels = min(columns, len(images)), np.zeros(0, dtype=int)
-    widths = {name: min(columns, -(-len(batch) // -(-len(images) // columns))) for name, batch in grids.items()}
-    widths[first] = columns
-    levels = {name: to_bytes(batch, value_range) for name, batch in grids.items()}
-    if labels is not None and np.unique(labels, return_counts=True)[1].max() > 1:
-        columns, row_labels = class_layout(labels)
-        known = {first: labels, second: reference_labels if reference_labels is not None else labels}
-        widths = {name: filled_columns(known[name][: len(batch)], row_labels, columns) for name, batch in grids.items()}
-        levels = {
-            name: by_class(batch, known[name][: len(batch)], row_labels, widths[name]) for name, batch in levels.items()
-        }
-    tiled = {name: tile(batch, widths[name]) for name, batch in levels.items()}
-    scale = min(WIDTH / sum(grid.shape[1] for grid in tiled.values()), MAX_HEIGHT / tiled[first].shape[0])
-    scale = min(scale, max(MAX_IMAGE / images.shape[2], 1.0))
-    draw_grids(path, {name: rescale(grid, scale) for name, grid in tiled.items()}, title, row_labels, score_line)
+    images, labels = next(iter(panels.values()))
+    if labels is not None and np.unique(labels, return_counts=True)[1].max() == 1:
+        labels = None
+    columns, row_labels = (min(columns, len(images)), np.zeros(0, dtype=int)) if labels is None else class_layout(labels)
+    rows, tiled = -(-len(images) // columns), {}
+    for name, (batch, known) in panels.items():
+        levels = to_bytes(batch[: len(images)], value_range)
+        width = columns if batch is images else min(columns, -(-len(levels) // rows))
+        if labels is not None:
+            own = (labels if known is None else known)[: len(levels)]
+            width = filled_columns(own, row_labels, columns)
+            levels = by_class(levels, own, row_labels, width)
+        tiled[name] = tile(levels, width)
+    draw_grids(path, enlarged(tiled, images.shape[2]), title, row_labels, score_line)
 
 
 def neighbours_picture(
     path: Path, samples: np.ndarray, neighbours: np.ndarray, value_range: tuple[float, float], title: str
 ) -> None:
-    """Generated images in a column, beside a grid whose row i holds the training images nearest to sample i.
+    """Draw generated images in a column, beside a grid whose row i holds the training images nearest to sample i.
 
-    Args:
-        path: the PNG file to write.
-        samples: (N, C, H, W), C = 1 (gray) or 3 (RGB).
-        neighbours: (N k, C, H, W), those of the first sample first.
-        value_range: the values shown as black and as full brightness.
-        title: what run this is.
+    samples (N, C, H, W) and neighbours (N k, C, H, W), those of the first sample first; otherwise as image_grid_picture.
     """
     k = len(neighbours) // len(samples)
-    column, grid = tile(to_bytes(samples, value_range), 1), tile(to_bytes(neighbours, value_range), k)
-    scale = min(
-        WIDTH / (grid.shape[1] + column.shape[1]), MAX_HEIGHT / grid.shape[0], max(MAX_IMAGE / samples.shape[2], 1.0)
-    )
-    grids = {"generated": rescale(column, scale), f"the {k} training images nearest to it": rescale(grid, scale)}
-    draw_grids(path, grids, title)
+    tiled = {
+        "generated": tile(to_bytes(samples, value_range), 1),
+        f"the {k} training images nearest to it": tile(to_bytes(neighbours, value_range), k),
+    }
+    draw_grids(path, enlarged(tiled, samples.shape[2]), title)
+
+
+def enlarged(tiled: dict[str, np.ndarray], height: int) -> dict[str, np.ndarray]:
+    """Return grids (H, W, 3) of images of this height, rescaled alike to fill the picture."""
+    width, rows = sum(grid.shape[1] for grid in tiled.values()), next(iter(tiled.values())).shape[0]
+    scale = min(WIDTH / width, MAX_HEIGHT / rows, max(MAX_IMAGE / height, 1.0))
+    return {name: rescale(grid, scale) for name, grid in tiled.items()}
 
 
 def confusion_picture(path: Path, counts: np.ndarray, title: str, names: list[str]) -> None:
-    """A classifier's confusion matrix: each row a class, its columns what its images were taken for, darker for more.
+    """Draw a confusion matrix (K, K): each row a class, its columns what its images were taken for, darker for more.
 
-    Args:
-        path: the PNG file to write.
-        counts: (K, K) images; with at most MAX_CLASSES classes each cell states its number.
-        title: what run and step this is.
-        names: of the K classes.
+    With at most MAX_CLASSES classes each cell states its number. names: of the K classes.
     """
     figure = new_figure(900, title, f"{counts.trace() / max(counts.sum(), 1):.2%} of {counts.sum():,} right")
     axes = figure.add_axes((0.15, 0.13, 0.80, 0.76))
@@ -162,7 +136,7 @@ def confusion_picture(path: Path, counts: np.ndarray, title: str, names: list[st
 
 
 def class_layout(labels: np.ndarray) -> tuple[int, np.ndarray]:
-    """Columns of a grid by class that is about as wide as it is high, and the class of each of its rows, ascending."""
+    """Return the columns of a grid by class, about as wide as high, and the class of each of its rows, ascending."""
     classes, counts = np.unique(labels, return_counts=True)
     rows_each = max(1, round(len(labels) ** 0.5 / len(classes)))
     columns = -(-int(counts.max()) // rows_each)
@@ -176,19 +150,17 @@ def filled_columns(labels: np.ndarray, row_labels: np.ndarray, most: int) -> int
 
 
 def by_class(images: np.ndarray, labels: np.ndarray, row_labels: np.ndarray, columns: int) -> np.ndarray:
-    """Byte images (N, H, W, 3) in reading order of a grid with these classes a row; cells without an image are white."""
-    cells = np.full((len(row_labels), columns, *images.shape[1:]), 255, dtype=np.uint8)
+    """Return byte images (N, H, W, 3) in reading order of a grid whose rows have these classes; empty cells are white."""
+    cells = np.full((len(row_labels) * columns, *images.shape[1:]), 255, dtype=np.uint8)
     for label in np.unique(row_labels):
-        rows, own = np.flatnonzero(row_labels == label), images[labels == label]
-        for place, image in enumerate(own[: len(rows) * columns]):
-            cells[rows[place // columns], place % columns] = image
-    return cells.reshape(-1, *images.shape[1:])
+        own = images[labels == label]
+        places = np.flatnonzero(np.repeat(row_labels == label, columns))[: len(own)]
+        cells[places] = own[: len(places)]
+    return cells
 
 
 def pick_by_class(labels: np.ndarray, images: int) -> np.ndarray:
-    """Return indices of about `images` rows, equally many of each class: of all classes, or of some at
-    even spacing if many.
-    """
+    """Return indices of about `images` rows, equally many of each class; of many classes, of some at even spacing."""
     classes = np.unique(labels)
     if len(classes) > MAX_CLASSES:
         classes = classes[np.linspace(0, len(classes) - 1, max(1, round(images**0.5))).astype(int)]
@@ -223,18 +195,17 @@ def draw_grids(
     wide = max(width + 2 * margin, 10 * len(title), 8 * len(score_line))
     figure = new_figure(header + height + MARGIN, title, score_line, wide)
     total_width, total_height = figure.get_size_inches() * DPI
-    left = (total_width - width) / 2
+    left, above = (total_width - width) / 2, 1 - (header - 8) / total_height
     for row, label in enumerate(row_labels):
         middle = 1 - (header + (row + 0.5) / len(row_labels) * height) / total_height
         figure.text((left - 6) / total_width, middle, str(label), ha="right", va="center", color=INK, fontsize=9)
     for name, grid in grids.items():
-        bottom = total_height - header - grid.shape[0]
-        figure.figimage(grid, left, bottom, origin="upper")
-        middle = (left + grid.shape[1] / 2) / total_width
+        figure.figimage(grid, left, total_height - header - grid.shape[0], origin="upper")
         for column, label in enumerate(column_labels or []):
             place = (left + (column + 0.5) / len(column_labels or []) * grid.shape[1]) / total_width
-            figure.text(place, 1 - (header - 8) / total_height, label, ha="center", va="bottom", color=INK, fontsize=9)
-        figure.text(middle, 1 - (header - 8) / total_height, name, ha="center", va="bottom", color=INK, fontsize=11)
+            figure.text(place, above, label, ha="center", va="bottom", color=INK, fontsize=9)
+        middle = (left + grid.shape[1] / 2) / total_width
+        figure.text(middle, above, name, ha="center", va="bottom", color=INK, fontsize=11)
         left += grid.shape[1] + GAP
     save_figure(figure, path)
 
@@ -258,7 +229,7 @@ def new_figure(height: int, title: str, score_line: str, width: int = WIDTH) -> 
 
 
 def draw_points(axes: Axes, points: np.ndarray, color: str) -> None:
-    """The finite points, at most MAX_POINTS of them, on equal axes."""
+    """Draw the finite points, at most MAX_POINTS of them, on equal axes."""
     shown = finite_rows(points)[:MAX_POINTS]
     size = float(np.clip(8000 / max(len(shown), 1), 4, 12))
     axes.scatter(shown[:, 0], shown[:, 1], s=size, c=color, alpha=0.55, linewidths=0)
@@ -279,7 +250,7 @@ def describe_count(points: np.ndarray, low: np.ndarray, high: np.ndarray) -> str
 
 
 def shared_limits(samples: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest corner (2,) for both panels: every real point and all but the stray generated ones.
+    """Return the lowest and highest corner (2,) for both panels: every real point and all but the stray generated ones.
 
     Generated points count from their 0.5 to their 99.5 percentile and no farther out than half the real points' extent:
     one that flew off would shrink everything else to a dot. No side is shorter than 0.6 of the longest.
@@ -322,9 +293,7 @@ def tile(images: np.ndarray, columns: int) -> np.ndarray:
 
 
 def rescale(image: np.ndarray, scale: float) -> np.ndarray:
-    """Return the image about `scale` times as large: each pixel a square of whole pixels, or whole
-    blocks averaged to one.
-    """
+    """Return the image about `scale` times as large: a pixel becomes a square of pixels, or a block is averaged to one."""
     if scale >= 2 / 3:
         factor = max(1, round(scale))
         return image.repeat(factor, axis=0).repeat(factor, axis=1)

@@ -1,7 +1,6 @@
-"""A trained model, away from its run: load it, sample it, score it, draw it."""
+"""A trained model, away from its run: load it, sample it, ask it for velocities and densities."""
 
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,54 +9,26 @@ import torch
 from torch import Tensor
 
 from common.device import pick_device
-from common.distributed import rank
 from common.errors import UserError
-from common.files import write_atomically
 from common.progress import watched
 from common.ranges import Count
 from common.seeds import generator_for
-from configuration.build import build
-from configuration.checks import check_rows_fit, check_values
-from configuration.compose import compose_config, parse_overrides, resolved
-from configuration.overrides import laid_over
+from configuration.checks import check_rows_fit
 from configuration.stored import stored_config
 from configuration.values import Setting, check_value, shown
 from dataloaders.base_dataloaders import Batch
-from evaluation.evaluator import EvaluationInputs, Evaluator
-from evaluation.generate import (
-    CHUNK,
-    few_step_solver,
-    few_step_words,
-    fixed_labels,
-    fixed_noise,
-    fresh_noise,
-    sample_chunk,
-    solver_words,
-)
+from evaluation import generate, parts
 from evaluation.metrics.base_metric import Generation, as_images
-from evaluation.parts import (
-    build_dataset,
-    build_decoder,
-    build_flow,
-    build_objective,
-    build_solver,
-    build_source,
-    dataset_key,
-    load_network,
-    sampled_flow,
-)
-from evaluation.report import draw_neighbours, draw_picture, print_scores
 from helpers_cfg import ClassifierFreeGuidance, Guidance, guided
 from losses.objective import FlowObjective, Objective
 from run_files.checkpoint import load_checkpoint
 from run_files.provenance import weights_in_words
-from run_files.result import scores_file
-from run_files.stored_values import json_number
 from solvers.base_solver import BaseSolver, Sampler
 from solvers.dopri5 import Dopri5
 from solvers.likelihood import LogLikelihood, log_likelihood
 
 Label = int | Literal["all"] | Tensor | None
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -83,8 +54,7 @@ class TrainedModel:
         evaluations: int | None = None,
         guidance: Guidance | float | None = None,
     ) -> Tensor:
-        """Return n samples (n, *state_shape) on the CPU, latents of a latent model; sample i depends on its label, the seed
-        and i.
+        """Return n samples (n, *state_shape) on the CPU, latents of a latent model; sample i depends on label, seed and i.
 
         label: as in `labels`. solver, guidance: instead of the run's own; a number is a scale of classifier-free guidance,
         and 1 is none. evaluations: so many equal steps of one evaluation each instead of a solver, see few_steps.
@@ -92,17 +62,17 @@ class TrainedModel:
         """
         check_value("n", n, Setting(Count))
         check_rows_fit("n", n, self.config["dataloaders"]["state_shape"])
-        source, labels, flow = build_source(self.config, torch.device("cpu")), self.labels(n, label), self.flow(guidance)
+        source, labels, flow = parts.build_source(self.config, CPU), self.labels(n, label), self.flow(guidance)
         if evaluations is not None:
             check_guides_a_step(flow, evaluations)
-            solver = few_step_solver(flow, evaluations)
-        solver, fresh, parts = solver or build_solver(self.config), fresh_noise(source, seed), []
+            solver = generate.few_step_solver(flow, evaluations)
+        solver, fresh, samples = solver or parts.build_solver(self.config), generate.fresh_noise(source, seed), []
         with watched(flow.network, f"{n:,} samples", n * solver.evaluations_ahead):
-            for first in range(0, n, CHUNK):
-                noise = fixed_noise(source, min(CHUNK, n - first), seed, first=first).to(self.device)
-                own = None if labels is None else labels[first : first + CHUNK].to(self.device)
-                parts.append(sample_chunk(flow, solver, noise, own, fresh, first).cpu())
-        return torch.cat(parts)
+            for first in range(0, n, generate.CHUNK):
+                noise = generate.fixed_noise(source, min(generate.CHUNK, n - first), seed, first=first).to(self.device)
+                own = None if labels is None else labels[first : first + generate.CHUNK].to(self.device)
+                samples.append(generate.sample_chunk(flow, solver, noise, own, fresh, first).cpu())
+        return torch.cat(samples)
 
     def labels(self, n: int, label: Label) -> Tensor | None:
         """Return the labels (n,) of n samples, None for an unconditional model.
@@ -112,7 +82,7 @@ class TrainedModel:
         """
         classes = self.objective.network.num_classes
         if label is None:
-            return fixed_labels(classes, n)
+            return torch.arange(n) % classes if classes else None
         if classes and label == "all" and n < classes:
             raise UserError(f"label=all wants a sample of each of the {classes} classes; give n={classes} or more")
         if classes and label == "all":
@@ -124,40 +94,36 @@ class TrainedModel:
             )
         labels = labels.expand(n)
         if not 0 <= int(labels.min()) <= int(labels.max()) < max(classes, 1):
-            raise UserError(
-                f"label={label if isinstance(label, (int, str)) else '(a tensor)'} does not fit: this model knows "
-                + (f"the classes 0 to {classes - 1}" if classes else "no classes; leave label out")
-            )
+            given = label if isinstance(label, (int, str)) else "(a tensor)"
+            known = f"the classes 0 to {classes - 1}" if classes else "no classes; leave label out"
+            raise UserError(f"label={given} does not fit: this model knows {known}")
         return labels
 
     def flow(self, guidance: Guidance | float | None = None) -> FlowObjective:
-        """Return what is sampled: the objective, under the run's own guidance or another. UserError where the model allows
-        none.
-        """
+        """Return the objective under the run's own guidance or another. UserError where the model allows none."""
         if guidance is None:
-            return build_flow(self.objective, self.config, self.device)
+            return parts.build_flow(self.objective, self.config, self.device)
         if guidance == 1:
             return self.objective
-        network = self.objective.network
-        return guided(
-            self.objective, guidance if isinstance(guidance, Guidance) else ClassifierFreeGuidance(network, guidance)
-        )
+        if not isinstance(guidance, Guidance):
+            guidance = ClassifierFreeGuidance(self.objective.network, guidance)
+        return guided(self.objective, guidance)
 
     def images(self, states: Tensor) -> Tensor:
         """Return states (N, ...) as images on the CPU: decoded where the model works on latents."""
-        return as_images(states.to(self.device), build_decoder(self.config, self.device)).cpu()
+        return as_images(states.to(self.device), parts.build_decoder(self.config, self.device)).cpu()
 
     def log_prob(self, x: Tensor, label: Tensor | None = None, solver: BaseSolver | None = None) -> Tensor:
-        """Log density in nats (B,) of states x (B, *state_shape); above 16 dimensions an estimate, see log_likelihood."""
+        """Return the log density in nats (B,) of states x (B, *state_shape); see log_likelihood."""
         return self.log_likelihood(x, label, solver).log_prob
 
     def log_likelihood(self, x: Tensor, label: Tensor | None = None, solver: BaseSolver | None = None) -> LogLikelihood:
-        """Log density in nats of states x (B, *state_shape) under the unguided model, by the change of variables.
+        """Return the log density in nats of states x (B, *state_shape) under the unguided model, by the change of variables.
 
         On the CPU. Exact divergence up to 16 dimensions, else Hutchinson's estimate, with its standard_error (B,) in nats;
         solver: dopri5 unless given.
         """
-        source = build_source(self.config, self.device)
+        source = parts.build_source(self.config, self.device)
         label = None if label is None else label.to(self.device)
         x = self.objective.standardised(x.to(self.device))
         field = lambda z, t: self.objective.velocity(z, t, label)  # noqa: E731
@@ -169,8 +135,7 @@ class TrainedModel:
 
     def real(self, n: int, seed: int = 0) -> Batch:
         """Return at most n held-out states of the data the model learned, on the CPU, with their labels or None."""
-        dataset = build_dataset(self.config, torch.device("cpu"))
-        return dataset.held_out(n, generator_for(seed, "evaluation/reference"))
+        return parts.build_dataset(self.config, CPU).held_out(n, generator_for(seed, "evaluation/reference"))
 
     def times(self, states: Tensor, *times: Tensor | float) -> list[Tensor]:
         """Return the times beside the states. UserError for states of another shape, or times not rising from 0 to 1."""
@@ -207,11 +172,8 @@ class TrainedModel:
 
 def check_guides_a_step(flow: FlowObjective, evaluations: int) -> None:
     """Raise UserError when guidance lies in an interval that none of so many equal steps starts in."""
-    network = flow.network
-    if isinstance(network, Guidance) and not any(
-        network.interval[0] <= k / evaluations <= network.interval[1] for k in range(evaluations)
-    ):
-        low, high = network.interval
+    low, high = flow.network.interval if isinstance(flow.network, Guidance) else (0.0, 1.0)
+    if not any(low <= k / evaluations <= high for k in range(evaluations)):
         raise UserError(
             f"guidance.interval=[{low:g},{high:g}] guides none of {evaluations} step(s), at 0, 1/{evaluations}, ...; "
             "widen it, take more steps, or leave guidance out"
@@ -219,95 +181,37 @@ def check_guides_a_step(flow: FlowObjective, evaluations: int) -> None:
 
 
 def load(path: str | Path, device: str = "auto") -> TrainedModel:
-    """Return the generator of a checkpoint, rebuilt from the configuration stored in it. UserError if
-    that cannot be done.
-    """
-    payload = load_checkpoint(Path(path))
-    return trained_model(payload, stored_config(Path(path), payload), Path(path), pick_device(device))
-
-
-@torch.no_grad()
-def generation_of(model: TrainedModel, n: int, seed: int, label: Label, evaluations: int | None, cache: Path) -> Generation:
-    """Return n samples as metrics see them, beside the data the model learned; as TrainedModel.sample makes them."""
-    config, device, labels = model.config, model.device, model.labels(n, label)
-    solver, flow = build_solver(config), model.flow()
-    samples = model.sample(n, seed, label, solver, evaluations).to(device)
-    steps = solver_words(flow, solver) if evaluations is None else few_step_words(flow, evaluations)
-    source = build_source(config, device)
-    return Generation(
-        fixed_noise(build_source(config, torch.device("cpu")), n, seed).to(device), samples,
-        None if labels is None else labels.to(device), flow, flow.velocity, solver,
-        build_dataset(config, device), source, dataset_key(config), cache, True,
-        lambda name: generator_for(seed, f"evaluation/{name}", 0, device), build_decoder(config, device), seed,
-        weights_in_words(config, model.step), steps,
-    )  # fmt: skip
-
-
-def settings_from_overrides(words: list[str]) -> dict[str, Any]:
-    """Return the nodes named on a command line, e.g. {"solver": ...} of ["solver=rk4", "solver.steps=8"].
-
-    UserError for what cannot be read.
-    """
-    config = resolved(compose_config(["run_name=sample", *words]))
-    check_values(config)
-    named = {override.key_or_group.split(".")[0].split("/")[0] for override in parse_overrides(words)}
-    return {name: config.get(name) for name in named}
-
-
-def trained_objective(payload: dict[str, Any], config: dict[str, Any], path: Path, device: torch.device) -> Objective:
-    """Return the objective around a checkpoint's EMA network, frozen."""
-    objective = build_objective(config, device)
-    load_network(objective.network, payload["ema"], path)
-    return objective.eval().requires_grad_(False)
-
-
-def trained_model(payload: dict[str, Any], config: dict[str, Any], path: Path, device: torch.device) -> TrainedModel:
-    """Raise UserError for a checkpoint that holds a classifier."""
-    objective = trained_objective(payload, config, path, device)
+    """Return the generator of a checkpoint, rebuilt from the configuration stored in it. UserError for a classifier."""
+    path = Path(path)
+    payload, chosen = load_checkpoint(path), pick_device(device)
+    config = stored_config(path, payload)
+    objective = trained_objective(payload, config, path, chosen)
     if not isinstance(objective, FlowObjective):
         raise UserError(
             f"{path} holds a classifier, which makes no samples; judge it by eval_checkpoint={path}, or let it judge a "
             f"generator's by evaluation.metrics.features.network={path}"
         )
-    return TrainedModel(objective, config, device, payload["step"])
+    return TrainedModel(objective, config, chosen, payload["step"])
 
 
-def evaluate_checkpoint(config: dict[str, Any]) -> None:
-    """Score a checkpoint with its own configuration, typed overrides laid over it, and draw its samples.
+def trained_objective(payload: dict[str, Any], config: dict[str, Any], path: Path, device: torch.device) -> Objective:
+    """Return the objective around a checkpoint's EMA network, frozen."""
+    objective = parts.build_objective(config, device)
+    parts.load_network(objective.network, payload["ema"], path)
+    return objective.eval().requires_grad_(False)
 
-    No tracker run; scores and picture go to outputs/evaluations/<run_name>.json and .png.
-    """
-    path = Path(config["eval_checkpoint"])
-    payload = load_checkpoint(path)
-    merged = laid_over(stored_config(path, payload), config, parse_overrides(config["overrides"]))
-    device = pick_device(config["device"])
-    objective, solver = trained_objective(payload, merged, path, device), build_solver(merged)
-    if payload["second_time"] != objective.second_time:
-        raise UserError(
-            f"{path} was trained with second_time={payload['second_time']} and cannot be read as a loss whose second "
-            f"time is {objective.second_time}; leave loss out"
-        )
-    evaluator: Evaluator = build(merged["evaluation"])
-    evaluator.check(objective)
-    weights = weights_in_words(payload["config"], payload["step"])
-    print(f"{path}: {payload['run_name']}, {weights}, {device.type}")
-    given = EvaluationInputs(
-        objective, build_dataset(merged, device), build_source(merged, device), solver, merged["seed"],
-        dataset_key(merged), Path(config["output_dir"]) / "cache", True, sampled_flow(objective, merged, device),
-        build_decoder(merged, device), weights,
-    )  # fmt: skip
-    if rank():
-        evaluator.evaluate_on_worker(given)
-        return
-    evaluation = evaluator.evaluate(given)
-    print_scores(evaluation, solver.evaluations)
-    scores = scores_file(config)
-    scores.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(scores, json.dumps({name: json_number(value) for name, value in evaluation.values.items()}) + "\n")
-    print(f"  scores   {scores}")
-    picture = scores.with_suffix(".png")
-    if draw_picture(picture, evaluation, f"{payload['run_name']}, step {payload['step']}"):
-        print(f"  picture  {picture}")
-    beside = picture.with_name(f"{picture.stem}_neighbours.png")
-    if draw_neighbours(beside, evaluation, payload["run_name"]):
-        print(f"  picture  {beside}")
+
+@torch.no_grad()
+def generation_of(model: TrainedModel, n: int, seed: int, label: Label, evaluations: int | None, cache: Path) -> Generation:
+    """Return n samples as metrics see them, beside the data the model learned; as TrainedModel.sample makes them."""
+    device, weights = model.device, weights_in_words(model.config, model.step)
+    given = parts.evaluation_inputs(model.objective, model.config, device, cache, weights)
+    flow, labels = given.flow or model.objective, model.labels(n, label)
+    made = {
+        "objective": flow, "seed": seed, "samples": model.sample(n, seed, label, given.solver, evaluations).to(device),
+        "noise": generate.fixed_noise(parts.build_source(model.config, CPU), n, seed).to(device),
+        "label": None if labels is None else labels.to(device),
+    }  # fmt: skip
+    few = evaluations is not None
+    steps = generate.few_step_words(flow, evaluations) if few else generate.solver_words(flow, given.solver)
+    return Generation(**vars(given) | made, steps=steps)

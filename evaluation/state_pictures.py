@@ -16,14 +16,13 @@ MOST_REAL = 10_000  # real states looked through for some of each class
 
 
 def draw(path: Path, states: Tensor, labels: Tensor | None, model: TrainedModel, title: str, beside_real: bool) -> None:
-    """Points beside real ones; images beside real ones, by class where there are classes."""
+    """Draw points beside real ones, or images beside real ones (by class where there are classes) or alone."""
     shape, decode = tuple(states.shape[1:]), build_decoder(model.config, model.device)
     if drawable(shape, decode):
-        reference, reference_label = real_of(model, labels, len(states)) if beside_real else (None, None)
-        reference = None if reference is None else reference.to(model.device)
+        real, own = real_of(model, labels, len(states)) if beside_real else (None, None)
+        beside = None if real is None else (real.to(model.device), own)
         low_high = model.config["dataloaders"]["value_range"]
-        value_range = None if low_high is None else (low_high[0], low_high[1])
-        draw_images(path, states.to(model.device), labels, reference, reference_label, decode, value_range, title)
+        draw_images(path, (states.to(model.device), labels), beside, decode, low_high, title)
     elif shape == (2,):
         scatter_picture(path, states.numpy(), real_of(model, labels, len(states))[0][: len(states)].numpy(), title)
     else:
@@ -31,7 +30,7 @@ def draw(path: Path, states: Tensor, labels: Tensor | None, model: TrainedModel,
 
 
 def real_of(model: TrainedModel, labels: Tensor | None, count: int) -> Batch:
-    """Held-out states of the classes in `labels`, about `count` or more; of all where labels are None."""
+    """Return held-out states of the classes in `labels`, about `count` or more; of all where labels are None."""
     if labels is None:
         return model.real(count)
     classes = labels.unique()

@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Each operation on one thread (on two cores that others use too, small ones are then 15 times as fast)."""
+    """Run each operation on one thread (on two cores that others use too, small ones are then 15 times as fast)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -22,11 +22,11 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """Return work(item) of each, by as many threads as torch uses."""
+def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """Yield work(item) of each in order, by as many threads as torch uses."""
     threads = torch.get_num_threads()
     with one_thread(), ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(work, items))
+        yield from pool.map(work, items)
 
 
 def parallel_sum(work: Callable[[Sequence[int]], float], items: Sequence[int]) -> float:

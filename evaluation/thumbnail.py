@@ -49,20 +49,18 @@ def inline(png: bytes, form: str, columns: int) -> str:
     data = base64.b64encode(png).decode()
     if form == "iterm":
         return f"\x1b]1337;File=inline=1;width={columns};size={len(png)}:{data}\a"
-    chunks = [data[i : i + KITTY_CHUNK] for i in range(0, len(data), KITTY_CHUNK)]
-    more = [int(i + 1 < len(chunks)) for i in range(len(chunks))]
-    first = f"\x1b_Ga=T,f=100,c={columns},m={more[0]};{chunks[0]}\x1b\\"
-    return first + "".join(f"\x1b_Gm={m};{chunk}\x1b\\" for m, chunk in zip(more[1:], chunks[1:], strict=True))
+    sequences = []
+    for start in range(0, len(data), KITTY_CHUNK):
+        head = "" if start else f"a=T,f=100,c={columns},"
+        sequences.append(f"\x1b_G{head}m={int(start + KITTY_CHUNK < len(data))};{data[start : start + KITTY_CHUNK]}\x1b\\")
+    return "".join(sequences)
 
 
 def blocks(pixels: np.ndarray) -> str:
     """Return bytes (2 R, C, 3) as R lines: the upper pixel in the colour of the half block, the lower one behind it."""
-    lines = []
-    for upper, lower in zip(pixels[::2], pixels[1::2], strict=True):
-        pairs = zip(upper.tolist(), lower.tolist(), strict=True)
-        cells = (f"\x1b[38;2;{a};{b};{c}m\x1b[48;2;{d};{e};{f}m▀" for (a, b, c), (d, e, f) in pairs)
-        lines.append("".join(cells) + "\x1b[0m")
-    return "\n".join(lines)
+    pairs = np.concatenate([pixels[::2], pixels[1::2]], axis=2)
+    cell = "\x1b[38;2;{};{};{}m\x1b[48;2;{};{};{}m▀"
+    return "\n".join("".join(cell.format(*colors) for colors in line) + "\x1b[0m" for line in pairs)
 
 
 def ascii_art(gray: np.ndarray) -> str:

@@ -100,8 +100,9 @@ def replicates_of(settings: Settings, network: "FeatureNetwork") -> int:
 
 def of_checkpoint(settings: Settings, overrides: list[str]) -> "list[Score | Absent]":
     """Return samples of a checkpoint against its own data, or against files."""
+    from configuration.overrides import settings_from_overrides
     from evaluation.metrics.features import FeatureMetric
-    from evaluation.sample import generation_of, load, settings_from_overrides
+    from evaluation.sample import generation_of, load
 
     model = load(str(settings.ckpt), settings.device)
     model.config |= settings_from_overrides(overrides)
@@ -115,7 +116,7 @@ def of_checkpoint(settings: Settings, overrides: list[str]) -> "list[Score | Abs
         raise UserError(f"there is nothing at reference={reference}; give a folder of pictures, a .npz, held_out or train")
     made = generation_of(model, settings.n, settings.seed, settings.label, settings.nfe, settings.cache)
     if reference in ("held_out", "train"):
-        return FeatureMetric(network, reference, replicates_of(settings, network)).compute(made)
+        return FeatureMetric(network, reference, replicates_of(settings, network)).compute(made)  # type: ignore[arg-type]
     return between(network, made.bytes_of(made.samples).cpu(), settings, model.device, made.made)
 
 

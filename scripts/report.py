@@ -38,7 +38,7 @@ PICTURES = 4  # samples over time: the first, the last and what lies between at 
 UNINTERESTING = ("command", "overrides", "changed", "run_name", "output_dir", "resume", "overwrite", "show", "log")
 SHOWN_CHOICES = ("choices.show", "choices.log")
 LONGEST = 100  # letters of the names of runs in the name of a file
-NO_SCORES = ("_floor", "_floor_sd", "_floor_q99", "_se", "_train", "/seconds")  # ends of what stands beside a score
+NO_SCORES = ("_floor", "_floor_sd", "_floor_q99", "_floor_q01", "_se", "_train", "/seconds")  # stand beside one
 SHORT = 200  # optimizer steps in which hardly any network has learned its data
 FAR_ERROR = 3.0  # times the solver's own flow-map error that a network's may be before it is named
 FAR = 3.0  # standard deviations of its floor that a score may lie above one without an upper end, to be told from real
@@ -164,8 +164,9 @@ def score_rows(run: RunRecord) -> list[list[str]]:
         error, floor, sd = (run.scores.get(f"{name}{suffix}") for suffix in ("_se", "_floor", "_floor_sd"))
         shown = floors([run], name)
         far = "" if floor is None or not sd else f"{(value - floor) / sd:+.1f} sd"
-        upper = run.scores.get(f"{name}_floor_q99")
+        upper, lower = (run.scores.get(f"{name}_floor_{end}") for end in ("q99", "q01"))
         far += "" if upper is None else f", {'above' if value > upper else 'not above'} it"
+        far += "" if lower is None else f", {'below' if value < lower else 'not below'} it"
         rows.append([name, number(value), "" if error is None else f"± {number(error)}", shown, far])
     return rows
 

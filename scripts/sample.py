@@ -91,8 +91,9 @@ def sample(words: list[str]) -> Path:
     """Carry out the command; returns the file written."""
     settings, overrides = read_words(words)
     path = output_path(settings)
+    from configuration.overrides import settings_from_overrides
     from configuration.stored import allow
-    from evaluation.sample import load, settings_from_overrides
+    from evaluation.sample import load
 
     allow(settings.trust)
     model = load(settings.ckpt, settings.device)

@@ -14,7 +14,8 @@ from configuration.build import build
 from configuration.compose import RECOMMENDATIONS, parse_overrides
 from configuration.stored import stored_config
 from dataloaders.base_dataloaders import FlowDataset
-from evaluation.evaluator import EvaluationInputs, GeneratorEvaluator
+from evaluation.evaluator import GeneratorEvaluator
+from evaluation.metrics.base_metric import EvaluationInputs
 from evaluation.parts import (
     build_dataset,
     build_decoder,
@@ -75,6 +76,12 @@ def adopt_model(config: dict[str, Any], path: Path) -> None:
         )
     if why:
         raise UserError(f"init_from={path} {why}")
+    theirs, ours = (bool(c["dataloaders"].get("standardize")) for c in (stored, config))
+    if theirs != ours:
+        print(
+            f"note: {path} learned {'' if theirs else 'un'}standardized data, and this run's are "
+            f"{'' if ours else 'un'}standardized; dataloaders.standardize={str(theirs).lower()} is the better start"
+        )
     typed = {override.key_or_group for override in parse_overrides(config["overrides"])}
     for key, value in stored["model"].items():
         free = key in config["model"] and key not in (RECOMMENDATIONS, "state_shape", "num_classes", "augment_dim")

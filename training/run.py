@@ -17,7 +17,8 @@ from common.device import device_name
 from common.distributed import broadcast_from_rank0, first_non_none, orphaned
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
-from evaluation.evaluator import Evaluation, EvaluationInputs, Evaluator
+from evaluation.evaluator import Evaluation, Evaluator
+from evaluation.metrics.base_metric import EvaluationInputs
 from losses.objective import Objective
 from losses.terms import LossOutput
 from run_files.checkpoint import FORMAT

@@ -44,9 +44,8 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
 def carried(scene: Scene, noise: Tensor, label: Tensor | None) -> Tensor:
     import torch
 
-    from evaluation.generate import generate
+    from evaluation.generate import fresh_noise, generate
     from evaluation.parts import build_source
-    from evaluation.sample import fresh_noise
 
     fresh = fresh_noise(build_source(scene.model.config, torch.device("cpu")), scene.seed)
     with torch.no_grad():

@@ -48,11 +48,9 @@ def draw(scene: Scene) -> list[Path]:
     scene.need_images("use scripts/sample.py with out=samples.npz")
     labels = model.labels(scene.n, scene.label)
     numbers = None if labels is None else labels.numpy()
-    image_grid_picture(
-        path, model.images(one).numpy(), scene.value_range, max(1, round(scene.n**0.5)), model.images(many).numpy(),
-        title, numbers, numbers, names=("one evaluation", f"{solver.evaluations} evaluations"),
-        score_line=measured,
-    )  # fmt: skip
+    made = {"one evaluation": one, f"{solver.evaluations} evaluations": many}
+    panels = {name: (model.images(states).numpy(), numbers) for name, states in made.items()}
+    image_grid_picture(path, panels, scene.value_range, max(1, round(scene.n**0.5)), title, measured)
     return [path]
 
 

@@ -94,8 +94,8 @@ class Scene:
         """Return the source states (n, ...) at t = 0, on the model's device; those of sample i are its own, whatever n."""
         import torch
 
+        from evaluation.generate import fixed_noise
         from evaluation.parts import build_source
-        from evaluation.sample import fixed_noise
 
         return fixed_noise(build_source(self.model.config, torch.device("cpu")), self.n, self.seed).to(self.model.device)
 
@@ -243,8 +243,9 @@ def scene(words: list[str], n: int, frames: int, points: int | None = None) -> S
     label = settings["label"] if settings["label"] in ("", "all") else whole_number("label", settings["label"], Seed)
     checkpoint = Path(settings["ckpt"]) if settings["ckpt"] else newest_checkpoint()
 
+    from configuration.overrides import settings_from_overrides
     from configuration.stored import allow
-    from evaluation.sample import load, settings_from_overrides
+    from evaluation.sample import load
 
     allow(settings["trust"])
     model = load(checkpoint, settings["device"])

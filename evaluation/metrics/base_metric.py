@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.seeds import generator_for
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
 from evaluation.data_hash import data_hash
-from helpers_cfg import Guidance
-from losses.objective import FlowObjective
+from losses.objective import FlowObjective, Objective
 from solvers.base_solver import Sampler
 
 Decode = Callable[[Tensor], Tensor]  # latent states (B, ...) -> images (B, C, H, W) in [-1, 1]
@@ -22,9 +22,7 @@ DECODE_CHUNK = 50  # states decoded at once
 
 @torch.no_grad()
 def as_images(states: Tensor, decode: Decode | None) -> Tensor:
-    """Return states (N, ...), generated or real, as what pictures and image scores look at: decoded on to the CPU if
-    latents.
-    """
+    """Return states (N, ...) as pictures and image scores see them: latents decoded, on the CPU; others as they are."""
     return states if decode is None else torch.cat([decode(part).float().cpu() for part in states.split(DECODE_CHUNK)])
 
 
@@ -33,8 +31,8 @@ class Score:
     """One number an evaluation reports.
 
     name: metric name as logged ("eval/energy_distance"). spread: standard error of value, None if unknown.
-    floor, floor_sd: the same metric on real against real (mean and standard deviation over replicates), None if senseless;
-    floor_q99: what 99 % of real sets stay below, so that a larger value is distinguished from real.
+    floor, floor_sd: the same metric on real against real, mean and standard deviation over replicates; None if undefined.
+    floor_q99: what 99 % of real sets stay below; floor_q01, of scores whose larger values are better: what 99 % stay above.
     extra: further numbers logged under their own full names. note: what the number was measured with, in a few words.
     provenance: all that the number depends on, for scores whose name does not say it; written beside them.
     floor_note: the counts of a floor that has others than the score ("of 30 against 30"), or why there is no floor.
@@ -50,11 +48,36 @@ class Score:
     provenance: str = ""
     floor_note: str = ""
     floor_q99: float | None = None
+    floor_q01: float | None = None
 
     @property
-    def above_floor(self) -> bool:
-        """Return whether the samples are distinguished from real ones, at the level of 1 %."""
-        return self.floor_q99 is not None and self.value > self.floor_q99
+    def floor_end(self) -> str:
+        """Return on which side of the floor's end the value lies, in words; beyond it real data lie in 1 % of cases."""
+        if self.floor_q99 is not None:
+            return f"{'above' if self.value > self.floor_q99 else 'within'} {number(self.floor_q99)}"
+        if self.floor_q01 is not None:
+            return f"{'below' if self.value < self.floor_q01 else 'within'} {number(self.floor_q01)}"
+        return ""
+
+    def values(self) -> dict[str, float]:
+        """Return the score as logged: its value, its floor and what else it carries, each under its own name."""
+        parts = {
+            "floor": self.floor, "floor_sd": self.floor_sd, "floor_q99": self.floor_q99, "floor_q01": self.floor_q01,
+            "se": self.spread,
+        }  # fmt: skip
+        beside = {f"{self.name}_{suffix}": value for suffix, value in parts.items() if value is not None}
+        return {self.name: self.value, **(self.extra or {}), **beside}
+
+
+def number(value: float) -> str:
+    """Return a score with four digits, with two where it is tiny."""
+    return f"{value:.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.2g}"
+
+
+def share_score(name: str, right: Tensor, note: str = "") -> Score:
+    """Return the share of true values in right (N,), with its binomial standard error."""
+    share = right.float().mean().item()
+    return Score(name, share, (share * (1 - share) / len(right)) ** 0.5, note=note)
 
 
 @dataclass(frozen=True)
@@ -66,48 +89,55 @@ class Absent:
 
 
 @dataclass
-class Generation:
-    """What one evaluation produced; metrics read, never write.
+class EvaluationInputs:
+    """What an evaluator judges, and by what.
 
-    noise (N, ...): x0, sample i from its own fixed seed. samples (N, ...): the solver's end states, with label (N,) or None.
-    Distances on states see samples, latents where the model works on latents; pictures and image scores see images.
-    objective: what made the samples (EMA weights by default, guidance included), in eval mode; objective.velocity(x, t,
-    label). field: its velocity. guided: whether there is guidance, so that the truth about the data is none about the
-    samples. final: whether this is the run's last, larger evaluation. cache: folder for things that may be recomputed.
-    generator(name): a generator on the dataset's device with a seed fixed by (run seed, name). decode: from latents to
-    images, None where states are what they show. seed: of the samples' noise. weights, steps: which weights of the network
-    and which steps made the samples, in words.
+    objective: around the network that is judged; weights: which weights it has, in words. dataset: gives held-out states.
+    source, solver, flow: what samples are made by (flow: the objective under guidance, None for the objective itself);
+    seed: of their noise. dataset_key: names the dataset, its settings and the autoencoder that decodes it. cache: folder of
+    floors and whatever may be recomputed. final: whether it is the run's last, larger evaluation. decode: from latent states
+    to images, None where states are what they show.
     """
 
-    noise: Tensor
-    samples: Tensor
-    label: Tensor | None
-    objective: FlowObjective
-    field: Callable[[Tensor, Tensor], Tensor]
-    solver: Sampler
+    objective: Objective
     dataset: FlowDataset
     source: Source
-    dataset_key: str  # names the dataset, all its settings and the autoencoder that decodes it
+    solver: Sampler
+    seed: int
+    dataset_key: str
     cache: Path
     final: bool
-    generator: Callable[[str], torch.Generator]
+    flow: FlowObjective | None = None
     decode: Decode | None = None
-    seed: int = 0
     weights: str = "the network given"
+
+
+@dataclass(kw_only=True)
+class Generation(EvaluationInputs):
+    """Samples and what they were made by; metrics read, never write.
+
+    objective: here what made the samples, guidance included, in eval mode. noise (N, ...): x0, sample i from its own fixed
+    seed. samples (N, ...): where the solver ended, with label (N,) or None; latents where the model works on latents. steps:
+    how the samples were made, in words.
+    """
+
+    objective: FlowObjective
+    noise: Tensor
+    samples: Tensor
+    label: Tensor | None = None
     steps: str = ""
 
-    @property
-    def guided(self) -> bool:
-        return isinstance(self.objective.network, Guidance)
+    def generator(self, name: str) -> torch.Generator:
+        """Return a generator on the samples' device, its seed fixed by (seed, name)."""
+        return generator_for(self.seed, f"evaluation/{name}", 0, self.samples.device)
 
     @property
     def data_hash(self) -> str:
-        """Of the dataset's content."""
         return data_hash(self.dataset, self.samples.device)
 
     @property
     def data_key(self) -> str:
-        """Return names the data by settings and content: part of every cache key."""
+        """Return the name of the data by settings and content: part of every cache key."""
         return f"{self.dataset_key} {self.data_hash}"
 
     @property
@@ -121,17 +151,13 @@ class Generation:
         return as_images(self.samples, self.decode)
 
     def bytes_of(self, states: Tensor) -> Tensor:
-        """Return states (N, ...), generated or real, as image bytes (N, C, H, W): decoded if latents,
-        clipped and rounded.
-        """
+        """Return states (N, ...), generated or real, as bytes (N, C, H, W): decoded if latents, clipped, rounded."""
         decoded = self.images if states is self.samples else as_images(states, self.decode)
         return to_bytes(decoded, self.dataset.value_range if self.decode is None else None)
 
 
 def to_bytes(images: Tensor, value_range: tuple[float, float] | None) -> Tensor:
-    """Return images with values in value_range ([-1, 1] for None) as uint8, rounded to the nearest; what lies outside is
-    cut.
-    """
+    """Return images with values in value_range ([-1, 1] for None) as uint8, clipped and rounded to the nearest."""
     low, high = value_range or (-1.0, 1.0)
     return (255 * (images.float() - low) / (high - low)).round().clamp(0, 255).to(torch.uint8)
 
@@ -140,8 +166,12 @@ class Metric(ABC):
     """One or several scores of a generation. A new metric is one subclass and one entry in configs/evaluation."""
 
     def names(self) -> list[str]:
-        """Of its scores, for those that say why there are none."""
+        """Return the names of its scores, for those that say why there are none."""
         return []
+
+    def absent(self, reason: str) -> list[Score | Absent]:
+        """Return every score as absent for this reason."""
+        return [Absent(name, reason) for name in self.names()]
 
     def evaluations_ahead(self, objective: FlowObjective) -> int:
         """Return how many evaluations of the network the scores cost for each sample, if many."""
@@ -149,4 +179,4 @@ class Metric(ABC):
 
     @abstractmethod
     def compute(self, generation: Generation) -> list[Score | Absent]:
-        """Scores of the generated samples, or why there is none. Runs under torch.no_grad()."""
+        """Return scores of the generated samples, or why there is none. Runs under torch.no_grad()."""

@@ -3,32 +3,29 @@
 import torch
 from torch import Tensor
 
-from common.errors import UserError
 from common.ranges import Replicates
 from evaluation.metrics.base_metric import Generation
-from evaluation.metrics.distances import all_distances, distance_sum, self_distance_sum
+from evaluation.metrics.distances import all_distances, distance_sum
 from evaluation.metrics.two_sample import TwoSampleMetric
 
 MOST = 2000  # states a side of the noise floor
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
-    """2 E|x - y| - E|x - x'| - E|y - y'| of x (N, ...) and y (M, ...), Euclidean norm over flattened states.
+    """Return 2 E|x - y| - E|x - x'| - E|y - y'| of x (N, ...) and y (M, ...), Euclidean norm over flattened states.
 
     The U-statistic (Székely & Rizzo 2013, eq. 2.1 without its diagonal): unbiased, so zero on average between equals and
-    often below it; no square root and no clamp. Up to 8 dimensions by differences, above by matrix product. UserError with
-    fewer than two states on a side.
+    often below it; no square root and no clamp. Up to 8 dimensions by differences, above by matrix product. A side has
+    at least two states.
     """
     n, m = len(x), len(y)
-    if min(n, m) < 2:
-        raise UserError(f"the energy distance needs two states on each side, not {n} and {m}; raise evaluation.samples")
     x, y = x.flatten(1), y.flatten(1)
-    within = self_distance_sum(x) / (n * (n - 1)) + self_distance_sum(y) / (m * (m - 1))
+    within = distance_sum(x, x, same=True) / (n * (n - 1)) + distance_sum(y, y, same=True) / (m * (m - 1))
     return 2 * distance_sum(x, y) / (n * m) - within
 
 
 class EnergyDistance(TwoSampleMetric):
-    """eval/energy_distance, zero on average for a perfect generator; its floor's mean is near 0, its sd tells the noise.
+    """eval/energy_distance, zero on average for a perfect generator; its floor's mean is near 0, its sd is the noise.
 
     No standard error of its own: a jackknife is wrong here, the statistic being degenerate at equality. For the same reason
     its law between equals is one law times 1/n + 1/m (Székely & Rizzo 2013): the floor is found with at most `MOST` states
@@ -53,7 +50,7 @@ class EnergyDistance(TwoSampleMetric):
         return [float(first), float(second), *(scale * distance for distance in distances)]
 
     def of_splits(self, pool: Tensor, first: int, splits: int, generator: torch.Generator) -> list[float]:
-        """Return all distances are measured once; their sums over the parts of every split are one matrix product."""
+        """Return the splits' distances: all pairs are measured once, and the sums of every split are one matrix product."""
         distances = all_distances(pool)
         distances = distances.double() if pool.device.type == "cuda" else distances.cpu()  # see squared_distances
         n, m = first, len(pool) - first

@@ -1,7 +1,9 @@
 """Scores of generated images by the features of a network, each beside the same score of real against real."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from dataloaders.tensor_dataset import TensorDataset
 from evaluation.feature_networks import ClassifierFeatures, FeatureNetwork, classifier_features
 from evaluation.fid import fit_gaussian, frechet_distance, from_moments
 from evaluation.image_sets import images_hash
-from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
+from evaluation.metrics.base_metric import Absent, Generation, Metric, Score, share_score
 from evaluation.metrics.cache import cached_numbers, cached_tensor
 from evaluation.metrics.feature_scores import FeatureScores, Floor
 from evaluation.metrics.two_sample import not_finite
@@ -36,21 +38,15 @@ class FeatureMetric(Metric):
     def __init__(
         self,
         network: str | FeatureNetwork | None,
-        reference: str = "held_out",
+        reference: Literal["held_out", "train"] = "held_out",
         replicates: Replicates = 20,
         k: SizeOr0 = 5,
         points: CountFrom2 = 5000,
         final_only: bool = False,
     ):
-        if reference not in ("held_out", "train"):
-            raise UserError(
-                f"reference of a feature score is held_out or train, not {reference!r}; correct evaluation.metrics"
-            )
-        if replicates < 2:
-            raise UserError(f"a noise floor needs at least 2 replicates, not {replicates}; correct evaluation.metrics")
-        self.final_only = final_only
         self.given = classifier_features(network) if isinstance(network, str) else network
-        self.reference, self.replicates, self.scores = reference, replicates, FeatureScores(k, points)
+        self.reference, self.replicates, self.final_only = reference, replicates, final_only
+        self.scores = FeatureScores(k, points)
 
     @property
     def network(self) -> FeatureNetwork:
@@ -64,7 +60,7 @@ class FeatureMetric(Metric):
         return [*names, ACCURACY] if isinstance(self.given, ClassifierFeatures) else names
 
     def refusal(self, generation: Generation) -> str | None:
-        """Why no scores are given."""
+        """Return why no scores are given."""
         dataset = generation.dataset
         if generation.decode is None and len(dataset.state_shape) != 3:
             return "features are of images, not of vectors"
@@ -78,49 +74,44 @@ class FeatureMetric(Metric):
             return []
         reason = self.refusal(generation)
         if reason is not None:
-            return [Absent(name, reason) for name in self.names()]
+            return self.absent(reason)
         network, count = self.network, len(generation.samples)
         x = self.features(generation, generation.samples)
         y = self.real_features(generation, self.reference, count)
         provenance = self.provenance(generation, count, len(y))
-        results: list[Score | Absent] = []
-        scores = self.scores.fitting(min(count, len(y)))
-        if min(count, len(y)) >= scores.least:
-            floor, own = self.floor(generation, count, len(y)), self.training_scores(generation, count, y)
-            results += scores.named(network, scores.measure(x, y), floor, own, (count, len(y)), provenance)
-        results += self.scores.too_few(network, count, len(y))
+        results = self.scores.between(
+            network, x, y, lambda _: self.floor(generation, count, len(y)),
+            lambda: self.training_scores(generation, count, y), provenance,
+        )  # fmt: skip
         if isinstance(network, ClassifierFeatures):
             results.append(self.accuracy(generation, network, x, provenance))
         return results
 
     def accuracy(self, generation: Generation, network: ClassifierFeatures, x: Tensor, provenance: str) -> Score | Absent:
-        """Return the share of samples that the classifier takes for the class they were asked for;
-        floor: of held-out data.
-        """
+        """Return the share of samples that the classifier takes for the class they were asked for; floor: of real data."""
         label = generation.label
         if label is None:
-            return Absent(ACCURACY, "this model is not told the class (conditional=true)")
+            return Absent(ACCURACY, "this model does not know classes (conditional=true)")
         if network.num_classes != generation.dataset.num_classes:
             return Absent(ACCURACY, f"{network.name} knows {network.num_classes} classes, the data others")
         real_label = generation.dataset.held_out(10_000, self.generator(generation, "reference"))[1]
         assert real_label is not None
         real = network.answers(self.real_features(generation, "held_out", 10_000)) == real_label
-        right = (network.answers(x) == label).float()
-        by_class = {f"{ACCURACY}_{k}": right[label == k].mean().item() for k in label.unique().tolist()}
-        value = right.mean().item()
-        spread = (value * (1 - value) / len(right)) ** 0.5
-        extra = by_class if len(by_class) <= 20 else None
+        right = network.answers(x) == label
+        by_class = {f"{ACCURACY}_{k}": right[label == k].float().mean().item() for k in label.unique().tolist()}
         few = "" if len(real) == len(right) else f"of {len(real):,} held-out images"
-        floor = real.float().mean().item()
-        return Score(ACCURACY, value, spread, floor, None, extra, provenance=provenance, floor_note=few)
+        return replace(
+            share_score(ACCURACY, right), floor=real.float().mean().item(), extra=by_class if len(by_class) <= 20 else None,
+            provenance=provenance, floor_note=few,
+        )  # fmt: skip
 
     def features(self, generation: Generation, states: Tensor) -> Tensor:
-        """Of generated or real states (N, ...): (N, F) on their device."""
+        """Return features (N, F) of generated or real states (N, ...), on their device."""
         return self.network.features(generation.bytes_of(states), generation.samples.device)
 
     @staticmethod
     def generator(generation: Generation, name: str) -> torch.Generator:
-        """Return the same in every run."""
+        """Return a generator that is the same in every run."""
         return generator_for(0, f"features/{name}", 0, generation.samples.device)
 
     def key(self, generation: Generation, **more: object) -> dict[str, object]:
@@ -131,7 +122,7 @@ class FeatureMetric(Metric):
         }  # fmt: skip
 
     def real_features(self, generation: Generation, part: str, count: int) -> Tensor:
-        """Features of real states, cached: of the held_out part at most `count`; of the train part all."""
+        """Return features of real states, cached: of the held_out part at most `count`; of the train part all."""
 
         def compute() -> Tensor:
             dataset = generation.dataset
@@ -146,9 +137,7 @@ class FeatureMetric(Metric):
         return cached_tensor(generation.cache, f"features_{self.network.name}", key, compute).to(generation.samples.device)
 
     def floor(self, generation: Generation, first: int, second: int) -> Floor:
-        """Return the scores between two disjoint sets of real states of these sizes, or smaller ones of
-        a small set, cached.
-        """
+        """Return the scores between two disjoint sets of real states of these sizes, smaller ones of a small set, cached."""
 
         def compute() -> list[float]:
             larger = max(first, second)
@@ -160,9 +149,7 @@ class FeatureMetric(Metric):
         return Floor.of(cached_numbers(generation.cache, f"features_{self.network.name}_floor", key, compute))
 
     def training_scores(self, generation: Generation, count: int, y: Tensor) -> list[float]:
-        """Return what `count` training states, or all if fewer, score against the held-out ones; empty where nobody asks
-        that.
-        """
+        """Return what `count` training states, or all if fewer, score against held-out ones; empty with reference=train."""
         if self.reference == "train" or not isinstance(generation.dataset, TensorDataset):
             return []
 
@@ -185,48 +172,34 @@ class FeatureMetric(Metric):
 
 
 def scores_between(
-    network: FeatureNetwork,
-    images: Tensor,
-    reference: Tensor,
-    cache: Path,
-    device: torch.device,
-    made: str = "",
+    network: FeatureNetwork, images: Tensor, reference: Tensor, cache: Path, device: torch.device, made: str = "",
     replicates: int = 20,
-) -> list[Score | Absent]:
+) -> list[Score | Absent]:  # fmt: skip
     """Return the scores of two sets of image bytes (N, C, H, W); the floor is of random parts of the reference. That and the
     reference's features are cached. made: how generated images were, where they are."""
-    everything, counts = FeatureScores(), (len(images), len(reference))
+    everything, counts, name = FeatureScores(), (len(images), len(reference)), images_hash(reference)
     for part in (images, reference):
         reason = network.refusal(tuple(part.shape[1:]))
         if reason is not None:
-            return [Absent(network.metric(name), reason) for name in everything.names()]
-    scores, few = everything.fitting(min(counts)), everything.too_few(network, *counts)
-    if min(counts) < scores.least:
-        return [*few]
-    name = images_hash(reference)
+            return [Absent(network.metric(score), reason) for score in everything.names()]
     key: dict[str, object] = {"images": name, "network": network.describe()}
+
+    def floor(scores: FeatureScores) -> Floor:
+        own = key | {"counts": counts, "replicates": replicates, "scores": vars(scores)}
+        compute = lambda: scores.replicated(y, *counts, replicates).numbers()  # noqa: E731
+        return Floor.of(cached_numbers(cache, f"features_{network.name}_floor", own, compute))
+
     y = cached_tensor(cache, f"features_{network.name}", key, lambda: network.features(reference, device).cpu()).to(device)
-    x = network.features(images, device)
     provenance = f"{network.describe()}; {described(images, made)}; {len(y):,} reference images ({name})"
-    floor = Floor.of(cached_numbers(
-        cache, f"features_{network.name}_floor", key | {"counts": counts, "replicates": replicates, "scores": vars(scores)},
-        lambda: scores.replicated(y, *counts, replicates).numbers(),
-    ))  # fmt: skip
-    return [*scores.named(network, scores.measure(x, y), floor, [], counts, provenance), *few]
+    return everything.between(network, network.features(images, device), y, floor, list, provenance)
 
 
 def scores_against_statistics(
-    network: FeatureNetwork,
-    images: Tensor,
-    mu: np.ndarray,
-    sigma: np.ndarray,
-    name: str,
-    device: torch.device,
+    network: FeatureNetwork, images: Tensor, mu: np.ndarray, sigma: np.ndarray, name: str, device: torch.device,
     made: str = "",
-) -> list[Score | Absent]:
+) -> list[Score | Absent]:  # fmt: skip
     """Return the Frechet distance of image bytes (N, C, H, W) to published statistics mu (F,), sigma (F, F) of the same
-    network.
-    """
+    network. UserError for those of another."""
     metric = network.metric("frechet_distance")
     reason = network.refusal(tuple(images.shape[1:]))
     if reason is not None:

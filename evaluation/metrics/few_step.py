@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from common.errors import UserError
 from common.ranges import Steps
 from evaluation.generate import few_step_words, few_steps
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
@@ -14,28 +13,20 @@ class FewStep(Metric):
 
     From the same noise, against the same real states, truth and floor as the solver's own samples. By the flow map in equal
     steps where the objective learns one; elsewhere absent, or with euler by as many Euler steps of the velocity.
-    UserError for a count that is not a whole number of at least 1.
     """
 
-    def __init__(
-        self,
-        scores: dict[str, Metric],
-        evaluations: list[Steps] | None = None,
-        euler: bool = False,
-    ):
+    def __init__(self, scores: dict[str, Metric], evaluations: list[Steps] | None = None, euler: bool = False):
         self.scores, self.evaluations, self.euler = list(scores.values()), list(evaluations or [1, 2, 4]), euler
-        for n in self.evaluations:
-            if not isinstance(n, int) or n < 1:
-                raise UserError(f"evaluation.metrics.few_step.evaluations takes whole numbers of at least 1, not {n!r}")
+
+    def names(self) -> list[str]:
+        return [f"{name}_{n}nfe" for n in self.evaluations for metric in self.scores for name in metric.names()]
 
     def evaluations_ahead(self, objective: FlowObjective) -> int:
         return sum(self.evaluations) if objective.learns_flow_map or self.euler else 0
 
     def compute(self, generation: Generation) -> list[Score | Absent]:
-        if not (generation.objective.learns_flow_map or self.euler):
-            names = [name for metric in self.scores for name in metric.names()]
-            reason = "this objective learns velocities, not maps across time"
-            return [Absent(few_step_name(name, n), reason) for n in self.evaluations for name in names]
+        if not self.evaluations_ahead(generation.objective):
+            return self.absent("this objective learns velocities, not maps across time")
         results: list[Score | Absent] = []
         for n in self.evaluations:
             samples = few_steps(generation.objective, generation.noise, generation.label, n)
@@ -44,13 +35,9 @@ class FewStep(Metric):
         return results
 
 
-def few_step_name(name: str, evaluations: int) -> str:
-    return f"{name}_{evaluations}nfe"
-
-
 def named(result: Score | Absent, evaluations: int) -> Score | Absent:
     """Return the result under its few-step name, what goes with it too: x_median becomes x_1nfe_median."""
-    name = few_step_name(result.name, evaluations)
+    name = f"{result.name}_{evaluations}nfe"
     if isinstance(result, Absent):
         return replace(result, name=name)
     extra = {key.replace(result.name, name, 1): value for key, value in (result.extra or {}).items()}

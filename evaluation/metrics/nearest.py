@@ -3,7 +3,6 @@
 import math
 
 import torch
-from torch import Tensor
 
 from common.ranges import CountFrom2, NotNegative
 from common.seeds import generator_for
@@ -27,21 +26,23 @@ class NearestTraining(Metric):
     dimension. eval/class_share_min: share of the rarest class, by the label of the nearest training state, with each
     class under eval/class_share_<k>. Samples are clamped to value_range first, and at most `points` of them are used.
     Of data read from disk so many training states at most, and `ELEMENTS` numbers, are looked at: copies of others are not
-    found, which the note tells.
+    found, as the note says.
     """
 
     def __init__(self, points: CountFrom2 = 2000, copy_tolerance: NotNegative = 1e-3):
         self.points, self.copy_tolerance = points, copy_tolerance
 
+    def names(self) -> list[str]:
+        return [RATIO, COPIES, CLASS_SHARE]
+
     def compute(self, generation: Generation) -> list[Score | Absent]:
-        dataset = generation.dataset
-        size = math.prod(dataset.state_shape)
-        part, reason = dataset.training_part(min(self.points, max(1, ELEMENTS // size))), not_finite(generation.samples)
+        dataset, states = generation.dataset, generation.samples[: self.points]
+        part = dataset.training_part(min(self.points, max(1, ELEMENTS // math.prod(dataset.state_shape))))
         if part is None:
-            reason = "data drawn afresh has no training states to be near to"
-        if part is None or reason is not None:
-            return [Absent(name, str(reason)) for name in (RATIO, COPIES, CLASS_SHARE)]
-        states = generation.samples[: self.points]
+            return self.absent("data drawn afresh has no training states to be near to")
+        reason = not_finite(generation.samples)
+        if reason is not None:
+            return self.absent(reason)
         if dataset.value_range is not None:
             states = states.clamp(*dataset.value_range)
 
@@ -51,29 +52,24 @@ class NearestTraining(Metric):
             return [len(real), *self.describe(dataset.num_classes, part, real)]
 
         key: dict[str, object] = {"dataset": generation.data_key, "settings": vars(self), "training": len(part[0])}
-        real_count, *floor = cached_numbers(generation.cache, "nearest_of_held_out", key, held_out)
-        of = f"{len(part[0]):,}"
-        if not isinstance(dataset, TensorDataset) and len(part[0]) < dataset.epoch_size:
-            of += f" of {dataset.epoch_size:,}"
+        count, distance, copies, *shares = cached_numbers(generation.cache, "nearest_of_held_out", key, held_out)
+        some = not isinstance(dataset, TensorDataset) and len(part[0]) < dataset.epoch_size
+        of = f"{len(part[0]):,}" + (f" of {dataset.epoch_size:,}" if some else "")
         note = f"{len(states):,} samples against {of} training states"
-        few = "" if real_count == len(states) else f"of {int(real_count):,} held-out states"
-        return self.scores(type(dataset).__name__, self.describe(dataset.num_classes, part, states), floor, note, few)
-
-    def scores(self, data: str, found: list[float], real: list[float], note: str, few: str) -> list[Score | Absent]:
-        """Of what `describe` said of the samples and of held-out states."""
+        few = "" if count == len(states) else f"of {int(count):,} held-out states"
+        own_distance, own_copies, *own_shares = self.describe(dataset.num_classes, part, states)
         scores: list[Score | Absent] = [
-            Score(RATIO, found[0] / max(real[0], 1e-12), note=note),
-            Score(COPIES, found[1], floor=real[1], note=note, floor_note=few),
+            Score(RATIO, own_distance / max(distance, 1e-12), note=note),
+            Score(COPIES, own_copies, floor=copies, note=note, floor_note=few),
         ]
-        shares = found[2:]
-        if not shares:
-            return [*scores, Absent(CLASS_SHARE, f"{data} data has no labels")]
-        extra = {f"eval/class_share_{k}": share for k, share in enumerate(shares[:CLASSES_SHOWN])}
-        shown = extra if len(shares) <= CLASSES_SHOWN else None
-        return [*scores, Score(CLASS_SHARE, min(shares), floor=min(real[2:]), extra=shown, note=note, floor_note=few)]
+        if not own_shares:
+            return [*scores, Absent(CLASS_SHARE, f"{type(dataset).__name__} data has no labels")]
+        each = {f"eval/class_share_{k}": share for k, share in enumerate(own_shares)}
+        extra = each if len(each) <= CLASSES_SHOWN else None
+        return [*scores, Score(CLASS_SHARE, min(own_shares), floor=min(shares), extra=extra, note=note, floor_note=few)]
 
-    def describe(self, classes: int, part: Batch, states: Tensor) -> list[float]:
-        """Median distance to the nearest training state, share of copies, then each class's share where there are labels."""
+    def describe(self, classes: int, part: Batch, states: torch.Tensor) -> list[float]:
+        """Return the median distance to the nearest training state, the share of copies, then each class's share if any."""
         train, labels = part
         distance, index = nearest(states.flatten(1), train.flatten(1))
         gap = (states - train[index]).flatten(1).abs().amax(1)

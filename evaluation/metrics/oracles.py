@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
@@ -16,27 +17,21 @@ from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
 from evaluation.metrics.cache import cached_tensor
 from evaluation.metrics.two_sample import not_finite
 from evaluation.threads import one_thread
+from helpers_cfg import Guidance
 from losses.couplings import IndependentCoupling
 from losses.flow_matching_loss import FlowMatchingLoss
 from losses.objective import FlowObjective, expand_time
 from losses.time_samplers import TimeSampler, UniformTimes
 from losses.weightings import UniformWeighting
-from solvers.base_solver import BaseSolver, Field
+from solvers.base_solver import BaseSolver
 from solvers.dopri5 import Dopri5
-from solvers.likelihood import LogLikelihood, log_likelihood
+from solvers.likelihood import log_likelihood
 
 CHUNK = 8192  # states the network sees at once
 
 
-def exact_flow(generation: Generation) -> ExactFlow | str:
-    """Return the flow that a perfect network would follow, in float64 on the CPU, or why it is not known."""
-    return known_flow(generation.objective, generation.dataset, generation.source, generation.guided)
-
-
 def known_flow(objective: FlowObjective, dataset: FlowDataset, source: Source, guided: bool) -> ExactFlow | str:
-    """Return the flow that a perfect network of this objective would follow, in float64 on the CPU, or
-    why it is not known.
-    """
+    """Return the flow a perfect network of this objective follows, in float64 on the CPU, or why it is not known."""
     if dataset.mixture is None:
         return f"the truth of {type(dataset).__name__} data is not known in closed form"
     if source.gaussian_std is None:
@@ -51,12 +46,26 @@ def known_flow(objective: FlowObjective, dataset: FlowDataset, source: Source, g
 
 
 def standard_error(terms: Tensor) -> float:
-    """Of the mean of independent terms (N,)."""
+    """Return that of the mean of independent terms (N,)."""
     return (terms.std() / len(terms) ** 0.5).item()
 
 
+class Oracle(Metric):
+    """Errors against the exact flow of the data, where that is known."""
+
+    @full_products()
+    def compute(self, generation: Generation) -> list[Score | Absent]:
+        guided = isinstance(generation.objective.network, Guidance)
+        flow = known_flow(generation.objective, generation.dataset, generation.source, guided)
+        return self.absent(flow) if isinstance(flow, str) else self.errors(generation, flow)
+
+    @abstractmethod
+    def errors(self, generation: Generation, flow: ExactFlow) -> list[Score | Absent]:
+        """Return the scores, or why there is none; flow: float64 on the CPU."""
+
+
 def why_no_least_loss(objective: FlowObjective) -> str | None:
-    """Why the least possible value of this objective's loss is not known; None for the plain squared error."""
+    """Return why the least possible value of this objective's loss is not known; None for the plain squared error."""
     if type(objective).forward is not FlowMatchingLoss.forward:
         name = type(objective).__name__
         return f"the least possible {name} is not known in closed form; oracle/squared_velocity_error is of any loss"
@@ -65,7 +74,7 @@ def why_no_least_loss(objective: FlowObjective) -> str | None:
     return None
 
 
-class OracleVelocity(Metric):
+class OracleVelocity(Oracle):
     """How far the velocity v is from v* = E[v_c | z_t]: three scores, sums over dimensions, as in the losses.
 
     oracle/velocity_error = sqrt(E|v - v*|^2 / E|v*|^2) and oracle/squared_velocity_error = E|v - v*|^2, z_t drawn afresh
@@ -80,55 +89,41 @@ class OracleVelocity(Metric):
     def names(self) -> list[str]:
         return ["oracle/velocity_error", "oracle/squared_velocity_error", "oracle/excess_loss"]
 
-    @full_products()
-    def compute(self, generation: Generation) -> list[Score | Absent]:
-        flow = exact_flow(generation)
-        if isinstance(flow, str):
-            return [Absent(name, flow) for name in self.names()]
+    def errors(self, generation: Generation, flow: ExactFlow) -> list[Score | Absent]:
         error, size = self.squares(generation, flow, UniformTimes())
         relative = (error.mean() / size.mean()).sqrt().item()
         spread = 0.5 * relative * standard_error(error / error.mean().clamp(min=1e-300) - size / size.mean())
         note = f"{len(error):,} states on the path"
-        velocity, squared, _ = self.names()
-        return [
+        velocity, squared, excess = self.names()
+        scores: list[Score | Absent] = [
             Score(velocity, relative, spread, note=note),
             Score(squared, error.mean().item(), standard_error(error), note=note),
-            self.excess_loss(generation, flow, error, note),
         ]
-
-    def excess_loss(self, generation: Generation, flow: ExactFlow, error: Tensor, note: str) -> Score | Absent:
-        """Return error (N,): |v - v*|^2 at uniform times."""
-        name, reason, sampler = self.names()[2], why_no_least_loss(generation.objective), generation.objective.time_sampler
+        reason, sampler = why_no_least_loss(generation.objective), generation.objective.time_sampler
         if reason is not None:
-            return Absent(name, reason)
+            return [*scores, Absent(excess, reason)]
         if type(sampler) is not UniformTimes or sampler.ratio:
             error = self.squares(generation, flow, sampler)[0]
-        return Score(name, error.mean().item(), standard_error(error), note=note)
+        return [*scores, Score(excess, error.mean().item(), standard_error(error), note=note)]
 
     def squares(self, generation: Generation, flow: ExactFlow, sampler: TimeSampler) -> tuple[Tensor, Tensor]:
-        """|v - v*|^2 and |v*|^2 (N,) at states on the path."""
+        """Return |v - v*|^2 and |v*|^2 (N,) at states on the path."""
         count, generator = self.final_draws if generation.final else self.draws, generator_for(0, "oracle/velocity")
         with one_thread():
-            x1 = (
-                flow.mixture.to(dtype=torch.float32).sample(count, generator)[0].reshape(-1, *generation.dataset.state_shape)
-            )
+            x1 = flow.mixture.to(dtype=torch.float32).sample(count, generator)[0]
+            x1 = x1.reshape(-1, *generation.dataset.state_shape)
             x0 = flow.source_std * torch.randn(x1.shape, generator=generator)
             t = flow.path.last_time * sampler.sample(count, generator)[0]
             z = flow.path.state(x0, x1, expand_time(t, x1))
             chunks = zip(z.double().split(CHUNK), t.split(CHUNK), strict=True)
             exact = torch.cat([flow(states, times) for states, times in chunks])
-        error = self.model_velocity(generation, z, t) - exact
-        return error.flatten(1).square().sum(1), exact.flatten(1).square().sum(1)
-
-    def model_velocity(self, generation: Generation, z: Tensor, t: Tensor) -> Tensor:
-        """Return the network's velocity (count, ...) in float64 on the CPU."""
         device = generation.samples.device
         chunks = zip(z.to(device).split(CHUNK), t.to(device).split(CHUNK), strict=True)
-        parts = [generation.objective.velocity(states, times) for states, times in chunks]
-        return torch.cat(parts).cpu().double()
+        learned = torch.cat([generation.objective.velocity(states, times) for states, times in chunks])
+        return (learned.cpu().double() - exact).flatten(1).square().sum(1), exact.flatten(1).square().sum(1)
 
 
-class OracleFlowMapError(Metric):
+class OracleFlowMapError(Oracle):
     """oracle/flow_map_error = sqrt(E|X(x0, 0, 1) - X*(x0, 0, 1)|^2): each sample against the exact end of its own noise.
 
     Far sharper than any distance between sets. On blobs most of it comes from the few samples near a separatrix, hence
@@ -144,42 +139,36 @@ class OracleFlowMapError(Metric):
     def names(self) -> list[str]:
         return [self.name]
 
-    @full_products()
-    def compute(self, generation: Generation) -> list[Score | Absent]:
-        flow = exact_flow(generation)
-        reason = flow if isinstance(flow, str) else not_finite(generation.samples)
+    def errors(self, generation: Generation, flow: ExactFlow) -> list[Score | Absent]:
         if self.exact_field and generation.solver.renoises:
-            reason = "this solver adds fresh noise, so that a sample's own noise has no one true end"
-        if isinstance(flow, str) or reason is not None:
-            return [Absent(self.name, str(reason))]
+            return self.absent("this solver adds fresh noise, so that a sample's own noise has no one true end")
+        reason = not_finite(generation.samples)
+        if reason is not None:
+            return self.absent(reason)
         noise = generation.noise.cpu().double()
         truth = self.truth(generation, flow, noise)
         squared = (generation.samples.cpu().double() - truth).flatten(1).square().sum(1)
         extra = {f"{self.name}_median": squared.median().sqrt().item()}
         if self.exact_field and isinstance(generation.solver, BaseSolver):
-            extra[f"{self.name}_exact_field"] = self.solvers_own(generation.solver, flow, noise, truth)
+            with one_thread():
+                solved = copy.copy(generation.solver).solve(flow, noise)  # a copy: its count of evaluations is the samples'
+            own = (solved - truth).flatten(1).square().sum(1)
+            extra[f"{self.name}_exact_field"] = own.mean().sqrt().item()
         value = squared.mean().sqrt().item()
         spread = 0.5 * standard_error(squared) / max(value, 1e-300)
         return [Score(self.name, value, spread, extra=extra, note=f"{len(noise):,} samples")]
 
-    def solvers_own(self, solver: BaseSolver, flow: ExactFlow, noise: Tensor, truth: Tensor) -> float:
-        """Return the same error of the run's solver on the exact field."""
-        with one_thread():
-            solved = copy.copy(solver).solve(flow, noise)  # a copy: its count of evaluations is the samples'
-        return (solved - truth).flatten(1).square().sum(1).mean().sqrt().item()
-
     def truth(self, generation: Generation, flow: ExactFlow, noise: Tensor) -> Tensor:
-        """X*(noise, 0, 1), cached: integrating it for 10,000 samples takes seconds."""
+        """Return X*(noise, 0, 1), cached: integrating it for 10,000 samples takes seconds."""
         key: dict[str, object] = {
-            "dataset": generation.data_key,
-            "source_std": flow.source_std,
+            "dataset": generation.data_key, "source_std": flow.source_std,
             "path": [type(flow.path).__name__, vars(flow.path)],
             "noise": hashlib.blake2s(noise.numpy().tobytes(), digest_size=16).hexdigest(),
-        }
+        }  # fmt: skip
         return cached_tensor(generation.cache, "flow_map_truth", key, lambda: flow.flow_map(noise, 0.0, 1.0))
 
 
-class OracleLogProbError(Metric):
+class OracleLogProbError(Oracle):
     """oracle/log_prob_error = mean |log p_model(x) - log p(x)| in nats over fixed held-out points, at the final evaluation.
 
     The model's density by the change of variables along its own flow, integrated adaptively (solver=dopri5, rtol 1e-6);
@@ -193,23 +182,21 @@ class OracleLogProbError(Metric):
     def __init__(self, points: CountFrom2 = 500):
         self.points = points
 
-    @full_products()
-    def compute(self, generation: Generation) -> list[Score | Absent]:
-        flow = exact_flow(generation)
-        if isinstance(flow, str):
-            return [Absent(self.name, flow)]
+    def names(self) -> list[str]:
+        return [self.name]
+
+    def errors(self, generation: Generation, flow: ExactFlow) -> list[Score | Absent]:
         if not generation.final:
             return []
-        points = generation.dataset.held_out(self.points, generation.generator("log_prob"))[0]
-        exact = generation.dataset.mixture.to("cpu", torch.float64).log_prob(points.cpu().double())  # type: ignore[union-attr]
-        found = self.likelihood(generation, generation.objective.velocity, points)
+        points, prior = (
+            generation.dataset.held_out(self.points, generation.generator("log_prob"))[0],
+            generation.source.log_prob,
+        )
+        exact = flow.mixture.log_prob(points.cpu().double())
+        found = log_likelihood(generation.objective.velocity, points, prior, Dopri5())
         error = (found.log_prob.cpu().double() - exact).abs()
-        own = (self.likelihood(generation, flow, points.cpu().double()).log_prob.cpu().double() - exact).abs()
+        own = (log_likelihood(flow, points.cpu().double(), prior, Dopri5()).log_prob.cpu().double() - exact).abs()
         extra = {f"{self.name}_exact_field": own.mean().item()}
         if found.standard_error is not None:
             extra[f"{self.name}_probes"] = found.standard_error.mean().item()
         return [Score(self.name, error.mean().item(), standard_error(error), extra=extra, note=f"{len(points)} points")]
-
-    def likelihood(self, generation: Generation, field: Field, points: Tensor) -> LogLikelihood:
-        """Of the points (N, ...) under the flow of `field`."""
-        return log_likelihood(field, points, generation.source.log_prob, Dopri5())

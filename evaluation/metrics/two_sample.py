@@ -1,12 +1,13 @@
 """What all distances between generated and held-out samples share: the noise floor, and when there is no score."""
 
 from abc import abstractmethod
+from itertools import chain
 
 import torch
 from scipy.special import bdtr, nctdtrit, ndtri
 from torch import Tensor
 
-from common.errors import UserError
+from common.progress import each
 from common.ranges import Replicates
 from common.seeds import generator_for
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
@@ -17,7 +18,7 @@ LEVEL, CONFIDENCE = 0.99, 0.9  # with this confidence, this share of real sets l
 
 
 def not_finite(samples: Tensor) -> str | None:
-    """Why samples (N, ...) cannot be scored, None when all are finite."""
+    """Return why samples (N, ...) cannot be scored, None when all are finite."""
     bad = len(samples) - int(samples.flatten(1).isfinite().all(1).sum())
     return f"{bad:,} of {len(samples):,} samples are not finite" if bad else None
 
@@ -42,7 +43,7 @@ class TwoSampleMetric(Metric):
     replicates: how many real pairs the floor is of. They are random splits of `pools` sets of real states (each a pair of
     its own without a number), drawn once for a set of data and a pair of counts, from seeds of the data's own, and cached:
     every run on the data is held against the same floor. A small set has a floor of fewer states than the score, which
-    floor_note tells. least: states that a side must have.
+    floor_note says. least: states that a side must have.
     """
 
     name: str
@@ -50,8 +51,6 @@ class TwoSampleMetric(Metric):
     pools: int | None = None
 
     def __init__(self, replicates: Replicates = 230):
-        if replicates < 2:
-            raise UserError(f"a noise floor needs at least 2 replicates, not {replicates}; correct evaluation.metrics")
         self.replicates = replicates
 
     def names(self) -> list[str]:
@@ -59,44 +58,37 @@ class TwoSampleMetric(Metric):
 
     @abstractmethod
     def distance(self, x: Tensor, y: Tensor) -> float:
-        """Between x (N, D) and y (M, D), finite fp32 states in random order on one device."""
+        """Return the distance between x (N, D) and y (M, D), finite fp32 states in random order on one device."""
 
     def counts(self, first: int, second: int) -> tuple[int, int]:
         """Return how many of so many states the distance looks at."""
         return first, second
 
     def refusal(self, generation: Generation) -> str | None:
-        """Why this distance is not given."""
+        """Return why this distance is not given."""
         return not_finite(generation.samples)
 
     def compute(self, generation: Generation) -> list[Score | Absent]:
         reason = self.refusal(generation)
         if reason is not None:
-            return [Absent(self.name, reason)]
+            return self.absent(reason)
         samples = generation.samples
         real = generation.dataset.held_out(len(samples), generation.generator("held_out"))[0].to(samples.device)
+        counts = f"{len(samples):,} samples against {len(real):,} held-out states"
         if min(len(samples), len(real)) < self.least:
-            few = f"{len(samples)} samples and {len(real)} held-out states are fewer than the {self.least} a side must have"
-            return [Absent(self.name, few)]
+            return self.absent(f"{counts} are fewer than the {self.least} a side must have")
         value = self.distance(samples.flatten(1), real.flatten(1))
-        note = f"{len(samples):,} samples against {len(real):,} held-out states"
         own = self.counts(len(samples), len(real))
         first, second, *distances = self.floor(generation, *own)
         if not distances:
-            return [Score(self.name, value, note=note, floor_note="the real states are too few for two sets")]
+            return [Score(self.name, value, note=counts, floor_note="the real states are too few for two sets")]
         floor, used = torch.tensor(distances), self.counts(int(first), int(second))
-        floor_note = "" if used == own else f"of {used[0]:,} against {used[1]:,}"
-        return [
-            Score(
-                self.name, value, None, floor.mean().item(), floor.std().item(), None, note, floor_note=floor_note,
-                floor_q99=upper_end(distances),
-            )
-        ]  # fmt: skip
+        note = "" if used == own else f"of {used[0]:,} against {used[1]:,}"
+        mean, sd, end = floor.mean().item(), floor.std().item(), upper_end(distances)
+        return [Score(self.name, value, floor=mean, floor_sd=sd, note=counts, floor_note=note, floor_q99=end)]
 
     def floor(self, generation: Generation, first: int, second: int) -> list[float]:
-        """Return how many real states each side has, and their distance, once for each replicate; none when they are too
-        few.
-        """
+        """Return how many real states each side has, then their distance for each replicate; no distance of too few."""
         settings = vars(self) | {"pools": self.pools}
         key = {"dataset": generation.data_key, "first": first, "second": second, "settings": settings}
         return cached_numbers(generation.cache, f"{self.name}_floor", key, lambda: self.replicate(generation, first, second))
@@ -117,13 +109,15 @@ class TwoSampleMetric(Metric):
                 return [*counts, self.distance(x, y)]
             return counts + self.of_splits(torch.cat([x, y]), len(x), splits, generator_for(0, f"{stream}/splits", i))
 
-        found = of_pool(0)  # by itself: some data read from disk when first asked
         others = range(1, pools)
-        rest = side_by_side(of_pool, others) if device.type == "cpu" else [of_pool(i) for i in others]
-        return found + [distance for part in rest for distance in part[2:]]
+        rest = side_by_side(of_pool, others) if device.type == "cpu" else map(of_pool, others)
+        parts = chain(map(of_pool, [0]), rest)  # the first by itself: some data is read from disk when first asked
+        found = list(each(parts, f"noise floor of {self.name}", pools))
+        return found[0] + [distance for part in found[1:] for distance in part[2:]]
 
     def of_splits(self, pool: Tensor, first: int, splits: int, generator: torch.Generator) -> list[float]:
-        """Return the distance between the parts of random splits of pool (N, D), `first` states and the rest; generator: on
-        the CPU.
+        """Return the distances between the parts of random splits of pool (N, D): `first` states, and the rest.
+
+        generator: on the CPU.
         """
         raise NotImplementedError

@@ -12,7 +12,7 @@ from evaluation.metrics.two_sample import TwoSampleMetric
 
 
 def wasserstein2(x: Tensor, y: Tensor) -> float:
-    """W2 = sqrt(min over pairings of mean |x_i - y_p(i)|^2) of x and y (N, D): the exact assignment, O(N^3)."""
+    """Return W2 = sqrt(min over pairings of mean |x_i - y_p(i)|^2) of x and y (N, D): the exact assignment, O(N^3)."""
     x, y = x.cpu().double(), y.cpu().double()
     cost = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square().numpy()
     return float(cost[linear_sum_assignment(cost)].mean() ** 0.5)
@@ -78,7 +78,7 @@ class SlicedWasserstein(TwoSampleMetric):
         return sliced_wasserstein2(x[:first], y[:second], self.directions(x))
 
     def of_splits(self, pool: Tensor, first: int, splits: int, generator: torch.Generator) -> list[float]:
-        """Return all states are projected and ranked once; each split takes its own from the ranks."""
+        """Return the splits' distances: all states are projected and ranked once, each split takes its own ranks."""
         projected = (self.directions(pool) @ pool.T).cpu().numpy()
         ranks = np.argsort(projected)
         ranked, distances = np.take_along_axis(projected, ranks, 1), []

@@ -236,6 +236,18 @@ def test_data_of_another_scale_are_advised_to_be_standardised(
     assert ("add dataloaders.standardize=true" in capsys.readouterr().out) == said
 
 
+@pytest.mark.parametrize("first", ["true", "false"])
+def test_a_start_from_data_of_another_standardisation_is_announced(
+    tmp_path: Path, small_run: Callable[..., Path], capsys: pytest.CaptureFixture[str], first: str
+) -> None:
+    path = saved(tmp_path, "data.npy", x=POINTS)
+    words = ["dataloaders=array", f"dataloaders.path={path}", "dataloaders.epoch_size=null", "max_steps=1"]
+    start = small_run("x", *words, f"dataloaders.standardize={first}") / "ckpts/mlp/x_last.pt"
+    for second in ("true", "false"):
+        small_run(f"y{second}", *words, f"dataloaders.standardize={second}", f"init_from={start}")
+        assert (f"dataloaders.standardize={first} is the better start" in capsys.readouterr().out) == (first != second)
+
+
 REFLOW = ["loss/coupling=reflow", "loss.coupling.teacher=x"]
 
 

@@ -341,8 +341,8 @@ def test_copies_of_a_folders_pictures_are_found(pictures: Path, tmp_path: Path, 
     samples = dataset.training_part(9)[0].clone()
     dataset.seen = None
     made = Generation(
-        samples, samples, None, None, None, None, dataset, None, "pictures", tmp_path, False,  # type: ignore[arg-type]
-        lambda name: torch.Generator(),
+        objective=None, dataset=dataset, source=None, solver=None, seed=0, dataset_key="pictures", cache=tmp_path,  # type: ignore[arg-type]
+        final=False, noise=samples, samples=samples,
     )  # fmt: skip
     ratio, copies, *_ = NearestTraining(points=count).compute(made)
     assert isinstance(ratio, Score) and isinstance(copies, Score)

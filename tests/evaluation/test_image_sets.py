@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import launcher
 from common.errors import UserError
 from dataloaders.digits import Digits
-from dataloaders.sources import GaussianSource
 from evaluation.evaluator import GeneratorEvaluation
 from evaluation.feature_networks import ClassifierFeatures, classifier_features
 from evaluation.fid import fit_gaussian, frechet_distance
 from evaluation.image_sets import images_hash, read_images, write_arrays, write_pictures
-from evaluation.metrics.base_metric import Absent, Generation, Score, to_bytes
+from evaluation.metrics.base_metric import Absent, Score, to_bytes
 from evaluation.metrics.features import scores_between
 from evaluation.report import draw_neighbours
 from evaluation.sample import load
@@ -52,7 +52,7 @@ def test_files_that_are_no_images_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="4 channels"):
         write_pictures(tmp_path / "latents", pictures(4))
     (tmp_path / "folder/zz.png").write_text("text")
-    with pytest.raises(UserError, match=r"zz\.png cannot be read as a picture"):
+    with pytest.raises(UserError, match=r"zz\.png is damaged"):
         read_images(tmp_path / "folder")
     Image.new("RGB", (9, 8)).save(tmp_path / "folder/zz.png")
     with pytest.raises(UserError, match=r"zz\.png is of 9x8 pixels, 000000\.png of 8x8"):
@@ -63,7 +63,7 @@ def test_files_that_are_no_images_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "bad.npz").write_text("text")
     for name, sentence in (
         ("empty", "no pictures"), ("nothing", "neither a folder"), ("x.npz", "holds x, not arr_0"),
-        ("float.npz", r"float64 of shape \[2, 4, 4, 3\]"), ("bad.npz", "cannot be read as a .npz"),
+        ("float.npz", r"float64 of shape \[2, 4, 4, 3\]"), ("bad.npz", "is damaged"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=sentence):
             read_images(tmp_path / name)
@@ -72,9 +72,20 @@ def test_files_that_are_no_images_are_one_sentence(tmp_path: Path) -> None:
 DIGITS = ("dataloaders=digits", "model=unet_small", "dataloaders.epoch_size=1438", "conditional=true", "max_steps=1")
 
 
-@pytest.fixture
-def checkpoint(small_run) -> Path:
-    return small_run("d", *DIGITS) / "ckpts/unet_small/d_last.pt"
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    words = [
+        *DIGITS,
+        "evaluation=loss_only",
+        "evaluation.samples=16",
+        "evaluation.final_samples=16",
+        "trackio.enabled=false",
+    ]
+    launcher.run(
+        "run_name=d", f"output_dir={folder}", f"log.file={folder / 'log.md'}", "device=cpu", "solver.steps=2", *words
+    )
+    return folder / "ckpts/unet_small/d_last.pt"
 
 
 def test_a_checkpoints_samples_are_exported_and_score_as_it_does(checkpoint: Path, tmp_path: Path, capsys) -> None:
@@ -173,16 +184,15 @@ def test_images_of_another_size_are_refused_by_a_classifier(tmp_path: Path) -> N
     assert "sees images of shape [1, 8, 8]" in results[0].reason  # type: ignore[union-attr]
 
 
-def test_neighbours_are_the_nearest_training_images_of_the_samples_nearest_to_any(tmp_path: Path, monkeypatch) -> None:
+def test_neighbours_are_the_nearest_training_images_of_the_samples_nearest_to_any(
+    tmp_path: Path, monkeypatch, generation
+) -> None:
     drawn: list = []
     monkeypatch.setattr("evaluation.pictures.neighbours_picture", lambda *words: drawn.append(words))
     data = Digits()
     samples = torch.cat([0.5 * torch.randn(30, 1, 8, 8), data.train_states[700:701], data.train_states[3:4] + 0.01])
     samples[4] = float("nan")
-    made = Generation(
-        samples, samples, None, None, None, None, data, GaussianSource([1, 8, 8]), "digits", tmp_path, True,  # type: ignore[arg-type]
-        lambda name: torch.Generator(),
-    )  # fmt: skip
+    made = generation(data, samples, final=True)
     evaluation = GeneratorEvaluation([], [], {}, 0.0, made, samples)
     assert draw_neighbours(tmp_path / "x.png", evaluation, "x", rows=3, k=2)
     _, images, neighbours, value_range, _ = drawn[0]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.seeds import generator_for
+from configuration.overrides import settings_from_overrides
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import GaussianSource, Source
 from dataloaders.synthetic import Gaussian, KMeans
@@ -32,7 +33,7 @@ from losses.time_samplers import LogitNormalTimes, UniformTimes
 from losses.weightings import AdaptiveWeighting, UniformWeighting
 from models.inputs import split_unified_flow_matching_input
 from models.velocity_model import VelocityModel
-from solvers.base_solver import BaseSolver, Field, StepCallback
+from solvers.runge_kutta import Euler
 
 OFFSET = torch.tensor([0.3, -0.4])
 FLOW_MAP = "oracle/flow_map_error"
@@ -62,24 +63,6 @@ class Plain(FlowObjective):
     forward = FlowMatchingLoss.forward  # type: ignore[assignment]
 
 
-class EulerSteps(BaseSolver):
-    """Euler's method, enough to tell a solver's error from none."""
-
-    def solve(self, field: Field, x0: Tensor, times: Tensor | None = None, callback: StepCallback | None = None) -> Tensor:
-        x, self.evaluations = x0, self.steps
-        for i in range(self.steps):
-            x = x + field(x, torch.tensor(i / self.steps)) / self.steps
-        return x
-
-
-class NotGaussian(GaussianSource):
-    """A source without a known standard deviation."""
-
-    def __init__(self, state_shape: list[int]):
-        super().__init__(state_shape)
-        self.gaussian_std = None
-
-
 def generation(
     cache: Path,
     dataset: FlowDataset | None = None,
@@ -98,12 +81,12 @@ def generation(
     objective = Plain(
         network, path, coupling or IndependentCoupling(), UniformTimes(), VelocityPrediction(), UniformWeighting()
     )
-    noise, solver = source.sample(count, torch.Generator().manual_seed(0)), EulerSteps(steps)
+    noise, solver = source.sample(count, torch.Generator().manual_seed(0)), Euler(steps)
     with torch.no_grad():
         samples = solver.solve(objective.velocity, noise)
     return Generation(
-        noise, samples, None, objective, objective.velocity, solver, dataset, source, key, cache, False,
-        lambda name: generator_for(0, name),
+        objective=objective, dataset=dataset, source=source, solver=solver, seed=0, dataset_key=key, cache=cache,
+        final=False, noise=noise, samples=samples,
     )  # fmt: skip
 
 
@@ -188,8 +171,9 @@ def test_velocity_spread_is_the_scatter_over_draws(tmp_path: Path, monkeypatch: 
         assert spread.item() == pytest.approx(values.std().item(), rel=0.35)
 
 
-def test_draws_grow_at_the_final_evaluation(tmp_path: Path) -> None:
+def test_the_final_evaluation_has_more_draws_and_the_likelihood(tmp_path: Path) -> None:
     made = generation(tmp_path, offset=OFFSET)
+    assert OracleLogProbError().compute(made) == []
     made.final = True
     assert "700 states" in compute(OracleVelocity(300, 700), made)[0].note
 
@@ -242,10 +226,11 @@ def test_truth_is_integrated_once_for_the_same_noise(tmp_path: Path, monkeypatch
     "metric", [OracleVelocity(100), OracleFlowMapError(), OracleLogProbError(9)], ids=lambda m: type(m).__name__
 )
 def test_absent_where_the_truth_is_unknown(tmp_path: Path, metric: Metric) -> None:
-    finite = TensorDataset(torch.randn(30, 2), None, torch.arange(10))
+    finite, other = TensorDataset(torch.randn(30, 2), None, torch.arange(10)), GaussianSource([2])
+    other.gaussian_std = None
     for reason, made in {
         "TensorDataset data": generation(tmp_path, dataset=finite),
-        "source is not Gaussian": generation(tmp_path, source=NotGaussian([2])),
+        "source is not Gaussian": generation(tmp_path, source=other),
         "optimal-transport pairs": generation(tmp_path, coupling=MinibatchOTCoupling()),
         "conditional on labels": generation(tmp_path, num_classes=5),
     }.items():
@@ -287,10 +272,6 @@ def test_log_prob_of_many_dimensions_comes_with_the_error_of_its_probes(tmp_path
     made.objective.network.forward = lambda unified, label=None: 0.1 * unified[:, :20] @ mixing  # type: ignore[method-assign]
     (score,) = compute(OracleLogProbError(8), made)
     assert score.extra is not None and score.extra["oracle/log_prob_error_probes"] > 0.1
-
-
-def test_log_prob_is_left_to_the_final_evaluation(tmp_path: Path) -> None:
-    assert OracleLogProbError().compute(generation(tmp_path)) == []
 
 
 class ExactMap(Plain):
@@ -356,7 +337,7 @@ def test_few_steps_without_a_map_are_euler_steps_where_asked_for(tmp_path: Path)
     assert score.value == pytest.approx(truth.square().sum(1).mean().sqrt().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("count", [0, 1.5, "one"])
-def test_a_count_of_evaluations_is_a_whole_number(count: object) -> None:
+@pytest.mark.parametrize("count", ["0", "1.5", "one"])
+def test_a_count_of_evaluations_is_a_whole_number(count: str) -> None:
     with pytest.raises(UserError, match="whole numbers of at least 1"):
-        few_step(count)  # type: ignore[arg-type]
+        settings_from_overrides([f"evaluation.metrics.few_step.evaluations=[{count}]"])

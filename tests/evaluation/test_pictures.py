@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -12,16 +13,7 @@ import pytest
 from PIL import Image
 
 from evaluation import pictures
-from evaluation.pictures import (
-    by_class,
-    class_layout,
-    describe_count,
-    image_grid_picture,
-    matching,
-    pick_by_class,
-    scatter_picture,
-    shared_limits,
-)
+from evaluation.pictures import by_class, class_layout, describe_count, matching, pick_by_class, shared_limits
 from evaluation.thumbnail import thumbnail, understood
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +28,19 @@ def read_png(path: Path) -> np.ndarray:
     return pixels[..., :3].astype(int)
 
 
+def scatter(folder: Path, samples: np.ndarray, reference: np.ndarray, *words: str) -> np.ndarray:
+    pictures.scatter_picture(folder / "scatter.png", samples, reference, *words)
+    return read_png(folder / "scatter.png")
+
+
+def grid(folder: Path, images: np.ndarray, *settings: Any, reference: np.ndarray | None = None, **more: Any) -> np.ndarray:
+    panels = {"generated": (images, more.pop("labels", None))}
+    if reference is not None:
+        panels["real"] = reference, more.pop("reference_labels", None)
+    pictures.image_grid_picture(folder / "grid.png", panels, *settings, **more)
+    return read_png(folder / "grid.png")
+
+
 def bluish(pixels: np.ndarray) -> np.ndarray:
     return pixels[..., 2] - pixels[..., 0] > 60
 
@@ -45,10 +50,8 @@ def reddish(pixels: np.ndarray) -> np.ndarray:
 
 
 def test_generated_left_real_right_in_their_own_colors(tmp_path: Path) -> None:
-    path = tmp_path / "scatter.png"
     points = RANDOM.normal(size=(500, 2))
-    scatter_picture(path, points, points + 0.1, "x, step 100", "energy distance 0.01")
-    pixels = read_png(path)
+    pixels = scatter(tmp_path, points, points + 0.1, "x, step 100", "energy distance 0.01")
     assert pixels.shape == (450, 900, 3)
     left, right = pixels[:, :475], pixels[:, 475:]
     assert bluish(left).sum() > 500 and not bluish(right).any()
@@ -58,8 +61,7 @@ def test_generated_left_real_right_in_their_own_colors(tmp_path: Path) -> None:
 def test_both_panels_have_the_same_axes_of_equal_aspect(tmp_path: Path) -> None:
     """A generated square of side 1.4 beside a real one of side 1: both stay squares, in that ratio, on one height."""
     corners = np.array([[-0.5, -0.5], [0.5, -0.5], [-0.5, 0.5], [0.5, 0.5]])
-    scatter_picture(tmp_path / "scatter.png", 1.4 * corners, corners)
-    pixels = read_png(tmp_path / "scatter.png")
+    pixels = scatter(tmp_path, 1.4 * corners, corners)
     generated, real = (np.argwhere(mask(pixels)) for mask in (bluish, reddish))
     marker = 5
     heights, widths = zip(*(np.ptp(square, axis=0) - marker for square in (generated, real)), strict=True)
@@ -78,45 +80,32 @@ def test_limits_hold_all_real_points_and_the_bulk_of_the_generated() -> None:
 
 
 def test_diverged_and_empty_samples_are_drawn(tmp_path: Path) -> None:
-    scatter_picture(tmp_path / "nan.png", np.full((10, 2), np.nan), RANDOM.normal(size=(10, 2)))
-    scatter_picture(tmp_path / "empty.png", np.zeros((0, 2)), np.zeros((0, 2)))
-    assert read_png(tmp_path / "nan.png").shape == read_png(tmp_path / "empty.png").shape == (450, 900, 3)
+    assert scatter(tmp_path, np.full((10, 2), np.nan), RANDOM.normal(size=(10, 2))).shape == (450, 900, 3)
+    assert scatter(tmp_path, np.zeros((0, 2)), np.zeros((0, 2))).shape == (450, 900, 3)
 
 
 def test_pixels_are_enlarged_to_whole_squares_of_their_own_value(tmp_path: Path) -> None:
     """Two 4 x 4 images of one dark pixel each: after enlarging, the dark squares are solid and 4 : 1 of an image."""
     images = np.ones((2, 1, 4, 4))
     images[0, 0, 0, 0] = images[1, 0, 3, 3] = -1
-    path = tmp_path / "grid.png"
-    image_grid_picture(path, images, columns=2)
-    dark = np.argwhere((read_png(path) == 0).all(axis=-1))
+    dark = np.argwhere((grid(tmp_path, images, columns=2) == 0).all(axis=-1))
     side = int(np.sqrt(len(dark) / 2))
     assert len(dark) == 2 * side**2 and side > 20
     rows, columns = np.ptp(dark, axis=0) + 1
     assert rows == 4 * side and columns == 9 * side  # two images of four pixels and one between them
 
 
-@pytest.mark.parametrize(("channels", "value", "expected"), [(1, 0.0, 128), (3, -1.0, 0), (3, 5.0, 255)])
-def test_values_become_brightness(channels: int, value: float, expected: int, tmp_path: Path) -> None:
-    path = tmp_path / "grid.png"
-    image_grid_picture(path, np.full((1, channels, 8, 8), value), (-1.0, 1.0))
-    pixels = read_png(path)
-    middle = pixels[pixels.shape[0] // 2, pixels.shape[1] // 2]
-    assert (abs(middle - expected) <= 1).all()
-
-
-def test_channels_are_red_green_blue(tmp_path: Path) -> None:
-    images = np.zeros((1, 3, 8, 8))
-    images[:, 0] = 1
-    image_grid_picture(tmp_path / "grid.png", images, (0.0, 1.0))
-    pixels = read_png(tmp_path / "grid.png")
-    assert tuple(pixels[pixels.shape[0] // 2, pixels.shape[1] // 2]) == (255, 0, 0)
+@pytest.mark.parametrize(
+    ("color", "expected"), [([0.0], 128), ([-1.0] * 3, 0), ([5.0] * 3, 255), ([1.0, -1.0, -1.0], (255, 0, 0))], ids=str
+)
+def test_values_become_brightness_of_red_green_and_blue(color: list[float], expected: Any, tmp_path: Path) -> None:
+    pixels = grid(tmp_path, np.array(color)[None, :, None, None] * np.ones((1, 1, 8, 8)), (-1.0, 1.0))
+    assert (abs(pixels[pixels.shape[0] // 2, pixels.shape[1] // 2] - np.array(expected)) <= 1).all()
 
 
 def test_real_images_stand_to_the_right(tmp_path: Path) -> None:
     dark, gray = np.full((4, 1, 8, 8), -1.0), np.full((9, 1, 8, 8), 0.0)
-    image_grid_picture(tmp_path / "grid.png", dark, columns=2, reference=gray, title="x")
-    row = read_png(tmp_path / "grid.png")[-20, :, 0]
+    row = grid(tmp_path, dark, columns=2, reference=gray, title="x")[-20, :, 0]
     assert set(np.flatnonzero(row == 0)) and set(np.flatnonzero(row == 128))
     assert np.flatnonzero(row == 0).max() < np.flatnonzero(row == 128).min()
     assert (row == 0).sum() == (row == 128).sum()  # as many real images as generated ones
@@ -125,15 +114,14 @@ def test_real_images_stand_to_the_right(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(64, 3, 32, 32), (16, 1, 8, 8), (8, 3, 256, 256), (64, 1, 28, 28)])
 def test_grids_are_about_900_wide(shape: tuple[int, ...], tmp_path: Path) -> None:
     images = RANDOM.uniform(-1, 1, shape)
-    image_grid_picture(tmp_path / "grid.png", images, columns=8, reference=images)
-    assert 600 <= read_png(tmp_path / "grid.png").shape[1] <= 1400
+    assert 600 <= grid(tmp_path, images, columns=8, reference=images).shape[1] <= 1400
 
 
 def test_wrong_shapes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\(N, 2\), not \(3, 3\)"):
-        scatter_picture(tmp_path / "x.png", np.zeros((3, 3)), np.zeros((3, 2)))
+        pictures.scatter_picture(tmp_path / "x.png", np.zeros((3, 3)), np.zeros((3, 2)))
     with pytest.raises(ValueError, match=r"not \(2, 4, 8, 8\)"):
-        image_grid_picture(tmp_path / "x.png", np.zeros((2, 4, 8, 8)))
+        grid(tmp_path, np.zeros((2, 4, 8, 8)))
 
 
 def test_no_global_state_and_a_light_import(tmp_path: Path) -> None:
@@ -164,12 +152,8 @@ def rows_of(panel: np.ndarray) -> list[list[int]]:
 
 def test_each_class_has_its_row_and_real_ones_stand_in_it(tmp_path: Path) -> None:
     labels, reference = [3, 1, 0, 3, 1, 0, 3, 1, 0], [0, 0, 3, 1, 3, 1, 1, 0, 3]
-    path = tmp_path / "grid.png"
-    image_grid_picture(
-        path, class_images(labels), (0.0, 1.0), reference=class_images(reference), title="x",
-        labels=np.array(labels), reference_labels=np.array(reference),
-    )  # fmt: skip
-    pixels = read_png(path)[57:-8]
+    known = {"labels": np.array(labels), "reference_labels": np.array(reference)}
+    pixels = grid(tmp_path, class_images(labels), (0.0, 1.0), reference=class_images(reference), title="x", **known)[57:-8]
     middle = pixels.shape[1] // 2
     left, right = pixels[:, 40:middle], pixels[:, middle:]
     assert rows_of(left) == rows_of(right) == [[0], [1], [3]]
@@ -203,13 +187,13 @@ def test_by_class_fills_rows_in_order_and_leaves_the_rest_white() -> None:
 
 @pytest.mark.parametrize("classes", [None, 2])
 def test_few_real_images_take_no_more_columns_than_they_fill(classes: int | None, tmp_path: Path, monkeypatch) -> None:
-    drawn = Mock()
+    drawn = Mock(wraps=pictures.draw_grids)
     monkeypatch.setattr(pictures, "draw_grids", drawn)
     images = np.zeros((100, 1, 8, 8), dtype=np.float32)
     labels = None if classes is None else np.arange(100) % classes
     known = None if classes is None else labels[:12]
-    image_grid_picture(tmp_path / "x.png", images, columns=10, reference=images[:12], labels=labels, reference_labels=known)
-    generated, real = (grid.shape[1] for grid in drawn.call_args.args[1].values())
+    grid(tmp_path, images, columns=10, reference=images[:12], labels=labels, reference_labels=known)
+    generated, real = (shown.shape[1] for shown in drawn.call_args.args[1].values())
     assert real < 0.3 * generated
 
 
@@ -225,9 +209,7 @@ def test_a_picture_of_many_classes_shows_some_of_them_alike() -> None:
 
 def test_classes_of_one_image_each_are_a_plain_grid(tmp_path: Path) -> None:
     images = class_images([0, 1, 2, 3])
-    image_grid_picture(tmp_path / "plain.png", images, columns=2)
-    image_grid_picture(tmp_path / "labelled.png", images, columns=2, labels=np.arange(4))
-    assert (read_png(tmp_path / "plain.png") == read_png(tmp_path / "labelled.png")).all()
+    assert (grid(tmp_path, images, columns=2) == grid(tmp_path, images, columns=2, labels=np.arange(4))).all()
 
 
 def test_a_thumbnail_shows_the_picture_in_every_form(tmp_path: Path) -> None:

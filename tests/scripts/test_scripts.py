@@ -15,7 +15,8 @@ from PIL import Image
 from common.errors import UserError
 from configuration import stored as vetting
 from dev import benchmark, floor_check
-from evaluation.evaluator import EvaluationInputs, GeneratorEvaluator
+from evaluation.evaluator import GeneratorEvaluator
+from evaluation.metrics.base_metric import EvaluationInputs
 from evaluation.metrics.energy_distance import EnergyDistance
 from evaluation.parts import build_dataset, build_source, dataset_key
 from evaluation.report import draw_images, draw_picture, drawable
@@ -186,8 +187,9 @@ def test_real_images_go_beside_generated_ones_of_their_class(tmp_path, monkeypat
     monkeypatch.setattr("evaluation.pictures.image_grid_picture", lambda *arguments: drawn.extend(arguments))
     label, reference_label = torch.tensor([4, 4, 1, 1, 1]), torch.tensor([0, 1, 4, 1, 4, 1, 4, 1])
     states, reference = (y[:, None, None, None] * torch.ones(1, 1, 2, 2) for y in (label, reference_label))
-    draw_images(tmp_path / "x.png", states, label, reference, reference_label, lambda z: z + 0.5, (0.0, 9.0), "x")
-    _, images, value_range, _, real, _, labels, real_labels = drawn
+    draw_images(tmp_path / "x.png", (states, label), (reference, reference_label), lambda z: z + 0.5, (0.0, 9.0), "x")
+    _, panels, value_range, *_ = drawn
+    (images, labels), (real, real_labels) = panels.values()
     assert value_range == (-1.0, 1.0)  # decoded images, whatever the range of the states
     assert images[:, 0, 0, 0].tolist() == [y + 0.5 for y in labels] and labels.tolist() == label.tolist()
     assert real[:, 0, 0, 0].tolist() == [y + 0.5 for y in real_labels] and real_labels.tolist() == [1, 1, 1, 4, 4]

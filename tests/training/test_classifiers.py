@@ -19,7 +19,7 @@ from configuration.compose import CONFIG_DIR, compose_config, groups, resolved
 from dataloaders.sources import GaussianSource
 from dataloaders.tensor_dataset import TensorDataset, balanced_order
 from evaluation.classifier_evaluator import ClassifierEvaluator, confusion_matrix
-from evaluation.evaluator import EvaluationInputs
+from evaluation.metrics.base_metric import EvaluationInputs
 from evaluation.report import class_table, draw_picture, print_scores
 from evaluation.sample import load
 from losses.cross_entropy_loss import CrossEntropyLoss, LabelledBatch
