@@ -45,7 +45,7 @@ class Floor:
         return "" if own == (min(first, limit), min(second, limit)) else f"of {own[0]:,} against {own[1]:,}"
 
     def beside(self, i: int, counts: tuple[int, int], most: int | None) -> dict[str, Any]:
-        """Return the floor of score i as fields of Score; most: as in note, given for shares, whose lower end is the worse."""
+        """Return the floor of score i as fields of Score; most: as in note, given for shares: the lower end is the worse."""
         if i >= self.rows.shape[1]:
             return {"floor_note": f"{self.pool:,} real images are too few for two sets"}
         values = self.rows[:, i]
