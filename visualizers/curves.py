@@ -46,7 +46,8 @@ BAND = (
 )
 # What stands beside a score:
 SIDE = (
-    "_floor", "_floor_sd", "_floor_q99", "_floor_q01", "_train", "_se", "_exact_field", "_probes", "_median", "seconds", "/nfe",
+    "_floor", "_floor_sd", "_floor_q99", "_floor_q01", "_train", "_se", "_exact_field", "_probes", "_median", "seconds",
+    "/nfe",
 )  # fmt: skip
 LINE = 15  # pixels of a line of the caption
 
