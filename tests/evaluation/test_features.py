@@ -172,7 +172,7 @@ def test_the_hash_of_data_is_of_what_scores_read(tmp_path: Path) -> None:
     encoded = []
     for name, weight in (("a", 1.0), ("b", 1.0), ("c", 1.0), ("a", 2.0)):
         pictures = ImageFolder(str(tmp_path / name), 8)
-        encoded.append(data_hash(EncodedImages(pictures, Encoder(weight), [4, 1, 1], 0), cpu))  # type: ignore[arg-type]
+        encoded.append(data_hash(EncodedImages(pictures, Encoder(weight), state_shape=[4, 1, 1], num_classes=0), cpu))  # type: ignore[arg-type]
     assert encoded[0] == encoded[1] and len(set(encoded)) == 3
 
 
