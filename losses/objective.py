@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.ranges import Share
 from dataloaders.sources import Source
 from losses.couplings import Coupling, IndependentCoupling
-from losses.paths import ProbabilityPath
+from losses.paths import ProbabilityPath, expand_time
 from losses.predictions import Prediction
 from losses.time_samplers import TimeSampler
 from losses.weightings import Weighting
@@ -28,11 +28,6 @@ from models.network import Network
 from models.velocity_model import VelocityModel
 
 SecondTime = Literal["end", "state"]
-
-
-def expand_time(t: Tensor, x: Tensor) -> Tensor:
-    """Return a scalar or (B,) time as (B, 1, ...), to broadcast against the states x (B, ...)."""
-    return t.to(device=x.device, dtype=torch.float32).expand(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1))
 
 
 @dataclass
@@ -219,7 +214,7 @@ class FlowObjective(Objective, ABC):
         """Return the network's output as a velocity at states z and times r."""
         if len(z) == 0:  # one part of a batch that is all intervals, or all instants
             return z
-        return self.prediction.velocity(self.network(unified, label), z, expand_time(r, z), self.path)
+        return self.prediction.velocity(self.network(unified, label), z, r, self.path)
 
     def velocity(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Return the instantaneous velocity at states x (B, ...) and times t, scalar or (B,): what an ODE solver follows."""

@@ -12,6 +12,11 @@ from common.ranges import Positive
 CLAMP = 0.05  # least sigma or alpha we divide by: keeps x1- and x0-prediction finite at the path's ends
 
 
+def expand_time(t: Tensor, x: Tensor) -> Tensor:
+    """Return a scalar or (B,) time as (B, 1, ...), to broadcast against the states x (B, ...)."""
+    return t.to(device=x.device, dtype=torch.float32).expand(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1))
+
+
 class PathPoint(NamedTuple):
     """alpha, sigma and their time derivatives, each of the shape of t."""
 

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from losses.paths import ProbabilityPath
+from losses.paths import ProbabilityPath, expand_time
 
 
 class Prediction(ABC):
@@ -12,7 +12,7 @@ class Prediction(ABC):
 
     @abstractmethod
     def velocity(self, output: Tensor, z: Tensor, t: Tensor, path: ProbabilityPath) -> Tensor:
-        """Return velocity at states z (B, ...) and times t (broadcasting against z) for the network's output there."""
+        """Return velocity at states z (B, ...) and times t, scalar or (B,), for the network's output there."""
 
 
 class VelocityPrediction(Prediction):
@@ -26,11 +26,11 @@ class DataPrediction(Prediction):
     """The output is E[x1 | z], a denoised state."""
 
     def velocity(self, output: Tensor, z: Tensor, t: Tensor, path: ProbabilityPath) -> Tensor:
-        return path.velocity_from_x1(output, z, t)
+        return path.velocity_from_x1(output, z, expand_time(t, z))
 
 
 class NoisePrediction(Prediction):
     """The output is E[x0 | z], the noise."""
 
     def velocity(self, output: Tensor, z: Tensor, t: Tensor, path: ProbabilityPath) -> Tensor:
-        return path.velocity_from_x0(output, z, t)
+        return path.velocity_from_x0(output, z, expand_time(t, z))

@@ -12,7 +12,7 @@ class Weighting(ABC):
     """Averages squared errors over a batch."""
 
     @abstractmethod
-    def __call__(self, squared_error: Tensor, a: Tensor | float = 1.0) -> Tensor:
+    def __call__(self, squared_error: Tensor, a: Tensor | None = None) -> Tensor:
         """Return squared_error L (B,), sums over dimensions -> a scalar loss.
 
         a (B,): the share of its interval that a consistency step crosses. Its error is proportional to a, so that L / a has
@@ -23,8 +23,8 @@ class Weighting(ABC):
 class UniformWeighting(Weighting):
     """The plain mean."""
 
-    def __call__(self, squared_error: Tensor, a: Tensor | float = 1.0) -> Tensor:
-        return (squared_error / a).mean()
+    def __call__(self, squared_error: Tensor, a: Tensor | None = None) -> Tensor:
+        return (squared_error if a is None else squared_error / a).mean()
 
 
 class AdaptiveWeighting(Weighting):
@@ -37,5 +37,6 @@ class AdaptiveWeighting(Weighting):
     def __init__(self, p: Annotated[float, Range(0, 2)] = 1.0, c: Positive = 1e-2):
         self.p, self.c = p, c
 
-    def __call__(self, squared_error: Tensor, a: Tensor | float = 1.0) -> Tensor:
-        return (squared_error / a * (a / (squared_error + self.c)).pow(self.p).detach()).mean()
+    def __call__(self, squared_error: Tensor, a: Tensor | None = None) -> Tensor:
+        share = 1.0 if a is None else a
+        return (squared_error / share * (share / (squared_error + self.c)).pow(self.p).detach()).mean()

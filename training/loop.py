@@ -85,9 +85,10 @@ def train_step(run: Run, group: list[Any]) -> dict[str, Tensor]:
         with run.gradient_sync(last=i == len(group) - 1):
             with autocast(run.device, run.settings.precision):
                 terms = named_terms(run.forward(batch, state.teacher), run.settings.loss_weights)
-            state.scaler.scale(terms["loss"] * share).backward()
+            state.scaler.scale(weighed(terms["loss"], share)).backward()
         for name, term in terms.items():
-            values[name] = values.get(name, 0.0) + share * term.detach()
+            part = weighed(term.detach(), share)
+            values[name] = values[name] + part if name in values else part
     # Clip gradients.
     state.scaler.unscale_(state.optimizer)
     values["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, run.settings.grad_clip or math.inf)
@@ -101,6 +102,11 @@ def train_step(run: Run, group: list[Any]) -> dict[str, Tensor]:
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     return values
+
+
+def weighed(term: Tensor, share: float) -> Tensor:
+    """Return share * term, by no operation where the share is the whole."""
+    return term if share == 1 else term * share
 
 
 def all_finite(network: torch.nn.Module) -> bool:

@@ -18,13 +18,17 @@ class Window:
         self.count = 0
         self.whole: int | Tensor = 0  # steps until a sum was no longer finite
 
+    @torch.no_grad()
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Add one step's scalars."""
-        for name, value in values.items():
-            value = value.detach().float()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+        new = {name: value.float() for name, value in values.items()}
+        known = [name for name in new if name in self.sums]
+        added = torch._foreach_add([self.sums[n] for n in known], [new[n] for n in known]) if known else []
+        self.sums |= {name: value.clone() for name, value in new.items() if name not in self.sums}
+        self.sums |= zip(known, added, strict=True)
         self.count += 1
-        self.whole = self.whole + torch.stack(list(self.sums.values())).isfinite().all()
+        largest = torch.linalg.vector_norm(torch.stack(list(self.sums.values())), math.inf)  # NaN where one of them is
+        self.whole = self.whole + (largest < math.inf)
 
     def all_reduce_mean(self) -> None:
         """Replace each sum by its mean over the ranks, all of which call this."""

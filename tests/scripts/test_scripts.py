@@ -14,7 +14,7 @@ from PIL import Image
 
 from common.errors import UserError
 from configuration import stored as vetting
-from dev import benchmark, floor_check
+from dev import floor_check
 from evaluation.evaluator import GeneratorEvaluator
 from evaluation.metrics.base_metric import EvaluationInputs
 from evaluation.metrics.energy_distance import EnergyDistance
@@ -229,16 +229,6 @@ def test_log_prob_integrates_to_one(checkpoint):
     axis = torch.linspace(-6, 6, 81)
     density = model.log_prob(torch.cartesian_prod(axis, axis)).exp()
     assert float(density.sum() * (axis[1] - axis[0]) ** 2) == pytest.approx(1.0, abs=0.01)
-
-
-def test_benchmark_compares_rows_side_by_side(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    rows = ["model.width=8 batch_size=64", "model.width=8 batch_size=64 dataloaders=moons"]
-    assert benchmark.main(["--rounds", "1", "--steps", "2", *rows]) == 0
-    table = capsys.readouterr().out
-    assert table.count("\n") == 4 and "data_share" in table and "moons" in table
-    assert list(tmp_path.iterdir()) == []
-    assert benchmark.main(["epochs=0"]) == 1
 
 
 def test_floor_check_counts_false_alarms_and_finds_a_shift(capsys):

@@ -1,0 +1,98 @@
+"""One row of a benchmark: a run that is assembled, stepped and sampled, never saved."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from common.errors import UserError
+
+
+def wait(device: Any) -> None:
+    """Return when the device has done what was asked of it."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+class Contestant:
+    """One row: an assembled run that is stepped and sampled, never saved."""
+
+    def __init__(self, overrides: str):
+        from backends.submission import prepare
+        from training.assemble import assemble
+
+        fixed = ["run_name=benchmark", "trackio.enabled=false", "callbacks=none", "overwrite=true"]
+        self.name = overrides or "default"
+        self.run = assemble(prepare([*fixed, *overrides.split()]))
+        self.groups = self.endless_groups()
+        self.gflop = self.count_operations()
+
+    def count_operations(self) -> float:
+        """1e9 floating-point operations of one uncompiled step, forward and backward."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        objective, batch = self.run.state.objective, next(self.groups)[0]
+        objective.train()
+        with FlopCounterMode(display=False) as counter:
+            objective(batch, self.run.state.teacher)["loss"].backward()
+        objective.zero_grad(set_to_none=True)
+        return counter.get_total_flops() / 1e9
+
+    def endless_groups(self) -> Iterator[Any]:
+        from training.loop import epoch_groups
+
+        while True:
+            self.run.state.step = 0
+            yield from epoch_groups(self.run)
+
+    def timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
+        """Return the seconds that `work` takes, until the device has done it, and its result."""
+        wait(self.run.device)
+        begun = time.perf_counter()
+        result = work()
+        wait(self.run.device)
+        return time.perf_counter() - begun, result
+
+    def round(self, steps: int) -> dict[str, float]:
+        """Return one round's figures: `steps` training steps, then one batch carried through the solver."""
+        import torch
+
+        from evaluation.generate import generate
+        from training.loop import train_step
+
+        if self.run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        data_seconds, groups = self.timed(lambda: [next(self.groups) for _ in range(steps)])
+        step_seconds, _ = self.timed(lambda: [train_step(self.run, group) for group in groups])
+        rows = sum(len(batch) for group in groups for batch in group)
+        flow = self.run.inputs.flow
+        if flow is None:
+            raise UserError("this times generators, and a classifier makes no samples; leave loss=cross_entropy out")
+        noise = self.run.source.sample(self.run.settings.batch_size, torch.Generator(self.run.device).manual_seed(0))
+        with torch.no_grad():
+            sample_seconds, _ = self.timed(
+                lambda: generate(flow, self.run.inputs.solver, noise, None, lambda k, first, count: noise[:count])
+            )
+        total = data_seconds + step_seconds
+        memory = torch.cuda.max_memory_allocated() / 2**20 if self.run.device.type == "cuda" else resident_megabytes()
+        return {
+            "step_ms": 1e3 * total / steps,
+            "data_ms": 1e3 * data_seconds / steps,
+            "data_share": data_seconds / total,
+            "train_samples_per_second": rows / total,
+            "generated_per_second": len(noise) / sample_seconds,
+            "peak_memory_mb": memory,
+            "gflop": self.gflop,
+        }
+
+
+def resident_megabytes() -> float:
+    """Peak resident memory of this process in MiB (all rows together)."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,0 +1,22 @@
+"""The benchmark: its tables have what they promise; no test asks how long anything took."""
+
+from dev import benchmark, operations_benchmark
+
+
+def test_benchmark_compares_rows_side_by_side(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = ["model.width=8 batch_size=64", "model.width=8 batch_size=64 dataloaders=moons"]
+    assert benchmark.main(["--rounds", "1", "--steps", "2", *rows]) == 0
+    table = capsys.readouterr().out
+    assert table.count("\n") == 4 and "data_share" in table and "moons" in table
+    assert list(tmp_path.iterdir()) == []
+    assert benchmark.main(["epochs=0"]) == 1
+
+
+def test_a_step_dispatches_few_operations_beside_those_of_its_network(monkeypatch, capsys):
+    monkeypatch.setattr(operations_benchmark, "groups", lambda: {"loss": ["mse", "meanflow", "cross_entropy"]})
+    assert benchmark.main(["--preset", "operations", "--and", "model.width=8 batch_size=64"]) == 0
+    mse, meanflow = (line for line in capsys.readouterr().out.splitlines() if "loss=" in line)
+    difference = [float(line.split("|")[-2]) for line in (mse, meanflow)]
+    assert 0 < difference[0] <= 25, f"a step of loss=mse dispatches {difference[0]:.0f} more than its network and optimizer"
+    assert difference[1] > 2 * difference[0]
