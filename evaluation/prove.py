@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.seeds import generator_for, stream_seed
 from dataloaders.sources import GaussianSource
 from evaluation.exact_worlds import MixtureWorld
-from losses.objective import FlowObjective, Objective, expand_time
+from losses.objective import FlowObjective, Objective
 from losses.paths import ProbabilityPath
 from losses.terms import named_terms
 from losses.world import Field
@@ -109,8 +109,8 @@ class Probe(VelocityModel):
             label = torch.full((len(z),), self.num_classes)
         u, raw = self.raw(z, times[:, 0], times[:, 1], label)
         v = u + (raw @ (self.mixing @ self.c))[:, None]
-        wide = expand_time(times[:, 0], z)  # the reading is affine in the output: undone by two values of it
-        zero, one = (self.prediction.velocity(torch.full_like(v, k), z, wide, self.path) for k in (0.0, 1.0))
+        r = times[:, 0]  # the reading is affine in the output: undone by two values of it
+        zero, one = (self.prediction.velocity(torch.full_like(v, k), z, r, self.path) for k in (0.0, 1.0))
         return ((v - zero) / (one - zero)).float()
 
     def in_words(self, c: Tensor) -> str:
