@@ -7,11 +7,16 @@ import pytest
 import torch
 
 import launcher
+from common.command_line import front
 from dev import identity
 from evaluation.sample import load
 from run_files.run_folder import RunFolder
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
+
+
+def identify(words: list[str]) -> int:
+    return front(words, None, identity.carry_out)
 
 
 def check(folder: Path, name: str) -> None:
@@ -39,18 +44,18 @@ def test_a_run_of_an_earlier_version_loads_goes_on_and_is_sampled(name: str, tmp
 
 def test_what_is_made_today_is_such_a_run(tmp_path: Path) -> None:
     made = tmp_path / "fixtures"
-    assert identity.main(["--fixtures", str(made), "--only", "finetunable_flow"]) == 0
+    assert identify(["--fixtures", str(made), "--only", "finetunable_flow"]) == 0
     assert sum(path.stat().st_size for path in made.rglob("*") if path.is_file()) < 100_000
     check(made / "finetunable_flow", "finetunable_flow")
-    assert identity.main(["--fixtures", str(made), "--only", "finetunable_flow"]) == 1
+    assert identify(["--fixtures", str(made), "--only", "finetunable_flow"]) == 1
 
 
 def test_the_same_run_is_identical_and_a_changed_one_different(tmp_path, capsys, monkeypatch) -> None:
     file = tmp_path / "before.json"
     monkeypatch.setattr(identity, "RUNS", {"tiny": "dataloaders=gaussian max_steps=2 evaluation=loss_only model.width=8"})
-    assert identity.main(["--write", str(file)]) == identity.main(["--compare", str(file)]) == 0
+    assert identify(["--write", str(file)]) == identify(["--compare", str(file)]) == 0
     monkeypatch.setitem(identity.RUNS, "tiny", identity.RUNS["tiny"] + " seed=1")
-    assert identity.main(["--compare", str(file)]) == 1
+    assert identify(["--compare", str(file)]) == 1
     said = capsys.readouterr().out
     assert "tiny: identical" in said and "tiny: different: network, ema, metrics" in said
-    assert identity.main(["--compare", str(tmp_path / "none")]) == 1
+    assert identify(["--compare", str(tmp_path / "none")]) == 1
