@@ -39,6 +39,12 @@ class Augmentation:
     def __init__(self, flip: bool = False, crop_padding: int = 0, augment: float = 0.0):
         self.flip, self.crop_padding, self.augment = flip, crop_padding, augment
 
+    @property
+    def altered(self) -> str | None:
+        """Return the setting that does more than mirror, as FlowDataset.altered."""
+        settings = (("crop_padding", self.crop_padding), ("augment", self.augment))
+        return next((f"{name}={value}" for name, value in settings if value), None)
+
     def __call__(self, x: Tensor, label: Tensor | None, generator: torch.Generator) -> Batch:
         """Return x (B, C, H, W) in [-1, 1], label (B,) or None -> as many; with `augment`, labels (B, 1 + 9): join_label."""
         if self.flip:

@@ -58,12 +58,16 @@ class FlowDataset(ABC):
     mixture: the closed-form density of the data where it is known (oracles need it), else None.
     num_workers: processes that read ahead, for data that streams from disk; set before the first epoch.
     standardize: whether a flow shall learn them with mean 0 and standard deviation 1; they are served as they are.
+    mirrored: whether training mirrors half of its rows, left to right.
+    altered: the setting by which training changes its rows at random in another way ("augment=0.12"), else None.
     """
 
     mixture: GaussianMixture | None = None
     class_names: list[str] | None = None
     num_workers: int = 0
     standardize: bool = False
+    mirrored: bool = False
+    altered: str | None = None
 
     def __init__(
         self,

@@ -28,6 +28,7 @@ class EncodedImages(FlowDataset):
         shape = (vae.latent_channels, height // vae.factor, width // vae.factor)
         super().__init__(shape, images.epoch_size, images.num_classes, None, described)
         self.images, self.vae, self.class_names = images, vae, images.class_names
+        self.altered = "latents are drawn afresh"
         self.seen: Tensor | None = None  # some training rows
 
     def to(self, device: torch.device | str) -> Self:

@@ -116,6 +116,7 @@ class ImageStream(StreamDataset):
         """classes: what the files have. UserError when the configuration describes other pictures."""
         super().__init__(train, unseen, (train.channels, train.size, train.size), classes, (-1.0, 1.0), described)
         self.augmentation = Augmentation(flip, crop_padding, augment)
+        self.mirrored, self.altered = flip, "crop=random" if train.crop == "random" else self.augmentation.altered
 
     def states(self, stored: Tensor, generator: torch.Generator) -> Tensor:
         return as_states(stored)

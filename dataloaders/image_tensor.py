@@ -30,6 +30,7 @@ class ImageTensor(TensorDataset):
         rows = torch.arange(len(train[0]), len(states))
         super().__init__(states, labels, rows, num_classes=classes, value_range=(-1.0, 1.0), described=described)
         self.augmentation = Augmentation(flip, crop_padding, augment)
+        self.mirrored, self.altered = flip, self.augmentation.altered
 
     def epoch(self, plan: EpochPlan) -> Iterator[Batch]:
         """Yield TensorDataset.epoch, augmented with randomness from plan.generator."""

@@ -75,6 +75,7 @@ class LatentCache(StreamDataset):
         held_out = LatentReader(folder, parts["held_out"], manifest["shape"], chosen)
         super().__init__(train, held_out, manifest["shape"], manifest["num_classes"], None, described)
         self.flip, self.sample = flip, sample
+        self.altered = "sample=true" if sample else "flip=true, of stored latents" if flip else None
         if not self.num_classes:
             train.labels = held_out.labels = None
 

@@ -34,7 +34,7 @@ class EmpiricalFlow:
         mirror image of each row, along the last dimension, is a row too. shares (N,): how often each is drawn, of mean 1.
         """
         self.rows, self.source_std, self.path, self.labels, self.mirrored = rows, source_std, path, labels, mirrored
-        self.log_shares = None if shares is None else shares.double().log()
+        self.shares = shares
         self.centre = rows.mean(0).double()  # what rows are measured from: smaller numbers, smaller errors
 
     def __call__(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
@@ -108,8 +108,8 @@ class EmpiricalFlow:
 
     def restrict(self, weights: Tensor, label: Tensor | None, without: Tensor | None) -> None:
         """Add the logarithms of the shares to log weights (1 or 2, B, N), and rule out other labels and rows left out."""
-        if self.log_shares is not None:
-            weights += self.log_shares.to(weights)
+        if self.shares is not None:
+            weights += self.shares.log().to(weights)
         if self.labels is not None and label is not None:
             weights.masked_fill_(label[:, None] != self.labels, -torch.inf)
         if without is not None:

@@ -17,6 +17,7 @@ from evaluation.metrics.base_metric import Absent, Decode, Score, as_images, num
 from evaluation.metrics.distances import nearest, squared_distances
 from losses.weightings import UniformWeighting
 
+OF_FINITE_DATA = ("oracle/empirical", "oracle/copying")  # oracles that want no known density
 Span = tuple[float, float] | None
 MANY = 16  # numbers in a state, whose loss is also given for each
 SHOWN_EXTRA = (
@@ -69,7 +70,8 @@ def absent_line(absent: list[Absent]) -> str:
     by_reason = defaultdict(list)
     for item in absent:
         few = "few-step scores" if re.search(r"_\d+nfe$", item.name) else item.name
-        by_reason[item.reason].append("oracles" if item.name.startswith("oracle/") else few)
+        oracle = item.name.startswith("oracle/") and not item.name.startswith(OF_FINITE_DATA)
+        by_reason[item.reason].append("oracles" if oracle else few)
     return "; ".join(f"{', '.join(dict.fromkeys(names))} ({reason})" for reason, names in by_reason.items())
 
 
@@ -108,7 +110,8 @@ def print_table(scores: list[Score], absent: list[Absent], rows: list[tuple[str,
     width = max((len(name) for name, _, _ in rows), default=0)
     for name, value, floor in rows:
         print(f"  {name:<{width}}  {value:<22}" + (f"floor {floor}" if floor else ""))
-    for line in provenance_lines(scores) + [f"not given: {absent_line(absent)}"] * bool(absent):
+    verdicts = [f"{score.name}: {score.verdict}" for score in scores if score.verdict]
+    for line in verdicts + provenance_lines(scores) + [f"not given: {absent_line(absent)}"] * bool(absent):
         print(wrapped(line))
 
 

@@ -16,6 +16,7 @@ from run_files.stored_values import as_object, is_number, json_number, note_once
 HIGHER_IS_BETTER = (  # in metric names
     "accuracy", "inception_score", "precision", "recall", "density", "coverage", "class_share_min",
 )  # fmt: skip
+BY_TIME = tuple(f"_t{k}" for k in range(8))  # ends of the names of a score's values at eight times
 
 
 class MetricsFile:

@@ -29,6 +29,7 @@ from common.command_line import front, outputs, unknown
 from common.errors import UserError
 from common.files import write_atomically
 from common.ranges import NotNegative
+from run_files.metrics_file import BY_TIME
 from run_files.run_folder import RunFolder
 from scripts.runs import find_run, flat, number, read_config, rows_that_differ, state
 from scripts.settings import known_settings
@@ -38,7 +39,7 @@ PICTURES = 4  # samples over time: the first, the last and what lies between at 
 UNINTERESTING = ("command", "overrides", "changed", "run_name", "output_dir", "resume", "overwrite", "show", "log")
 SHOWN_CHOICES = ("choices.show", "choices.log")
 LONGEST = 100  # letters of the names of runs in the name of a file
-NO_SCORES = ("_floor", "_floor_sd", "_floor_q99", "_floor_q01", "_se", "_train", "/seconds")  # stand beside one
+NO_SCORES = ("_floor", "_floor_sd", "_floor_q99", "_floor_q01", "_se", "_train", "/seconds", *BY_TIME)  # stand beside one
 SHORT = 200  # optimizer steps in which hardly any network has learned its data
 FAR_ERROR = 3.0  # times the solver's own flow-map error that a network's may be before it is named
 FAR = 3.0  # standard deviations of its floor that a score may lie above one without an upper end, to be told from real

@@ -27,6 +27,7 @@ import numpy as np
 from common.command_line import front, matching, outputs, split, unknown
 from common.errors import UserError
 from evaluation.pictures import INK, new_figure, save_figure
+from run_files.metrics_file import BY_TIME
 from run_files.run_folder import RunFolder
 from visualizers.scene import outputs_of
 
@@ -47,7 +48,7 @@ BAND = (
 # What stands beside a score:
 SIDE = (
     "_floor", "_floor_sd", "_floor_q99", "_floor_q01", "_train", "_se", "_exact_field", "_probes", "_median", "seconds",
-    "/nfe",
+    "/nfe", *BY_TIME,
 )  # fmt: skip
 LINE = 15  # pixels of a line of the caption
 

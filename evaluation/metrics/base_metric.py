@@ -36,6 +36,7 @@ class Score:
     extra: further numbers logged under their own full names. note: what the number was measured with, in a few words.
     provenance: all that the number depends on, for scores whose name does not say it; written beside them.
     floor_note: the counts of a floor that has others than the score ("of 30 against 30"), or why there is no floor.
+    verdict: what the score says, in words for the end of the table.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Score:
     floor_note: str = ""
     floor_q99: float | None = None
     floor_q01: float | None = None
+    verdict: str = ""
 
     @property
     def floor_end(self) -> str:

@@ -6,7 +6,7 @@ import torch
 
 from common.ranges import CountFrom2, NotNegative
 from common.seeds import generator_for
-from dataloaders.base_dataloaders import Batch
+from dataloaders.base_dataloaders import Batch, FlowDataset
 from dataloaders.tensor_dataset import TensorDataset
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
 from evaluation.metrics.cache import cached_numbers
@@ -16,6 +16,22 @@ from evaluation.metrics.two_sample import not_finite
 RATIO, COPIES, CLASS_SHARE = "eval/nearest_distance_ratio", "eval/copies", "eval/class_share_min"
 ELEMENTS = 2**26  # numbers of training states in memory at once, for data read from disk
 CLASSES_SHOWN = 20  # with more classes, only the smallest share is logged
+
+
+def stored_rows(dataset: FlowDataset, points: int) -> Batch | str:
+    """Return the training rows in memory, of those on disk at most `points` and ELEMENTS numbers, or why there are none."""
+    part = dataset.training_part(min(points, max(1, ELEMENTS // math.prod(dataset.state_shape))))
+    if part is not None:
+        return part
+    if dataset.held_out_size == math.inf:
+        return "data drawn afresh has no training states"
+    return f"{type(dataset).__name__} does not say which training states it has (training_part)"
+
+
+def count_of(dataset: FlowDataset, count: int) -> str:
+    """Return in words how many training rows are looked at, and of how many."""
+    few = not isinstance(dataset, TensorDataset) and count < dataset.epoch_size
+    return f"{count:,}" + (f" of {dataset.epoch_size:,}" if few else "")
 
 
 class NearestTraining(Metric):
@@ -37,9 +53,9 @@ class NearestTraining(Metric):
 
     def compute(self, generation: Generation) -> list[Score | Absent]:
         dataset, states = generation.dataset, generation.samples[: self.points]
-        part = dataset.training_part(min(self.points, max(1, ELEMENTS // math.prod(dataset.state_shape))))
-        if part is None:
-            return self.absent("data drawn afresh has no training states to be near to")
+        part = stored_rows(dataset, self.points)
+        if isinstance(part, str):
+            return self.absent(part)
         reason = not_finite(generation.samples)
         if reason is not None:
             return self.absent(reason)
@@ -53,9 +69,7 @@ class NearestTraining(Metric):
 
         key: dict[str, object] = {"dataset": generation.data_key, "settings": vars(self), "training": len(part[0])}
         count, distance, copies, *shares = cached_numbers(generation.cache, "nearest_of_held_out", key, held_out)
-        some = not isinstance(dataset, TensorDataset) and len(part[0]) < dataset.epoch_size
-        of = f"{len(part[0]):,}" + (f" of {dataset.epoch_size:,}" if some else "")
-        note = f"{len(states):,} samples against {of} training states"
+        note = f"{len(states):,} samples against {count_of(dataset, len(part[0]))} training states"
         few = "" if count == len(states) else f"of {int(count):,} held-out states"
         own_distance, own_copies, *own_shares = self.describe(dataset.num_classes, part, states)
         scores: list[Score | Absent] = [

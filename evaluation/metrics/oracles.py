@@ -34,15 +34,21 @@ def known_flow(objective: FlowObjective, dataset: FlowDataset, source: Source, g
     """Return the flow a perfect network of this objective follows, in float64 on the CPU, or why it is not known."""
     if dataset.mixture is None:
         return f"the truth of {type(dataset).__name__} data is not known in closed form"
+    reason = why_unknown(objective, source, guided)
+    if reason is not None or source.gaussian_std is None:
+        return str(reason)
+    if objective.network.num_classes > 0:
+        return "the network is conditional on labels, the known truth is not"
+    return ExactFlow(dataset.mixture.to("cpu", torch.float64), source.gaussian_std, objective.path)
+
+
+def why_unknown(objective: FlowObjective, source: Source, guided: bool) -> str | None:
+    """Return why the flow of these data, whatever they are, is not known in closed form; None where it is."""
     if source.gaussian_std is None:
         return "the source is not Gaussian, so the truth is not known in closed form"
     if not isinstance(objective.coupling, IndependentCoupling):
         return "optimal-transport pairs, and those a teacher made, have another truth than independent ones"
-    if guided:
-        return "guidance leads away from the data's own law, whose truth is known"
-    if objective.network.num_classes > 0:
-        return "the network is conditional on labels, the known truth is not"
-    return ExactFlow(dataset.mixture.to("cpu", torch.float64), source.gaussian_std, objective.path)
+    return "guidance leads away from the data's own law, whose truth is known" if guided else None
 
 
 def standard_error(terms: Tensor) -> float:

@@ -1,11 +1,36 @@
 """The exact flow of finite data, and what it says of a network that was trained on them."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from common.seeds import generator_for
+from dataloaders.augmentation import Augmentation
+from dataloaders.gaussian_mixture import GaussianMixture
+from dataloaders.photos import Photos
+from dataloaders.sources import GaussianSource
+from dataloaders.synthetic import KMeans
+from dataloaders.tensor_dataset import TensorDataset
+from evaluation.closed_forms import ExactFlow
 from evaluation.empirical_flow import EmpiricalFlow
+from evaluation.metrics.base_metric import Absent, Generation
+from evaluation.metrics.empirical import Memorisation, Memorised, memorisation, training_flow
+from helpers_cfg import ClassifierFreeGuidance
+from losses.couplings import IndependentCoupling, MinibatchOTCoupling
+from losses.flow_matching_loss import FlowMatchingLoss
 from losses.paths import CosinePath, LinearPath, ProbabilityPath, VariancePreservingPath
+from losses.predictions import VelocityPrediction
+from losses.time_samplers import UniformTimes
+from losses.weightings import UniformWeighting
+from models.inputs import split_unified_flow_matching_input
+from models.velocity_model import VelocityModel
+from solvers.runge_kutta import Euler
+from visualizers.curves import metrics_of
 
 PATHS = [LinearPath(), CosinePath(), VariancePreservingPath()]
 STD = 0.8  # of the source
@@ -82,3 +107,149 @@ def test_loss_minus_the_least_one_is_the_distance_to_the_flow(path: ProbabilityP
     paired = norm(v_c - other) - norm(v_c - exact) - norm(other - exact)
     assert norm(other - exact).mean() > 0.01
     assert abs(paired.mean()) < 4 * paired.std() / len(paired) ** 0.5
+
+
+class FieldNetwork(VelocityModel):
+    """A network that has learned a field exactly."""
+
+    def __init__(self, field: Callable[..., Tensor], num_classes: int = 0):
+        super().__init__()
+        self.field, self.num_classes, self.weight = field, num_classes, nn.Parameter(torch.zeros(1))
+
+    def forward(self, unified_input: Tensor, label: Tensor | None = None) -> Tensor:
+        x, times = split_unified_flow_matching_input(unified_input)
+        return self.field(x, times[:, 0], *([label] if self.num_classes else []))
+
+
+class GaussianRows(TensorDataset):
+    """Draws of N(MEAN, (1/2)^2 I), every third held out, some of two labels; what is stored is known, and so is the law."""
+
+    def __init__(self, rows: int = 90, held_out: int = 60, labels: Tensor | None = None):
+        states = MEAN + 0.5 * torch.randn(rows + held_out, *SHAPE, generator=torch.Generator().manual_seed(3))
+        given = torch.arange(rows + held_out) % 2 if labels is None else labels
+        super().__init__(states, given, torch.arange(rows, rows + held_out), num_classes=2)
+
+
+MEAN = 0.2
+LAW = GaussianMixture(torch.ones(1), torch.full((1, 24), MEAN), torch.tensor([0.5]))
+
+
+def objective_of(network: VelocityModel, path: ProbabilityPath | None = None, **parts: Any) -> FlowMatchingLoss:
+    parts = {"coupling": IndependentCoupling(), "weighting": UniformWeighting()} | parts
+    return FlowMatchingLoss(
+        network=network, path=path or LinearPath(), time_sampler=UniformTimes(), prediction=VelocityPrediction(), **parts
+    ).eval()
+
+
+def source() -> GaussianSource:
+    return GaussianSource(list(SHAPE), STD)
+
+
+@pytest.mark.parametrize("kind", ["plain", "conditional", "mirrored", "balanced", "standardised"])
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
+def test_a_memoriser_copies_and_the_law_itself_does_not(path: ProbabilityPath, kind: str) -> None:
+    dataset, classes = GaussianRows(), 2 if kind == "conditional" else 0
+    dataset.mirrored = kind == "mirrored"
+    if kind == "balanced":
+        dataset.labels = (torch.arange(150) % 3 == 0).long()
+        dataset.balance()
+    objective = objective_of(FieldNetwork(lambda x, t, *label: x, classes), path)
+    scale = 1.0
+    if kind == "standardised":
+        scale = 0.5
+        objective.standardise_by([MEAN] * 2, [scale] * 2, SHAPE)
+    flow = training_flow(objective, dataset, source(), False)
+    assert isinstance(flow, EmpiricalFlow)
+    objective.network.field = flow
+    found = memorisation(objective, dataset, source(), False, 400)
+    assert isinstance(found, Memorisation) and found.excess.shape == (8, 50)
+    assert found.excess.max() < 1e-6 * found.loss.mean()
+    assert found.quotient.min() < 0.01 and "copies its training data at t >=" in found.verdict
+    assert torch.allclose(found.held_out_loss, found.memoriser_loss, rtol=1e-3)
+    law = LAW if kind != "standardised" else GaussianMixture(torch.ones(1), torch.zeros(1, 24), torch.ones(1))
+    exact = ExactFlow(law, STD, path)
+    objective.network.field = lambda x, t, *label: exact(x, t)
+    found = memorisation(objective, dataset, source(), False, 3200)
+    assert isinstance(found, Memorisation)
+    assert found.quotient.min() > 0.8 and found.verdict.startswith("does not copy its training data")
+    more = found.loss - found.least - found.excess
+    error = (more.var(1) / more.shape[1]).sum().sqrt() / 8
+    assert abs(more.mean()) < 4 * error < 0.2 * found.excess.mean()
+    assert found.held_out_loss.mean() < found.memoriser_loss.mean()
+
+
+def test_copying_half_the_way_in_time_is_said_so() -> None:
+    """The memoriser's field between two times, the law's elsewhere."""
+    dataset, objective = GaussianRows(), objective_of(FieldNetwork(lambda x, t: x))
+    flow, exact = training_flow(objective, dataset, source(), False), ExactFlow(LAW, STD, LinearPath())
+    late = lambda t: ((t > 0.6) & (t < 0.9)).reshape(-1, 1, 1, 1)  # noqa: E731
+    objective.network.field = lambda x, t: torch.where(late(t), flow(x, t), exact(x, t))
+    found = memorisation(objective, dataset, source(), False, 400)
+    assert isinstance(found, Memorisation) and "copies its training data at t from 0.69 to 0.81 (" in found.verdict
+
+
+class Unsaid(GaussianRows):
+    """Data of a user who does not say which rows are trained on."""
+
+    def training_part(self, count: int) -> None:  # type: ignore[override]
+        return None
+
+
+@pytest.mark.parametrize("case, words", [
+    ("afresh", "data drawn afresh has no training states"),
+    ("unsaid", "Unsaid does not say which training states it has"),
+    ("altered", "training changes rows at random (crop_padding=2)"),
+    ("coupling", "optimal-transport pairs"),
+    ("guided", "guidance leads away"),
+    ("source", "the source is not Gaussian"),
+    ("one", "there are no two training rows"),
+    ("labels", "there are no two training rows of one label"),
+    ("diverged", "the network's velocities are not finite"),
+])  # fmt: skip
+def test_why_there_is_no_verdict(case: str, words: str, tmp_path: Path) -> None:
+    datasets = {"afresh": KMeans, "unsaid": Unsaid, "one": lambda: GaussianRows(1, 2)}
+    dataset = datasets.get(case, GaussianRows)()
+    if case == "labels":
+        dataset.labels = torch.arange(150)
+    if case == "altered":
+        dataset.altered = Augmentation(flip=True, crop_padding=2).altered
+    network = FieldNetwork(lambda x, t, *label: x * (torch.nan if case == "diverged" else 1), 150 if case == "labels" else 0)
+    coupling = MinibatchOTCoupling() if case == "coupling" else IndependentCoupling()
+    drawn_from = source()
+    if case == "source":
+        drawn_from.gaussian_std = None
+    objective = objective_of(network, coupling=coupling)
+    if case == "guided":
+        objective.network = ClassifierFreeGuidance(FieldNetwork(lambda x, t, label: x, 2), scale=2.0)
+    nothing = torch.zeros(1, *SHAPE)
+    made = Generation(
+        nothing, nothing, None, objective, objective.velocity, Euler(), dataset, drawn_from, "x", tmp_path, False,
+        lambda name: generator_for(0, name),
+    )  # fmt: skip
+    with torch.no_grad():
+        excess, copying = Memorised(draws=400).compute(made)
+    assert isinstance(excess, Absent) and isinstance(copying, Absent) and copying.reason == excess.reason
+    assert words in copying.reason
+
+
+def test_the_augmentation_of_pictures_is_known_to_the_flow() -> None:
+    settings = [(False, 0, 0.0), (True, 0, 0.0), (True, 3, 0.0), (False, 0, 0.1)]
+    made = [Photos(crops=4, held_out_crops=2, flip=f, crop_padding=c, augment=a) for f, c, a in settings]
+    assert [photos.mirrored for photos in made] == [False, True, True, False]
+    assert [photos.altered for photos in made] == [None, None, "crop_padding=3", "augment=0.1"]
+
+
+def test_a_run_on_digits_says_whether_it_copies(small_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    node = "+evaluation.metrics.memorised={_target_: evaluation.metrics.empirical.Memorised, draws: 64, final_draws: 128}"
+    words = ["dataloaders=digits", "model=cnn", "model.width=8", "dataloaders.epoch_size=1438", "conditional=true"]
+    folder = small_run("x", *words, node, "max_steps=2", "eval_every=1")
+    printed, rows = capsys.readouterr().out, (folder / "runs/x/metrics.jsonl").read_text().splitlines()
+    assert "oracle/copying: does not copy its training data" in printed
+    scores = json.loads(rows[-1])
+    for name in ("empirical_excess_loss", "held_out_loss", "memoriser_loss", "copying", "copying_held_out"):
+        assert all(scores[f"oracle/{name}_t{k}"] > 0 for k in range(8))
+    assert scores["oracle/empirical_excess_loss"] == pytest.approx(
+        sum(scores[f"oracle/empirical_excess_loss_t{k}"] for k in range(8)) / 8, rel=1e-4
+    )
+    assert 0.8 < scores["oracle/copying"] < 1.2 and scores["oracle/empirical_excess_loss_se"] > 0
+    assert not {name for name in metrics_of([scores]) if name.endswith("_t3")}

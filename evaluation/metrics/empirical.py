@@ -1,0 +1,222 @@
+"""How much of finite data a network has learned by heart: its velocity beside the exact flow of its training rows."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from common.device import full_products
+from common.ranges import Count
+from common.seeds import generator_for
+from dataloaders.base_dataloaders import FlowDataset
+from dataloaders.sources import Source
+from dataloaders.tensor_dataset import TensorDataset
+from evaluation.empirical_flow import EmpiricalFlow
+from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
+from evaluation.metrics.nearest import count_of, stored_rows
+from evaluation.metrics.oracles import standard_error, why_unknown
+from losses.objective import FlowObjective, expand_time
+
+EXCESS, COPYING = "oracle/empirical_excess_loss", "oracle/copying"
+TIMES = 8  # the middles of so many equal parts of the path's time
+COPIES = 0.5  # of the distance ratio of unseen rows: from there on down a network is said to copy
+POINTS = 2000  # training rows of data on disk, and held-out rows, at most
+OPERATIONS = 2 * 10**10  # states times rows times dimensions, at most, but for LEAST states of each time
+LEAST = 16
+CHUNK = 1024  # states the network sees at once
+
+
+@dataclass(frozen=True)
+class Memorisation:
+    """Squared distances (8, n), summed over dimensions, at states made of training rows and of held-out rows.
+
+    t: the 8 times. v is the network's velocity, v_c the conditional one that it was fitted to, v_emp the exact velocity of
+    the training rows. excess |v - v_emp|^2 and without |v - v_emp without row i|^2, at states made of training row i; loss
+    and least |v - v_c|^2 and |v_emp - v_c|^2 there. held_out_loss, memoriser_loss: these two at states made of held-out
+    row j; of_memoriser |v - v_emp|^2 and with_row |v - v_emp with row j|^2 there. of: what was looked at, in words.
+    """
+
+    t: Tensor
+    excess: Tensor
+    without: Tensor
+    loss: Tensor
+    least: Tensor
+    held_out_loss: Tensor
+    memoriser_loss: Tensor
+    of_memoriser: Tensor
+    with_row: Tensor
+    of: str
+
+    @cached_property
+    def copying(self) -> Tensor:
+        """Return the median of |v - v_emp| / |v - v_emp without row i| at each time (8,)."""
+        return median_ratio(self.excess, self.without)
+
+    @cached_property
+    def copying_held_out(self) -> Tensor:
+        """Return the median of |v - v_emp with row j| / |v - v_emp| at each time (8,): `copying` of rows never seen."""
+        return median_ratio(self.with_row, self.of_memoriser)
+
+    @property
+    def quotient(self) -> Tensor:
+        """Return the two medians' quotient (8,): 1 where training rows are to the network as any others."""
+        return self.copying / self.copying_held_out
+
+    @property
+    def verdict(self) -> str:
+        """Return in words whether the network copies, and at which times."""
+        least, copied = self.quotient.min(), (self.quotient <= COPIES).nonzero()[:, 0].tolist()
+        if not copied:
+            return (
+                f"does not copy its training data ({least:.2f} of the distance ratio of held-out rows; {COPIES:g}: copies)"
+            )
+        first, last = self.t[copied[0]], self.t[copied[-1]]
+        when = f"t >= {first:.2f}" if copied[-1] == TIMES - 1 else f"t from {first:.2f} to {last:.2f}"
+        return f"copies its training data at {when} ({least:.2f} of the distance ratio of held-out rows)"
+
+
+def median_ratio(near: Tensor, far: Tensor) -> Tensor:
+    """Return the median of sqrt(near / far) (8, n) at each time: (8,). 1 where both are 0."""
+    return ((near + 1e-30) / (far + 1e-30)).sqrt().median(1).values
+
+
+def training_flow(objective: FlowObjective, dataset: FlowDataset, source: Source, guided: bool) -> EmpiricalFlow | str:
+    """Return the flow that the objective has least training loss at, of standardised states, or why there is none."""
+    part, conditional = stored_rows(dataset, POINTS), objective.network.num_classes > 0
+    if isinstance(part, str):
+        return part
+    if dataset.altered:
+        return f"training changes rows at random ({dataset.altered}), so that they are no finite set"
+    reason = why_unknown(objective, source, guided)
+    if reason is not None or source.gaussian_std is None:
+        return str(reason)
+    states, labels = objective.standardised(part[0]), part[1]
+    if states.device.type == "mps":  # which has no float64
+        states, labels = states.cpu(), None if labels is None else labels.cpu()
+    shares = None
+    if labels is not None and isinstance(dataset, TensorDataset) and dataset.balanced:
+        counts = labels.bincount()
+        shares = len(labels) / ((counts > 0).sum() * counts[labels]).double()
+    own = labels if conditional else None
+    return EmpiricalFlow(states, source.gaussian_std, objective.path, own, dataset.mirrored, shares)
+
+
+@dataclass(frozen=True)
+class States:
+    """States on the path (B, ...), as many of each time: made of `row` of x1s (B,), t (B,), label (B,) or None. v_c, v: the
+    conditional velocity there, and the network's.
+    """
+
+    row: Tensor
+    x1: Tensor
+    z: Tensor
+    t: Tensor
+    label: Tensor | None
+    v_c: Tensor
+    v: Tensor
+
+
+def states_of(
+    objective: FlowObjective, flow: EmpiricalFlow, x1s: Tensor, labels: Tensor | None, odds: Tensor, each: int, stream: str
+) -> States:
+    """Return `each` states of each of the 8 times, made of rows of x1s (N, ...) drawn by the odds (N,)."""
+    generator, device = generator_for(0, f"oracle/{stream}"), x1s.device
+    row = torch.multinomial(odds.double().cpu(), TIMES * each, replacement=True, generator=generator).to(device)
+    x1, label = x1s[row], None if labels is None else labels[row]
+    if flow.mirrored:
+        turned = torch.rand(len(x1), generator=generator) < 0.5
+        x1 = torch.where(expand_time(turned.to(device), x1).bool(), x1.flip(-1), x1)
+    x0 = (flow.source_std * torch.randn(x1.shape, generator=generator)).to(device)
+    t = (objective.path.last_time * (torch.arange(TIMES, device=device) + 0.5) / TIMES).repeat_interleave(each)
+    wide = expand_time(t, x1)
+    z, place = objective.path.state(x0, x1, wide), next(objective.network.parameters()).device
+    parts = zip(z.split(CHUNK), t.split(CHUNK), [None] * len(z) if label is None else label.split(CHUNK), strict=False)
+    v = [objective.velocity(x.to(place), s.to(place), None if y is None else y.to(place)) for x, s, y in parts]
+    return States(row, x1, z, t, label, objective.path.conditional_velocity(x0, x1, wide), torch.cat(v).to(z))
+
+
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return |a - b|^2 of velocities (8 n, ...), on the CPU: (8, n)."""
+    return (a - b).flatten(1).double().square().sum(1).cpu().reshape(TIMES, -1)
+
+
+@torch.no_grad()
+@full_products()
+def memorisation(
+    objective: FlowObjective, dataset: FlowDataset, source: Source, guided: bool, draws: int
+) -> Memorisation | str:
+    """Return the objective's distances to the flow of its training rows, or why there are none; the same draws each time.
+
+    draws: states made of training rows, and of held-out rows as many; fewer where there are many rows.
+    """
+    flow = training_flow(objective, dataset, source, guided)
+    if isinstance(flow, str):
+        return flow
+    device, rows, labels = next(objective.network.parameters()).device, flow.rows, flow.labels
+    unseen, unseen_labels = dataset.held_out(POINTS, generator_for(0, "oracle/unseen", 0, device))
+    unseen = objective.standardised(unseen.to(device)).to(rows.device)
+    odds, unseen_odds = torch.ones(len(rows)) if flow.shares is None else flow.shares.cpu(), torch.ones(len(unseen))
+    if labels is None:
+        unseen_labels, odds = None, odds * (len(rows) > 1)
+    elif unseen_labels is not None:
+        unseen_labels = unseen_labels.to(rows.device)
+        counts = labels.cpu().bincount(minlength=objective.network.num_classes)
+        odds, unseen_odds = odds * (counts[labels.cpu()] > 1), unseen_odds * (counts[unseen_labels.cpu()] > 0)
+    if not odds.any() or not unseen_odds.any():
+        return "there are no two training rows" + " of one label" * (labels is not None)
+    each = max(LEAST, min(draws, OPERATIONS // (rows.numel() * (1 + flow.mirrored))) // TIMES)
+    a = states_of(objective, flow, rows, labels, odds, each, "training rows")
+    b = states_of(objective, flow, unseen, unseen_labels, unseen_odds, each, "held-out rows")
+    exact, memoriser = flow(a.z, a.t, a.label), flow(b.z, b.t, b.label)
+    return Memorisation(
+        t=a.t[::each].cpu(),
+        excess=distances(a.v, exact),
+        without=distances(a.v, flow.velocity(a.z, a.t, a.label, a.row)),
+        loss=distances(a.v, a.v_c),
+        least=distances(exact, a.v_c),
+        held_out_loss=distances(b.v, b.v_c),
+        memoriser_loss=distances(memoriser, b.v_c),
+        of_memoriser=distances(b.v, memoriser),
+        with_row=distances(b.v, flow.velocity_with(b.z, b.t, b.x1, b.label)),
+        of=f"{TIMES * each:,} states of {TIMES} times, {count_of(dataset, len(rows))} training rows",
+    )
+
+
+class Memorised(Metric):
+    """Whether the network copies finite training data, by its velocity at states made of training and of held-out rows.
+
+    oracle/empirical_excess_loss = E|v_c - v|^2 - E|v_c - v_emp|^2 = E|v - v_emp|^2 over 8 times at the middles of equal
+    parts of the path's time: the loss minus the least possible one, which only a memoriser reaches; by time as ..._t0 to
+    ..._t7, with oracle/held_out_loss_t<k> and oracle/memoriser_loss_t<k>, the loss of the network and of v_emp on held-out
+    rows. oracle/copying_t<k> and oracle/copying_held_out_t<k>: see Memorisation; oracle/copying, their least quotient.
+    draws, final_draws: states of each kind, during the run / at its end. Losses are those of standardised states.
+    """
+
+    def __init__(self, draws: Count = 1024, final_draws: Count = 4096):
+        self.draws, self.final_draws = draws, final_draws
+
+    def names(self) -> list[str]:
+        return [EXCESS, COPYING]
+
+    def compute(self, generation: Generation) -> list[Score | Absent]:
+        draws = self.final_draws if generation.final else self.draws
+        found = memorisation(generation.objective, generation.dataset, generation.source, generation.guided, draws)
+        if not isinstance(found, str) and not found.loss.isfinite().all():
+            found = "the network's velocities are not finite"
+        if isinstance(found, str):
+            return self.absent(found)
+        losses = by_time(EXCESS, found.excess.mean(1))
+        losses |= by_time("oracle/held_out_loss", found.held_out_loss.mean(1))
+        losses |= by_time("oracle/memoriser_loss", found.memoriser_loss.mean(1))
+        ratios = by_time(COPYING, found.copying) | by_time(f"{COPYING}_held_out", found.copying_held_out)
+        excess = found.excess.flatten()
+        return [
+            Score(EXCESS, excess.mean().item(), standard_error(excess), extra=losses, note=found.of),
+            Score(COPYING, found.quotient.min().item(), extra=ratios, note=found.of, verdict=found.verdict),
+        ]
+
+
+def by_time(name: str, values: Tensor) -> dict[str, float]:
+    """Return values (8,) under their names."""
+    return {f"{name}_t{k}": value for k, value in enumerate(values.tolist())}
