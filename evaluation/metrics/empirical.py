@@ -16,6 +16,7 @@ from evaluation.empirical_flow import EmpiricalFlow
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
 from evaluation.metrics.nearest import count_of, stored_rows
 from evaluation.metrics.oracles import standard_error, why_unknown
+from helpers_cfg import Guidance
 from losses.objective import FlowObjective, expand_time
 
 EXCESS, COPYING = "oracle/empirical_excess_loss", "oracle/copying"
@@ -81,14 +82,14 @@ def median_ratio(near: Tensor, far: Tensor) -> Tensor:
     return ((near + 1e-30) / (far + 1e-30)).sqrt().median(1).values
 
 
-def training_flow(objective: FlowObjective, dataset: FlowDataset, source: Source, guided: bool) -> EmpiricalFlow | str:
+def training_flow(objective: FlowObjective, dataset: FlowDataset, source: Source) -> EmpiricalFlow | str:
     """Return the flow that the objective has least training loss at, of standardised states, or why there is none."""
     part, conditional = stored_rows(dataset, POINTS), objective.network.num_classes > 0
     if isinstance(part, str):
         return part
     if dataset.altered:
         return f"training changes rows at random ({dataset.altered}), so that they are no finite set"
-    reason = why_unknown(objective, source, guided)
+    reason = why_unknown(objective, source, isinstance(objective.network, Guidance))
     if reason is not None or source.gaussian_std is None:
         return str(reason)
     states, labels = objective.standardised(part[0]), part[1]
@@ -143,14 +144,12 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 @full_products()
-def memorisation(
-    objective: FlowObjective, dataset: FlowDataset, source: Source, guided: bool, draws: int
-) -> Memorisation | str:
+def memorisation(objective: FlowObjective, dataset: FlowDataset, source: Source, draws: int) -> Memorisation | str:
     """Return the objective's distances to the flow of its training rows, or why there are none; the same draws each time.
 
     draws: states made of training rows, and of held-out rows as many; fewer where there are many rows.
     """
-    flow = training_flow(objective, dataset, source, guided)
+    flow = training_flow(objective, dataset, source)
     if isinstance(flow, str):
         return flow
     device, rows, labels = next(objective.network.parameters()).device, flow.rows, flow.labels
@@ -201,7 +200,7 @@ class Memorised(Metric):
 
     def compute(self, generation: Generation) -> list[Score | Absent]:
         draws = self.final_draws if generation.final else self.draws
-        found = memorisation(generation.objective, generation.dataset, generation.source, generation.guided, draws)
+        found = memorisation(generation.objective, generation.dataset, generation.source, draws)
         if not isinstance(found, str) and not found.loss.isfinite().all():
             found = "the network's velocities are not finite"
         if isinstance(found, str):

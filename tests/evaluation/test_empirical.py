@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common.seeds import generator_for
 from dataloaders.augmentation import Augmentation
 from dataloaders.gaussian_mixture import GaussianMixture
 from dataloaders.photos import Photos
@@ -158,10 +157,10 @@ def test_a_memoriser_copies_and_the_law_itself_does_not(path: ProbabilityPath, k
     if kind == "standardised":
         scale = 0.5
         objective.standardise_by([MEAN] * 2, [scale] * 2, SHAPE)
-    flow = training_flow(objective, dataset, source(), False)
+    flow = training_flow(objective, dataset, source())
     assert isinstance(flow, EmpiricalFlow)
     objective.network.field = flow
-    found = memorisation(objective, dataset, source(), False, 400)
+    found = memorisation(objective, dataset, source(), 400)
     assert isinstance(found, Memorisation) and found.excess.shape == (8, 50)
     assert found.excess.max() < 1e-6 * found.loss.mean()
     assert found.quotient.min() < 0.01 and "copies its training data at t >=" in found.verdict
@@ -169,7 +168,7 @@ def test_a_memoriser_copies_and_the_law_itself_does_not(path: ProbabilityPath, k
     law = LAW if kind != "standardised" else GaussianMixture(torch.ones(1), torch.zeros(1, 24), torch.ones(1))
     exact = ExactFlow(law, STD, path)
     objective.network.field = lambda x, t, *label: exact(x, t)
-    found = memorisation(objective, dataset, source(), False, 3200)
+    found = memorisation(objective, dataset, source(), 3200)
     assert isinstance(found, Memorisation)
     assert found.quotient.min() > 0.8 and found.verdict.startswith("does not copy its training data")
     more = found.loss - found.least - found.excess
@@ -181,10 +180,10 @@ def test_a_memoriser_copies_and_the_law_itself_does_not(path: ProbabilityPath, k
 def test_copying_half_the_way_in_time_is_said_so() -> None:
     """The memoriser's field between two times, the law's elsewhere."""
     dataset, objective = GaussianRows(), objective_of(FieldNetwork(lambda x, t: x))
-    flow, exact = training_flow(objective, dataset, source(), False), ExactFlow(LAW, STD, LinearPath())
+    flow, exact = training_flow(objective, dataset, source()), ExactFlow(LAW, STD, LinearPath())
     late = lambda t: ((t > 0.6) & (t < 0.9)).reshape(-1, 1, 1, 1)  # noqa: E731
     objective.network.field = lambda x, t: torch.where(late(t), flow(x, t), exact(x, t))
-    found = memorisation(objective, dataset, source(), False, 400)
+    found = memorisation(objective, dataset, source(), 400)
     assert isinstance(found, Memorisation) and "copies its training data at t from 0.69 to 0.81 (" in found.verdict
 
 
@@ -223,8 +222,8 @@ def test_why_there_is_no_verdict(case: str, words: str, tmp_path: Path) -> None:
         objective.network = ClassifierFreeGuidance(FieldNetwork(lambda x, t, label: x, 2), scale=2.0)
     nothing = torch.zeros(1, *SHAPE)
     made = Generation(
-        nothing, nothing, None, objective, objective.velocity, Euler(), dataset, drawn_from, "x", tmp_path, False,
-        lambda name: generator_for(0, name),
+        objective=objective, dataset=dataset, source=drawn_from, solver=Euler(), seed=0, dataset_key="x", cache=tmp_path,
+        final=False, noise=nothing, samples=nothing,
     )  # fmt: skip
     with torch.no_grad():
         excess, copying = Memorised(draws=400).compute(made)
