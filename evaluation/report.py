@@ -110,9 +110,19 @@ def print_table(scores: list[Score], absent: list[Absent], rows: list[tuple[str,
     width = max((len(name) for name, _, _ in rows), default=0)
     for name, value, floor in rows:
         print(f"  {name:<{width}}  {value:<22}" + (f"floor {floor}" if floor else ""))
-    verdicts = [f"{score.name}: {score.verdict}" for score in scores if score.verdict]
+    verdicts = [f"{score.name}: {score.verdict}" for score in scores if score.verdict] + verdict_lines(scores)
     for line in verdicts + provenance_lines(scores) + [f"not given: {absent_line(absent)}"] * bool(absent):
         print(wrapped(line))
+
+
+def verdict_lines(scores: list[Score]) -> list[str]:
+    """Return one line that says by which scores the samples differ from real data, and by which no difference is seen."""
+    measured = {score.name: score.beyond_floor for score in scores if score.beyond_floor is not None}
+    far = [f"{name} ({away:.0f} sd beyond its floor)" for name, away in measured.items() if away]
+    near = short_names([name for name, away in measured.items() if not away])
+    parts = [f"the samples differ from real data by {', '.join(far)}"] * bool(far)
+    parts += [f"no difference {'' if far else 'from real data '}is seen by {', '.join(near)}"] * bool(near)
+    return ["; ".join(parts)] * bool(parts)
 
 
 def wrapped(line: str) -> str:

@@ -1,5 +1,6 @@
 """The metric contract: what an evaluation hands to a metric and what it gets back."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,6 +61,15 @@ class Score:
         if self.floor_q01 is not None:
             return f"{'below' if self.value < self.floor_q01 else 'within'} {number(self.floor_q01)}"
         return ""
+
+    @property
+    def beyond_floor(self) -> float | None:
+        """Return how many standard deviations of its floor the value is away from it where it lies beyond the floor's end,
+        0 where it does not; None without an end.
+        """
+        if not self.floor_end or self.floor is None:
+            return None
+        return 0.0 if self.floor_end.startswith("within") else abs(self.value - self.floor) / (self.floor_sd or math.nan)
 
     def values(self) -> dict[str, float]:
         """Return the score as logged: its value, its floor and what else it carries, each under its own name."""
