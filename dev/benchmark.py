@@ -11,6 +11,7 @@
     python dev/benchmark.py --preset devices --steps 4   # two processes against one, a thread each, as real runs
     python dev/benchmark.py --preset saves --rounds 3    # how long a save holds training up, two ways
     python dev/benchmark.py --preset operations          # what a step dispatches beside its network, by objective
+    python dev/benchmark.py --preset peers               # beside torchcfm, flow_matching and torchdiffeq, where installed
 
 Each argument is one row: launcher overrides in quotes. Rounds are interleaved (row 1, row 2, row 1, ...), so a machine that
 slows down slows all rows; figures are medians over rounds. gflop: floating-point operations of a step (matrix products and
@@ -36,6 +37,7 @@ from dev.contestant import Contestant
 from dev.devices_benchmark import devices_rates
 from dev.loader_benchmark import data_preset, loader_rates
 from dev.operations_benchmark import operations_rows
+from dev.peers_benchmark import peer_tables
 from dev.saves_benchmark import SAVED_RUN, saves_seconds
 
 COLUMNS = ("step_ms", "data_ms", "data_share", "train_samples_per_second", "generated_per_second", "peak_memory_mb", "gflop")
@@ -43,7 +45,7 @@ JVP_MODELS = {
     "unet_small, batch 32": "dataloaders=random_images dataloaders.state_shape=[1,8,8] model=unet_small batch_size=32",
     "dit_s, batch 8": "dataloaders=random_images model=dit_s batch_size=8",
 }
-PRESETS = ("jvp", "data", "devices", "saves", "operations")
+PRESETS = ("jvp", "data", "devices", "saves", "operations", "peers")
 ENGINES = ("func", "separate", "finite_difference")
 
 
@@ -117,6 +119,8 @@ def figures_of(options: argparse.Namespace, place: Path) -> Iterator[tuple[str, 
         yield title, benchmark([f"{row} {options.common}".strip() for row in rows], options.rounds, options.steps)
     if options.preset == "operations":
         yield "operations dispatched by a training step", operations_rows(options.common)
+    if options.preset == "peers":
+        yield from peer_tables(options.rounds, options.steps, options.common)
     if options.preset == "devices":
         figures = devices_rates(place, (1, 2), options.rounds, options.steps, options.common)
         yield "samples a second, one thread a process", figures
@@ -133,7 +137,9 @@ def carry_out(words: list[str]) -> None:
     options, results = parse(words), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as place:
         for title, figures in figures_of(options, Path(place)):
-            if isinstance(figures, dict):
+            if not figures:  # a note
+                print(title, flush=True)
+            elif isinstance(figures, dict):
                 results.append({"row": title, **figures})
                 print(f"\n{two_columns(title, figures)}", flush=True)
             else:

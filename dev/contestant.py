@@ -49,6 +49,10 @@ class Contestant:
             self.run.state.step = 0
             yield from epoch_groups(self.run)
 
+    def data(self) -> Any:
+        """Return the data (B, ...) of one batch."""
+        return next(self.groups)[0].raw_target
+
     def timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
         """Return the seconds that `work` takes, until the device has done it, and its result."""
         wait(self.run.device)

@@ -1,6 +1,8 @@
 """The benchmark: its tables have what they promise; no test asks how long anything took."""
 
-from dev import benchmark, operations_benchmark
+import importlib.util
+
+from dev import benchmark, operations_benchmark, peers_benchmark
 
 
 def test_benchmark_compares_rows_side_by_side(tmp_path, monkeypatch, capsys):
@@ -20,3 +22,14 @@ def test_a_step_dispatches_few_operations_beside_those_of_its_network(monkeypatc
     difference = [float(line.split("|")[-2]) for line in (mse, meanflow)]
     assert 0 < difference[0] <= 25, f"a step of loss=mse dispatches {difference[0]:.0f} more than its network and optimizer"
     assert difference[1] > 2 * difference[0]
+
+
+def test_a_peer_that_is_not_installed_is_one_line(monkeypatch, capsys):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: there(name) if name == "torchdiffeq" else None)
+    words = "model.inner_width=8 model.inner_blocks=1 model.embedding=8"
+    monkeypatch.setattr(peers_benchmark, "DIGITS", f"{peers_benchmark.DIGITS} {words}")
+    assert benchmark.main(["--preset", "peers", "--rounds", "1", "--steps", "1", "--and", "model.width=8"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("is not installed") == 2 and "pip install 'denoising-zoo[peers]'" in text
+    assert "| `torchdiffeq` |" in text and text.count("| `this project` |") == 2

@@ -42,13 +42,16 @@ def test_optimal_transport_in_one_dimension_pairs_by_rank() -> None:
     assert torch.equal(x0.flatten().argsort(), x1.flatten().argsort())
 
 
-def test_optimal_transport_survives_data_far_from_the_origin() -> None:
-    """Distances through a matrix product would lose the small differences that decide."""
-    x0, x1, _ = batch(64, 0, 2)
-    x0, x1 = 1000 + x0, 1000 + x1
+@pytest.mark.parametrize(
+    ("rows", "offset", "scale"), [(64, 1000, 1), (300, 0, 1), (300, 1000, 1), (300, 1, 1e-6), (200, 5, 0)]
+)
+def test_many_rows_far_from_the_origin_near_each_other_or_all_the_same_are_paired_exactly(rows, offset, scale) -> None:
+    """Prices that shorten the search change no assignment; products in float32 would lose the differences that decide."""
+    x0, x1, _ = batch(rows, 0, 2)
+    x0, x1 = offset + scale * x0, offset + scale * x1
     exact = np.square(x0.double().numpy()[:, None] - x1.double().numpy()[None]).sum(-1)
     paired = MinibatchOTCoupling().pair(x0, x1, None, torch.Generator())
-    assert squared_distance(paired[0], paired[1]) == pytest.approx(exact[linear_sum_assignment(exact)].sum(), rel=1e-3)
+    assert squared_distance(paired[0], paired[1]) == pytest.approx(exact[linear_sum_assignment(exact)].sum(), rel=1e-9)
 
 
 @pytest.mark.parametrize("coupling", [IndependentCoupling(), MinibatchOTCoupling()], ids=lambda c: type(c).__name__)
