@@ -50,15 +50,17 @@ class Progress:
         """initial: what was done earlier. form: of the bar, as tqdm takes it."""
         self.what, self.total, self.initial, self.done = what, total, initial, initial
         self.begun = self.told = time.perf_counter()
-        self.silent = True
+        self.silent = self.fresh = True
         self.bar = bar(desc=what, total=total, initial=initial, **(form or FORM))
 
     def advance(self, done: int) -> None:
         """Count so much more of the total as done."""
-        done = min(done, self.total - self.done)
+        done, first, self.fresh = min(done, self.total - self.done), self.fresh, False
         self.done += done
         self.bar.update(done)
-        if self.bar.disable:
+        if first and 10 * done < self.total - self.initial:  # one of many, which also prepares: no measure of the others
+            self.begun, self.initial = time.perf_counter(), self.done
+        elif self.bar.disable:
             self.speak(time.perf_counter())
 
     def speak(self, now: float) -> None:

@@ -49,6 +49,12 @@ def test_a_long_job_says_how_long_and_goes_on_saying_it_sparsely(clock: Clock, c
     assert len(lines) == 10
 
 
+def test_the_first_of_many_steps_is_no_measure_of_the_others(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in each(range(200), "training"):
+        clock.now += 30.0 if i == 0 else 0.1
+    assert capsys.readouterr().err == "training: about 19 s left\n"
+
+
 def test_a_short_job_says_nothing(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in each(range(9), "evaluation"):
         clock.now += 1.0
