@@ -12,6 +12,7 @@
     python dev/benchmark.py --preset saves --rounds 3    # how long a save holds training up, two ways
     python dev/benchmark.py --preset operations          # what a step dispatches beside its network, by objective
     python dev/benchmark.py --preset peers               # beside torchcfm, flow_matching and torchdiffeq, where installed
+    python dev/benchmark.py --preset gpu --markdown gpu.md   # all that a new accelerator should be asked, in 20 minutes
 
 Each argument is one row: launcher overrides in quotes. Rounds are interleaved (row 1, row 2, row 1, ...), so a machine that
 slows down slows all rows; figures are medians over rounds. gflop: floating-point operations of a step (matrix products and
@@ -35,6 +36,7 @@ from common.errors import UserError
 from common.files import write_atomically
 from dev.contestant import Contestant
 from dev.devices_benchmark import devices_rates
+from dev.gpu_benchmark import gpu_tables
 from dev.loader_benchmark import data_preset, loader_rates
 from dev.operations_benchmark import operations_rows
 from dev.peers_benchmark import peer_tables
@@ -45,7 +47,7 @@ JVP_MODELS = {
     "unet_small, batch 32": "dataloaders=random_images dataloaders.state_shape=[1,8,8] model=unet_small batch_size=32",
     "dit_s, batch 8": "dataloaders=random_images model=dit_s batch_size=8",
 }
-PRESETS = ("jvp", "data", "devices", "saves", "operations", "peers")
+PRESETS = ("jvp", "data", "devices", "saves", "operations", "peers", "gpu")
 ENGINES = ("func", "separate", "finite_difference")
 
 
@@ -104,12 +106,15 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--and", dest="common", default="", help="launcher overrides that every row gets")
     parser.add_argument("--rounds", type=int, default=10, help="counted rounds of each row")
     parser.add_argument("--steps", type=int, default=20, help="training steps in a round")
+    parser.add_argument("--quick", action="store_true", help="with --preset gpu: sizes that only show that it runs")
+    parser.add_argument("--markdown", type=Path, help="write the tables here too")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args(words)
     if options.rounds < 1 or options.steps < 1:
         raise UserError("--rounds and --steps take whole numbers of at least 1")
-    if options.json and not options.json.absolute().parent.is_dir():
-        raise UserError(f"--json {options.json} lies in a folder that does not exist; make it first")
+    for file in (options.json, options.markdown):
+        if file and not file.absolute().parent.is_dir():
+            raise UserError(f"{file} lies in a folder that does not exist; make it first")
     return options
 
 
@@ -119,6 +124,8 @@ def figures_of(options: argparse.Namespace, place: Path) -> Iterator[tuple[str, 
         yield title, benchmark([f"{row} {options.common}".strip() for row in rows], options.rounds, options.steps)
     if options.preset == "operations":
         yield "operations dispatched by a training step", operations_rows(options.common)
+    if options.preset == "gpu":
+        yield from gpu_tables(options.common, options.quick)
     if options.preset == "peers":
         yield from peer_tables(options.rounds, options.steps, options.common)
     if options.preset == "devices":
@@ -134,19 +141,26 @@ def figures_of(options: argparse.Namespace, place: Path) -> Iterator[tuple[str, 
 
 def carry_out(words: list[str]) -> None:
     """Carry out the command: print each table once it is measured, and write all figures where that is asked for."""
-    options, results = parse(words), list[dict[str, Any]]()
+    options, results, text = parse(words), list[dict[str, Any]](), ""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as place:
         for title, figures in figures_of(options, Path(place)):
-            if not figures:  # a note
-                print(title, flush=True)
-            elif isinstance(figures, dict):
-                results.append({"row": title, **figures})
-                print(f"\n{two_columns(title, figures)}", flush=True)
-            else:
-                results += figures
-                print((f"\n{title}\n\n" if title else "") + markdown(figures), flush=True)
+            results += [{"row": title, **figures}] if isinstance(figures, dict) else figures
+            part = block(title, figures)
+            print(part, flush=True)
+            text += part + "\n"
     if options.json:
         write_atomically(options.json, json.dumps(results, indent=2) + "\n")
+    if options.markdown:
+        write_atomically(options.markdown, text)
+
+
+def block(title: str, figures: list[dict[str, Any]] | dict[str, float]) -> str:
+    """Return a table under its title, or the title alone where it has no rows."""
+    if isinstance(figures, dict):
+        return f"\n{two_columns(title, figures)}"
+    if not figures:
+        return title
+    return (f"\n{title}\n\n" if title else "") + markdown(figures)
 
 
 def main(words: list[str]) -> int:

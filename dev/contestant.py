@@ -1,5 +1,6 @@
 """One row of a benchmark: a run that is assembled, stepped and sampled, never saved."""
 
+import copy
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,13 +22,15 @@ def wait(device: Any) -> None:
 class Contestant:
     """One row: an assembled run that is stepped and sampled, never saved."""
 
-    def __init__(self, overrides: str):
+    def __init__(self, overrides: str, config: dict[str, Any] | None = None):
+        """Assemble the run of these words, or of the configuration that another row made of them."""
         from backends.submission import prepare
         from training.assemble import assemble
 
         fixed = ["run_name=benchmark", "trackio.enabled=false", "callbacks=none", "overwrite=true"]
         self.name = overrides or "default"
-        self.run = assemble(prepare([*fixed, *overrides.split()]))
+        self.config = config or prepare([*fixed, *overrides.split()])
+        self.run = assemble(copy.deepcopy(self.config))
         self.groups = self.endless_groups()
         self.gflop = self.count_operations()
 

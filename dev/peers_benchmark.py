@@ -181,7 +181,8 @@ def pairings(ours: Contestant, count: int) -> dict[str, Work]:
 def samplers(ours: Contestant) -> dict[str, Work]:
     from torchdiffeq import odeint
 
-    flow, noise = ours.run.state.ema_objective, ours.run.source.sample(1024, torch.Generator().manual_seed(0))
+    flow: Any = ours.run.state.ema_objective
+    noise = ours.run.source.sample(1024, torch.Generator().manual_seed(0))
     times, solver = torch.linspace(0, 1, EVALUATIONS // 2 + 1), Midpoint(steps=EVALUATIONS // 2)
 
     @torch.no_grad()
@@ -210,8 +211,8 @@ class Items(Dataset[Any]):
 
 def data_paths(common: str) -> dict[str, Work]:
     ours = Contestant(f"{DIGITS} {common}").run.dataset
-    rows, labels = ours.training_part(ours.epoch_size)
-    loader = DataLoader(Items(rows, labels), batch_size=64, shuffle=True)
+    stored: Any = ours.training_part(ours.epoch_size)
+    loader = DataLoader(Items(*stored), batch_size=64, shuffle=True)
     plan = EpochPlan(64, torch.Generator().manual_seed(0), torch.Generator().manual_seed(0))
     return {
         "a Dataset of items, collated": lambda: [None for _ in loader],

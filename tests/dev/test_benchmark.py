@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from dev import benchmark, operations_benchmark, peers_benchmark
+from dev import benchmark, gpu_benchmark, operations_benchmark, peers_benchmark
 
 
 def test_benchmark_compares_rows_side_by_side(tmp_path, monkeypatch, capsys):
@@ -33,3 +33,16 @@ def test_a_peer_that_is_not_installed_is_one_line(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert text.count("is not installed") == 2 and "pip install 'denoising-zoo[peers]'" in text
     assert "| `torchdiffeq` |" in text and text.count("| `this project` |") == 2
+
+
+def test_a_device_that_is_wrong_is_named_and_what_it_cannot_do_is_one_line(monkeypatch):
+    def compared(words: str) -> dict[str, float]:
+        if "shortcut" in words:
+            raise NotImplementedError("no such operation\nand much more")
+        return {"cpu": 1.0, "device": 1.0, "difference": float("nan") if "func" in words else 0.0}
+
+    monkeypatch.setattr(gpu_benchmark, "compared", compared)
+    unable, (_, rows), (verdict, none) = gpu_benchmark.correctness("model=mlp")
+    line = "- correctness, loss=shortcut: not on this device: NotImplementedError: no such operation"
+    assert unable == (line, []) and len(rows) > 5 and not none
+    assert verdict == "Device against CPU: NOT EQUAL: meanflow by func"

@@ -6,12 +6,13 @@ one line of JSON a case: [name, "" or what differs].
 
 import copy
 import importlib
+import io
 import json
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -459,9 +460,24 @@ def planted_cases() -> Iterator[tuple[str, Callable[[], str]]]:
         )
 
 
+def gpu_day() -> str:
+    """dev/benchmark.py --preset gpu, from start to end."""
+    from dev import benchmark
+
+    with redirect_stdout(io.StringIO()) as text:
+        failed = benchmark.main(["--preset", "gpu", "--quick", "--json", str(PLACE / "gpu.json")])
+    tables = ("agree to 0.001", "bfloat16", "mlp, eager", "meanflow, func, 100 %", "solver=dopri5")
+    missing = [words for words in tables if words not in text.getvalue()]
+    return f"status {failed}, without {missing}: {text.getvalue()[-2000:]}" if failed or missing else ""
+
+
+def gpu_cases() -> Iterator[tuple[str, Callable[[], str]]]:
+    yield "the whole preset", gpu_day
+
+
 PARTS = {
     "objectives": objective_cases, "models": model_cases, "runs": run_cases, "others": other_cases, "waits": wait_cases,
-    "tf32": tf32_cases, "planted": planted_cases,
+    "tf32": tf32_cases, "planted": planted_cases, "gpu": gpu_cases,
 }  # fmt: skip
 
 

@@ -334,6 +334,8 @@ class DeviceModule:
     def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
         DEFAULT.set_state(state)
 
+    def reset_peak_memory_stats(self, device: Any = None) -> None: ...
+
     def synchronize(self, device: Any = None) -> None:
         WAITED.record("synchronize")
 

@@ -41,3 +41,7 @@ def test_a_run_on_the_device_is_the_run_on_the_cpu(kind: str, part: str) -> None
 def test_differences_and_adaptive_steps_compute_without_tf32() -> None:
     found = answers("cuda", "tf32")
     assert len(found) == 2 and not any(found.values()), found
+
+
+def test_the_benchmark_for_a_new_device_runs_from_start_to_end() -> None:
+    assert answers("cuda", "gpu") == {"gpu: the whole preset": ""}
