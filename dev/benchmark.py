@@ -159,7 +159,7 @@ def block(title: str, figures: list[dict[str, Any]] | dict[str, float]) -> str:
     if isinstance(figures, dict):
         return f"\n{two_columns(title, figures)}"
     if not figures:
-        return title
+        return f"\n{title}"
     return (f"\n{title}\n\n" if title else "") + markdown(figures)
 
 
