@@ -17,6 +17,7 @@ HIGHER_IS_BETTER = (  # in metric names
     "accuracy", "inception_score", "precision", "recall", "density", "coverage", "class_share_min",
 )  # fmt: skip
 BY_TIME = tuple(f"_t{k}" for k in range(8))  # ends of the names of a score's values at eight times
+COPIES = 0.5  # oracle/copying from which on down a network is said to copy its training rows
 
 
 class MetricsFile:

@@ -22,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
@@ -29,7 +30,7 @@ from common.command_line import front, outputs, unknown
 from common.errors import UserError
 from common.files import write_atomically
 from common.ranges import NotNegative
-from run_files.metrics_file import BY_TIME
+from run_files.metrics_file import BY_TIME, COPIES
 from run_files.run_folder import RunFolder
 from scripts.runs import find_run, flat, number, read_config, rows_that_differ, state
 from scripts.settings import known_settings
@@ -140,6 +141,22 @@ def curve_figures(runs: list[RunRecord]) -> list[Figure]:
         alt = f"{metric} over optimizer steps: {', '.join(ends)}"
         figures.append(Figure("svg+xml", file.getvalue(), alt, "; ".join(ends)))
     return figures
+
+
+def memory_figures(run: RunRecord) -> list[Figure]:
+    """Return the picture of visualizers/memorisation.py by the last scores, where they have its numbers."""
+    copying = run.scores.get("oracle/copying")
+    if copying is None:
+        return []
+    from visualizers.memorisation import LINES, picture
+
+    names = [*LINES, "copying", "copying_held_out"]
+    by_time = {name: np.array([run.scores[f"oracle/{name}{end}"] for end in BY_TIME], dtype=float) for name in names}
+    caption = f"oracle/copying {number(copying)}: it {'copies' if copying <= COPIES else 'does not copy'}"
+    file = io.BytesIO()
+    picture(run.name, caption, by_time).savefig(file, format="png")
+    alt = f"distance ratios and losses of {run.name} by time, on training and held-out rows"
+    return [Figure("png", file.getvalue(), alt, caption)]
 
 
 def sample_figures(run: RunRecord) -> list[Figure]:
@@ -254,6 +271,9 @@ def advice(run: RunRecord) -> list[str]:
     one, four = scores.get("eval/energy_distance_1nfe"), scores.get("eval/energy_distance_4nfe")
     if one is not None and four is not None and sd and one - four > FAR * sd:
         found.append("One evaluation is still worse than four: train longer, or with a larger loss.time_sampler.ratio.")
+    copying = scores.get("oracle/copying")
+    if copying is not None and copying <= COPIES:
+        found.append("It copies its training data (oracle/copying): more data, flips, model.dropout, a smaller network.")
     ratio = scores.get("eval/nearest_distance_ratio")
     if ratio is not None and ratio < 0.8:
         found.append(
@@ -271,7 +291,8 @@ def section(run: RunRecord, price: float | None) -> dict[str, Any]:
     """Return what the page says of one run."""
     return {
         "name": run.name, "command": run.command, "facts": fact_rows(run, price), "samples": sample_figures(run),
-        "neighbours": neighbour_figures(run), "expected": (run.config.get("log") or {}).get("expect"),
+        "neighbours": neighbour_figures(run), "memory": memory_figures(run),
+        "expected": (run.config.get("log") or {}).get("expect"),
         "scores": score_rows(run), "advice": advice(run), "settings": difference_rows(run),
     }  # fmt: skip
 

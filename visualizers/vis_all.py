@@ -21,7 +21,8 @@ from visualizers.scene import newest_checkpoint, scene
 
 HERE = Path(__file__).resolve().parent
 DRAWINGS = (
-    "samples", "one_step", "particles", "trajectories", "velocity_field", "density", "denoising", "interpolation", "curves"
+    "samples", "one_step", "particles", "trajectories", "velocity_field", "density", "denoising", "interpolation",
+    "memorisation", "curves",
 )  # fmt: skip
 
 

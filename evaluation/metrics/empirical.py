@@ -18,10 +18,10 @@ from evaluation.metrics.nearest import count_of, stored_rows
 from evaluation.metrics.oracles import standard_error, why_unknown
 from helpers_cfg import Guidance
 from losses.objective import FlowObjective, expand_time
+from run_files.metrics_file import COPIES
 
 EXCESS, COPYING = "oracle/empirical_excess_loss", "oracle/copying"
 TIMES = 8  # the middles of so many equal parts of the path's time
-COPIES = 0.5  # of the distance ratio of unseen rows: from there on down a network is said to copy
 POINTS = 2000  # training rows of data on disk, and held-out rows, at most
 OPERATIONS = 2 * 10**10  # states times rows times dimensions, at most, but for LEAST states of each time
 LEAST = 16
@@ -63,6 +63,16 @@ class Memorisation:
     def quotient(self) -> Tensor:
         """Return the two medians' quotient (8,): 1 where training rows are to the network as any others."""
         return self.copying / self.copying_held_out
+
+    @property
+    def by_time(self) -> dict[str, Tensor]:
+        """Return what is logged at each time, as oracle/<name>_t<k>: (8,) each."""
+        losses = {
+            "empirical_excess_loss": self.excess, "train_loss": self.loss, "held_out_loss": self.held_out_loss,
+            "memoriser_loss": self.memoriser_loss,
+        }  # fmt: skip
+        means = {name: values.mean(1) for name, values in losses.items()}
+        return means | {"copying": self.copying, "copying_held_out": self.copying_held_out}
 
     @property
     def verdict(self) -> str:
@@ -187,8 +197,9 @@ class Memorised(Metric):
 
     oracle/empirical_excess_loss = E|v_c - v|^2 - E|v_c - v_emp|^2 = E|v - v_emp|^2 over 8 times at the middles of equal
     parts of the path's time: the loss minus the least possible one, which only a memoriser reaches; by time as ..._t0 to
-    ..._t7, with oracle/held_out_loss_t<k> and oracle/memoriser_loss_t<k>, the loss of the network and of v_emp on held-out
-    rows. oracle/copying_t<k> and oracle/copying_held_out_t<k>: see Memorisation; oracle/copying, their least quotient.
+    ..._t7, with oracle/train_loss_t<k>, the network's loss on training rows, oracle/held_out_loss_t<k> and
+    oracle/memoriser_loss_t<k>, its and v_emp's on held-out rows. oracle/copying_t<k> and oracle/copying_held_out_t<k>: see
+    Memorisation; oracle/copying: their least quotient.
     draws, final_draws: states of each kind, during the run / at its end. Losses are those of standardised states.
     """
 
@@ -205,17 +216,9 @@ class Memorised(Metric):
             found = "the network's velocities are not finite"
         if isinstance(found, str):
             return self.absent(found)
-        losses = by_time(EXCESS, found.excess.mean(1))
-        losses |= by_time("oracle/held_out_loss", found.held_out_loss.mean(1))
-        losses |= by_time("oracle/memoriser_loss", found.memoriser_loss.mean(1))
-        ratios = by_time(COPYING, found.copying) | by_time(f"{COPYING}_held_out", found.copying_held_out)
         excess = found.excess.flatten()
+        extra = {f"oracle/{name}_t{k}": float(v) for name, values in found.by_time.items() for k, v in enumerate(values)}
         return [
-            Score(EXCESS, excess.mean().item(), standard_error(excess), extra=losses, note=found.of),
-            Score(COPYING, found.quotient.min().item(), extra=ratios, note=found.of, verdict=found.verdict),
+            Score(EXCESS, excess.mean().item(), standard_error(excess), note=found.of),
+            Score(COPYING, found.quotient.min().item(), extra=extra, note=found.of, verdict=found.verdict),
         ]
-
-
-def by_time(name: str, values: Tensor) -> dict[str, float]:
-    """Return values (8,) under their names."""
-    return {f"{name}_t{k}": value for k, value in enumerate(values.tolist())}

@@ -28,6 +28,7 @@ from losses.time_samplers import UniformTimes
 from losses.weightings import UniformWeighting
 from models.inputs import split_unified_flow_matching_input
 from models.velocity_model import VelocityModel
+from scripts.report import report
 from solvers.runge_kutta import Euler
 from visualizers.curves import metrics_of
 
@@ -245,10 +246,12 @@ def test_a_run_on_digits_says_whether_it_copies(small_run: Callable[..., Path], 
     printed, rows = capsys.readouterr().out, (folder / "runs/x/metrics.jsonl").read_text().splitlines()
     assert "oracle/copying: does not copy its training data" in printed
     scores = json.loads(rows[-1])
-    for name in ("empirical_excess_loss", "held_out_loss", "memoriser_loss", "copying", "copying_held_out"):
+    for name in ("empirical_excess_loss", "train_loss", "held_out_loss", "memoriser_loss", "copying", "copying_held_out"):
         assert all(scores[f"oracle/{name}_t{k}"] > 0 for k in range(8))
     assert scores["oracle/empirical_excess_loss"] == pytest.approx(
         sum(scores[f"oracle/empirical_excess_loss_t{k}"] for k in range(8)) / 8, rel=1e-4
     )
     assert 0.8 < scores["oracle/copying"] < 1.2 and scores["oracle/empirical_excess_loss_se"] > 0
     assert not {name for name in metrics_of([scores]) if name.endswith("_t3")}
+    page = report(["x", f"output_dir={folder}"]).read_text()
+    assert "Does the network copy?" in page and "it does not copy" in page and "It copies its training data" not in page

@@ -24,14 +24,24 @@ from losses.paths import LinearPath
 from run_files.run_folder import RunFolder
 from solvers.flow_map import FlowMapSolver
 from solvers.runge_kutta import RK4, Euler
-from visualizers import curves, denoising, density, interpolation, particles, trajectories, velocity_field, vis_all
+from visualizers import (
+    curves,
+    denoising,
+    density,
+    interpolation,
+    memorisation,
+    particles,
+    trajectories,
+    velocity_field,
+    vis_all,
+)
 from visualizers.films import FRAMES_A_SECOND, HOLD, HOLD_FIRST, write_film
 from visualizers.interpolation import slerp
 from visualizers.scene import Scene, interpolated, newest_checkpoint, scene, walk
 
 ROOT = Path(__file__).resolve().parents[2]
 POINTS = ["samples", "one_step", "particles", "trajectories", "velocity_field", "density", "interpolation"]
-IMAGES = ["samples", "one_step", "denoising", "interpolation"]
+IMAGES = ["samples", "one_step", "denoising", "interpolation", "memorisation"]
 FILMS = {"particles", "velocity_field", "denoising"}
 SMALL = [
     "trackio.enabled=false",
@@ -76,6 +86,11 @@ def test_every_drawing_decodes(kind: str, name: str, checkpoints: dict[str, Path
         shown = [np.asarray(film.convert("RGB")).astype(int) for index in range(4) if film.seek(index) is None]
         assert all(frame.shape == shown[0].shape for frame in shown) and not np.array_equal(shown[0], shown[-1])
         assert all(side % 2 == 0 for side in shown[0].shape[:2])
+
+
+def test_of_data_drawn_afresh_no_copying_is_drawn(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing to compare points with: data drawn afresh has no training states"):
+        memorisation.draw(scene([f"ckpt={checkpoints['points']}", f"out={tmp_path}"], n=1, frames=2))
 
 
 @pytest.mark.parametrize("kind, name", [("points", "particles"), ("images", "denoising")])
@@ -212,7 +227,7 @@ def test_scripts_run_from_any_folder_and_all_at_once(
     fast = ["n=8", "frames=2", "format=png", "solver=euler", "solver.steps=2"]
     assert vis_all.main([str(checkpoints["points"]), f"out={tmp_path}", *fast]) == 0
     said = capsys.readouterr()
-    assert "8 of 9 drawings" in said.out and "see particles.py" in said.err
+    assert "8 of 10 drawings" in said.out and "see particles.py" in said.err
     assert {path.stem for path in tmp_path.glob("*.png")} == {*POINTS, "curves"}
 
 
