@@ -200,8 +200,8 @@ def test_meanflow_guidance_sees_the_classes_of_augmented_batches() -> None:
     assert guided.tolist() == [True, True, False] * 2
 
 
-def test_models_that_cannot_be_told_are_one_sentence() -> None:
-    with pytest.raises(UserError, match="cannot be told of it"):
+def test_a_model_without_an_input_for_augmentation_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="has no input that says so"):
         prepare(["run_name=x", "dataloaders=photos", "model=cnn", "dataloaders.augment=0.1"])
 
 
