@@ -7,6 +7,7 @@ unknown key, a wrong type or a value out of range becomes one sentence that name
 import difflib
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,25 @@ def check_choice(override: Override) -> None:
         )
 
 
+@cache
+def composed(configs: Path, *words: str) -> DictConfig:
+    """Return what Hydra composes of these choices, the same object each time. UserError where it cannot."""
+    outer = get_gh_backup()  # Hydra's own, while it runs the jobs of a sweep
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(configs), version_base=None):
+            cfg = compose("train", list(words), return_hydra_config=True)
+    except HydraException as error:
+        raise UserError(f"cannot compose these choices: {str(error).splitlines()[0]}") from error
+    finally:
+        restore_gh_from_backup(outer)
+    choices = {key: value for key, value in cfg.hydra.runtime.choices.items() if "hydra" not in key and "@" not in key}
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    cfg["choices"] = choices
+    return cfg
+
+
 def compose_config(overrides: list[str]) -> DictConfig:
     """Return the configuration a command line means, its choices under `choices`. UserError where it means none."""
     register_resolvers()
@@ -166,23 +186,11 @@ def compose_config(overrides: list[str]) -> DictConfig:
     chosen = [override for override in parsed if is_group(override)]
     for override in chosen:
         check_choice(override)
-    outer = get_gh_backup()  # Hydra's own, while it runs the jobs of a sweep
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base=None):
-            words = [str(override.input_line) for override in chosen if override.value() is not None]
-            cfg = compose("train", words, return_hydra_config=True)
-    except HydraException as error:
-        raise UserError(f"cannot compose these choices: {str(error).splitlines()[0]}") from error
-    finally:
-        restore_gh_from_backup(outer)
-    choices = {key: value for key, value in cfg.hydra.runtime.choices.items() if "hydra" not in key and "@" not in key}
+    words = [str(override.input_line) for override in chosen if override.value() is not None]
+    cfg = deepcopy(composed(CONFIG_DIR, *words))
     for override in chosen:
-        if override.value() is None and choices.get(override.key_or_group) is not None:
+        if override.value() is None and cfg.choices.get(override.key_or_group) is not None:
             raise UserError(f"{override.input_line}: a run cannot do without it; choose one of its files, see --help")
-    OmegaConf.set_struct(cfg, False)
-    del cfg["hydra"]
-    cfg["choices"] = dict(choices)
     for override in parsed:
         if override not in chosen:
             lay_over(cfg, override)
@@ -199,10 +207,18 @@ def flat_keys(cfg: Any, prefix: str = "") -> list[str]:
     return keys
 
 
+def has_key(cfg: Any, key: str) -> bool:
+    """Whether a nested configuration has the dotted key, which may still lack its value."""
+    first, _, rest = key.partition(".")
+    if not isinstance(cfg, DictConfig) or first not in map(str, cfg):
+        return False
+    return not rest or (not OmegaConf.is_missing(cfg, first) and has_key(cfg._get_node(first), rest))
+
+
 def lay_over(cfg: DictConfig, override: Override) -> None:
     """Set, add (+key) or delete (~key) one value. UserError for an unknown key or a value of another type."""
     key = override.key_or_group
-    if not override.is_add() and not override.is_force_add() and key not in flat_keys(cfg):
+    if not override.is_add() and not override.is_force_add() and not has_key(cfg, key):
         raise UserError(unknown_setting(cfg, key))
     if not override.is_delete():
         value = checked(cfg, key, override.value(), str(override.input_line).partition("=")[2].strip("'\""))

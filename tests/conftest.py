@@ -9,6 +9,7 @@ import struct
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +35,34 @@ SMALL = [
 ]  # fmt: skip
 
 
+def train_small(place: Path, name: str, *overrides: str, output: str = "outputs") -> Path:
+    """Train a tiny kmeans run under place/outputs, in this process; return that folder."""
+    import launcher
+
+    folder = place / output
+    arguments = [f"run_name={name}", f"output_dir={folder}", f"log.file={place / 'EXPERIMENT_LOG.md'}"]
+    resumed = any(word.startswith(("resume=", "eval_checkpoint=")) for word in overrides)
+    image = any(word.startswith("model=") for word in overrides)
+    small = [] if resumed else [word for word in SMALL if not (image and word.startswith("model."))]
+    launcher.run(*arguments, *small, *overrides)
+    return folder
+
+
 @pytest.fixture
 def small_run(tmp_path: Path) -> Callable[..., Path]:
-    """launch(name, *overrides) trains a tiny kmeans run under tmp_path/outputs, in this process; returns that folder."""
+    """small_run(name, *overrides, output="outputs"): the folder of such a run below tmp_path."""
+    return partial(train_small, tmp_path)
 
-    def launch(name: str, *overrides: str, output: str = "outputs") -> Path:
-        import launcher
 
-        folder = tmp_path / output
-        arguments = [f"run_name={name}", f"output_dir={folder}", f"log.file={tmp_path / 'EXPERIMENT_LOG.md'}"]
-        resumed = any(word.startswith(("resume=", "eval_checkpoint=")) for word in overrides)
-        image = any(word.startswith("model=") for word in overrides)
-        small = [] if resumed else [word for word in SMALL if not (image and word.startswith("model."))]
-        launcher.run(*arguments, *small, *overrides)
-        return folder
+@pytest.fixture(scope="session")
+def shared_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """shared_run(name, *overrides): the folder of such a run, trained once for all tests; not to be changed."""
 
-    return launch
+    @cache
+    def trained(name: str, *overrides: str) -> Path:
+        return train_small(tmp_path_factory.mktemp("shared"), name, *overrides)
+
+    return trained
 
 
 @pytest.fixture(autouse=True)

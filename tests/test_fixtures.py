@@ -42,6 +42,8 @@ def test_a_run_of_an_earlier_version_loads_goes_on_and_is_sampled(name: str, tmp
     check(tmp_path / name, name)
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_what_is_made_today_is_such_a_run(tmp_path: Path) -> None:
     made = tmp_path / "fixtures"
     assert identify(["--fixtures", str(made), "--only", "finetunable_flow"]) == 0
@@ -50,6 +52,8 @@ def test_what_is_made_today_is_such_a_run(tmp_path: Path) -> None:
     assert identify(["--fixtures", str(made), "--only", "finetunable_flow"]) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_the_same_run_is_identical_and_a_changed_one_different(tmp_path, capsys, monkeypatch) -> None:
     file = tmp_path / "before.json"
     monkeypatch.setattr(identity, "RUNS", {"tiny": "dataloaders=gaussian max_steps=2 evaluation=loss_only model.width=8"})

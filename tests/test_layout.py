@@ -257,6 +257,11 @@ def test_every_objective_keeps_its_contract(loss, conditional, tmp_path):
     assert shape == [64, 2], f"loss={loss} gives velocities of shape {shape} for states of [64, 2]"
 
 
+def test_a_configuration_that_is_changed_leaves_the_next_one_alone():
+    compose_config(["run_name=x"]).model.width = 1
+    assert compose_config(["run_name=y"]).model.width != 1
+
+
 def test_a_part_that_may_be_left_out_is_left_out_by_null():
     config = resolved(compose_config(["run_name=x", "guidance=null", "loss=meanflow", "loss/guidance=null"]))
     assert config.get("guidance") is None and config["loss"].get("guidance") is None

@@ -45,6 +45,7 @@ LOSSES = {
     "shortcut, with a teacher": ["loss=shortcut", "loss.time_sampler.ratio=0.25"],
     "with labels": ["loss=meanflow", "conditional=true"],
 }
+pytestmark = [pytest.mark.slow, pytest.mark.process]
 ERROR_FILE_ENV = "what every rank finds is said once"
 
 

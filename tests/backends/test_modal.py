@@ -41,6 +41,7 @@ assert "modal" not in sys.modules
 """
 
 
+@pytest.mark.process
 def test_modal_is_imported_only_when_asked_for(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", LOCAL], cwd=tmp_path, env=environment, check=True)

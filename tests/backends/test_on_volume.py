@@ -32,6 +32,8 @@ from tests.backends.folder_volume import (
     without_token,
 )
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

@@ -96,6 +96,8 @@ def wait_until_gone(processes):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.skipif(not Path("/proc/self/environ").is_file(), reason="finds the processes of ranks in /proc")
 def test_a_run_of_two_is_stopped_killed_and_goes_on_with_one_and_with_two(tmp_path, monkeypatch):
     long = [*SMALL, "batch_size=128", "dataloaders.epoch_size=2560", "log_every=10", "max_steps=1000000"]

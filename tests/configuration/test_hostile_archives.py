@@ -158,8 +158,8 @@ def test_other_versions_projects_and_parts_are_told_apart(tmp_path):
     assert "lacks optimizer" in refusal(tmp_path / "l.pt", saved(lacking))
 
 
-def test_weights_of_another_architecture_are_named(small_run, tmp_path):
-    folder = small_run("x", "epochs=1")
+def test_weights_of_another_architecture_are_named(shared_run, tmp_path):
+    folder = shared_run("x", "epochs=1")
     payload = load_checkpoint(folder / "ckpts/mlp/x_last.pt")
     payload["ema"] = {"conv.weight": torch.ones(3)}
     torch.save(payload, tmp_path / "other.pt")

@@ -25,9 +25,9 @@ from visualizers import curves, scene, vis_all
 
 
 @pytest.mark.parametrize("part", ["model", "loss.path", "dataloaders", "solver", "evaluation"])
-def test_a_configuration_in_a_checkpoint_calls_nothing_but_what_configs_name(small_run, tmp_path, part):
+def test_a_configuration_in_a_checkpoint_calls_nothing_but_what_configs_name(small_run, shared_run, tmp_path, part):
     """weights_only guards the pickle; the configuration beside it names what is built, and could name anything."""
-    folder = small_run("x", "epochs=1")
+    folder = shared_run("x", "epochs=1")
     payload = load_checkpoint(folder / "ckpts/mlp/x_last.pt")
     node = payload["config"]
     for key in part.split("."):

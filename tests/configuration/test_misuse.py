@@ -38,8 +38,8 @@ def test_labels_of_an_evaluation_come_as_often_as_in_the_data(tmp_path: Path) ->
     assert data_labels(dataset, 0, 10, torch.Generator()) is None
 
 
-def test_guidance_that_guides_no_step_and_too_few_samples_for_all_classes_are_said(small_run) -> None:
-    folder = small_run("x", "loss=meanflow", "conditional=true", "max_steps=2")
+def test_guidance_that_guides_no_step_and_too_few_samples_for_all_classes_are_said(shared_run) -> None:
+    folder = shared_run("x", "loss=meanflow", "conditional=true", "max_steps=2")
     model = load(folder / "ckpts/mlp/x_last.pt", device="cpu")
     guided = ClassifierFreeGuidance(model.objective.network, 3.0, [0.2, 0.8])
     with pytest.raises(UserError, match="guides none of 1 step"):
@@ -57,16 +57,16 @@ def test_guidance_that_guides_no_step_and_too_few_samples_for_all_classes_are_sa
     assert model.labels(5, "all").tolist() == [0, 1, 2, 3, 4]
 
 
-def test_a_conditional_run_wants_a_teacher_of_classes(small_run) -> None:
-    teacher = small_run("plain", "max_steps=2") / "ckpts/mlp/plain_last.pt"
+def test_a_conditional_run_wants_a_teacher_of_classes(small_run, shared_run) -> None:
+    teacher = shared_run("plain", "max_steps=2") / "ckpts/mlp/plain_last.pt"
     words = [f"loss.coupling.teacher={teacher}", "loss.coupling.count=64", "max_steps=2"]
     with pytest.raises(UserError, match="these pairs have none"):
         small_run("student", "loss=reflow", "conditional=true", *words)
     small_run("other", "loss=reflow", *words)
 
 
-def test_weights_are_not_read_as_what_they_are_not(small_run) -> None:
-    flow = small_run("flow", "max_steps=2") / "ckpts/mlp/flow_last.pt"
+def test_weights_are_not_read_as_what_they_are_not(small_run, shared_run) -> None:
+    flow = shared_run("plain", "max_steps=2") / "ckpts/mlp/plain_last.pt"
     with pytest.raises(UserError, match="cannot be read as a loss whose second time"):
         small_run("judged", f"eval_checkpoint={flow}", "loss=meanflow")
     with pytest.raises(UserError, match="choose the same loss/prediction"):
@@ -212,6 +212,7 @@ runpy.run_path("launcher.py", run_name="__main__")
 """
 
 
+@pytest.mark.process
 def test_an_interrupt_while_modules_are_imported_is_one_line() -> None:
     done = subprocess.run([sys.executable, "-c", EARLY], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "launcher.py: stopped before anything was begun\n")

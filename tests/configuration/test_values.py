@@ -35,6 +35,7 @@ def test_types_are_read_from_the_source_of_a_class_its_bases_and_torch():
     assert parameters("nowhere.Thing") == parameters("Thing") == {}
 
 
+@pytest.mark.process
 def test_reading_them_imports_nothing_of_them():
     program = (
         "import sys; from configuration.compose import known_targets; from configuration.signatures import parameters\n"

@@ -124,6 +124,7 @@ def test_wrong_shapes_are_named(tmp_path: Path) -> None:
         grid(tmp_path, np.zeros((2, 4, 8, 8)))
 
 
+@pytest.mark.process
 def test_no_global_state_and_a_light_import(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; import numpy as np; from evaluation import pictures\n"

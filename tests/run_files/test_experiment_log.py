@@ -186,6 +186,7 @@ def test_a_link_to_a_log_is_followed_and_a_log_that_is_not_text_is_refused(tmp_p
     assert path.read_bytes() == "übung".encode("utf-16")
 
 
+@pytest.mark.process
 def test_runs_writing_at_once_leave_every_section_whole(path: Path) -> None:
     names = ["a", "b", "c"]
     script = [sys.executable, "-c", WRITER, str(path)]
@@ -215,6 +216,7 @@ def results(text: str, name: str) -> list[str]:
     return Section(text, name).read("during").split("\n")
 
 
+@pytest.mark.process
 def test_kills_in_the_middle_of_two_writers_leave_everything_that_was_written(path: Path) -> None:
     """Two real processes write without pause; one is killed and another takes its place, again and again."""
     path.write_text(WORDS)
@@ -239,6 +241,7 @@ def test_kills_in_the_middle_of_two_writers_leave_everything_that_was_written(pa
         assert Section(text, name).text == text and text.count(f"## {name}\n") == 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 def test_a_kill_in_the_middle_of_a_file_leaves_the_old_one(share: float, log: ExperimentLog, path: Path) -> None:
     path.write_text(WORDS)

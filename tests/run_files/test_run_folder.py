@@ -231,6 +231,7 @@ def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path, kind: str) ->
     assert path.stat().st_ino == before and sorted(tmp_path.iterdir()) == [given, path]
 
 
+@pytest.mark.process
 def test_killed_writer_leaves_whole_files(folder: RunFolder) -> None:
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(folder.path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "1\n"
@@ -277,6 +278,7 @@ for n in range(3):
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("note", ["the work goes on", ""])
 def test_a_reader_that_leaves_costs_a_line_and_not_the_process(note: str) -> None:
     process = subprocess.Popen(
@@ -290,6 +292,7 @@ def test_a_reader_that_leaves_costs_a_line_and_not_the_process(note: str) -> Non
     assert said == [*first, "line 0", "line 1", "line 2"] and process.wait(60) == 0
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
 def test_a_closed_stream_leads_nowhere_and_no_file_gets_its_number(closed: str, tmp_path: Path) -> None:
     opens = f"\nopened = open({str(tmp_path / 'x')!r}, 'w')\nopened.write(str(opened.fileno()))"
@@ -298,6 +301,7 @@ def test_a_closed_stream_leads_nowhere_and_no_file_gets_its_number(closed: str, 
     assert int((tmp_path / "x").read_text()) > 2
 
 
+@pytest.mark.process
 def test_import_is_light() -> None:
     script = "import sys, run_files.run_folder, run_files.experiment_log; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

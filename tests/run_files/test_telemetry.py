@@ -194,6 +194,7 @@ def test_cpu_has_none() -> None:
     assert telemetry_for("cpu").read() == {}
 
 
+@pytest.mark.process
 def test_import_is_light() -> None:
     script = "import sys, run_files.telemetry; assert not {'torch', 'pynvml'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

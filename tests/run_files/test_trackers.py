@@ -82,6 +82,7 @@ def draw(folder: Path, *steps: int, kind: str = "") -> None:
         Image.new("RGB", (4, 4)).save(folder / f"samples/step_{step:08d}{kind}.png")
 
 
+@pytest.mark.process
 def test_trackio_command_reads_what_was_logged_and_the_console_stays_quiet(
     project: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,6 +107,7 @@ def test_resumed_history_shows_each_step_and_picture_once_and_is_deleted_with_th
     assert not media.exists() and run_names(project) == []
 
 
+@pytest.mark.process
 def test_a_run_killed_before_its_rows_reached_the_dashboard_shows_them_after_its_resume(
     project: str, tmp_path: Path
 ) -> None:
@@ -173,6 +175,7 @@ def test_rebuilding_from_damaged_files(project: str, tmp_path: Path, capsys: pyt
     assert capsys.readouterr().err.count("\n") == 1 and stored_steps(project) == [2, 6]
 
 
+@pytest.mark.process
 def test_unwritable_folder_costs_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     done = subprocess.run(
@@ -312,6 +315,7 @@ def test_every_tracker_config_builds(path: Path) -> None:
     assert isinstance(tracker_from_config(settings | {"enabled": False}), NullTracker)
 
 
+@pytest.mark.process
 def test_importing_the_trackers_imports_no_tracker() -> None:
     script = "import sys, run_files.trackers, run_files.trackio_tracker; print(sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -28,8 +28,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def checkpoint(small_run) -> Path:
-    return small_run("x", "epochs=1") / "ckpts/mlp/x_last.pt"
+def checkpoint(shared_run) -> Path:
+    return shared_run("x", "epochs=1") / "ckpts/mlp/x_last.pt"
+
+
+@pytest.fixture
+def of_classes(shared_run) -> Path:
+    return shared_run("c", "conditional=true", "epochs=1") / "ckpts/mlp/c_last.pt"
 
 
 def test_samples_of_a_seed_are_the_same_however_many_are_asked_for(checkpoint):
@@ -50,6 +55,7 @@ def test_sample_writes_numbers_and_pictures(checkpoint, tmp_path, capsys):
 
 def test_a_picture_goes_below_outputs_and_a_disk_that_refuses_it_is_one_sentence(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
     assert sample.main([f"ckpt={checkpoint}", "n=5"]) == 0
     assert Path(capsys.readouterr().out.strip()) == Path("outputs/samples") / f"{checkpoint.stem}.png"
     before = sorted(tmp_path.rglob("*"))
@@ -110,17 +116,16 @@ def test_more_samples_than_memory_holds_are_refused_before_they_are_drawn(checkp
     assert "n=1000000 rows of shape [2] need at least" in capsys.readouterr().err
 
 
-def test_a_conditional_model_is_sampled_by_class(small_run, tmp_path):
-    path = small_run("c", "conditional=true", "epochs=1") / "ckpts/mlp/c_last.pt"
-    model = load(path)
+def test_a_conditional_model_is_sampled_by_class(of_classes):
+    model = load(of_classes)
     assert not torch.allclose(model.sample(20, label=0), model.sample(20, label=4))
     for wrong in (5, -1, torch.tensor([0] * 19 + [5])):
         with pytest.raises(UserError, match="classes 0 to 4"):
             model.sample(20, label=wrong)
 
 
-def test_sample_i_depends_on_its_label_the_seed_and_i_alone(small_run):
-    model = load(small_run("c", "conditional=true", "epochs=1") / "ckpts/mlp/c_last.pt")
+def test_sample_i_depends_on_its_label_the_seed_and_i_alone(of_classes):
+    model = load(of_classes)
     everything, labels = model.sample(23, seed=2, label="all"), model.labels(23, "all")
     assert labels.tolist() == sorted(labels.tolist()) and set(labels.bincount().tolist()) == {4, 5}
     for label in range(5):
@@ -148,21 +153,27 @@ def test_data_beside_the_run_are_found_from_any_folder(tmp_path, monkeypatch):
     assert torch.isin(shown["made"], rows).all() and shown["made"].equal(shown["elsewhere"])
 
 
-def test_numbers_come_with_their_classes(small_run, tmp_path):
-    path = small_run("c", "conditional=true", "epochs=1") / "ckpts/mlp/c_last.pt"
+def test_numbers_come_with_their_classes(of_classes, tmp_path):
     for label, expected in (("all", [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]), ("3", [3] * 10), (None, [0, 1, 2, 3, 4] * 2)):
         words = [] if label is None else [f"label={label}"]
-        assert sample.main([f"ckpt={path}", "n=10", f"out={tmp_path / 's.npz'}", *words]) == 0
+        assert sample.main([f"ckpt={of_classes}", "n=10", f"out={tmp_path / 's.npz'}", *words]) == 0
         assert np.load(tmp_path / "s.npz")["y"].tolist() == expected
-    assert sample.main([f"ckpt={path}", "n=10", "label=3", f"out={tmp_path / 's.png'}"]) == 0
+    assert sample.main([f"ckpt={of_classes}", "n=10", "label=3", f"out={tmp_path / 's.png'}"]) == 0
 
 
-DIGITS = ("dataloaders=digits", "model=cnn", "dataloaders.epoch_size=1438", "conditional=true", "max_steps=1")
+DIGITS = (
+    "dataloaders=digits",
+    "model=cnn",
+    "model.width=8",
+    "dataloaders.epoch_size=1438",
+    "conditional=true",
+    "max_steps=1",
+)
 
 
-def test_pictures_of_a_latent_model_are_decoded_and_its_numbers_are_not(small_run, tmp_path, monkeypatch):
+def test_pictures_of_a_latent_model_are_decoded_and_its_numbers_are_not(shared_run, tmp_path, monkeypatch):
     """A stand-in decoder: each state becomes a red image twice as large."""
-    path = small_run("d", *DIGITS) / "ckpts/cnn/d_last.pt"
+    path = shared_run("d", *DIGITS) / "ckpts/cnn/d_last.pt"
     seen = []
 
     def decode(states):
@@ -195,9 +206,9 @@ def test_real_images_go_beside_generated_ones_of_their_class(tmp_path, monkeypat
     assert real[:, 0, 0, 0].tolist() == [y + 0.5 for y in real_labels] and real_labels.tolist() == [1, 1, 1, 4, 4]
 
 
-def test_a_run_on_latents_is_drawn_decoded_and_scored_as_it_is(small_run, tmp_path):
+def test_a_run_on_latents_is_drawn_decoded_and_scored_as_it_is(shared_run, tmp_path):
     """Four channels have no picture of their own; distances see the latents, pictures what they decode to."""
-    path = small_run("d", *DIGITS) / "ckpts/cnn/d_last.pt"
+    path = shared_run("d", *DIGITS) / "ckpts/cnn/d_last.pt"
     model = load(path)
     parts = (build_dataset(model.config, model.device), build_source(model.config, model.device), Euler(2))
     evaluator = GeneratorEvaluator(60, 60, {"energy": EnergyDistance()})
@@ -226,7 +237,7 @@ def test_a_meanflow_run_is_scored_and_sampled_in_one_evaluation(small_run, tmp_p
 
 def test_log_prob_integrates_to_one(checkpoint):
     model = load(checkpoint)
-    axis = torch.linspace(-6, 6, 81)
+    axis = torch.linspace(-6, 6, 49)
     density = model.log_prob(torch.cartesian_prod(axis, axis)).exp()
     assert float(density.sum() * (axis[1] - axis[0]) ** 2) == pytest.approx(1.0, abs=0.01)
 

@@ -242,8 +242,8 @@ def test_a_run_that_cannot_be_guided_is_refused_before_it_trains(words, sentence
     assert "\n" not in str(error.value) and not (tmp_path / "outputs/runs/x").exists()
 
 
-def test_a_checkpoint_from_before_guidance_is_sampled(small_run) -> None:
-    model = load(small_run("x", "max_steps=1") / "ckpts/mlp/x_last.pt")
+def test_a_checkpoint_from_before_guidance_is_sampled(shared_run) -> None:
+    model = load(shared_run("x", "epochs=1") / "ckpts/mlp/x_last.pt")
     expected = model.sample(5)
     for key in ("guidance", "vae"):
         model.config.pop(key, None)

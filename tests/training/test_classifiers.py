@@ -235,6 +235,7 @@ def weights(folder: Path, name: str) -> dict[str, Tensor]:
     return load_checkpoint(folder / f"ckpts/small_cnn_classifier/{name}_last.pt")["network"]
 
 
+@pytest.mark.slow
 def test_a_classifier_is_trained_resumed_scored_and_started_from(small_run, tmp_path, capsys) -> None:
     """With batch norm, whose running means are part of the state."""
     words = [*SMALL, "model=small_cnn_classifier", "model.norm=batch", "evaluation=classifier", "batch_size=512"]
@@ -274,6 +275,7 @@ def test_a_velocity_model_is_no_classifier() -> None:
         CrossEntropyLoss(MLP([2]))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_digits_recipe_reaches_its_accuracy(tmp_path: Path) -> None:
     """Cut to a third of its length, and to its looser end: in full it takes 25 s of a core."""
     launcher.run(

@@ -33,14 +33,17 @@ OBJECTIVES = sorted(path.stem for path in LOSSES if path.stem != "cross_entropy"
 
 
 @pytest.mark.parametrize("loss", [*OBJECTIVES, "cross_entropy"])
-def test_every_objective_trains_in_bf16_and_compiled_as_in_fp32(small_run, loss, monkeypatch):
-    """20 steps from the same seed: in bf16 to within 5 % of fp32's held-out loss, compiled to within 1e-4 of eager."""
-    words = [f"loss={loss}", "max_steps=20", "epochs=1", "batch_size=32", "dataloaders.epoch_size=640", "optimizer.lr=1e-3"]
+def test_every_objective_trains_in_bf16_and_compiled_as_in_fp32(small_run, shared_run, loss, monkeypatch):
+    """From the same seed: in bf16 to within 5 % of fp32's held-out loss, compiled to within 1e-4 of eager.
+
+    Compiled are one objective of each kind of step here; each of them by itself in losses/test_compiled_losses.py.
+    """
+    words = [f"loss={loss}", "max_steps=10", "epochs=1", "batch_size=32", "dataloaders.epoch_size=320", "optimizer.lr=1e-3"]
     if loss == "cross_entropy":
         words += ["dataloaders=digits", "model=small_cnn_classifier", "evaluation=classifier", "model.width=8"]
         words += ["dataloaders.epoch_size=1438"]
     if loss == "reflow":
-        teacher = small_run("teacher", "max_steps=2", output="teacher") / "ckpts/mlp/teacher_last.pt"
+        teacher = shared_run("plain", "max_steps=2") / "ckpts/mlp/plain_last.pt"
         words += [f"loss.coupling.teacher={teacher}", "loss.coupling.count=200"]
 
     def held_out(name: str, *extra: str) -> float:
@@ -56,7 +59,8 @@ def test_every_objective_trains_in_bf16_and_compiled_as_in_fp32(small_run, loss,
     monkeypatch.setattr(torch, "compile", quickly)
     exact = held_out("fp32")
     assert held_out("bf16", "precision=bf16") == pytest.approx(exact, rel=0.05)
-    assert held_out("compiled", "compile=true") == pytest.approx(exact, rel=1e-4) and compiled == ["default"]
+    if loss in ("meanflow", "shortcut", "cross_entropy"):  # a derivative, a teacher, no flow
+        assert held_out("compiled", "compile=true") == pytest.approx(exact, rel=1e-4) and compiled == ["default"]
 
 
 def small_config(tmp_path: Path, *overrides: str) -> dict:
@@ -126,7 +130,7 @@ def test_overfit_shows_the_same_batch_every_step(tmp_path):
 
 def test_overfit_drives_the_loss_down(small_run):
     folder = small_run(
-        "x", "debug=overfit", "model.width=64", "batch_size=16", "max_steps=400", "log_every=50", "grad_clip=null"
+        "x", "debug=overfit", "model.width=64", "batch_size=16", "max_steps=250", "log_every=50", "grad_clip=null"
     )
     losses = [row["train/loss"] for row in metric_rows(folder, "x") if "train/loss" in row]
     assert losses[-1] < 0.05 * losses[0]

@@ -219,6 +219,7 @@ def test_a_mistake_is_one_sentence(
     assert sentence in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_scripts_run_from_any_folder_and_all_at_once(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
