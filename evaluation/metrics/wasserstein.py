@@ -79,6 +79,8 @@ class SlicedWasserstein(TwoSampleMetric):
 
     def of_splits(self, pool: Tensor, first: int, splits: int, generator: torch.Generator) -> list[float]:
         """Return the splits' distances: all states are projected and ranked once, each split takes its own ranks."""
+        first = min(self.counts(first, len(pool) - first))
+        pool = pool[: 2 * first]  # an odd number of states has no equal halves
         projected = (self.directions(pool) @ pool.T).cpu().numpy()
         ranks = np.argsort(projected)
         ranked, distances = np.take_along_axis(projected, ranks, 1), []

@@ -145,6 +145,13 @@ def test_the_distances_of_splits_are_distances(metric: TwoSampleMetric) -> None:
         assert found == pytest.approx(expected, abs=2e-6)
 
 
+@pytest.mark.parametrize("first", [30, 31])
+def test_an_odd_number_of_states_is_split_into_halves_but_for_one(first: int) -> None:
+    metric, pool = SlicedWasserstein(16, 20), normal(61, 2, seed=1)
+    odd, even = (metric.of_splits(x, k, 3, torch.Generator().manual_seed(1)) for x, k in ((pool, first), (pool[:60], 30)))
+    assert odd == even
+
+
 def test_long_noise_floors_say_how_long_they_take(
     generation: Callable[..., Generation], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
