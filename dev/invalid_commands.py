@@ -30,7 +30,7 @@ from omegaconf import OmegaConf
 
 import launcher
 from common.ranges import ANY
-from configuration.compose import CONFIG_DIR, groups
+from configuration.compose import CONFIG_DIR, compose_config, groups
 from configuration.values import SETTINGS, Setting, declared, kinds_in, options_of, range_in
 
 LATE, HANG, WALL, LINES = 1.0, 120, 300, 4  # seconds of processor time, twice, and of the clock; lines
@@ -281,6 +281,7 @@ def try_all(commands: list[Command], jobs: int, tell: Callable[[Outcome], None])
         folder = Path(name)
         earlier_run(folder)
         before, outcomes = contents(folder), []
+        compose_config([])  # once, for every fork
         for outcome in outcomes_of(commands, folder, jobs):
             tell(outcome)
             outcomes.append(outcome)

@@ -37,9 +37,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Look]:
         "model.width=16", "trackio.project=shown",
         "evaluation.metrics={energy_distance: {_target_: evaluation.metrics.energy_distance.EnergyDistance}}",
     ]  # fmt: skip
-    for words in (["run_name=alpha", "epochs=1", *small], ["run_name=beta", "epochs=1", "optimizer.lr=0.00123", *small],
-                  ["run_name=beta", "resume=true", "epochs=2", f"output_dir={folder}"]):  # fmt: skip
-        subprocess.run([sys.executable, ROOT / "launcher.py", *words], env=environment, check=True, capture_output=True)
+    runs = [["run_name=alpha", "epochs=1", *small], ["run_name=beta", "epochs=1", "optimizer.lr=0.00123", *small],
+            ["run_name=beta", "resume=true", "epochs=2", f"output_dir={folder}"]]  # fmt: skip
+    code = f"import launcher\nfor words in {runs!r}:\n    launcher.run(*words)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, capture_output=True)
     command = [sys.executable, ROOT / "launcher.py", "--dashboard", "trackio.project=shown"]
     server = subprocess.Popen(command, env=environment | {"BROWSER": "true"}, stdout=subprocess.PIPE, text=True)
     told = server.stdout
