@@ -2,6 +2,8 @@
 
 import importlib.util
 
+import pytest
+
 from dev import benchmark, gpu_benchmark, operations_benchmark, peers_benchmark
 
 
@@ -24,6 +26,7 @@ def test_a_step_dispatches_few_operations_beside_those_of_its_network(monkeypatc
     assert difference[1] > 2 * difference[0]
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_not_installed_is_one_line(monkeypatch, capsys):
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: there(name) if name == "torchdiffeq" else None)
