@@ -48,6 +48,20 @@ class GeneratorEvaluation(Evaluation):
         return f"scores of {count}{guidance_words(self.generation.objective)} (noise floor: real against real)"
 
 
+def given_by(name: str, metric: Metric, generation: Generation) -> list[Score | Absent]:
+    """Return what a metric gives. UserError where it is no list of Score and Absent, or a score's value is no number."""
+    given = metric.compute(generation)
+    parts = given if isinstance(given, list | tuple) else [given]
+    for part in parts:
+        what = part.value if isinstance(part, Score) else part
+        if not isinstance(part, Score | Absent) or (isinstance(part, Score) and not isinstance(what, int | float)):
+            raise UserError(
+                f"the metric {name} ({type(metric).__name__}) gives {what!r:.60}; compute() returns a list of "
+                'Score("eval/<name>", a float) and Absent("eval/<name>", why)'
+            )
+    return list(parts)
+
+
 class Evaluator(ABC):
     """Judges the network of an objective by held-out data; a generator by its samples, a classifier by its answers."""
 
@@ -107,7 +121,7 @@ class GeneratorEvaluator(Evaluator):
         with watched(flow.network, f"evaluation, {count:,} samples", self.rows(flow, dataset, solver, given.final)):
             generation = self.sample(flow, given)
             values = {"eval/loss": self.held_out_loss(objective, generation), "eval/nfe": float(solver.evaluations)}
-            results = [result for metric in self.metrics.values() for result in metric.compute(generation)]
+            results = [result for name, metric in self.metrics.items() for result in given_by(name, metric, generation)]
         scores = [result for result in results if isinstance(result, Score)]
         for score in scores:
             values |= score.values()

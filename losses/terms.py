@@ -30,9 +30,8 @@ def named_terms(output: LossOutput, weights: Mapping[str, float]) -> dict[str, T
     shaped = next((name for name, term in terms.items() if not isinstance(term, Tensor) or term.ndim), None)
     if shaped is not None:
         what = f"has shape {list(terms[shaped].shape)}" if isinstance(terms[shaped], Tensor) else f"is {terms[shaped]!r:.60}"
-        raise UserError(
-            f"the objective's {shaped} {what}, and a loss is one number, a tensor without dimensions; add .mean()"
-        )
+        remedy = "add .mean()" if isinstance(terms[shaped], Tensor) else "leave out .item() or float()"
+        raise UserError(f"the objective's {shaped} {what}, and a loss is one number, a tensor without dimensions; {remedy}")
     if "loss" not in terms:
         terms["loss"] = torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
     return terms

@@ -150,13 +150,22 @@ def learns_flow_map(entry: Entry) -> bool:
 
 
 def write_tables(board: Board, entries: list[Entry], options: Options, extra: list[str]) -> None:
-    """Write, or for a trial print, the tables of everything that has finished."""
+    """Write, or for a trial print, the tables of everything that has finished.
+
+    The page that ships, and the log beside it, are replaced once every run has finished.
+    """
     results, done = collect(board, entries)
     above = caption(results, entries, done, command_of(options, extra), options.config.name)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(options.output_dir / "leaderboard.json", as_json(results, above))
-    if extra:
+    unfinished = sum(entry.condition() != "finished" for entry in entries)
+    shipped = options.page == Options.page and unfinished > 0
+    if extra or shipped:
         print(full_text(results, above))
+        if shipped and not extra:
+            print(
+                f"{unfinished} of {len(entries)} runs have not finished, so {options.page.name} stays; page= names another"
+            )
         return
     write_between(options.log, full_text(results, above))
     write_between(options.page, short_text(results, above))

@@ -18,9 +18,10 @@ from dataloaders.encoded import EncodedImages
 from dataloaders.image_folder import ImageFolder
 from dataloaders.synthetic import KMeans
 from evaluation.data_hash import data_hash
+from evaluation.evaluator import given_by
 from evaluation.feature_networks import ClassifierFeatures, classifier_features, weights_hash
 from evaluation.image_sets import write_pictures
-from evaluation.metrics.base_metric import Absent, Generation, Score, to_bytes
+from evaluation.metrics.base_metric import Absent, Generation, Metric, Score, to_bytes
 from evaluation.metrics.energy_distance import EnergyDistance
 from evaluation.metrics.feature_scores import FeatureScores, Floor
 from evaluation.metrics.features import FeatureMetric, scores_between
@@ -334,3 +335,15 @@ def test_a_line_says_by_which_scores_samples_differ_from_real_data() -> None:
     ]
     assert verdict_lines([near]) == ["no difference from real data is seen by eval/fid"]
     assert verdict_lines([unknown]) == []
+
+
+@pytest.mark.parametrize("given", [3.0, {"eval/mine": 3.0}, [3.0], [Score("eval/mine", torch.tensor(3.0))]])  # type: ignore[arg-type]
+def test_what_a_metric_gives_wrong_is_one_sentence(given: object) -> None:
+    class Mine(Metric):
+        name = "eval/mine"
+
+        def compute(self, generation: Generation) -> list[Score | Absent]:
+            return given  # type: ignore[return-value]
+
+    with pytest.raises(UserError, match=r"the metric mine \(Mine\) gives .*returns a list of Score"):
+        given_by("mine", Mine(), None)  # type: ignore[arg-type]
