@@ -54,6 +54,7 @@ flags (anywhere on the line)
   -m                           one run for every combination of a=1,2 b=x,y; run again, it skips what has finished
   --dry-run                    print what would run, and where; nothing is started or written
   --prove loss=NAME            is the exact field where this loss is least? Exit status 0 yes, 3 no, 4 undecided
+  --prove FILE.py:FUNCTION     the same of a plain loss of (network, x0, x1); convention=reversed: t = 0 is data
   --dashboard                  open the tracker's pages for the project of these runs, until Ctrl-C
   --cfg job                    print the composed configuration and stop (every key there can be set)
   -sc install=bash             shell completion: eval "$(python launcher.py -sc install=bash)"

@@ -126,10 +126,10 @@ def line(stage: Stage) -> str:
     if stage.reason:
         return f"  {stage.world:<13}{stage.verdict}: {stage.reason}"
     what = f"chi2 {stage.statistic:.1f} in {stage.dof} directions, p = {stage.p:.2g}"
-    bias = (
-        f"; its optimum is {stage.bias:.1%} ± {stage.spread:.1%} off, {stage.direction}" if stage.verdict == "biased" else ""
-    )
-    return f"  {stage.world:<13}{stage.verdict}: {what}{bias}; would have seen {size(stage.seen)} ({stage.seconds:.0f} s)"
+    found = f"would have seen {size(stage.seen)}"
+    if stage.verdict == "biased":
+        found = f"its optimum is {stage.bias:.1%} ± {stage.spread:.1%} off, {stage.direction}"
+    return f"  {stage.world:<13}{stage.verdict}: {what}; {found} ({stage.seconds:.0f} s)"
 
 
 def summed_up(stages: list[Stage]) -> tuple[str, str]:
