@@ -21,7 +21,6 @@ def leave(number: int, frame: object) -> None:
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, leave)  # before the imports that take time
 
-from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ HYDRA_FLAGS = (
 )  # fmt: skip
 RANK_VARIABLES = {"RANK", "WORLD_SIZE", "MASTER_ADDR"}  # torchrun gives them to each process it starts
 PLOT_ORDER = "eval/,oracle/,train/loss,gpu/,cuda/,mps/,epoch"  # of a dashboard, which else has first what has no slash
-CONFIGS = Path(__file__).resolve().parent / "configs"
 
 HELP = """DenoisingZoo: flow-matching experiments from one command, scored against closed-form truth.
 
@@ -78,12 +76,10 @@ def help_text() -> str:
     """Return what `--help` prints; imports neither torch nor Hydra, so it answers at once."""
     import textwrap
 
+    from configuration.nodes import groups
     from configuration.values import SETTINGS
 
-    choices: dict[str, list[str]] = {}
-    for file in sorted(CONFIGS.rglob("*.yaml")):
-        if file.parent != CONFIGS:
-            choices.setdefault(file.parent.relative_to(CONFIGS).as_posix(), []).append(file.stem)
+    choices = groups()
     width = max(map(len, choices))
     lines = (f"  {group:<{width}}  {' | '.join(names)}" for group, names in choices.items())
     keys = textwrap.fill(" ".join(SETTINGS), width=118, initial_indent="  ", subsequent_indent="  ")
@@ -207,6 +203,30 @@ class Interrupt:
         raise KeyboardInterrupt
 
 
+def carry_out(arguments: list[str]) -> int:
+    """Do what a command line asks for; returns the exit status. UserError for a mistake."""
+    from common.errors import UserError
+
+    if "--dashboard" in arguments:
+        dashboard([word for word in arguments if word != "--dashboard"])
+        return 0
+    if "--prove" in arguments:
+        from evaluation.prove_command import command
+
+        return command([word for word in arguments if word != "--prove"])
+    words = [word for word in with_flags_as_overrides(arguments) if word != "--dry-run"]
+    flag = unknown_flag(words)
+    if flag is not None:
+        raise UserError(f"there is no flag {flag}; `python launcher.py --help` lists them")
+    if "--dry-run" in arguments:
+        dry_run(words)
+    elif any(word.split("=")[0] in HYDRA_FLAGS for word in words):
+        through_hydra(words)
+    else:
+        launch(words)
+    return 0
+
+
 def main(arguments: list[str]) -> int:
     """Return the exit status: 0, 1 for a mistake of the user's (one sentence on stderr), 128 + its number for a signal."""
     from common.errors import UserError
@@ -221,23 +241,7 @@ def main(arguments: list[str]) -> int:
     if before in (signal.default_int_handler, leave):  # not where it is ignored, as in the background of a shell
         signal.signal(signal.SIGINT, interrupt)
     try:
-        if "--dashboard" in arguments:
-            dashboard([word for word in arguments if word != "--dashboard"])
-            return 0
-        if "--prove" in arguments:
-            from evaluation.prove_command import command
-
-            return command([word for word in arguments if word != "--prove"])
-        words = [word for word in with_flags_as_overrides(arguments) if word != "--dry-run"]
-        flag = unknown_flag(words)
-        if flag is not None:
-            raise UserError(f"there is no flag {flag}; `python launcher.py --help` lists them")
-        if "--dry-run" in arguments:
-            dry_run(words)
-        elif any(word.split("=")[0] in HYDRA_FLAGS for word in words):
-            through_hydra(words)
-        else:
-            launch(words)
+        return carry_out(arguments)
     except (Exception, KeyboardInterrupt) as error:
         if interrupt.came:  # whatever became of it on its way here
             print("launcher.py: stopped before anything was begun", file=sys.stderr)
@@ -248,7 +252,6 @@ def main(arguments: list[str]) -> int:
         return 1
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL if before is leave else before)
-    return 0
 
 
 if __name__ == "__main__":

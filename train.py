@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,16 @@ from common.device import wait_for_device
 from common.distributed import explained_lost_ranks, rank
 from common.errors import UserError
 from common.files import DISK_ERRORS, disk_sentence
+from common.signals import handled_by, heeded
 from configuration.stored import allow_for
 from evaluation.eval_checkpoint import evaluate_checkpoint
-from run_files.checkpoint_folder import saves_of
 from run_files.checks import check_run_is_new
-from run_files.run_folder import run_folder_of
+from run_files.run_folder import run_folder_of, saves_of
 from training.assemble import assemble
 from training.loop import fit
 from training.records import Records
 from training.run import Run, Stop
 from training.summary import print_end, print_start, print_times
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def carry_out(config: dict[str, Any]) -> float | None:
@@ -56,13 +55,13 @@ def carry_out(config: dict[str, Any]) -> float | None:
 
 def start_or_resume(run: Run) -> float | None:
     """Take the run's name, and train. Returns the best monitored value, if any was found."""
-    records, settings = run.records, run.records.settings
-    if settings.resume and run.state.step >= run.total_steps:
+    records, resume = run.records, run.records.config["resume"]
+    if resume and run.state.step >= run.total_steps:
         say_finished(run)
         return run.state.best
-    wait_for_device(run.device, settings.wait)
-    with stop_signals(run), explained_disk_errors(records):
-        if run.rank == 0 and not settings.resume:
+    wait_for_device(run.device, records.config["wait"])
+    with handled_by(partial(ask_to_stop, run)), explained_disk_errors(records):
+        if run.rank == 0 and not resume:
             claim_run_name(records)
         return run_training(run)
 
@@ -71,11 +70,11 @@ def claim_run_name(records: Records) -> None:
     """Hold the folder of a new run. UserError when another process has begun it meanwhile."""
     folder = records.folder
     folder.lock.acquire()
-    if records.settings.overwrite:
+    check_run_is_new(records.config, folder.path)
+    if records.config["overwrite"]:
         move_aside(records)
         folder.lock.acquire()
     else:
-        check_run_is_new(records.config, folder.path)
         folder.clear()
 
 
@@ -95,31 +94,18 @@ def say_finished(run: Run) -> None:
 
 
 def run_training(run: Run) -> float:
-    """Train to the end or a stop, between the summary before and the closing block after; the status file tells the truth
-    throughout. Returns the best monitored value.
-    """
+    """Train to the end or a stop, the status file saying which throughout. Returns the best monitored value."""
     records, begun_at = run.records, run.state.step
-    resumed_at = begun_at if records.settings.resume else None
+    resumed_at = begun_at if records.config["resume"] else None
     records.begin(resumed_at)
     run.write_status("running")
     print_start(run)
     records.start_tracker(resumed_at)
-    try:
-        with explained_disk_errors(records), explained_lost_ranks():
-            print_times(run)
-            fit(run)
-            if run.state.step != begun_at:
-                records.check_saved(run.state.step)
-    except BaseException as error:
-        with suppress(OSError):  # the disk may be what failed
-            records.settle()
-        with suppress(OSError, UserError):  # or the folder is gone
-            run.write_status("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
-        raise
-    finally:
-        for callback in run.callbacks:
-            callback.close()
-        records.tracker.finish()
+    with closed_whatever_comes(run), explained_disk_errors(records), explained_lost_ranks():
+        print_times(run)
+        fit(run)
+        if run.state.step != begun_at:
+            records.check_saved(run.state.step)
     records.export(run.payload())
     run.write_status("interrupted" if run.interrupted else "finished", run.stop.why if run.stop else "")
     print_end(run)
@@ -130,30 +116,31 @@ def run_training(run: Run) -> float:
 
 
 @contextmanager
-def stop_signals(run: Run) -> Iterator[None]:
-    """Have SIGINT, SIGTERM and SIGHUP stop the loop after its step; a second one ends the process at once.
-
-    A SIGHUP that is ignored, as under nohup, stays so.
-    """
-    heeded = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
-
-    def ask(number: int, _: object) -> None:
-        for either in heeded:
-            signal.signal(either, signal.SIG_DFL)
-        run.asked = run.asked or Stop(f"stopped by {signal.Signals(number).name}", signal=number)
-        alone = run.world == 1  # else torchrun sends SIGTERM also to those whose fellow has died
-        if run.rank == 0 and (alone or number == signal.SIGINT):
-            print(
-                f"\nstopping after this step and saving ({signal.Signals(number).name} again leaves at once)",
-                file=sys.stderr,
-            )
-
-    before = {number: signal.signal(number, ask) for number in heeded}
+def closed_whatever_comes(run: Run) -> Iterator[None]:
+    """Close what watches a run at the end of the block; where that fails, the status file says so."""
     try:
         yield
+    except BaseException as error:
+        with suppress(OSError):  # the disk may be what failed
+            run.records.settle()
+        with suppress(OSError, UserError):  # or the folder is gone
+            run.write_status("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
+        raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for callback in run.callbacks:
+            callback.close()
+        run.records.tracker.finish()
+
+
+def ask_to_stop(run: Run, number: int, _: object) -> None:
+    """Stop the loop after its step; a second signal ends the process at once."""
+    for either in heeded():
+        signal.signal(either, signal.SIG_DFL)
+    name = signal.Signals(number).name
+    run.asked = run.asked or Stop(f"stopped by {name}", signal=number)
+    alone = run.world == 1  # else torchrun sends SIGTERM also to those whose fellow has died
+    if run.rank == 0 and (alone or number == signal.SIGINT):
+        print(f"\nstopping after this step and saving ({name} again leaves at once)", file=sys.stderr)
 
 
 @contextmanager
@@ -176,8 +163,8 @@ def explained_memory_errors() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        words = str(error).lower()
-        if isinstance(error, RuntimeError) and "out of memory" not in words and "can't allocate memory" not in words:
+        said = ("out of memory", "can't allocate memory")
+        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in said):
             raise
         raise UserError(
             "out of memory; use a smaller model, a smaller batch_size with gradient_accumulation_steps to make up for it, "
@@ -186,11 +173,11 @@ def explained_memory_errors() -> Iterator[None]:
 
 
 def move_aside(records: Records) -> None:
-    """Rename the files of an earlier run of this name, so that overwrite=true loses nothing; releases its folder.
+    """Rename the files of an earlier run, so that overwrite=true loses nothing; releases its folder.
 
     The saves go first: a kill in between leaves a folder that asks for overwrite=true again, never saves without one.
     """
-    folder, output_dir = records.folder, Path(records.settings.output_dir)
+    folder, output_dir = records.folder, Path(records.config["output_dir"])
     stamp = time.strftime("%Y%m%d-%H%M%S")
     numbered = (f"{folder.name}.old-{stamp}" + (f".{n}" if n > 1 else "") for n in itertools.count(1))
     taken = {path.name for path in folder.path.parent.iterdir()}

@@ -27,9 +27,9 @@ from backends.on_volume import carry_out_on
 from common.errors import UserError
 from common.ranges import Positive, Range
 from configuration.checks import check_devices
-from configuration.compose import nearest, parse_overrides
+from configuration.compose import nearest, typed_keys, without
 from run_files.provenance import COMMIT_VARIABLE, git_commit
-from run_files.status_file import timestamp
+from run_files.run_folder import timestamp
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = PurePosixPath("/root")  # there: where modal looks for the modules of functions
@@ -38,6 +38,7 @@ MOST = {
     "T4": 8, "L4": 8, "A10": 4, "L40S": 8, "A100": 8, "A100-40GB": 8, "A100-80GB": 8, "RTX-PRO-6000": 8, "H100": 8,
     "H100!": 8, "H200": 8, "B200": 8, "B200+": 8,
 }  # fmt: skip   # how many of a GPU one container can have: Modal's GPU guide, November 2026
+PYTHON = ".".join(platform.python_version_tuple()[:2])
 NOT_SENT = ["**/__pycache__", "**/.*"]
 
 
@@ -83,22 +84,12 @@ class ModalBackend(Backend):
 
     def submit(self, overrides: list[str], config: dict[str, Any]) -> float | None:
         words, gpu = self.checked(overrides, config)
-        volume = open_volume(self.volume)
-        import modal
-
-        name = config["run_name"]
+        volume, name = open_volume(self.volume), config["run_name"]
         with explained(f"the run {name}"):
             check_volume(volume, self.volume, config)
             if config["resume"]:
                 check_stored(volume, config, words, gpu)
-            app, function = self.app(gpu)
-            job: dict[str, Any] = {"overrides": words, "gpu": gpu, "submitted": timestamp()}
-            call = outcome = None
-            with modal.enable_output(), app.run(detach=self.detach, name=f"denoising-zoo {name}"):
-                note_job(volume, name, job | {"app": app.app_id})
-                call = function.spawn(words, self.call_settings())
-                note_job(volume, name, job | {"app": app.app_id, "call": call.object_id})
-                outcome = None if self.detach else call.get()
+            call, outcome = self.sent(volume, name, words, gpu)
         if outcome is not None:
             return best_of(name, outcome)
         if call is None or not self.detach:  # app.run ends at Ctrl-C without a word
@@ -113,6 +104,21 @@ class ModalBackend(Backend):
         )
         return None
 
+    def sent(self, volume: Any, name: str, words: list[str], gpu: str | None) -> tuple[Any, Any]:
+        """Return the call that carries out the run, and what came of it where that is waited for; None each at Ctrl-C."""
+        import modal
+
+        app, function = self.app(gpu)
+        job: dict[str, Any] = {"overrides": words, "gpu": gpu, "submitted": timestamp()}
+        settings = {"volume": self.volume, "commit_minutes": self.commit_minutes, "git_commit": git_commit()}
+        call = outcome = None
+        with modal.enable_output(), app.run(detach=self.detach, name=f"denoising-zoo {name}"):
+            note_job(volume, name, job | {"app": app.app_id})
+            call = function.spawn(words, settings)
+            note_job(volume, name, job | {"app": app.app_id, "call": call.object_id})
+            outcome = None if self.detach else call.get()
+        return call, outcome
+
     def describe(self, overrides: list[str], config: dict[str, Any]) -> dict[str, str]:
         words, gpu = self.checked(overrides, config)
         return {
@@ -120,7 +126,7 @@ class ModalBackend(Backend):
             "command": shlex.join(["python", str(CODE / "launcher.py"), *words]),
             "in": f"{MOUNT}, the Volume {self.volume}: runs, checkpoints and data sets under their paths of here",
             "tracker": str(MOUNT / "trackio" / config["run_name"]),
-            "image": f"Debian slim, Python {python_version()}: {', '.join(packages(self.extras))}",
+            "image": f"Debian slim, Python {PYTHON}: {', '.join(packages(self.extras))}",
             "code": f"{', '.join(shipped())} of {ROOT} to {CODE}",
             "timeout": f"{self.timeout_hours:g} h for each attempt",
             "retries": f"{self.retries}, each from the newest save",
@@ -141,8 +147,7 @@ class ModalBackend(Backend):
                 check_on_volume(key, str(config[key]), "give the path it has there, such as outputs/ckpts/mlp/last.pt")
         packages(self.extras)
         check_device(self.gpu, config["device"])
-        keys = [override.key_or_group.split(".")[0] for override in parse_overrides(overrides)]
-        words = [word for word, key in zip(overrides, keys, strict=True) if key not in ("backend", "devices")]
+        keys, words = typed_keys(overrides), without(overrides, ("backend", "devices"))
         typed, count = "devices" in keys, config["devices"]
         if self.gpu is not None:
             if typed and self.count not in (1, count):
@@ -152,9 +157,6 @@ class ModalBackend(Backend):
         if not config["resume"] or "batch_size" in keys:
             check_devices(config | {"devices": count})
         return [*words, f"devices={count}"], self.gpu if self.gpu is None or count == 1 else f"{self.gpu}:{count}"
-
-    def call_settings(self) -> dict[str, Any]:
-        return {"volume": self.volume, "commit_minutes": self.commit_minutes, "git_commit": git_commit()}
 
     def function_settings(self, gpu: str | None) -> dict[str, Any]:
         """Return what App.function is told, without the image."""
@@ -215,10 +217,6 @@ def best_of(name: str, outcome: dict[str, Any]) -> float | None:
     return best
 
 
-def python_version() -> str:
-    return ".".join(platform.python_version_tuple()[:2])
-
-
 def project() -> dict[str, Any]:
     """Return pyproject.toml. UserError where the project is installed without it."""
     path = ROOT / "pyproject.toml"
@@ -251,7 +249,7 @@ def image(extras: list[str]) -> Any:
     """
     import modal
 
-    built = modal.Image.debian_slim(python_version()).uv_pip_install(*packages(extras))
+    built = modal.Image.debian_slim(PYTHON).uv_pip_install(*packages(extras))
     for name in shipped():
         here, there = ROOT / name, str(CODE / name)
         built = built.add_local_dir(here, there, ignore=NOT_SENT) if here.is_dir() else built.add_local_file(here, there)

@@ -12,7 +12,7 @@ from typing import Any
 
 from common.errors import UserError
 from configuration.checks import check_devices
-from configuration.compose import parse_overrides
+from configuration.compose import typed_keys
 from run_files.stored_values import as_object, parsed_config
 
 CHECKPOINTS = ("init_from", "eval_checkpoint")  # keys of files that a run starts from
@@ -151,10 +151,9 @@ def check_stored(volume: Any, config: dict[str, Any], words: list[str], gpu: str
     path = f"{run_place(config)}/config.yaml"
     text = b"".join(volume.read_file(path)).decode(errors="replace")
     loaded = parsed_config(text, f"the config.yaml of the run {config['run_name']} on the Volume")
-    parsed = parse_overrides(words)
-    typed = {override.key_or_group for override in parsed}
+    typed = typed_keys(words)
     stored = {key: loaded[key] for key in ("device", "batch_size") if key in loaded and key not in typed}
-    now = config | stored | {"devices": parsed[-1].value()}
+    now = config | stored | {"devices": int(words[-1].removeprefix("devices="))}
     check_device(gpu, now["device"])
     check_devices(now)
 

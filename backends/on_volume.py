@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from common.files import write_atomically
-from configuration.compose import compose_config, parse_overrides
+from configuration.compose import compose_config, without
 from run_files.metrics_file import best_monitored
 from run_files.run_folder import RunFolder
 
 LAUNCHER = Path(__file__).resolve().parents[1] / "launcher.py"
 GRACE_SECONDS = 25.0  # for a save: an interrupted container has about 30
 LOST_RANK = re.compile(r"rank \d+ of \d+ (was killed|lost contact)")  # as backends/torchrun.py says it
-DROPPED_WHEN_RESUMED = ("overwrite", "init_from", "resume")
+DROPPED_WHEN_RESUMED = ("overwrite", "init_from", "resume")  # what began it is in its configuration
 
 
 def carry_out_on(
@@ -39,15 +39,15 @@ def carry_out_on(
     folder = RunFolder(volume / config["output_dir"] / "runs" / config["run_name"])
     note, words = volume / "calls" / f"{call}.json", overrides
     if note.is_file():
-        if began(folder, json.loads(note.read_text(encoding="utf-8"))["found"]):
+        if identity(folder) not in (None, json.loads(note.read_text(encoding="utf-8"))["found"]):
             if folder.status.read().get("state") == "finished":
                 return outcome(folder, 0)
-            words = going_on(overrides)
+            words = [*without(overrides, DROPPED_WHEN_RESUMED), "resume=true"]
     else:
         write_atomically(note, json.dumps({"overrides": overrides, "found": identity(folder)}) + "\n")
         commit()
-    environment = {"TRACKIO_DIR": str(volume / "trackio" / folder.name), "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen([sys.executable, str(LAUNCHER), *words], cwd=volume, env=os.environ | environment)
+    environment = os.environ | {"TRACKIO_DIR": str(volume / "trackio" / folder.name), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([sys.executable, str(LAUNCHER), *words], cwd=volume, env=environment)
     status = wait_for(process, commit, commit_seconds)
     if status and LOST_RANK.match(why := str(folder.status.read().get("why", ""))):
         raise ChildProcessError(f"{why}; carried out again, the run goes on from its newest save")
@@ -60,17 +60,6 @@ def carry_out_on(
 def identity(folder: RunFolder) -> str | None:
     """Return what tells a run from another of its name: when it was started; None where there is no run."""
     return folder.status.read().get("started", "") if folder.config_path.is_file() else None
-
-
-def began(folder: RunFolder, found: str | None) -> bool:
-    """Whether the run in the folder is another than the one the call found there when it was first carried out."""
-    return identity(folder) not in (None, found)
-
-
-def going_on(overrides: list[str]) -> list[str]:
-    """Return the same run, from where it stands. What began it is in its configuration and would contradict resume=true."""
-    keys = [override.key_or_group for override in parse_overrides(overrides)]
-    return [*(word for word, key in zip(overrides, keys, strict=True) if key not in DROPPED_WHEN_RESUMED), "resume=true"]
 
 
 def wait_for(process: subprocess.Popen[bytes], commit: Callable[[], None], commit_seconds: float) -> int:

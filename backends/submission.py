@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.files import in_working_folder
 from configuration.build import build
 from configuration.checks import check_contradictions, check_devices, check_memory, check_values
-from configuration.compose import compose_config, parse_overrides, resolved
+from configuration.compose import compose_config, parse_overrides, resolved, without
 from configuration.overrides import differences, laid_over
 from configuration.stored import (
     AS_TYPED,
@@ -26,11 +26,13 @@ from configuration.stored import (
 )
 from configuration.values import FREE, NEUTRAL
 from run_files.checks import check_files, check_run_is_new
-from run_files.result import RunResult, result_of
+from run_files.result import OF_ANOTHER, RunResult, result_of
 from run_files.run_folder import RunFolder, run_folder_of
 from run_files.run_lock import check_entries
 from run_files.stored_values import CONFIG_REMEDY
 
+DRAWN = "dataloaders.synthetic."  # data made of numbers alone, which is built at once to see whether they fit
+NOTED = ("epochs", "max_steps", "device", "devices", "guidance")  # what may change freely, and is told by the log
 # Of a whole config.yaml, from its first keys to its last.
 WRITTEN = ("run_name", "dataloaders", "model", "loss", "optimizer", "choices", "overrides", "changed")
 
@@ -80,10 +82,17 @@ def prepare(overrides: list[str]) -> dict[str, Any]:
     if not config["resume"]:
         check_devices(config)  # else once it is known what the run was begun with
     backend: Backend = build(config["backend"])
-    if backend.elsewhere:
-        return config
+    if not backend.elsewhere:
+        config = checked_here(config)
+    if str(config["dataloaders"].get("_target_")).startswith(DRAWN):
+        build(config["dataloaders"])
+    return config
+
+
+def checked_here(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration that fits this machine and its files, that of a stored run where it is to go on."""
     if config["resume"]:
-        config = resumed(config, parse_overrides(overrides))
+        config = resumed(config, parse_overrides(config["overrides"]))
         check_new_parts(config)
         check_values(config)
         check_devices(config)
@@ -105,15 +114,7 @@ def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
             f"there is no run {config['run_name']} in {folder.path.parent} to resume; "
             "leave resume=true out to start it, or see `python scripts/runs.py list`"
         )
-    check_entries(folder.path)
-    before = upgraded(folder.read_config())
-    lacking = [key for key in WRITTEN if key not in before]
-    if lacking:
-        raise UserError(f"{folder.config_path} is cut: it lacks {', '.join(lacking)}; {CONFIG_REMEDY}")
-    now = {override.key_or_group.split(".")[0] for override in typed}
-    before.setdefault("monitor_mode", "min")  # as it was before there was a choice
-    before |= {key: value for key, value in config.items() if key not in before and key not in now}  # a key of later date
-    check_plain(before, folder.config_path)
+    before = stored_settings(folder, config, typed)
     merged = laid_over(without_downloads(before), config, typed)
     check_targets(merged, folder.config_path, set(merged) - set(AS_TYPED))
     check_log(merged["log"], folder, typed)
@@ -125,12 +126,21 @@ def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
             f"run {config['run_name']} was made with other settings: {listed}; leave them out to go on as it was, "
             "or say resume=force"
         )
-    soft = {
-        key: pair
-        for key, pair in changed.items()
-        if key.split(".")[0] in ("epochs", "max_steps", "device", "devices", "guidance")
-    }
-    return merged | {"changed": hard | soft}
+    return merged | {"changed": hard | {key: pair for key, pair in changed.items() if key.split(".")[0] in NOTED}}
+
+
+def stored_settings(folder: RunFolder, config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
+    """Return what the run was made with, keys of a later date being as they are now. UserError for one that is damaged."""
+    check_entries(folder.path)
+    before = upgraded(folder.read_config())
+    lacking = [key for key in WRITTEN if key not in before]
+    if lacking:
+        raise UserError(f"{folder.config_path} is cut: it lacks {', '.join(lacking)}; {CONFIG_REMEDY}")
+    now = {override.key_or_group.split(".")[0] for override in typed}
+    before.setdefault("monitor_mode", "min")  # as it was before there was a choice
+    before |= {key: value for key, value in config.items() if key not in before and key not in now}
+    check_plain(before, folder.config_path)
+    return before
 
 
 def check_log(log: dict[str, Any], folder: RunFolder, typed: list[Override]) -> None:
@@ -158,35 +168,38 @@ def sweep_name(run_name: str, swept: list[tuple[str, str]]) -> str:
 
 
 def sweep_job(job: list[str], swept_keys: set[str]) -> list[str] | RunResult:
-    """Return the overrides of one job of a sweep under its own run_name, resuming what was begun; its result if it has
-    finished.
-
-    UserError when a run of that name exists that another command made.
-    """
+    """Return the overrides of one job of a sweep under its own run_name, as `begun_job`."""
     parsed = parse_overrides(job)
     swept = [
         (o.key_or_group, o.input_line.partition("=")[2]) for o in parsed if o.key_or_group in swept_keys and o.input_line
     ]
-    bare = [text for text in job if not re.match(r"(resume|overwrite)=", text)]
-    config = resolved(compose_config(bare))
+    config = resolved(compose_config([text for text in job if not re.match(r"(resume|overwrite)=", text)]))
     name = sweep_name(str(config["run_name"]), swept)
-    overrides = [*(text for text in bare if not text.startswith("run_name=")), f"run_name='{name}'"]
-    folder = RunFolder(Path(config["output_dir"]) / "runs" / name)
-    if not folder.config_path.is_file():
-        return overrides
-    if settings_of(folder.read_config().get("overrides", [])) != settings_of(overrides):
+    return begun_job(
+        [*(text for text in job if not text.startswith("run_name=")), f"run_name='{name}'"], config | {"run_name": name}
+    )
+
+
+def begun_job(overrides: list[str], config: dict[str, Any]) -> list[str] | RunResult:
+    """Return the overrides with which a sweep's job goes on from where it stands; its result if that is not for this sweep
+    to do: it has finished, or another process trains it.
+
+    UserError when a run of that name exists that another command made.
+    """
+    overrides, folder = [text for text in overrides if not re.match(r"(resume|overwrite)=", text)], run_folder_of(config)
+    begun, result = folder.config_path.is_file(), result_of(config)
+    if begun and settings_of(folder.read_config().get("overrides", [])) != settings_of(overrides):
         raise UserError(
-            f"run {name} exists in {folder.path.parent} from another command; give this sweep another run_name, "
+            f"run {folder.name} exists in {folder.path.parent} from another command; give this sweep another run_name, "
             "or remove that run"
         )
-    status = folder.status.read()
-    if status.get("state") == "finished":
-        return result_of(config | {"run_name": name})
-    return [*overrides, "resume=true" if status.get("step") else "overwrite=true"]
+    if result.state == OF_ANOTHER or (begun and result.state == "finished"):
+        return result
+    if not begun:
+        return overrides
+    return [*overrides, "resume=true" if folder.status.read().get("step") else "overwrite=unsaved"]
 
 
 def settings_of(overrides: list[str]) -> list[str]:
-    """Return the overrides that results depend on, sorted: no NEUTRAL one, such as where the run is carried out."""
-    keys = [override.key_or_group.split(".")[0] for override in parse_overrides(overrides)]
-    neutral = NEUTRAL - {"guidance"}  # which samples depend on
-    return sorted(text for text, key in zip(overrides, keys, strict=True) if key not in neutral)
+    """Return the overrides that results depend on, sorted: no NEUTRAL one but guidance, which samples depend on."""
+    return sorted(without(overrides, NEUTRAL - {"guidance"}))

@@ -9,10 +9,10 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Glob
 from hydra.errors import CompactHydraException
 
-from backends.submission import describe, prepare, submit, sweep_job
+from backends.submission import begun_job, describe, prepare, submit, sweep_job
 from common.errors import UserError
 from configuration.compose import parse_overrides
-from run_files.result import RunResult, result_of, table
+from run_files.result import OF_ANOTHER, RunResult, result_of, table
 
 SHOWN = 3  # scores in the closing table, beside the monitored one
 HEADLINES = (
@@ -63,33 +63,48 @@ class Sweep:
         if not self.prepared:
             raise UserError("--dry-run lists a sweep's jobs, and this hydra/sweeper chooses them as it goes; leave it out")
         return "\n".join(
-            f"{' '.join(job)}: has finished, would be skipped" if isinstance(config, RunResult) else describe(config)
+            f"{' '.join(job)}: {in_words(config)}, would be skipped" if isinstance(config, RunResult) else describe(config)
             for job, config in self.prepared.items()
         )
 
+    def as_it_stands(self, job: Sequence[str]) -> dict[str, Any] | RunResult:
+        """Return a job as it was prepared, or anew where another process has begun or finished it since."""
+        made = self.prepared.get(tuple(job))
+        if isinstance(made, RunResult) and made.state == "finished":
+            return made
+        if not isinstance(made, dict):
+            return self.prepare(job)
+        now = begun_job(made["overrides"], made)
+        if isinstance(now, RunResult):
+            return now
+        return made if now == made["overrides"] else prepare(now)
+
     def run(self, job: Sequence[str]) -> RunResult:
-        """Carry out a job unless it has finished; its failure is said at once and reported to Hydra."""
-        key = tuple(job)
-        config = self.prepared[key] if key in self.prepared else self.prepare(job)
+        """Carry out a job that is this sweep's to do; its failure is said at once and reported to Hydra."""
+        key, config = tuple(job), self.as_it_stands(job)
         if isinstance(config, RunResult):
-            print(f"{config.name}: has finished, skipped")
-            self.results[key] = config
-            return config
+            return self.skip(key, config)
         try:
             self.results[key] = submit(config)
         except BaseException as error:
-            self.results[key] = failed = result_of(config)
-            failed.state = failed.state if failed.state == "interrupted" else "failed"
+            self.results[key] = result = result_of(config)
+            trains = isinstance(error, UserError) and not config["eval_checkpoint"]
+            if trains and result.state in ("finished", OF_ANOTHER):  # another process was quicker
+                return self.skip(key, result)
+            result.state = result.state if result.state == "interrupted" else "failed"
             if not isinstance(error, UserError):
                 raise
             print(f"launcher.py: {error}", file=sys.stderr)
             raise JobFailedError("a job of the sweep failed, see above; the same command runs it again") from error
         return self.results[key]
 
+    def skip(self, job: tuple[str, ...], result: RunResult) -> RunResult:
+        print(f"{result.name}: {in_words(result)}, skipped")
+        self.results[job] = result
+        return result
+
     def closing_table(self) -> str:
-        """Return the jobs that have been begun or skipped, a line each: run, what varies, state, scores;
-        the best is marked.
-        """
+        """Return a line for each job begun or skipped: run, what varies, state, scores; the best is marked."""
         results = list(self.results.values())
         shown = [name for name in HEADLINES if any(name in result.scores for result in results)][:SHOWN]
         keys = sorted(self.swept)
@@ -105,3 +120,8 @@ class Sweep:
             rows.append([mark, result.name, *(values.get(key, "-") for key in keys), result.state, monitored, *scores])
         which = "highest" if higher else "lowest"
         return f"sweep: {len(results)} jobs, * the {which} {results[0].monitor} of those that finished\n{table(rows)}"
+
+
+def in_words(result: RunResult) -> str:
+    """Return why a job is skipped."""
+    return "has finished" if result.state == "finished" else f"is {result.state}"

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from backends.base_backend import Backend
 from common.errors import UserError
+from common.signals import handled_by
+from configuration.checks import check_devices
 from run_files.run_folder import run_folder_of
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 LAUNCHER = Path(__file__).resolve().parents[1] / "launcher.py"
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 24 * 3600  # seconds a signalled run has for its step, evaluation and save; a second signal ends it at once
 
 
@@ -73,10 +74,7 @@ def check_devices_here(config: dict[str, Any]) -> None:
     from common.device import pick_device
 
     kind, devices = pick_device(config["device"]).type, config["devices"]
-    if kind == "mps" and devices > 1:
-        raise UserError(
-            f"devices={devices} needs CUDA devices or the CPU, and this machine has one MPS device; add device=cpu"
-        )
+    check_devices(config | {"device": kind})
     if kind == "cuda" and devices > torch.cuda.device_count():
         raise UserError(
             f"devices={devices}, and this machine has {torch.cuda.device_count()} CUDA device(s); use so many, or device=cpu"
@@ -90,21 +88,19 @@ def environment(config: dict[str, Any], place: Path) -> Iterator[None]:
     from common.distributed import AGENT
 
     threads = max(1, (os.cpu_count() or 1) // config["devices"])
-    set_here = {
+    before = dict(os.environ)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ |= {
         AGENT: str(os.getpid()),
         PREPARED: json.dumps(config),
         ERROR_FILE_ENV: str(place / "sentence"),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE),
     }
-    set_here |= {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
-    before = {name: os.environ.get(name) for name in set_here}
-    os.environ.update(set_here)
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            os.environ.update({} if value is None else {name: value})
+        os.environ.clear()
+        os.environ |= before
 
 
 @contextmanager
@@ -127,16 +123,12 @@ def own_signals(place: Path) -> Iterator[None]:
         came.append(number)
         raise SignalException(f"signal {number}", signal.Signals(number))
 
-    heeded = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, handle) for number in heeded}
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with handled_by(handle):
+            yield
     finally:
         logging.disable(logging.NOTSET)
-        for number, handler in before.items():
-            if signal.getsignal(number) is not handler:
-                signal.signal(number, handler)
 
 
 def verdict(error: "ChildFailedError", config: dict[str, Any], place: Path) -> BaseException:

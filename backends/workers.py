@@ -26,7 +26,7 @@ from common import distributed
 from common.distributed import LostRankError, barrier, explained_lost_ranks, orphaned, world
 from common.errors import UserError
 from configuration.checks import check_devices
-from configuration.compose import parse_overrides
+from configuration.compose import typed_keys
 from train import carry_out
 
 PREPARED = "DENOISING_ZOO_PREPARED"  # the launcher's checked configuration, for the processes it starts
@@ -50,13 +50,7 @@ def run_distributed(work: Callable[[], Any]) -> NoReturn:
     dist.init_process_group(backend, store=distributed.meeting, rank=number, world_size=count, timeout=PATIENCE)
     met.set()
     try:
-        with (
-            Path(os.devnull).open("w") as nowhere,
-            redirect_stdout(nowhere if number else sys.stdout),
-            explained_lost_ranks(),
-        ):
-            status = status_of(work)
-            barrier()  # torchrun would end those that still save
+        status = status_of(work, silent=number > 0)
     except LostRankError:
         status = EXIT_PEER_DIED
     except KeyboardInterrupt:
@@ -72,13 +66,16 @@ def run_distributed(work: Callable[[], Any]) -> NoReturn:
     os._exit(status)  # an orderly end aborts when a thread of the process group still wants the interpreter
 
 
-def status_of(work: Callable[[], Any]) -> int:
-    """0, or the status of the SystemExit that ended it."""
-    try:
-        work()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+def status_of(work: Callable[[], Any], silent: bool) -> int:
+    """Return 0, or the status of the SystemExit that ended the work, once all ranks have come here."""
+    status = 0
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere if silent else sys.stdout), explained_lost_ranks():
+        try:
+            work()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        barrier()  # torchrun would end those that still save
+    return status
 
 
 def report_error(error: Exception) -> None:
@@ -111,7 +108,7 @@ def configuration(overrides: list[str]) -> dict[str, Any]:
     """
     prepared = os.environ.get(PREPARED)
     config: dict[str, Any] = json.loads(prepared) if prepared else prepare(overrides)
-    if config["devices"] != world() and any(o.key_or_group == "devices" for o in parse_overrides(overrides)):
+    if config["devices"] != world() and "devices" in typed_keys(overrides):
         raise UserError(f"torchrun has started {world()} processes, and devices={config['devices']}; leave devices out")
     if config["choices"]["backend"] not in ("local", "torchrun"):
         where = config["choices"]["backend"]

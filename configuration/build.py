@@ -11,11 +11,6 @@ from configuration.nodes import interpolation_in, rebuilt
 from configuration.values import check_all
 
 
-def without_recommendations(node: dict[str, Any]) -> dict[str, Any]:
-    """Return the node without the settings it only hands on to other parts."""
-    return {key: value for key, value in node.items() if key != RECOMMENDATIONS}
-
-
 def build(node: dict[str, Any], **parts: Any) -> Any:
     """Return the object a node's `_target_` names, nested ones first, with `parts` as further arguments.
 
@@ -26,8 +21,9 @@ def build(node: dict[str, Any], **parts: Any) -> Any:
     if unresolved is not None:
         raise UserError(f"{node.get('_target_')} is given {unresolved!r}, which is no value; write the value itself there")
     check_all(node, str(node.get("_target_", "")))
+    own = rebuilt(node, lambda inner: {key: value for key, value in inner.items() if key != RECOMMENDATIONS})
     try:
-        return instantiate(rebuilt(node, without_recommendations), _convert_="all", **parts)
+        return instantiate(own, _convert_="all", **parts)
     except HydraException as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, (UserError, TypeError, ValueError, RuntimeError, MemoryError)):

@@ -91,14 +91,9 @@ def check_memory(config: dict[str, Any]) -> None:
 
 
 def check_rows_fit(key: str, count: int, shape: Sequence[int]) -> None:
-    """Raise UserError for so many rows that they cannot fit.
-
-    The estimate is low on purpose: COPIES fp32 states for each row, and no network, against all the memory there is.
-    """
-    remedy = ", with gradient_accumulation_steps to make up for it" if key == "batch_size" else ""
-    check_fits(
-        f"{key}={count} rows of shape {list(shape)}", 4 * COPIES * math.prod(shape) * count, f"a smaller {key}{remedy}"
-    )
+    """Raise UserError for rows that cannot fit: by a low estimate, COPIES fp32 states for each, and no network."""
+    remedy = f"a smaller {key}" + ", with gradient_accumulation_steps to make up for it" * (key == "batch_size")
+    check_fits(f"{key}={count} rows of shape {list(shape)}", 4 * COPIES * math.prod(shape) * count, remedy)
 
 
 def check_fits(what: str, needed: float, remedy: str) -> None:

@@ -6,7 +6,7 @@ unknown key, a wrong type or a value out of range becomes one sentence that name
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Collection
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -22,12 +22,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from common.errors import UserError
-from configuration.nodes import lookup
+from configuration.nodes import CONFIG_DIR, groups, lookup
 from configuration.values import as_typed, check_run_name, check_value, declared
 from dataloaders.array_header import array_classes, array_shape
 from dataloaders.picture_files import attribute_classes, folder_classes, imagenet_classes, latent_classes, latent_shape
 
-CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 AUGMENT_PARAMETERS = 9  # of dataloaders.augmentation.parameters
 RECOMMENDATIONS = "training"  # a group's node of settings that other parts take from it; no constructor sees it
 
@@ -81,34 +80,10 @@ def register_resolvers() -> None:
         imagenet_classes, attribute_classes, latent_classes,
     ):  # fmt: skip
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)
-    for shape in (array_shape, latent_shape):
-        OmegaConf.register_new_resolver(shape.__name__, as_list(shape), replace=True)
-
-
-def as_list(shape: Callable[[str], list[int]]) -> Callable[[str], Any]:
-    """Return the function with its result as configurations hold lists."""
-    return lambda path: OmegaConf.create(shape(path))
-
-
-def groups() -> dict[str, list[str]]:
-    """Return every config group ("loss", "loss/path", ...) and its choices."""
-    found: dict[str, list[str]] = {}
-    for file in sorted(CONFIG_DIR.rglob("*.yaml")):
-        if file.parent != CONFIG_DIR:
-            found.setdefault(file.parent.relative_to(CONFIG_DIR).as_posix(), []).append(file.stem)
-    return found
-
-
-@cache
-def named_in_configs(key: str, files: str = "**/*.yaml") -> set[str]:
-    """Return every value of a key, such as `_target_` or `url`, in those files of configs/."""
-    texts = (file.read_text(encoding="utf-8") for file in CONFIG_DIR.glob(files))
-    return {value for text in texts for value in re.findall(rf"\b{key}:\s*([^\s,}}]+)", text)}
-
-
-def known_targets() -> set[str]:
-    """Return every class that a file of configs/ names as its `_target_`."""
-    return named_in_configs("_target_")
+    for shape in (array_shape, latent_shape):  # whose results are lists as configurations hold them
+        OmegaConf.register_new_resolver(
+            shape.__name__, lambda path, shape=shape: OmegaConf.create(shape(path)), replace=True
+        )
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -139,6 +114,17 @@ def parse_overrides(overrides: list[str]) -> list[Override]:
             )
         parsed.append(override)
     return parsed
+
+
+def typed_keys(overrides: list[str]) -> list[str]:
+    """Return the key or group of each override."""
+    return [override.key_or_group for override in parse_overrides(overrides)]
+
+
+def without(overrides: list[str], keys: Collection[str]) -> list[str]:
+    """Return the overrides but those of these keys, or of what is below them."""
+    typed = zip(overrides, typed_keys(overrides), strict=True)
+    return [word for word, key in typed if key.split(".")[0] not in keys]
 
 
 def is_group(override: Override) -> bool:

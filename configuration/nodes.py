@@ -1,7 +1,30 @@
-"""Walks through nested configurations: dicts, lists and plain values."""
+"""Walks through configs/, and through nested configurations: dicts, lists and plain values."""
 
+import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+T = TypeVar("T")
+
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+
+
+def groups() -> dict[str, list[str]]:
+    """Return every config group ("loss", "loss/path", ...) and its choices."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(CONFIG_DIR.rglob("*.yaml")):
+        if file.parent != CONFIG_DIR:
+            found.setdefault(file.parent.relative_to(CONFIG_DIR).as_posix(), []).append(file.stem)
+    return found
+
+
+@cache
+def named_in_configs(key: str, files: str = "**/*.yaml") -> set[str]:
+    """Return every value of a key, such as `_target_` or `url`, in those files of configs/."""
+    texts = (file.read_text(encoding="utf-8") for file in CONFIG_DIR.glob(files))
+    return {value for text in texts for value in re.findall(rf"\b{key}:\s*([^\s,}}]+)", text)}
 
 
 def nodes_in(node: Any) -> Iterator[Any]:
@@ -11,11 +34,14 @@ def nodes_in(node: Any) -> Iterator[Any]:
         yield from nodes_in(inner)
 
 
-def rebuilt(node: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+def rebuilt(node: T, change: Callable[[dict[str, Any]], dict[str, Any]]) -> T:
     """Return a copy of a node with `change` applied to every dict in it, inner ones first."""
-    if isinstance(node, list | tuple):
-        return [rebuilt(inner, change) for inner in node]
-    return change({key: rebuilt(inner, change) for key, inner in node.items()}) if isinstance(node, dict) else node
+    same: Any = node
+    if isinstance(node, dict):
+        same = change({key: rebuilt(inner, change) for key, inner in node.items()})
+    elif isinstance(node, list | tuple):
+        same = [rebuilt(inner, change) for inner in node]
+    return cast(T, same)
 
 
 def lookup(config: dict[str, Any], key: str) -> Any:

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from common.errors import UserError
 from configuration.checks import check_values
-from configuration.compose import compose_config, delete, is_group, parse_overrides, resolved
+from configuration.compose import compose_config, delete, is_group, resolved, typed_keys
 from configuration.nodes import lookup
 
 
@@ -59,5 +59,5 @@ def settings_from_overrides(words: list[str]) -> dict[str, Any]:
     """Return the nodes that words name, e.g. {"solver": ...} of ["solver=rk4", "solver.steps=8"]. UserError if wrong."""
     config = resolved(compose_config(["run_name=sample", *words]))
     check_values(config)
-    named = {override.key_or_group.split(".")[0].split("/")[0] for override in parse_overrides(words)}
+    named = {key.split(".")[0].split("/")[0] for key in typed_keys(words)}
     return {name: config.get(name) for name in named}

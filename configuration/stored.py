@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from configuration.compose import CONFIG_DIR, named_in_configs, parse_overrides
-from configuration.nodes import interpolation_in, rebuilt, targets_in
+from configuration.compose import parse_overrides
+from configuration.nodes import CONFIG_DIR, interpolation_in, named_in_configs, rebuilt, targets_in
 from configuration.signatures import derives
 
 NEEDED_PARTS = ("model", "loss", "dataloaders", "source", "solver", "evaluation", "choices")
@@ -70,14 +70,9 @@ def allow(trust: str | list[str] | None) -> None:
     allowed[:] = re.findall(r"[^\s,\[\]'\"]+", trust) if isinstance(trust, str) else trust or []
 
 
-def is_allowed(target: str) -> bool:
-    return target in named_in_configs("_target_") or any(target == name or target.startswith(f"{name}.") for name in allowed)
-
-
 def upgraded(config: dict[str, Any]) -> dict[str, Any]:
     """Return a stored configuration with what older versions named otherwise under its name of today."""
-    new: dict[str, Any] = rebuilt(config, upgraded_node) if is_plain(config) else config
-    return new
+    return rebuilt(config, upgraded_node) if is_plain(config) else config
 
 
 def upgraded_node(node: dict[str, Any]) -> dict[str, Any]:
@@ -91,7 +86,9 @@ def upgraded_node(node: dict[str, Any]) -> dict[str, Any]:
 
 def check_targets(config: dict[str, Any], where: Path, parts: Any) -> None:
     """Raise UserError for a stored `_target_` under one of the keys `parts` that neither configs/ nor this command names."""
-    found = [(part, target) for part in parts for target in targets_in(config.get(part)) if not is_allowed(target)]
+    known = named_in_configs("_target_")
+    found = [(part, target) for part in parts for target in targets_in(config.get(part))
+             if target not in known and not any(f"{target}.".startswith(f"{name}.") for name in allowed)]  # fmt: skip
     if found:
         modules = dict.fromkeys([*allowed, *(target.rpartition(".")[0] or target for _, target in found)])
         part, target = found[0]
@@ -114,12 +111,11 @@ def check_plain(config: dict[str, Any], where: Path) -> None:
 
 
 def stored_config(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration in a checkpoint, which may be anyone's: it builds what is allowed, calls and fetches nothing
-    else.
+    """Return the configuration in a checkpoint, which may be anyone's: it builds what is allowed, and fetches nothing.
 
     UserError for one with parts missing or of another kind, an interpolation, or a `_target_` that is not allowed.
     """
-    config: dict[str, Any] = upgraded(payload["config"])
+    config = upgraded(payload["config"])
     if is_plain(config):
         check_targets(config, path, BUILT_PARTS)
     check_plain(config, path)
@@ -173,8 +169,7 @@ def found_class(key: str, path: str) -> type:
 
 
 def places_of(path: Path, config: dict[str, Any]) -> list[Path]:
-    """Return where relative paths in a checkpoint's configuration may start: the run's working folder, this one, the
-    checkout.
+    """Return where relative paths in a checkpoint's configuration may start: the run's working folder, this, the checkout.
 
     The first is known by where the run's output_dir lies, unless that was absolute.
     """
@@ -188,15 +183,12 @@ def places_of(path: Path, config: dict[str, Any]) -> list[Path]:
 def with_files_found(config: dict[str, Any], places: list[Path]) -> dict[str, Any]:
     """Return a configuration whose relative paths to files and folders that exist are from the working folder."""
 
-    def found(value: Any) -> Any:
-        if not isinstance(value, str) or not value:
-            return value
-        return str(next((place / value for place in places if exists(place / value)), value))
+    def with_found(node: dict[str, Any]) -> dict[str, Any]:
+        files = {key: node[key] for key in FILE_KEYS if isinstance(node.get(key), str) and node[key]}
+        there = {key: [place / file for place in places if exists(place / file)] for key, file in files.items()}
+        return node | {key: str(found[0]) for key, found in there.items() if found}
 
-    changed: dict[str, Any] = rebuilt(
-        config, lambda node: {key: found(value) if key in FILE_KEYS else value for key, value in node.items()}
-    )
-    return changed
+    return rebuilt(config, with_found)
 
 
 def exists(path: Path) -> bool:
@@ -210,16 +202,12 @@ def exists(path: Path) -> bool:
 def is_whole(config: dict[str, Any]) -> bool:
     """Whether it has every part a model is built from."""
     parts, choices = [config.get(part) for part in NEEDED_PARTS], config.get("choices")
-    return (
-        all(isinstance(node, dict) and ("_target_" in node or node is choices) for node in parts)
-        and all(
-            isinstance(choice := config["choices"].get(group), str) and CHOICE.fullmatch(choice)
-            for group in ("model", "loss", "dataloaders")
-        )
-        and isinstance(config["dataloaders"].get("state_shape"), list)
-        and isinstance(config.get("seed"), int)
-        and "limit_data" in config
-    )
+    if not all(isinstance(node, dict) and ("_target_" in node or node is choices) for node in parts):
+        return False
+    chosen = [config["choices"].get(group) for group in ("model", "loss", "dataloaders")]
+    named = all(isinstance(choice, str) and CHOICE.fullmatch(choice) for choice in chosen)
+    shaped = isinstance(config["dataloaders"].get("state_shape"), list)
+    return named and shaped and isinstance(config.get("seed"), int) and "limit_data" in config
 
 
 def is_plain(node: Any, depth: int = 20) -> bool:
@@ -233,10 +221,9 @@ def is_plain(node: Any, depth: int = 20) -> bool:
 
 def without_downloads(config: dict[str, Any]) -> dict[str, Any]:
     """Return the nested configuration with every `download` off, and every `url` empty that no file of configs/ names."""
-    kept: dict[str, Any] = rebuilt(config, without_download)
-    return kept
 
+    def changed(node: dict[str, Any]) -> dict[str, Any]:
+        off = {"download": False} if "download" in node else {}
+        return node | off | ({"url": ""} if "url" in node and str(node["url"]) not in named_in_configs("url") else {})
 
-def without_download(node: dict[str, Any]) -> dict[str, Any]:
-    off = {"download": False} if "download" in node else {}
-    return node | off | ({"url": ""} if "url" in node and str(node["url"]) not in named_in_configs("url") else {})
+    return rebuilt(config, changed)

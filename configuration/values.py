@@ -64,7 +64,7 @@ SETTINGS: dict[str, Setting] = {
     "monitor_mode": Setting(Literal["auto", "min", "max"], free=True, neutral=True),
     "patience": Setting(Count | None, free=True, neutral=True),
     "resume": Setting(Literal[True, False, "force"], free=True, neutral=True),
-    "overwrite": Setting(bool, free=True, neutral=True),
+    "overwrite": Setting(Literal[True, False, "unsaved"], free=True, neutral=True),
     "init_from": Setting(FilePath | None, free=True),
     "eval_checkpoint": Setting(FilePath | None, free=True, neutral=True),
     "trust": Setting(list[str] | str | None, free=True, neutral=True),

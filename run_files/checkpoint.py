@@ -25,7 +25,6 @@ KINDS: dict[str, Any] = {
     "network": dict, "ema": dict, "optimizer": dict, "schedule": dict, "scaler": dict, "window": dict, "step": int,
     "best": int | float, "waited": int, "elapsed": int | float, "run_name": str, "second_time": str | None, "config": dict,
 }  # fmt: skip
-KEYS = tuple(KINDS)
 
 # What zipfile, torch, its unpickler and safetensors raise at files that anyone may have written.
 BROKEN = (
@@ -35,9 +34,7 @@ BROKEN = (
 
 
 def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
-    """Store a payload in one step, with its digest. OSError when the disk refuses, which torch's writer hides in an error of
-    its own.
-    """
+    """Store a payload in one step, with its digest. OSError when the disk refuses, which torch hides in one of its own."""
     with replacing(path) as file:
         try:
             torch.save(payload | {"digest": digest_of(payload)}, file)
@@ -68,16 +65,6 @@ def add_to_digest(digest: Any, node: Any) -> None:
         digest.update(f"{type(node).__name__} {node!r};".encode(errors="surrogatepass"))
 
 
-def wrong_digest(path: Path, stored: Any, content: Any) -> str | None:
-    """Return what is wrong unless what was read is what was written: two readers of one damaged file may see different
-    archives.
-    """
-    if stored is None:
-        note_once(f"{path} has no digest, as files of earlier versions; whether it is undamaged cannot be told")
-        return None
-    return None if stored == digest_of(content) else "is damaged: what is read from it is not what was written"
-
-
 def write_export(path: Path, payload: dict[str, Any]) -> None:
     """Store the EMA weights of a payload as safetensors, its configuration and what load_checkpoint needs as metadata."""
     weights = {name: tensor.contiguous().cpu() for name, tensor in payload["ema"].items()}
@@ -88,9 +75,7 @@ def write_export(path: Path, payload: dict[str, Any]) -> None:
 
 
 def read_export(path: Path, device: torch.device | str) -> tuple[Any, Any, Any]:
-    """Return the payload of what write_export wrote, its digest, and what that is of: a checkpoint with the EMA weights as
-    its only ones, which no run resumes.
-    """
+    """Return the payload of what write_export wrote, which no run resumes, its digest, and what that is of."""
     with safe_open(path, "pt", device=str(device)) as opened:
         words, weights = dict(opened.metadata() or {}), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     digest, config = words.pop("digest", None), json.loads(words["config"])
@@ -111,8 +96,7 @@ def read_archive(path: Path, device: torch.device | str) -> tuple[Any, Any, Any]
 
 
 def check_archive(path: Path) -> None:
-    """Raise BadZipFile unless every byte is as torch.save wrote it: each entry's CRC-32 holds, which torch.load does not
-    check.
+    """Raise BadZipFile unless each entry's CRC-32 holds, which torch.load does not check.
 
     UserError for an entry that says it is compressed, or larger than the file: torch.save stores entries as they are.
     """
@@ -138,17 +122,18 @@ def is_readable(path: Path) -> bool:
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Return the payload of a checkpoint of this project, or of a run's model.safetensors, verified, tensors only.
-
-    UserError for anything else.
-    """
+    """Return the verified payload of a checkpoint, or of a run's model.safetensors. UserError for anything else."""
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}; `python scripts/runs.py list` shows the runs there are")
     payload: dict[str, Any] = {}
     try:
         read = read_export if path.suffix == ".safetensors" else read_archive
         payload, digest, content = read(path, device)
-        wrong = wrong_payload(payload) or wrong_digest(path, digest, content)
+        wrong = wrong_payload(payload)
+        if wrong is None and digest is None:
+            note_once(f"{path} has no digest, as files of earlier versions; whether it is undamaged cannot be told")
+        elif wrong is None and digest != digest_of(content):  # two readers of one damaged file may see different archives
+            wrong = "is damaged: what is read from it is not what was written"
     except BROKEN:
         wrong = "cannot be read as a checkpoint (it is damaged or not one)"
     if wrong:
@@ -167,7 +152,7 @@ def wrong_payload(payload: Any) -> str | None:
             f"has checkpoint format {written.rpartition('-')[2]}, and this version of the project reads format {version}; "
             "use the version that wrote it (its git_commit is in the file)"
         )
-    lacking = [key for key in KEYS if key not in payload]
+    lacking = [key for key in KINDS if key not in payload]
     if lacking:
         return f"lacks {', '.join(lacking)}, so it is not a whole checkpoint"
     for key, kind in KINDS.items():
@@ -175,13 +160,8 @@ def wrong_payload(payload: Any) -> str | None:
             return f"holds {str(payload[key])[:60]!r} as its {key}, which no save does"
     if not RUN_NAME.fullmatch(payload["run_name"]):
         return f"names its run {payload['run_name'][:60]!r}, which cannot name files"
-    items = [item for part in ("network", "ema") for item in payload[part].items()]
-    wrong = next((name for name, value in items if not isinstance(name, str) or not is_stored_weight(value)), None)
-    return None if wrong is None else f"holds something else than real numbers as {str(wrong)[:60]!r}"
-
-
-def is_stored_weight(value: Any) -> bool:
-    """Return whether it is a tensor of real numbers that are there, each in its place."""
-    if not isinstance(value, torch.Tensor):
-        return False
-    return value.layout is torch.strided and not (value.is_meta or value.is_complex() or value.is_quantized)
+    for name, value in (*payload["network"].items(), *payload["ema"].items()):
+        real = isinstance(value, torch.Tensor) and not (value.is_meta or value.is_complex() or value.is_quantized)
+        if not (isinstance(name, str) and real and value.layout is torch.strided):
+            return f"holds something else than real numbers as {str(name)[:60]!r}"
+    return None

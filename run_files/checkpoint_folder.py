@@ -10,6 +10,7 @@ import torch
 from common.errors import UserError
 from common.files import remove_temporaries, share
 from run_files.checkpoint import is_readable, load_checkpoint, write_checkpoint
+from run_files.run_folder import save_name
 
 ASYNC_BYTES = 64 * 2**20  # a smaller save is written in less time than a thread is worth
 
@@ -40,7 +41,7 @@ class CheckpointFolder:
     """
 
     def __init__(self, output_dir: Path, arch: str, run_name: str, keep: int, in_background: bool | None = None):
-        self.folder, self.run_name, self.keep = output_dir / "ckpts" / arch, run_name, keep
+        self.output_dir, self.folder, self.run_name, self.keep = output_dir, output_dir / "ckpts" / arch, run_name, keep
         self.archive = self.folder / "archive"
         self.in_background = in_background
         self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
@@ -56,13 +57,10 @@ class CheckpointFolder:
         return self.folder / f"{self.run_name}_best.pt"
 
     def epoch_saves(self) -> list[Path]:
-        """Return this run's archived saves, oldest first; never those of a run whose name merely begins alike."""
-        pattern = re.compile(re.escape(self.run_name) + r"_epoch_(\d{4,})\.pt")
-        found = [(int(m[1]), p) for p in self.archive.glob("*.pt") if (m := pattern.fullmatch(p.name))]
+        """Return this run's archived saves, oldest first."""
+        pattern = save_name(self.run_name)
+        found = [(int(m[1]), p) for p in self.archive.glob("*.pt") if (m := pattern.fullmatch(p.name)) and m[1]]
         return [path for _, path in sorted(found)]
-
-    def all_files(self) -> list[Path]:
-        return [*self.epoch_saves(), *(path for path in (self.last, self.best) if path.exists())]
 
     def save(self, payload: dict[str, Any], epoch: int | None, best: bool) -> None:
         """Save the state, once the save before has ended: at once, or as a thread's work that `settle` waits for."""
@@ -103,16 +101,11 @@ class CheckpointFolder:
                 path.unlink()
 
     def saves(self) -> list[Path]:
-        """Return what this run can go on from, the best first: its last save, the archived ones from the newest, the best
-        one.
-        """
+        """Return what this run can go on from: the last save, the archived ones from the newest, the best."""
         return [path for path in (self.last, *reversed(self.epoch_saves()), self.best) if path.exists()]
 
     def newest(self) -> tuple[Path, dict[str, Any]]:
-        """Return this run's newest save that is whole, and its payload; one line says so when a newer one is damaged.
-
-        UserError when there is none.
-        """
+        """Return this run's newest whole save and its payload; a line names newer ones. UserError when there is none."""
         damaged: list[tuple[Path, UserError]] = []
         for path in self.saves():
             try:
@@ -132,14 +125,6 @@ class CheckpointFolder:
 
     def remove_temporaries(self) -> None:
         """Remove what killed processes of this run left half-written. The run's lock is held."""
-        names = rf"{re.escape(self.run_name)}(_last|_best|_epoch_\d{{4,}}|\.last)\.pt"
+        names = rf"{save_name(self.run_name).pattern}|{re.escape(self.run_name)}\.last\.pt"
         for folder in (self.folder, self.archive):
             remove_temporaries(folder, names)
-
-
-def saves_of(output_dir: Path, run_name: str) -> list[Path]:
-    """Return every save of the run, of whatever architecture."""
-    folders = [
-        CheckpointFolder(output_dir, arch.name, run_name, keep=0) for arch in sorted((output_dir / "ckpts").glob("*"))
-    ]
-    return [path for folder in folders for path in folder.all_files()]

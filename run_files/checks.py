@@ -1,7 +1,6 @@
 """What a run needs of the disk: its files, folders it may write to, and a name that is free."""
 
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from common.errors import UserError
 from common.files import end_of
 from configuration.nodes import lookup
 from run_files.experiment_log import ExperimentLog
-from run_files.run_folder import RunFolder
+from run_files.run_folder import RunFolder, saves_of
 
 FILES = {
     **dict.fromkeys(("init_from", "eval_checkpoint"), "the path of a checkpoint such as outputs/ckpts/mlp/last.pt"),
@@ -66,7 +65,7 @@ def check_run_is_new(config: dict[str, Any], run_folder: Path) -> None:
             f"write {alike[0]}"
         )
     else:
-        decided = config["resume"] or config["overwrite"] or config["eval_checkpoint"]
+        decided = config["resume"] or config["overwrite"] is True or config["eval_checkpoint"]
         why = None if decided else taken(config, RunFolder(run_folder))
     if why:
         raise UserError(f"run_name={name} {why}, or choose another name")
@@ -74,21 +73,14 @@ def check_run_is_new(config: dict[str, Any], run_folder: Path) -> None:
 
 def taken(config: dict[str, Any], folder: RunFolder) -> str | None:
     """Return what of an earlier run a new one would overwrite, and what to do about it; None for nothing."""
-    left, status = first_save(config), folder.status.read()
-    unbegun = status.get("state") in ("failed", "interrupted") and status.get("step") == 0
+    left, status = saves_of(Path(config["output_dir"]), folder.name), folder.status.read()
+    ended = status.get("state") in ("failed", "interrupted") and status.get("step") == 0
+    unbegun = ended or config["overwrite"] == "unsaved"
     if folder.config_path.exists() and (left or not unbegun):
         return (
             f"exists already in {folder.path}; go on with it by resume=true, replace it (the old run is moved aside) by "
             "overwrite=true"
         )
     if left:
-        return f"has saves already, such as {left}, of a run whose folder is gone; move them aside by overwrite=true"
+        return f"has saves already, such as {left[0]}, of a run whose folder is gone; move them aside by overwrite=true"
     return None
-
-
-def first_save(config: dict[str, Any]) -> Path | None:
-    """Return a save of a run of this name, or None."""
-    name, saves = config["run_name"], Path(config["output_dir"]) / "ckpts"
-    epoch_save = re.compile(re.escape(name) + r"_epoch_\d{4,}\.pt")
-    archived = (path for path in saves.glob("*/archive/*.pt") if epoch_save.fullmatch(path.name))
-    return next((path for path in (*saves.glob(f"*/{name}_last.pt"), *archived)), None)

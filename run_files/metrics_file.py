@@ -32,17 +32,10 @@ class MetricsFile:
         self.unwritten = b""  # rows that the disk refused, written with the next that it takes
 
     def append(
-        self,
-        step: int,
-        epoch: int,
-        elapsed_seconds: float,
-        metrics: dict[str, float],
+        self, step: int, epoch: int, elapsed_seconds: float, metrics: dict[str, float],
         provenance: dict[str, str] | None = None,
-    ) -> None:
-        """Add one row; it is in the file (not only in this process) when the call returns.
-
-        provenance: what scores depend on, by metric name; under that key of the row.
-        """
+    ) -> None:  # fmt: skip
+        """Add one row, in the file when the call returns. provenance: what scores depend on, by metric name."""
         row: dict[str, Any] = {"step": step, "epoch": epoch, "elapsed_seconds": round(elapsed_seconds, 3)}
         row |= {"provenance": provenance} if provenance else {}
         numbers = {name: json_number(value) for name, value in metrics.items()}
@@ -109,7 +102,8 @@ class MetricsFile:
         lines, rows = self.lines(), self.numbered_rows()
         torn = 1 if lines and as_row(lines[-1]) is None else 0
         if len(rows) + torn < len(lines):
-            kept = free_name(self.path.with_name("metrics.jsonl.damaged"))
+            names = (self.path.with_name("metrics.jsonl.damaged" + (f".{n}" if n > 1 else "")) for n in itertools.count(1))
+            kept = next(name for name in names if not name.exists())
             share(self.path, kept)
             print(f"note: the file as it was is kept as {kept}", file=sys.stderr)
         write_atomically(self.path, "".join(f"{lines[number - 1]}\n" for number, row in rows if row["step"] <= step))
@@ -125,12 +119,6 @@ def as_row(line: str) -> dict[str, Any] | None:
     """Return the row that a line is, None for anything else. What this project writes is ASCII."""
     row = as_object(line) if line.isascii() else None
     return row if row is not None and isinstance(row.get("step"), int) and is_number(row["step"]) else None
-
-
-def free_name(path: Path) -> Path:
-    """Return the path, or with the first of .2, .3, ... after it that no file has."""
-    names = (path if n == 1 else path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
-    return next(name for name in names if not name.exists())
 
 
 def higher_is_better(metric: str, mode: str = "auto") -> bool:

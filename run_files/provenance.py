@@ -18,12 +18,8 @@ def git_commit() -> str:
     """Return the checked-out commit of the project, with -dirty when files differ from it; "unknown" outside git."""
     if COMMIT_VARIABLE in os.environ or shutil.which("git") is None:
         return os.environ.get(COMMIT_VARIABLE, "unknown")
-    result = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"
 
 

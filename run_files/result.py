@@ -8,13 +8,15 @@ from typing import Any
 from run_files.metrics_file import best_monitored, higher_is_better
 from run_files.run_folder import run_folder_of
 
+OF_ANOTHER = "trained by another process"  # state of a run that is held right now
+
 
 class RunResult(float):
     """What a run came to. As a number it is the best monitored value, infinite where none is known.
 
-    scores: the last value of each metric of its evaluations; state: as in its status.json, or "submitted" where nothing of
-    it is on this machine; path: its folder (of a scored checkpoint: the file of its scores); checkpoint: its newest save,
-    None before the first.
+    scores: the last value of each metric of its evaluations; state: as in its status.json, OF_ANOTHER while another process
+    trains it, "submitted" where nothing of it is on this machine; path: its folder (of a scored checkpoint: the file of its
+    scores); checkpoint: its newest save, None before the first.
     """
 
     name: str
@@ -27,9 +29,7 @@ class RunResult(float):
 
 
 def result_of(config: dict[str, Any], best: float | None = None) -> RunResult:
-    """Return what the files of a run say of it; best: its best monitored value where that is known, else that of its
-    metrics.
-    """
+    """Return what the files of a run say of it; best: its best monitored value where that is known."""
     folder, outputs, name = run_folder_of(config), Path(config["output_dir"]), config["run_name"]
     if config["eval_checkpoint"]:
         path, checkpoint = scores_file(config), Path(config["eval_checkpoint"])
@@ -38,7 +38,8 @@ def result_of(config: dict[str, Any], best: float | None = None) -> RunResult:
     else:
         path, checkpoint = folder.path, outputs / "ckpts" / config["choices"]["model"] / f"{name}_last.pt"
         status = folder.status.read()
-        scores, state, logged = status.get("scores", {}), status.get("state", "submitted"), folder.metrics.read()
+        scores, logged = status.get("scores", {}), folder.metrics.read()
+        state = OF_ANOTHER if folder.lock.is_held() else status.get("state", "submitted")
     if best is None:
         best = best_monitored(logged, config)
     result = RunResult(math.inf if best is None else best)

@@ -18,10 +18,7 @@ class RunLock:
         self.file: TextIO | None = None
 
     def acquire(self) -> None:
-        """Make the folder and hold it until `release`.
-
-        UserError when the system refuses it, or another process holds it: a live run is neither doubled nor overwritten.
-        """
+        """Make the folder and hold it until `release`. UserError when the system refuses it, or another process holds it."""
         check_entries(self.folder)
         try:
             while not self.is_own():  # the folder may be moved aside between opening the file and locking it

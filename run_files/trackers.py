@@ -16,7 +16,10 @@ from common.errors import UserError
 
 
 class Tracker(ABC):
-    """Receives the scalars and pictures of one run."""
+    """Receives the scalars and pictures of one run. project: the name they are shown under together."""
+
+    def __init__(self, project: str = "denoising-zoo") -> None:
+        self.project = project
 
     @abstractmethod
     def start(
@@ -24,16 +27,10 @@ class Tracker(ABC):
     ) -> None:
         """Open the run.
 
-        Args:
-            run_name: name the run is shown under.
-            config: resolved configuration of plain values.
-            folder: outputs/runs/<run_name>/, where a tracker that keeps files puts them.
-            resume_step: step of the checkpoint the run continues from: the history up to it is what metrics.jsonl in
-                `folder` has, so that each step is seen once. None for a run that starts anew.
-            overwrite: a run that starts anew replaces the earlier ones of its name instead of standing beside them.
-
-        Raises:
-            UserError: the tracker's package is not installed.
+        config: resolved, of plain values. folder: outputs/runs/<run_name>/, where a tracker that keeps files puts them.
+        resume_step: of the checkpoint the run continues from; the history up to it is what metrics.jsonl has, so that each
+        step is seen once. None for a run that starts anew, which by `overwrite` replaces the earlier ones of its name.
+        UserError when the tracker's package is not installed.
         """
 
     @abstractmethod
@@ -64,9 +61,6 @@ class NullTracker(Tracker):
 class TensorboardTracker(Tracker):
     """Event files under <folder>/tensorboard: `tensorboard --logdir outputs/runs`."""
 
-    def __init__(self, project: str = "denoising-zoo") -> None:
-        self.project = project
-
     def start(
         self, run_name: str, config: dict[str, Any], folder: Path, resume_step: int | None, overwrite: bool = False
     ) -> None:
@@ -96,9 +90,6 @@ class WandbTracker(Tracker):
     Its history only moves forward: after a resume, steps that had been logged before are kept and their repetition is
     dropped, which shows each step once as well.
     """
-
-    def __init__(self, project: str = "denoising-zoo") -> None:
-        self.project = project
 
     def start(
         self, run_name: str, config: dict[str, Any], folder: Path, resume_step: int | None, overwrite: bool = False
@@ -167,10 +158,7 @@ class GuardedTracker(Tracker):
 
 
 def tracker_from_config(settings: dict[str, Any]) -> Tracker:
-    """Return the guarded tracker that cfg.trackio asks for: `enabled`, and `_target_` with its own keys.
-
-    A missing package is noticed by `start`, not here.
-    """
+    """Return the guarded tracker that cfg.trackio asks for; that its package is missing is noticed by `start`."""
     from hydra.utils import instantiate
 
     keys = {name: value for name, value in settings.items() if name != "enabled"}

@@ -27,9 +27,7 @@ class TrackioTracker(Tracker):
     Raises (from every method): RuntimeError or OSError or sqlite3.Error when the run's rows cannot be written.
     """
 
-    def __init__(self, project: str = "denoising-zoo") -> None:
-        self.project = project
-        self.failure: str | None = None
+    failure: str | None = None
 
     def start(
         self, run_name: str, config: dict[str, Any], folder: Path, resume_step: int | None, overwrite: bool = False
@@ -40,11 +38,10 @@ class TrackioTracker(Tracker):
         self.take_warnings(Path(trackio.__file__).parent)
         if overwrite or resume_step is not None:
             delete_run(self.project, run_name, newest_alone=not overwrite)
+        shown = {name.lstrip("_"): value for name, value in config.items()}  # trackio keeps a leading underscore to itself
         with contextlib.redirect_stdout(io.StringIO()):
             # In a context of its own: trackio finishes the run of the main one again, and waits, when the interpreter exits.
-            self.run = contextvars.copy_context().run(
-                trackio.init, self.project, name=run_name, config=without_reserved_keys(config), embed=False
-            )
+            self.run = contextvars.copy_context().run(trackio.init, self.project, name=run_name, config=shown, embed=False)
         if resume_step is not None:
             self.log_history(RunFolder(folder), resume_step)
         self.raise_failure()
@@ -74,10 +71,7 @@ class TrackioTracker(Tracker):
         self.raise_failure()
 
     def take_warnings(self, home: Path) -> None:
-        """Keep trackio's first warning, from any thread, until finish, and show none of them; others are shown as before.
-
-        home: folder of trackio's source.
-        """
+        """Keep the first warning from trackio's source in `home`, of any thread, until finish; show only those of others."""
 
         def take(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **keys: Any) -> None:
             if Path(filename).parent == home and issubclass(category, UserWarning):
@@ -111,11 +105,8 @@ def run_names(project: str) -> list[str]:
 def delete_run(project: str, run_name: str, newest_alone: bool = False) -> None:
     """Delete every run of that name or only the newest, and, when none is left, their pictures.
 
-    Only a folder of the project's own pictures is removed. Those of a run whose name is a path, which another program gave,
-    stay, and a line on stderr says so.
-
-    Raises:
-        RuntimeError: the database refused (another process holds it).
+    Pictures of a run whose name is a path, which another program gave, stay, and a line on stderr says so. RuntimeError when
+    the database refuses, as while another process holds it.
     """
     from trackio.media import get_project_media_path
 
@@ -130,8 +121,3 @@ def delete_run(project: str, run_name: str, newest_alone: bool = False) -> None:
         print(f"note: {run_name!r} names no folder of its own; its pictures, if any, stay", file=sys.stderr)
     else:
         shutil.rmtree(get_project_media_path(project, run_name), ignore_errors=True)
-
-
-def without_reserved_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration under names trackio accepts: it keeps a leading underscore at the top level to itself."""
-    return {str(name).lstrip("_"): value for name, value in config.items()}

@@ -16,8 +16,6 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,19 +27,19 @@ from common.errors import UserError
 from common.files import in_working_folder
 from run_files.experiment_log import PARTS, ExperimentLog, Section
 from run_files.result import table
-from run_files.run_folder import RunFolder
-from run_files.status_file import timestamp
-from scripts.modal_runs import Remote, chosen, is_save, moment, read_run, saves_of
+from run_files.run_folder import RunFolder, saves_of, timestamp
+from scripts.modal_runs import Remote, chosen, moment, read_run, saves_there
 from scripts.runs import list_row
 from scripts.trackio_rebuild import rebuild
 
 MODAL_APP = (sys.executable, "-m", "modal", "app")
+ENDED = "modal app {} ended with status {}"  # modal says itself what is wrong
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        complaints = options.action(options)
+        complaints = options.action(options) or []
     except UserError as error:
         complaints = [str(error)]
     for complaint in complaints:
@@ -113,13 +111,16 @@ def bring(remote: Remote, name: str, paths: list[PurePosixPath], output_dir: Pat
     """Bring one run home: what was done, in words. UserError where nothing may be; then nothing here has changed."""
     here = RunFolder(output_dir / "runs" / name)
     pending = here.path / ".untracked"  # there until tracker and log have what came, so that the next sync completes it
-    with staging(output_dir) as place:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".sync-") as temporary:
+        place = Path(temporary)
         fetched = RunFolder(place / "runs" / name)
         config = read_run(remote, name, paths, fetched)
         if is_newer(fetched, here):
-            for path, entry in {**dict.fromkeys(paths), **saves_of(name, remote.checkpoints())}.items():
+            for path, entry in {**dict.fromkeys(paths), **saves_there(name, remote.checkpoints())}.items():
                 target = path.relative_to(remote.output_dir)
-                kept = "archive" in path.parts and same_size(output_dir / target, entry)  # an epoch's save never changes
+                local, epochs_own = output_dir / target, "archive" in path.parts  # which never changes
+                kept = epochs_own and local.is_file() and local.stat().st_size == entry.size
                 if not kept and not (place / target).exists():
                     remote.fetch(path, place / target)
             read_run(remote, name, paths, fetched)  # again: rows newer than the saves are redone, missing ones are not
@@ -130,10 +131,6 @@ def bring(remote: Remote, name: str, paths: list[PurePosixPath], output_dir: Pat
             finally:
                 here.release()
     return f"step {here.status.read()['step']}, {track(here, config, pending)}"
-
-
-def same_size(path: Path, entry: Any) -> bool:
-    return path.is_file() and path.stat().st_size == entry.size
 
 
 def move_home(fetched: RunFolder, here: RunFolder, place: Path, output_dir: Path) -> None:
@@ -147,31 +144,21 @@ def move_home(fetched: RunFolder, here: RunFolder, place: Path, output_dir: Path
         path.replace(target)
 
 
-@contextmanager
-def staging(output_dir: Path) -> Iterator[Path]:
-    """A folder on the disk of the runs, gone afterwards."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".sync-") as place:
-        yield Path(place)
-
-
 def is_newer(fetched: RunFolder, here: RunFolder) -> bool:
     """Whether what came is to replace what is here. UserError where that is another run, or a newer state of it."""
     name, ours, theirs = here.name, here.status.read(), fetched.status.read()
     if not here.config_path.is_file():
-        saves = (here.path.parents[1] / "ckpts").rglob("*.pt")
-        left = next((path for path in saves if is_save(name, path.name)), None)
-        if left is not None:
-            raise UserError(f"run {name} has saves here, such as {left}, and no run folder; move them away, then sync again")
+        if left := saves_of(here.path.parents[1], name):
+            raise UserError(
+                f"run {name} has saves here, such as {left[0]}, and no run folder; move them away, then sync again"
+            )
         return True
     if not ours and here.config_path.read_bytes() == fetched.config_path.read_bytes():
         return True  # the sync before was cut short
+    remedy = f"`modal_app.py download {name}` copies that of the Volume elsewhere"
     if ours.get("started") != theirs["started"]:
         command = here.read_config().get("command", "another command")
-        raise UserError(
-            f"run {name} here is another one, by `{command}`, and was left alone with all its files; "
-            f"`modal_app.py download {name}` copies that of the Volume elsewhere"
-        )
+        raise UserError(f"run {name} here is another one, by `{command}`, and was left alone with all its files; {remedy}")
     then, now = moment(ours["updated"]), moment(theirs["updated"])
     if then is None or now is None:
         raise UserError(
@@ -179,8 +166,7 @@ def is_newer(fetched: RunFolder, here: RunFolder) -> bool:
         )
     if then > now:
         raise UserError(
-            f"run {name} is newer here (step {ours['step']}, on the Volume {theirs['step']}) and was left alone; "
-            f"`modal_app.py download {name}` copies that of the Volume elsewhere"
+            f"run {name} is newer here (step {ours['step']}, on the Volume {theirs['step']}) and was left alone; {remedy}"
         )
     return then < now
 
@@ -204,37 +190,36 @@ def track(folder: RunFolder, config: dict[str, Any], pending: Path) -> str:
     return done
 
 
-def list_checkpoints(options: argparse.Namespace) -> list[str]:
+def list_checkpoints(options: argparse.Namespace) -> None:
     """Print every checkpoint on the Volume, or those of the runs named."""
     remote = Remote(options.volume, options.output_dir)
     there = remote.checkpoints()
     if options.runs:
-        there = {path: entry for name in chosen(remote, options.runs) for path, entry in saves_of(name, there).items()}
+        there = {path: entry for name in chosen(remote, options.runs) for path, entry in saves_there(name, there).items()}
     rows = [[str(p), f"{e.size / 2**20:,.1f} MiB", f"{datetime.fromtimestamp(e.mtime):%F %T}"] for p, e in there.items()]
     print(table([["checkpoint", "size", "saved"], *sorted(rows)]) if rows else f"no checkpoints on the Volume {remote.name}")
-    return []
 
 
-def download(options: argparse.Namespace) -> list[str]:
+def download(options: argparse.Namespace) -> None:
     """Copy a run with its checkpoints as it stands on the Volume, broken or not, to a folder that has none of that name."""
     remote = Remote(options.volume, options.output_dir)
-    paths = [*chosen(remote, [options.run])[options.run], *saves_of(options.run, remote.checkpoints())]
+    paths = [*chosen(remote, [options.run])[options.run], *saves_there(options.run, remote.checkpoints())]
     taken = next((options.to / path for path in paths if (options.to / path).exists()), None)
     if taken is not None:
         raise UserError(f"{taken} exists already; give another folder by --to")
     for path in paths:
         remote.fetch(path, options.to / path)
     print(f"{len(paths)} files of {options.run} are in {options.to / options.output_dir}")
-    return []
 
 
-def show_logs(options: argparse.Namespace) -> list[str]:
+def show_logs(options: argparse.Namespace) -> None:
     app = Remote(options.volume, options.output_dir).job(options.run)["app"]
     words = ["logs", app, *(["--follow"] if options.follow else [])]
-    return complaint_of(words, subprocess.run([*MODAL_APP, *words], check=False).returncode)
+    if status := subprocess.run([*MODAL_APP, *words], check=False).returncode:
+        raise UserError(ENDED.format(" ".join(words), status))
 
 
-def stop(options: argparse.Namespace) -> list[str]:
+def stop(options: argparse.Namespace) -> None:
     """End a run, and note on the Volume that it has ended: its name is free for resume=true then."""
     remote = Remote(options.volume, options.output_dir)
     job = remote.job(options.run)
@@ -242,15 +227,9 @@ def stop(options: argparse.Namespace) -> list[str]:
     done = subprocess.run([*MODAL_APP, *words], check=False, stderr=subprocess.PIPE, text=True)
     print(done.stderr, end="", file=sys.stderr)
     if done.returncode and "already stopped" not in " ".join(done.stderr.split()):
-        return complaint_of(words, done.returncode)
+        raise UserError(ENDED.format(" ".join(words), done.returncode))
     with explained(f"the run {options.run}"):
         note_job(remote.volume, options.run, job | {"stopped": timestamp()})
-    return []
-
-
-def complaint_of(words: list[str], status: int) -> list[str]:
-    """Return modal says itself what is wrong."""
-    return [f"modal app {' '.join(words)} ended with status {status}"] if status else []
 
 
 if __name__ == "__main__":

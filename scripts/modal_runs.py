@@ -1,7 +1,6 @@
 """The runs on a Modal Volume, read from this machine as what anyone may have changed."""
 
 import json
-import re
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,12 +10,11 @@ from common.errors import UserError
 from common.files import replacing, write_atomically
 from configuration.values import check_run_name
 from run_files.metrics_file import as_row
-from run_files.run_folder import RunFolder
-from run_files.status_file import STATES, wrong_status
+from run_files.run_folder import STATES, RunFolder, save_name, wrong_status
 from run_files.stored_values import as_object, is_number
 
 FIRST = ("config.yaml", "status.json")  # what tells one run from another
-STATUS_KEYS = {"state", "step", "started", "updated"}
+STATUS_KEYS = ("state", "step", "started", "updated")
 SECTIONS = {"trackio": ("_target_", "enabled", "project"), "log": ("expect", "file")}  # of config.yaml, and what they hold
 CONFIG_KEYS = ("run_name", "output_dir", "choices", "overrides", "command", "model", "trackio", "log")
 
@@ -98,16 +96,16 @@ def read_run(remote: Remote, name: str, paths: list[PurePosixPath], to: RunFolde
         if file in there:
             remote.fetch(there[file], to.path / file)
     broken = damage(to)
+    if broken is None:
+        config, status = to.read_config(), to.status.read()
+        lacking = [f"config.yaml lacks {key}" for key in CONFIG_KEYS if key not in config]
+        lacking += [f"status.json lacks {key}" for key in STATUS_KEYS if key not in status]
+        if lacking:
+            what = f"its {', '.join(lacking)}"
+            raise UserError(f"{where} was written by another version of the project ({what}); use that version for it")
+        broken = oddity(config, status)
     if broken:
         raise UserError(f"{where} is broken: {broken}; it stays there, see `modal_app.py download {name}`")
-    config, status = to.read_config(), to.status.read()
-    lacking = [key for key in CONFIG_KEYS if key not in config]
-    if lacking or STATUS_KEYS - set(status):
-        what = f"its config.yaml lacks {', '.join(lacking)}" if lacking else "its status.json lacks keys"
-        raise UserError(f"{where} was written by another version of the project ({what}); use that version for it")
-    odd = oddity(config, status)
-    if odd:
-        raise UserError(f"{where} is broken: {odd}; it stays there, see `modal_app.py download {name}`")
     write_atomically(to.metrics.path, "".join(f"{line}\n" for line in to.metrics.lines()))  # a torn last line stays there
     return config
 
@@ -155,10 +153,5 @@ def moment(text: str) -> datetime | None:
         return None
 
 
-def is_save(run: str, file: str) -> bool:
-    """Whether a file is a checkpoint of that run, not of one whose name merely begins alike."""
-    return re.fullmatch(re.escape(run) + r"_(last|best|epoch_\d{4,})\.pt", file) is not None
-
-
-def saves_of(run: str, checkpoints: dict[PurePosixPath, Any]) -> dict[PurePosixPath, Any]:
-    return {path: entry for path, entry in checkpoints.items() if is_save(run, path.name)}
+def saves_there(run: str, checkpoints: dict[PurePosixPath, Any]) -> dict[PurePosixPath, Any]:
+    return {path: entry for path, entry in checkpoints.items() if save_name(run).fullmatch(path.name)}

@@ -129,7 +129,7 @@ def compare_runs(options: argparse.Namespace) -> str:
 
 def delete_runs(options: argparse.Namespace) -> str:
     """Delete runs of exactly these names: folder, saves, tracker run. UserError, and nothing goes, if one is trained."""
-    from run_files.checkpoint_folder import saves_of
+    from run_files.run_folder import saves_of
 
     folders = [find_run(options.output_dir, name) for name in dict.fromkeys(options.names)]
     if not options.dry_run:

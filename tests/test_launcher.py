@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 import launcher
+from backends.sweep import Sweep
+from common.errors import UserError
 from run_files.checkpoint import load_checkpoint
+from run_files.result import OF_ANOTHER
+from run_files.run_folder import RunFolder
+from tests.conftest import SMALL
+from train import carry_out
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,6 +56,9 @@ MISTAKES = [
     (["run_name=x", "dataloaders=digits"], "takes vectors"),
     (["run_name=x", "dataloaders=array"], "dataloaders.path is missing"),
     (["run_name=x", "dataloaders=array", "dataloaders.path=/nowhere.npy"], "/nowhere.npy"),
+    (["run_name=x", "--dry-run", "dataloaders=gaussian", "dataloaders.mean=[1,2,3]"], "has state_shape=[3], not [2]"),
+    (["run_name=x", "--dry-run", "dataloaders=eight_gaussians", "dataloaders.std=[1,2]"], "dataloaders.std takes 8 numbers"),
+    (["run_name=x", "-m", "dataloaders=gaussian", "dataloaders.mean=1,[1,2,3]"], "has state_shape=[3], not [2]"),
     (["run_name=x", "seed=1,2"], "add -m"),
     (["run_name=x", "=3"], "cannot read '=3'"),
     (["run_name=x", "epochs"], "cannot read 'epochs'"),
@@ -207,6 +216,40 @@ def test_a_sweep_names_each_job_and_skips_what_has_finished(tmp_path):
     for name, row, score in zip(names, tables[0][1:], scores, strict=True):
         mark = ["*"] if score == min(scores) else []
         assert row.split() == [*mark, name, name[-1], "finished", f"{score:.4g}", f"{score:.4g}"]
+
+
+def test_two_sweeps_of_one_name_share_their_jobs(small_run, tmp_path, capsys):
+    """The second finds a job trained right now, one finished meanwhile and one killed before its first save."""
+    words = [f"output_dir={tmp_path}", "run_name=s", *SMALL, "max_steps=2", "seed=0,1,2"]
+    first, second = Sweep(words), Sweep(words)
+    trained, finished, killed = first.prepared
+    held = RunFolder(tmp_path / "runs/s_seed=0")
+    held.lock.acquire()
+    first.run(finished)
+    first.run(killed)
+    status = RunFolder(tmp_path / "runs/s_seed=2").status
+    status.write("running", 0, 0, 0.0)
+    for save in (tmp_path / "ckpts").rglob("s_seed=2*"):
+        save.unlink()
+    before = {path: path.read_bytes() for path in files_below(tmp_path) if path.is_file() and "seed=1" in str(path)}
+    assert [second.run(job).state for job in first.prepared] == [OF_ANOTHER, "finished", "finished"]
+    assert before == {path: path.read_bytes() for path in before} and len(list((tmp_path / "runs").glob("*.old-*"))) == 1
+    said = capsys.readouterr().out
+    assert "s_seed=0: is trained by another process, skipped" in said and "s_seed=1: has finished, skipped" in said
+    assert OF_ANOTHER in second.closing_table() and OF_ANOTHER in Sweep(words).describe()
+    held.release()
+    assert second.run(trained).state == "finished"
+
+
+def test_what_another_process_saves_at_the_last_moment_is_not_moved_aside(small_run, tmp_path):
+    folder = small_run("x", "max_steps=2")
+    with pytest.raises(UserError, match="exists already"):
+        small_run("x", "max_steps=2", "overwrite=unsaved")
+    run = RunFolder(folder / "runs/x")
+    config = run.read_config() | {"overwrite": "unsaved", "resume": False}
+    with pytest.raises(UserError, match="exists already"):
+        carry_out(config)
+    assert [path.name for path in (folder / "runs").iterdir()] == ["x"] and not run.lock.is_held()
 
 
 @pytest.mark.parametrize("backend", sorted(path.stem for path in (ROOT / "configs/backend").glob("*.yaml")))

@@ -1,8 +1,10 @@
 """From a resolved configuration to the objects of a run."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -11,33 +13,24 @@ from common.device import gradient_scaler, pick_device, set_numerics
 from common.distributed import rank, rank0_first, world
 from common.errors import UserError
 from configuration.build import build
-from configuration.compose import RECOMMENDATIONS, parse_overrides
+from configuration.compose import RECOMMENDATIONS, typed_keys
 from configuration.stored import stored_config
 from dataloaders.base_dataloaders import FlowDataset
+from evaluation import parts
 from evaluation.evaluator import GeneratorEvaluator
 from evaluation.metrics.base_metric import EvaluationInputs
-from evaluation.parts import (
-    build_dataset,
-    build_decoder,
-    build_objective,
-    build_solver,
-    build_source,
-    dataset_key,
-    load_network,
-    sampled_flow,
-)
 from helpers_cfg import Guidance
 from losses.objective import FlowObjective, Objective
 from run_files.checkpoint import load_checkpoint
 from run_files.checkpoint_folder import CheckpointFolder
-from run_files.run_folder import run_folder_of
+from run_files.run_folder import run_folder_of, saves_of
 from run_files.trackers import NullTracker, tracker_from_config
 from training.records import Records, SilentRecords
-from training.run import Run
-from training.settings import LogSettings, LoopSettings, SaveSettings, settings_of, summary_settings
+from training.run import LogSettings, LoopSettings, Run
 from training.state import TrainState, averaged_objective
 from training.step_hooks import SkipNonFinite, StepHook
 
+T = TypeVar("T")
 SAMPLE_COUNTS = {
     "evaluation.samples", "evaluation.final_samples", "dataloaders.training.evaluation_samples",
     "dataloaders.training.final_evaluation_samples",
@@ -50,7 +43,7 @@ LIGHT, LIGHT_GPU = {"cpu": 2.5e12}, 5e14  # parameters x pixels x rows through t
 def start_weights(objective: Objective, path: Path) -> None:
     """Begin at the EMA weights of another run (init_from)."""
     payload = load_checkpoint(path)
-    load_network(objective.network, payload["ema"], path)
+    parts.load_network(objective.network, payload["ema"], path)
     if payload["second_time"] != objective.second_time:
         print(
             f"note: {path} was trained with second_time={payload['second_time']}, this objective reads its second time as "
@@ -59,30 +52,24 @@ def start_weights(objective: Objective, path: Path) -> None:
 
 
 def adopt_model(config: dict[str, Any], path: Path) -> None:
-    """Build the network as that of init_from, but for what was typed (losses choose time embeddings).
-
-    UserError when the checkpoint holds another kind of model.
-    """
+    """Set the network as that of init_from but for what was typed. UserError when that holds another kind of model."""
     stored = stored_config(path, load_checkpoint(path))
     kind, wanted = stored["choices"]["model"], config["choices"]["model"]
-    theirs, ours = ((c["loss"].get("prediction") or {}).get("_target_", "") for c in (stored, config))
-    why = ""
     if kind != wanted:
-        why = f"holds model={kind}, this run has model={wanted}; add model={kind}"
-    elif theirs and ours and theirs != ours:
-        why = (
-            f"predicts by {theirs.rpartition('.')[2]}, this run by {ours.rpartition('.')[2]}: the same numbers would mean "
-            "another thing; choose the same loss/prediction"
+        raise UserError(f"init_from={path} holds model={kind}, this run has model={wanted}; add model={kind}")
+    theirs, ours = ((c["loss"].get("prediction") or {}).get("_target_", "") for c in (stored, config))
+    if theirs and ours and theirs != ours:
+        raise UserError(
+            f"init_from={path} predicts by {theirs.rpartition('.')[2]}, this run by {ours.rpartition('.')[2]}: the same "
+            "numbers would mean another thing; choose the same loss/prediction"
         )
-    if why:
-        raise UserError(f"init_from={path} {why}")
     theirs, ours = (bool(c["dataloaders"].get("standardize")) for c in (stored, config))
     if theirs != ours:
         print(
             f"note: {path} learned {'' if theirs else 'un'}standardized data, and this run's are "
             f"{'' if ours else 'un'}standardized; dataloaders.standardize={str(theirs).lower()} is the better start"
         )
-    typed = {override.key_or_group for override in parse_overrides(config["overrides"])}
+    typed = typed_keys(config["overrides"])
     for key, value in stored["model"].items():
         free = key in config["model"] and key not in (RECOMMENDATIONS, "state_shape", "num_classes", "augment_dim")
         if free and f"model.{key}" not in typed and config["model"][key] != value:
@@ -92,39 +79,49 @@ def adopt_model(config: dict[str, Any], path: Path) -> None:
 
 def assemble(config: dict[str, Any]) -> Run:
     """Return every part of the run, on its device, at its start or where its newest save left it. Writes nothing."""
-    device, first = pick_device(config["device"]), rank() == 0
+    device = pick_device(config["device"])
     set_numerics(device, config["deterministic"])
     if not config["dataloaders"].get("standardize"):
         config.pop("standardized", None)  # resume=force may have turned it off
     if config["init_from"] and not config["resume"]:
         adopt_model(config, Path(config["init_from"]))
-    objective, solver, evaluator = build_objective(config, device), build_solver(config), build(config["evaluation"])
+    objective, evaluator = parts.build_objective(config, device), build(config["evaluation"])
+    solver = parts.build_solver(config)
     evaluator.check(objective)
     if isinstance(objective, FlowObjective):
         solver.check(objective)
-    checkpoints = CheckpointFolder(
-        Path(config["output_dir"]), config["choices"]["model"], config["run_name"], config["keep_saves"],
-        in_background={"auto": None, "always": True, "never": False}[config["async_save"]],
-    )  # fmt: skip
-    state = assemble_state(objective, checkpoints, config, device)
-    dataset, source = assemble_data(state, config, device), build_source(config, device)
-    loop = settings_of(LoopSettings, config)
+    records, loop = assemble_records(config), settings_of(LoopSettings, config)
+    state = assemble_state(objective, records.checkpoints, config, device)
+    dataset, source = assemble_data(state, config, device), parts.build_source(config, device)
     inputs = EvaluationInputs(
-        state.ema_objective, dataset, source, solver, loop.seed, dataset_key(config), Path(config["output_dir"]) / "cache",
-        False, sampled_flow(state.ema_objective, config, device), build_decoder(config, device),
+        state.ema_objective, dataset, source, solver, loop.seed, parts.dataset_key(config),
+        Path(config["output_dir"]) / "cache", False, parts.sampled_flow(state.ema_objective, config, device),
+        parts.build_decoder(config, device),
     )  # fmt: skip
-    tracker = tracker_from_config(config["trackio"]) if first else NullTracker()
-    records = Records if first else SilentRecords
+    hook = (SkipNonFinite if loop.on_nan == "skip" else StepHook)(loop.log_every)
+    callbacks = [build(node) for node in config["callbacks"].values() if node and rank() == 0]
     run = Run(
-        loop, settings_of(LogSettings, config | config["log"]), summary_settings(config), device, dataset, source, state,
-        forward_of(objective, config), evaluator, inputs,
-        records(settings_of(SaveSettings, config), config, run_folder_of(config), checkpoints, tracker),
-        (SkipNonFinite if loop.on_nan == "skip" else StepHook)(loop.log_every),
-        [build(node) for node in config["callbacks"].values() if node and first], rank(), world(),
+        loop, settings_of(LogSettings, config | config["log"]), device, dataset, source, state,
+        forward_of(objective, config), evaluator, inputs, records, hook, callbacks, rank(), world(),
     )  # fmt: skip
     if not config["resume"]:
         fit_samples(run, config)
     return run
+
+
+def settings_of(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Return a dataclass whose fields are the values of the same names."""
+    return kind(**{one.name: values[one.name] for one in fields(kind) if one.name in values})  # type: ignore[arg-type]
+
+
+def assemble_records(config: dict[str, Any]) -> Records:
+    """Return the run's folder, saves and tracker; those of the ranks but the first write nothing."""
+    in_background = {"auto": None, "always": True, "never": False}[config["async_save"]]
+    checkpoints = CheckpointFolder(
+        Path(config["output_dir"]), config["choices"]["model"], config["run_name"], config["keep_saves"], in_background
+    )
+    kind, tracker = (Records, tracker_from_config(config["trackio"])) if rank() == 0 else (SilentRecords, NullTracker())
+    return kind(config, run_folder_of(config), checkpoints, tracker)
 
 
 def assemble_state(
@@ -153,7 +150,7 @@ def assemble_state(
 def assemble_data(state: TrainState, config: dict[str, Any], device: torch.device) -> FlowDataset:
     """Return the data; where they are to be standardised, their moments become part of the objective and of `config`."""
     with rank0_first(bool(config["dataloaders"].get("download"))):
-        dataset = build_dataset(config, device)
+        dataset = parts.build_dataset(config, device)
     if dataset.standardize and "standardized" not in config:
         config["standardized"] = moments(dataset)
         for flow in (state.objective, state.ema_objective):
@@ -163,8 +160,7 @@ def assemble_data(state: TrainState, config: dict[str, Any], device: torch.devic
 
 
 def moments(dataset: FlowDataset) -> dict[str, list[float]]:
-    """Return mean and standard deviation of training rows, of each channel of images or dimension of vectors; a constant has
-    1.
+    """Return mean and standard deviation of each channel of images or dimension of vectors in training; a constant has 1.
 
     Of all rows in memory, of MOMENT_ROWS read from disk.
     """
@@ -178,64 +174,70 @@ def moments(dataset: FlowDataset) -> dict[str, list[float]]:
 def fit_samples(run: Run, config: dict[str, Any]) -> None:
     """Draw fewer samples of images where evaluations that nobody asked for would cost more than a fifth of the run.
 
-    A rule of the shape, the network, the kind of device and the length of the run alone, a training step counted as three
-    forward passes; the counts become part of the configuration, so a run that goes on keeps them. Evaluations of about ten
-    seconds (LIGHT) stay as they are.
+    The counts become part of the configuration, so a run that goes on keeps them.
     """
-    evaluator, flow, shape = run.evaluator, run.inputs.flow, run.dataset.state_shape
-    typed = {override.key_or_group for override in parse_overrides(config["overrides"])}
-    if not isinstance(evaluator, GeneratorEvaluator) or flow is None or len(shape) != 3 or typed & SAMPLE_COUNTS:
+    evaluator, node = run.evaluator, config["evaluation"]
+    asked = SAMPLE_COUNTS.intersection(typed_keys(config["overrides"]))
+    if not isinstance(evaluator, GeneratorEvaluator) or len(run.dataset.state_shape) != 3 or asked:
         return
+    before, counts = (evaluator.samples, evaluator.final_samples), affordable_samples(run, evaluator)
+    if counts == before:
+        return
+    why = "so that they take about a fifth of this run"
+    if FEWEST_SAMPLES in counts:
+        why = f"{FEWEST_SAMPLES} being the fewest, which costs so short a run more than a fifth"
+    print(
+        f"note: evaluations draw {counts[0]:,} samples and the last one {counts[1]:,}, not {before[0]:,} and "
+        f"{before[1]:,}, {why}; set evaluation.samples= and evaluation.final_samples= for others"
+    )
+    node |= {"samples": counts[0], "final_samples": counts[1], "loss_samples": evaluator.loss_samples}
+    evaluator.samples, evaluator.final_samples = counts
+
+
+def affordable_samples(run: Run, evaluator: GeneratorEvaluator) -> tuple[int, int]:
+    """Return how many samples evaluations draw, and the last one, to take a fifth of the run.
+
+    A rule of the shape, the network, the kind of device and the length of the run alone, a training step counted as three
+    forward passes. Evaluations of about ten seconds (LIGHT) stay as they are.
+    """
+    flow, counts = run.inputs.flow, (evaluator.samples, evaluator.final_samples)
+    if flow is None:
+        return counts
     passes = 1 + isinstance(flow.network, Guidance)
     during, last = (passes * evaluator.rows(flow, run.dataset, run.inputs.solver, final) for final in (False, True))
     evaluations = (-(-run.total_steps // run.steps_per_epoch) - 1) // run.settings.eval_every
     allowed = 3 * run.dataset.epoch_size * run.total_steps / run.steps_per_epoch / 4
     share = min(1.0, allowed / (evaluations * during + last))
-    size = run.state.objective.network.parameter_count() * math.prod(shape[1:])
+    size = run.state.objective.network.parameter_count() * math.prod(run.dataset.state_shape[1:])
     light = LIGHT.get(run.device.type, LIGHT_GPU)
-    node: dict[str, Any] = config["evaluation"]
-    for key, rows in [("samples", during)] + [("final_samples", last)] * bool(evaluator.metrics):
-        if size * rows > light:
-            node[key] = min(node[key], max(FEWEST_SAMPLES, int(share * node[key])))
-    if (node["samples"], node["final_samples"]) != (evaluator.samples, evaluator.final_samples):
-        print(
-            f"note: evaluations draw {node['samples']:,} samples and the last one {node['final_samples']:,}, not "
-            f"{evaluator.samples:,} and {evaluator.final_samples:,}, "
-            + (
-                f"{FEWEST_SAMPLES} being the fewest, which costs so short a run more than a fifth"
-                if FEWEST_SAMPLES in (node["samples"], node["final_samples"])
-                else "so that they take about a fifth of this run"
-            )
-            + "; set evaluation.samples= and evaluation.final_samples= for others"
-        )
-        node["loss_samples"] = evaluator.loss_samples
-    evaluator.samples, evaluator.final_samples = node["samples"], node["final_samples"]
+    fewer = [min(count, max(FEWEST_SAMPLES, int(share * count))) for count in counts]
+    return (
+        fewer[0] if size * during > light else counts[0],
+        fewer[1] if size * last > light and evaluator.metrics else counts[1],
+    )
 
 
 def check_same_arch(checkpoints: CheckpointFolder) -> None:
     """Raise UserError when a run that is to begin again has saves, of another model."""
-    for folder in checkpoints.folder.parent.glob("*"):
-        other = CheckpointFolder(folder.parent.parent, folder.name, checkpoints.run_name, keep=0)
-        if other.saves():
-            raise UserError(
-                f"run {checkpoints.run_name} was trained with model={folder.name} and cannot go on with "
-                f"model={checkpoints.folder.name}; start another run_name"
-            )
+    place = checkpoints.output_dir / "ckpts"
+    for save in saves_of(checkpoints.output_dir, checkpoints.run_name):
+        model = save.relative_to(place).as_posix().removesuffix(f"/{save.name}").removesuffix("/archive")
+        raise UserError(
+            f"run {checkpoints.run_name} was trained with model={model} and cannot go on with "
+            f"model={checkpoints.folder.relative_to(place)}; start another run_name"
+        )
 
 
 def resume_state(state: TrainState, path: Path, payload: dict[str, Any], config: dict[str, Any]) -> None:
-    """Take up a save; the optimizer's settings are the configuration's, in case resume=force changed one.
-
-    UserError when the save is of another network or optimizer.
-    """
+    """Take up a save, but for the optimizer's settings, which resume=force may have changed. UserError for another's."""
     before = payload["config"].get("devices", 1)
     if before != config["devices"]:
         print(
             f"note: the run goes on with {config['devices']} devices instead of {before}: rows of a fixed data set come in "
             "the order of one sitting, but noise, times and data that is drawn afresh are other draws"
         )
-    load_network(state.objective.network, payload["network"], path)
-    load_network(state.ema_objective.network, payload["ema"], path)
+    parts.load_network(state.objective.network, payload["network"], path)
+    parts.load_network(state.ema_objective.network, payload["ema"], path)
     wanted = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
     saved = payload["optimizer"].get("param_groups", [])
     other = "schedule" if state.schedule.state_dict().keys() - payload["schedule"].keys() else None

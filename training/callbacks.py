@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 
 class ProgressBar(Callback):
-    """How far training is: a bar with loss, rate and time left on a terminal, else a line now and then where it takes long.
-    Either way a line for each evaluation."""
+    """A bar with loss, rate and time left on a terminal, else a line now and then; and a line for each evaluation."""
 
     def __init__(self, every: Count = 10) -> None:
         """every: steps between two looks, unless they take more than a second."""
@@ -62,8 +61,7 @@ class ProgressBar(Callback):
 
 
 class SamplePictures(Callback):
-    """At each evaluation, a picture of the samples beside real data, to samples/ and to the tracker; at the last one also of
-    the samples nearest to training images, beside those."""
+    """Samples beside real data, drawn at each evaluation; at the last also those nearest to training images, beside them."""
 
     def __init__(self, images: Count = 100) -> None:
         self.images = images
@@ -73,7 +71,7 @@ class SamplePictures(Callback):
 
         assert run.evaluation is not None
         name, step, records = run.notes.run_name, run.state.step, run.records
-        path, beside = records.folder.sample_picture(step), records.folder.neighbours_picture(step)
+        path, beside = records.folder.sample_picture(step), records.folder.sample_picture(step, "_neighbours")
         if draw_picture(path, run.evaluation, f"{name}, step {step}", self.images) and step:
             records.tracker.log_image("samples", path, step)
         if draw_neighbours(beside, run.evaluation, name) and step:
@@ -131,9 +129,9 @@ class ExperimentNotes(Callback):
         from evaluation.report import class_table, provenance_lines, score_rows
 
         step, _, seconds = run.now
-        facts = [f"{step} steps, {seconds:.0f} s in the loop, seed {run.notes.seed}."]
         parts = [table("score | value | noise floor", score_rows(run.evaluation))]
-        parts += [*facts, *provenance_lines(run.evaluation.scores)]
+        parts.append(f"{step} steps, {seconds:.0f} s in the loop, seed {run.notes.seed}.")
+        parts += provenance_lines(run.evaluation.scores)
         if isinstance(run.evaluation, ClassifierEvaluation):
             parts += [class_table(run.evaluation), *compared_table(run)]
         if run.notes.targets:
@@ -152,12 +150,12 @@ def target_table(values: dict[str, float], targets: dict[str, float]) -> str:
     """Return metrics beside their acceptable values: some are to be reached, such as accuracy, the others not passed."""
     rows = []
     for name, wanted in targets.items():
-        if name not in values:
+        sign = ">=" if higher_is_better(name) else "<="
+        if name in values:
+            met = values[name] >= wanted if sign == ">=" else values[name] <= wanted
+            rows.append((name, f"{sign} {wanted:g}", f"{values[name]:.4g}", "yes" if met else "no"))
+        else:
             rows.append((name, f"{wanted:g}", "not measured", "no"))
-            continue
-        higher = higher_is_better(name)
-        met = values[name] >= wanted if higher else values[name] <= wanted
-        rows.append((name, f"{'>=' if higher else '<='} {wanted:g}", f"{values[name]:.4g}", "yes" if met else "no"))
     return table("target | acceptable | reached | met", rows)
 
 

@@ -3,7 +3,6 @@
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -191,17 +190,13 @@ def end_epoch(run: Run) -> None:
 
 def evaluate(run: Run, final: bool) -> dict[str, float]:
     """Return the scores by name. What goes wrong with them is raised once the epoch is saved: it costs no training."""
-    with ExitStack() as otherwise:
-        otherwise.callback(save_unevaluated, run)
-        values = run.evaluate(final)
-        otherwise.pop_all()
-    return values
-
-
-def save_unevaluated(run: Run) -> None:
-    run.save(epoch=None, best=False)
-    if run.world == 1:  # else it may be another rank that failed, and the launcher says what
-        print(f"note: the evaluation after step {run.state.step:,} failed; {run.records.last_save()}", file=sys.stderr)
+    try:
+        return run.evaluate(final)
+    except BaseException:
+        run.save(epoch=None, best=False)
+        if run.world == 1:  # else it may be another rank that failed, and the launcher says what
+            print(f"note: the evaluation after step {run.state.step:,} failed; {run.records.last_save()}", file=sys.stderr)
+        raise
 
 
 def judge(run: Run, values: dict[str, float]) -> bool:

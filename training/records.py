@@ -14,7 +14,6 @@ from run_files.checkpoint import write_export
 from run_files.checkpoint_folder import CheckpointFolder
 from run_files.run_folder import RunFolder
 from run_files.trackers import Tracker
-from training.settings import SaveSettings
 
 Progress = tuple[int, int, float]  # step, epoch, seconds in the loop
 
@@ -22,15 +21,8 @@ Progress = tuple[int, int, float]  # step, epoch, seconds in the loop
 class Records:
     """The files of a run. config: the resolved configuration, stored as it is and shown by the tracker."""
 
-    def __init__(
-        self,
-        settings: SaveSettings,
-        config: dict[str, Any],
-        folder: RunFolder,
-        checkpoints: CheckpointFolder,
-        tracker: Tracker,
-    ):
-        self.settings, self.config = settings, config
+    def __init__(self, config: dict[str, Any], folder: RunFolder, checkpoints: CheckpointFolder, tracker: Tracker):
+        self.config = config
         self.folder, self.checkpoints, self.tracker = folder, checkpoints, tracker
         self.refused: set[str] = set()  # kinds of files that the disk refused, each noted once
         self.refusal = ""  # the newest, in words
@@ -41,7 +33,7 @@ class Records:
         try:
             yield
         except OSError as error:
-            if error.errno not in DISK_ERRORS or self.settings.on_save_error == "stop":
+            if error.errno not in DISK_ERRORS or self.config["on_save_error"] == "stop":
                 raise
             self.refusal = disk_sentence(error)
             kind = re.sub(r"\d+", "", self.refusal)  # of whatever epoch
@@ -66,8 +58,7 @@ class Records:
 
     def start_tracker(self, resumed_at: int | None) -> None:
         shown = {key: value for key, value in self.config.items() if key not in ("changed", "overrides")}
-        name, overwrite = self.settings.run_name, self.settings.overwrite
-        self.tracker.start(name, shown, self.folder.path, resumed_at, overwrite=overwrite)
+        self.tracker.start(self.folder.name, shown, self.folder.path, resumed_at, bool(self.config["overwrite"]))
 
     def log(self, now: Progress, metrics: dict[str, float], provenance: dict[str, str] | None) -> None:
         """Write a row to metrics.jsonl and to the tracker; provenance to metrics.jsonl alone."""

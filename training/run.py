@@ -24,9 +24,46 @@ from losses.terms import LossOutput
 from run_files.checkpoint import FORMAT
 from run_files.provenance import git_commit, package_versions, weights_in_words
 from training.records import Progress, Records
-from training.settings import LogSettings, LoopSettings, SummarySettings
 from training.state import TrainState
 from training.step_hooks import StepHook
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How the loop trains and judges; the names are those of the keys in configs/train.yaml."""
+
+    seed: int
+    batch_size: int
+    gradient_accumulation_steps: int
+    epochs: int
+    max_steps: int | None
+    precision: str
+    grad_clip: float | None
+    on_nan: str
+    loss_weights: dict[str, float]
+    overfit: bool
+    eval_every: int
+    save_every: int
+    log_every: int
+    monitor: str
+    monitor_mode: str
+    patience: int | None
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """What the experiment log says of a run. changed: settings of a resumed run, (old, new) by key."""
+
+    run_name: str
+    command: str
+    choices: dict[str, str]
+    changed: dict[str, tuple[Any, Any]]
+    seed: int
+    file: str
+    expect: str | None = None
+    source: str | None = None
+    reason: str | None = None
+    targets: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,7 +106,6 @@ class Run:
 
     settings: LoopSettings
     notes: LogSettings
-    shown: SummarySettings
     device: torch.device
     dataset: FlowDataset
     source: Source

@@ -1,18 +1,72 @@
 """All of a run that changes while it trains, and nothing else: what a checkpoint holds."""
 
 import copy
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
+from common.distributed import all_reduce_mean
 from losses.objective import Objective
 from training.ema import ConstantEMA
 from training.schedules import Schedule
-from training.window import Window
 
 COUNTS = ("step", "best", "waited", "elapsed", "skipped")
 AnyObjective = TypeVar("AnyObjective", bound=Objective)
+
+
+class Window:
+    """Sums of per-step values since the last log line, kept on the device so that no step waits for it."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.whole: int | Tensor = 0  # steps until a sum was no longer finite
+
+    @torch.no_grad()
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add one step's scalars."""
+        new = {name: value.float() for name, value in values.items()}
+        known = [name for name in new if name in self.sums]
+        added = torch._foreach_add([self.sums[n] for n in known], [new[n] for n in known]) if known else []
+        self.sums |= {name: value.clone() for name, value in new.items() if name not in self.sums}
+        self.sums |= zip(known, added, strict=True)
+        self.count += 1
+        largest = torch.linalg.vector_norm(torch.stack(list(self.sums.values())), math.inf)  # NaN where one of them is
+        self.whole = self.whole + (largest < math.inf)
+
+    def all_reduce_mean(self) -> None:
+        """Replace each sum by its mean over the ranks, all of which call this."""
+        self.sums = all_reduce_mean(self.sums)
+
+    def means(self) -> dict[str, float]:
+        """Return means over the window (one device synchronisation)."""
+        if not self.count:
+            return {}
+        totals = torch.stack(list(self.sums.values())).tolist()
+        return {name: total / self.count for name, total in zip(self.sums, totals, strict=True)}
+
+    def non_finite(self, overflows: bool = False) -> str | None:
+        """Return the name of a value that was NaN or infinite; overflows: gradients may, as under fp16."""
+        broken = (name for name, mean in self.means().items() if not math.isfinite(mean))
+        return next((name for name in broken if not (overflows and name == "grad_norm")), None)
+
+    def broken_step(self, step: int) -> int | None:
+        """Return the first step whose values were not all finite, None if all were; the window ends with `step`."""
+        return step - self.count + int(self.whole) + 1 if int(self.whole) < self.count else None
+
+    def clear(self) -> None:
+        self.sums, self.count, self.whole = {}, 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": dict(self.sums), "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.count = self.whole = state["count"]  # nothing broken is saved
 
 
 @dataclass

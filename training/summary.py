@@ -7,13 +7,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 from common.device import autocast, device_name
 from common.progress import LONG, in_words, seconds_a_row
 from common.seeds import fork_generators
-from dataloaders.base_dataloaders import FlowDataset
+from configuration.compose import CONFIG_DIR, twice_as_long
 from dataloaders.stream import Rows, StreamDataset
 from dataloaders.tensor_dataset import TensorDataset
 from evaluation.evaluator import GeneratorEvaluator
@@ -22,6 +24,7 @@ from evaluation.report import print_scores
 from losses.couplings import MinibatchOTCoupling
 from losses.objective import FlowObjective
 from losses.terms import named_terms
+from run_files.run_folder import saves_of
 from training.run import Run
 
 READ = 16  # pictures that are read to see how long it takes
@@ -46,21 +49,27 @@ def megabytes(paths: list[Path]) -> str:
     return f"{sum(sizes.values()) / 1e6:.1f} MB"
 
 
-def rms(dataset: FlowDataset) -> float | None:
-    """Return the root mean square of training states that are in memory as numbers, else None."""
-    if not isinstance(dataset, TensorDataset) or dataset.states.dtype == torch.uint8:
+def recipe_batch(config: dict[str, Any]) -> int | None:
+    """Return rows of an optimizer step in the chosen experiment's recipe, or the data's own; None for debugging."""
+    if config["choices"].get("debug"):
         return None
-    return dataset.train_states.square().mean().sqrt().item()
+    experiment = config["choices"].get("experiment")
+    recipe: Any = OmegaConf.load(CONFIG_DIR / "experiment" / f"{experiment}.yaml") if experiment else {}
+    rows = recipe.get("batch_size") or config["dataloaders"].get("training", {}).get("batch_size")
+    return rows and int(rows) * int(recipe.get("gradient_accumulation_steps") or 1)
 
 
 def print_notes(run: Run) -> None:
     """Print a line where a step sees other rows than the recipe's, and where a flow's data are far from unit size."""
-    loop, scale = run.settings, rms(run.dataset)
+    loop, dataset, config = run.settings, run.dataset, run.records.config
     rows = loop.batch_size * loop.gradient_accumulation_steps
-    if run.shown.recipe not in (None, rows):
-        print(f"note: a step sees {rows:,} rows ({rows_of_step(run)}), the recipe of this data {run.shown.recipe:,}")
-    flow = isinstance(run.state.objective, FlowObjective)
-    if run.shown.standardize is False and flow and scale and not 0.2 <= scale <= 5:
+    if (recipe := recipe_batch(config)) not in (None, rows):
+        print(f"note: a step sees {rows:,} rows ({rows_of_step(run)}), the recipe of this data {recipe:,}")
+    if not isinstance(dataset, TensorDataset) or dataset.states.dtype == torch.uint8:
+        return
+    scale = dataset.train_states.square().mean().sqrt().item()
+    plain = config["dataloaders"].get("standardize") is False and isinstance(run.state.objective, FlowObjective)
+    if plain and scale and not 0.2 <= scale <= 5:
         print(
             f"note: the data's root mean square is {scale:.3g}, and flows from standard noise learn best near 1; add "
             "dataloaders.standardize=true: samples and scores stay in the data's units"
@@ -76,10 +85,10 @@ def print_start(run: Run) -> None:
     """Print a dozen lines: what is about to happen, where, and what it leaves."""
     loop, choices, network, dataset = run.settings, run.notes.choices, run.state.objective.network, run.dataset
     learning_rate, keep = run.state.optimizer.param_groups[0]["initial_lr"], run.records.checkpoints.keep
-    flow, many, frequencies = isinstance(run.state.objective, FlowObjective), run.world > 1, run.shown.time_frequencies
+    flow, many, config = isinstance(run.state.objective, FlowObjective), run.world > 1, run.records.config
     print_notes(run)
     print(f"{run.notes.run_name}: {choices['model']} learns {choices['dataloaders']} by {choices['loss']}")
-    device = f"{device_name(run.device)}, {loop.precision}" + (", compiled" if run.shown.compile else "")
+    device = f"{device_name(run.device)}, {loop.precision}" + (", compiled" if config["compile"] else "")
     lines = [("device", (f"{run.world} x " if many else "") + device)]
     if many:
         share = f"{loop.batch_size} rows, {loop.batch_size // run.world} on each device"
@@ -88,6 +97,7 @@ def print_start(run: Run) -> None:
     lines.append(("data", f"{choices['dataloaders']}, states {shape}, {dataset.epoch_size:,} draws an epoch"))
     model = f"{choices['model']}, {network.parameter_count():,} parameters"
     model += f", {network.num_classes} classes" if network.num_classes else ""
+    frequencies = config["model"].get("time_frequencies")
     lines.append(("model", model + (f", time frequencies {frequencies}" if frequencies else "")))
     parts = f", path {choices.get('loss/path')}, coupling {choices.get('loss/coupling')}" if flow else ""
     lines.append(("objective", choices["loss"] + parts))
@@ -127,9 +137,8 @@ def print_times(run: Run) -> None:
             "their number; batch_size=256 or loss.coupling.group=128, pairs within groups of so many, is faster"
         )
     if flow is not None and isinstance(evaluator, GeneratorEvaluator):
-        each, last = (
-            answer * evaluator.rows(flow, run.dataset, run.inputs.solver, final) / run.world for final in (False, True)
-        )
+        rows_of = [evaluator.rows(flow, run.dataset, run.inputs.solver, final) for final in (False, True)]
+        each, last = (answer * count / run.world for count in rows_of)
         if max(each, last) > LONG:
             words += f"; an evaluation {in_words(each)}, the last one {in_words(last)}"
     print_lines([(f"{'time':<11}", words)])
@@ -163,10 +172,7 @@ def seconds_of_training(run: Run) -> float:
 
 
 def beside_reading(run: Run, trained: float) -> float:
-    """Return what a row takes in all, of `trained` seconds in training, where others are read meanwhile.
-
-    Readers run beside training, as far as there are processor cores for both.
-    """
+    """Return what a row that trains in so many seconds takes in all: others are read meanwhile, as far as cores allow."""
     dataset, cores = run.dataset, os.cpu_count() or 1
     if not isinstance(dataset, StreamDataset):
         return trained
@@ -181,9 +187,7 @@ def beside_reading(run: Run, trained: float) -> float:
 
 
 def seconds_of_update(run: Run) -> float:
-    """Return what the optimizer and the moving average take in a step, tried on copies; 0 of large networks, whose passes
-    take far longer.
-    """
+    """Return what an update takes in a step, tried on copies; 0 of large networks, whose passes take far longer."""
     network, state = run.state.objective.network, run.state
     if network.parameter_count() > COPIED:
         return 0.0
@@ -225,7 +229,7 @@ def print_end(run: Run) -> None:
         print_scores(run.evaluation, run.inputs.solver.evaluations)
     print_lines(end_lines(run))
     picture = run.records.folder.sample_picture(step)
-    if run.shown.show and picture.exists():
+    if run.records.config.get("show") and picture.exists():
         from evaluation.thumbnail import thumbnail
 
         print(thumbnail(picture))
@@ -234,19 +238,19 @@ def print_end(run: Run) -> None:
 def end_lines(run: Run) -> list[tuple[str, str]]:
     """Return what the run left, and the commands that go on from it."""
     name, records = run.notes.run_name, run.records
-    saves, folder, output_dir = records.checkpoints, records.folder, records.settings.output_dir
-    picture, beside = folder.sample_picture(run.state.step), folder.neighbours_picture(run.state.step)
-    files, lines = saves.all_files(), []
+    saves, folder, output_dir = records.checkpoints, records.folder, records.config["output_dir"]
+    picture, beside = folder.sample_picture(run.state.step), folder.sample_picture(run.state.step, "_neighbours")
+    files, lines = saves_of(saves.output_dir, name), []
     if picture.exists():
         lines.append(("picture", str(picture)))
     if beside.exists():
         lines.append(("copies?", f"{beside} (samples beside their nearest training images)"))
     if files:
         lines.append(("checkpoint", f"{saves.last} ({len(files)} saves, {megabytes(files)})"))
-    if run.shown.project:
-        lines.append(("dashboard", f"{RUNNER}trackio show --project {run.shown.project}"))
+    if records.config["trackio"]["enabled"]:
+        lines.append(("dashboard", f"{RUNNER}trackio show --project {records.config['trackio']['project']}"))
     place = "" if output_dir == "outputs" else f" output_dir={shlex.quote(output_dir)}"
-    longer = "" if run.interrupted else f" {run.shown.longer}"
+    longer = "" if run.interrupted else f" {twice_as_long(records.config)}"
     lines.append(("go on", f"{LAUNCH} run_name={name} resume=true{longer}{place}"))
     if not run.interrupted and isinstance(run.state.objective, FlowObjective):
         lines.append(("sample", f"{SAMPLE} ckpt={saves.last} n=1000"))

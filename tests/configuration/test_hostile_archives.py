@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from evaluation.sample import load
-from run_files.checkpoint import FORMAT, KEYS, load_checkpoint, write_checkpoint, write_export
+from run_files.checkpoint import FORMAT, KINDS, load_checkpoint, write_checkpoint, write_export
 
-BLANK = {key: {} for key in KEYS} | {
+BLANK = {key: {} for key in KINDS} | {
     "step": 0, "best": 0.0, "waited": 0, "elapsed": 0.0, "run_name": "x", "second_time": None, "format": FORMAT,
 }  # fmt: skip
 PAYLOAD: dict[str, Any] = BLANK | {"step": 3, "network": {"w": torch.arange(64.0), "b": torch.ones(9)}}

@@ -133,7 +133,8 @@ def test_a_new_model_that_names_no_learning_rate_is_told_where_to(tmp_path: Path
     shutil.copytree(CONFIG_DIR, configs)
     text = (configs / "model/mlp.yaml").read_text().partition("training:")[0]
     (configs / "model/own.yaml").write_text(text)
-    monkeypatch.setattr("configuration.compose.CONFIG_DIR", configs)
+    for module in ("compose", "nodes"):
+        monkeypatch.setattr(f"configuration.{module}.CONFIG_DIR", configs)
     assert launcher.main(["run_name=x", "model=own", f"output_dir={tmp_path}"]) == 1
     assert capsys.readouterr().err == (
         "launcher.py: optimizer.lr is taken from model.training.lr, which configs/model/own.yaml lacks; add "

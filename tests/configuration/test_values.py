@@ -10,7 +10,8 @@ import yaml
 from common.errors import UserError
 from common.ranges import EpochSize, Positive, Range, Share, Size
 from configuration.build import build
-from configuration.compose import CONFIG_DIR, compose_config, known_targets, resolved
+from configuration.compose import CONFIG_DIR, compose_config, resolved
+from configuration.nodes import named_in_configs
 from configuration.signatures import Part, parameters
 from configuration.values import AROUND, SETTINGS, Setting, as_typed, check_value
 
@@ -38,11 +39,11 @@ def test_types_are_read_from_the_source_of_a_class_its_bases_and_torch():
 @pytest.mark.process
 def test_reading_them_imports_nothing_of_them():
     program = (
-        "import sys; from configuration.compose import known_targets; from configuration.signatures import parameters\n"
-        "assert sum(map(bool, map(parameters, known_targets()))) > 60; assert 'torch' not in sys.modules"
+        "import sys; from configuration.nodes import named_in_configs; from configuration.signatures import parameters\n"
+        "assert sum(map(bool, map(parameters, named_in_configs('_target_')))) > 60; assert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=CONFIG_DIR.parent).returncode == 0
-    assert known_targets()
+    assert named_in_configs("_target_")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import torch
 from common.errors import UserError
 from common.files import share, write_atomically
 from dev.kill_test import watched_disk
-from run_files.checkpoint import FORMAT, KEYS, load_checkpoint
+from run_files.checkpoint import FORMAT, KINDS, load_checkpoint
 from run_files.checkpoint_folder import CheckpointFolder
 from run_files.run_folder import RunFolder
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def payload(step: int) -> dict[str, object]:
     numbers = {"step": step, "best": 0.0, "waited": 0, "elapsed": 0.0, "network": {"w": torch.arange(1000.0) + step}}
-    return {key: {} for key in KEYS} | numbers | {"run_name": "x", "second_time": None, "format": FORMAT}
+    return {key: {} for key in KINDS} | numbers | {"run_name": "x", "second_time": None, "format": FORMAT}
 
 
 class Fault:
@@ -186,10 +186,10 @@ def test_a_disk_that_refuses_the_first_file_asks_for_no_resume(small_run, monkey
 FULL_DISK = """
 import sys, torch
 from pathlib import Path
-from run_files.checkpoint import FORMAT, KEYS
+from run_files.checkpoint import FORMAT, KINDS
 from run_files.checkpoint_folder import CheckpointFolder
 folder = CheckpointFolder(Path(sys.argv[1]), "mlp", "x", keep=0)
-large = {key: {} for key in KEYS} | {"network": {"w": torch.randn(300_000)}}
+large = {key: {} for key in KINDS} | {"network": {"w": torch.randn(300_000)}}
 large |= {"best": 0.0, "waited": 0, "elapsed": 0.0, "run_name": "x", "second_time": None, "format": FORMAT}
 for step in range(1, 100):
     try:
@@ -322,7 +322,7 @@ def test_a_name_that_differs_only_in_capitals_is_refused(small_run, words):
 def test_a_clock_that_goes_back_breaks_nothing(small_run, monkeypatch):
     """What is timed goes by another clock, and a run keeps its place by when it began."""
     hours = itertools.count(20, -1)
-    monkeypatch.setattr("run_files.status_file.timestamp", lambda: f"2026-03-01T{next(hours):02d}:00:00+00:00")
+    monkeypatch.setattr("run_files.run_folder.timestamp", lambda: f"2026-03-01T{next(hours):02d}:00:00+00:00")
     monkeypatch.setattr("time.time", lambda: float(next(hours)))
     for words in (["max_steps=2"], ["max_steps=4", "resume=true"], ["max_steps=2", "overwrite=true"]):
         folder = RunFolder(small_run("x", *words) / "runs/x")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from losses.terms import LossOutput, named_terms
-from training.window import Window
+from training.state import Window
 
 TWO = [torch.tensor(2.0), torch.tensor(5.0)]
 NAMED = dict(zip(("flow", "end"), TWO, strict=True))

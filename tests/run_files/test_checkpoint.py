@@ -9,8 +9,9 @@ import torch
 
 from common.errors import UserError
 from run_files import checkpoint_folder
-from run_files.checkpoint import FORMAT, KEYS, load_checkpoint
+from run_files.checkpoint import FORMAT, KINDS, load_checkpoint
 from run_files.checkpoint_folder import ASYNC_BYTES, CheckpointFolder
+from run_files.run_folder import saves_of
 
 
 class Harm:
@@ -39,7 +40,7 @@ def test_foreign_and_broken_files_are_refused_in_one_sentence(tmp_path, capsys):
 
 def payload(step: int) -> dict[str, object]:
     numbers = {"step": step, "best": 0.0, "waited": 0, "elapsed": 0.0}
-    return {key: {} for key in KEYS} | numbers | {"run_name": "x", "second_time": None, "format": FORMAT}
+    return {key: {} for key in KINDS} | numbers | {"run_name": "x", "second_time": None, "format": FORMAT}
 
 
 def test_pruning_keeps_the_newest_of_this_run_only(tmp_path):
@@ -52,7 +53,7 @@ def test_pruning_keeps_the_newest_of_this_run_only(tmp_path):
     for name in ("x", "x_epoch_0001", "xy"):
         folder = CheckpointFolder(tmp_path, "mlp", name, keep=2)
         assert folder.newest()[1]["step"] == 10000 and load_checkpoint(folder.best)["step"] == 2
-        assert len(folder.all_files()) == 4
+        assert len(saves_of(tmp_path, name)) == 4
 
 
 def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch):

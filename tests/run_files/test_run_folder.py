@@ -139,7 +139,7 @@ def test_trimming_before_the_first_row_is_nothing(folder: RunFolder) -> None:
 
 def test_status_keeps_its_start_scores_and_details(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter(["first", "second"])
-    monkeypatch.setattr("run_files.status_file.timestamp", lambda: next(times))
+    monkeypatch.setattr("run_files.run_folder.timestamp", lambda: next(times))
     folder.status.write("running", 10, 1, 5.0, {"eval/loss": 0.5}, epochs=3)
     folder.status.write("interrupted", 20, 2, 9.0, why="Ctrl-C")
     status = folder.status.read()

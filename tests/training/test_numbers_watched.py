@@ -14,7 +14,7 @@ from run_files.checkpoint import load_checkpoint
 from training.assemble import assemble
 from training.loop import epoch_groups, train_step
 from training.run import Callback, Run
-from training.settings import recipe_batch
+from training.summary import recipe_batch
 
 
 class PoisonedBatch(Callback):
