@@ -238,7 +238,7 @@ def test_a_new_file_in_configs_that_names_no_class_of_its_group_is_one_sentence(
     shutil.copytree(CONFIG_DIR, configs)
     text = (configs / "loss/mse.yaml").read_text()
     (configs / "loss/own.yaml").write_text(text.replace("losses.flow_matching_loss.FlowMatchingLoss", target))
-    for module in ("compose", "stored"):
+    for module in ("compose", "nodes", "stored"):
         monkeypatch.setattr(f"configuration.{module}.CONFIG_DIR", configs)
     targets_of.cache_clear()
     assert launcher.main(["run_name=x", "loss=own", f"output_dir={tmp_path}", "--dry-run"]) == 1
