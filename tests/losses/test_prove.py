@@ -20,7 +20,7 @@ from losses.objective import FlowBatch, FlowObjective, expand_time
 from losses.paths import CosinePath
 from models.inputs import with_class
 
-SHORT = Plan(batches=32, rows=768, curvature=2)
+SHORT = Plan(batches=32, rows=640, curvature=2)
 FINE = Plan(batches=80, rows=2048, curvature=8)
 
 
@@ -132,7 +132,6 @@ FAULTS: list[tuple[list[str], type | None, str]] = [
     (MEAN, NoTangent, "a mixture"),
     (PLAIN, Huber, "a mixture"),
     ([*PLAIN, "loss/weighting=adaptive"], None, "a mixture"),
-    (PLAIN, Contrastive, "a mixture"),
     (MEAN, NoStop, "a mixture"),
     (PLAIN, LeakyLabels, "two classes"),
 ]
