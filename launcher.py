@@ -103,7 +103,7 @@ def with_flags_as_overrides(arguments: list[str]) -> list[str]:
 
 
 def unknown_flag(arguments: list[str]) -> str | None:
-    """Return a word that looks like a flag and is none of ours or Hydra's."""
+    """Return a word that looks like a flag and is neither the launcher's nor Hydra's."""
     return next((w for w in arguments if w.startswith("-") and w.split("=")[0] not in HYDRA_FLAGS), None)
 
 

@@ -159,7 +159,7 @@ class ModalBackend(Backend):
         return [*words, f"devices={count}"], self.gpu if self.gpu is None or count == 1 else f"{self.gpu}:{count}"
 
     def function_settings(self, gpu: str | None) -> dict[str, Any]:
-        """Return what App.function is told, without the image."""
+        """Return the arguments of App.function, without the image."""
         import modal
 
         return {

@@ -32,7 +32,7 @@ from run_files.run_lock import check_entries
 from run_files.stored_values import CONFIG_REMEDY
 
 DRAWN = "dataloaders.synthetic."  # data made of numbers alone, which is built at once to see whether they fit
-NOTED = ("epochs", "max_steps", "device", "devices", "guidance")  # what may change freely, and is told by the log
+NOTED = ("epochs", "max_steps", "device", "devices", "guidance")  # what may change freely and is noted in the log
 # Of a whole config.yaml, from its first keys to its last.
 WRITTEN = ("run_name", "dataloaders", "model", "loss", "optimizer", "choices", "overrides", "changed")
 

@@ -68,7 +68,7 @@ class Sweep:
         )
 
     def as_it_stands(self, job: Sequence[str]) -> dict[str, Any] | RunResult:
-        """Return a job as it was prepared, or anew where another process has begun or finished it since."""
+        """Return a job as it was prepared, or prepared again where another process has begun or finished it since."""
         made = self.prepared.get(tuple(job))
         if isinstance(made, RunResult) and made.state == "finished":
             return made

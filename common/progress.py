@@ -49,7 +49,7 @@ class Progress:
     def __init__(self, what: str, total: int, initial: int = 0, **form: Any):
         """initial: what was done earlier. form: of the bar, as tqdm takes it."""
         self.what, self.total, self.initial, self.done = what, total, initial, initial
-        self.begun = self.told = time.perf_counter()
+        self.begun = self.spoken = time.perf_counter()
         self.silent = self.fresh = True
         self.bar = bar(desc=what, total=total, initial=initial, **(form or FORM))
 
@@ -67,11 +67,11 @@ class Progress:
         """Print a line, if one is due."""
         gone = now - self.begun
         left = gone * (self.total - self.done) / max(self.done - self.initial, 1)
-        due = gone > 1 and gone + left > LONG if self.silent else now - self.told > max(BETWEEN, (gone + left) / 10)
+        due = gone > 1 and gone + left > LONG if self.silent else now - self.spoken > max(BETWEEN, (gone + left) / 10)
         if due and left > 0:
             share = "" if self.silent else f"{self.done / self.total:.0%} done, "
             print(f"{self.what}: {share}about {in_words(left)} left", file=sys.stderr, flush=True)
-            self.silent, self.told = False, now
+            self.silent, self.spoken = False, now
 
 
 @contextmanager

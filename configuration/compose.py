@@ -243,7 +243,7 @@ def delete(cfg: DictConfig, key: str) -> None:
 
 
 def held(cfg: DictConfig, key: str) -> Any:
-    """Return what a dotted key holds; None where that is missing or cannot be told yet."""
+    """Return what a dotted key holds; None where that is missing or not known yet."""
     try:
         return OmegaConf.select(cfg, key, throw_on_missing=False)
     except OmegaConfBaseException:

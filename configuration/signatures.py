@@ -43,7 +43,7 @@ def source_of(module: str) -> tuple[ast.Module, bool] | None:
 
 @cache
 def definition(module: str, name: str, depth: int = 8) -> Place | None:
-    """Return where a name of a module is defined, imports followed; None where that cannot be told."""
+    """Return where a name of a module is defined, imports followed; None where that is not known."""
     source = source_of(module) if depth else None
     if source is None:
         return None

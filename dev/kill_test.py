@@ -62,7 +62,7 @@ def watched_disk(notice: Notice) -> Iterator[None]:
     current = Current()
 
     class Watched(io.BufferedWriter):
-        """A temporary file of ours."""
+        """A temporary file of the run."""
 
         def write(self, content: Any) -> int:
             view = memoryview(content)
@@ -123,8 +123,8 @@ def stage(operation: str, file: str) -> str:
 class Aim:
     """Writes down when the first file is written, and then kills its own process at a stage of a save, if there is one."""
 
-    def __init__(self, wanted: str | None, skip: int, told: Path) -> None:
-        self.wanted, self.skip, self.told, self.seen = wanted, skip, told, Counter[str]()
+    def __init__(self, wanted: str | None, skip: int, kills: Path) -> None:
+        self.wanted, self.skip, self.kills, self.seen = wanted, skip, kills, Counter[str]()
 
     def __call__(self, operation: str, file: str) -> None:
         here = stage(operation, file)
@@ -137,8 +137,8 @@ class Aim:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def tell(self, line: str) -> None:
-        with self.told.open("a") as told:
-            told.write(f"{line}\n")
+        with self.kills.open("a") as file:
+            file.write(f"{line}\n")
 
 
 def forked(words: list[str], log: Path, aim: Aim) -> int:
@@ -209,28 +209,28 @@ def drive(folder: Path, kills: int, chance: random.Random, more: Sequence[str] =
     from backends.submission import prepare
     from training.assemble import assemble
 
-    epochs, log, told = 5 * kills + 10, folder / "log.txt", folder / "kills.txt"
+    epochs, log, noted = 5 * kills + 10, folder / "log.txt", folder / "kills.txt"
     assemble(prepare(words_for(folder, 1)))  # and what a configuration names
     began = time.monotonic()
-    if os.waitpid(forked(words_for(folder / "alone", epochs), log, Aim(None, 0, told)), 0)[1]:
+    if os.waitpid(forked(words_for(folder / "alone", epochs), log, Aim(None, 0, noted)), 0)[1]:
         raise UserError(f"the run failed; {log} says why")
-    start_seconds = float(told.read_text()) - began
+    start_seconds = float(noted.read_text()) - began
     stages = save_stages()
     counts: Counter[str] = Counter()
     for number in range(kills):
         aimed = chance.random() < AIMED
         wanted = min(stages, key=lambda name: (counts[name], chance.random())) if aimed else RANDOM
         skip = chance.randrange(100 if wanted.startswith("write") else 3)  # a save is many writes
-        process = forked(words_for(folder / "killed", epochs, more), log, Aim(wanted, skip, told))
+        process = forked(words_for(folder / "killed", epochs, more), log, Aim(wanted, skip, noted))
         if wanted == RANDOM:
             time.sleep(chance.uniform(0, 1.5 * start_seconds))
             os.kill(process, signal.SIGKILL)
         status = os.waitpid(process, 0)[1]
         if not os.WIFSIGNALED(status):
             raise UserError(f"process {number} ended with status {status} before it was killed; {log} says why")
-        here = RANDOM if wanted == RANDOM else told.read_text().splitlines()[-1]
+        here = RANDOM if wanted == RANDOM else noted.read_text().splitlines()[-1]
         counts[here] += 1
-    if os.waitpid(forked(words_for(folder / "killed", epochs, more), log, Aim(None, 0, told)), 0)[1]:
+    if os.waitpid(forked(words_for(folder / "killed", epochs, more), log, Aim(None, 0, noted)), 0)[1]:
         raise UserError(f"the run could not go on after {kills} kills; {log} says why")
     check_equal(folder / "killed", folder / "alone")
     return counts

@@ -221,7 +221,7 @@ def data_paths(common: str) -> dict[str, Work]:
 
 
 def unets(rounds: int, steps: int, common: str) -> list[dict[str, Any]]:
-    """Return milliseconds, operations and GFLOP/s of a whole step of torchcfm's U-Net and of ours; ratios are of GFLOP/s."""
+    """Return milliseconds, operations and GFLOP/s of a whole step of both U-Nets; ratios are of GFLOP/s."""
     from torchcfm.models.unet.unet import UNetModelWrapper
 
     ours = Contestant(f"{PICTURES} {common}")

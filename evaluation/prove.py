@@ -18,7 +18,7 @@ from scipy.stats import chi2, f, ncx2
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.seeds import generator_for, stream_seed
+from common.seeds import fork_generators, generator_for, stream_seed
 from dataloaders.sources import GaussianSource
 from evaluation.exact_worlds import MixtureWorld
 from losses.objective import FlowObjective, Objective
@@ -35,6 +35,7 @@ SIGNIFICANT = 2.0  # standard errors: what of a mean gradient is below says noth
 UNSEEN = 1e-18  # least variance of a mean gradient: below it the loss never asks in that direction
 NUDGE = 0.05  # of c, for the curvature
 STATES = 20_000  # by which the directions are made orthonormal
+CPU = torch.device("cpu")
 WORLDS = {
     "a Gaussian": ([[1.0]], [0.7], [0.4]),
     "a mixture": ([[0.35, 0.65]], [-1.2, 0.9], [0.3, 0.5]),
@@ -174,7 +175,7 @@ class Proof:
         generator = generator_for(self.plan.seed, f"prove/{stream}", index)
         x1, label = self.world.sample(self.plan.rows, generator)
         source, shown = GaussianSource([1]), label if self.probe.num_classes else None
-        with torch.random.fork_rng(devices=[]):
+        with fork_generators(CPU):
             torch.manual_seed(stream_seed(self.plan.seed, f"prove/global/{stream}", index))
             batch = self.objective.batch(source, x1, shown, generator, 1.0)
             loss = named_terms(self.objective(batch, self.teacher), self.plan.loss_weights)["loss"]

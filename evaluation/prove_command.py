@@ -101,7 +101,7 @@ def prepared(words: list[str]) -> tuple[str, Builder | str, ProbabilityPath | No
     if not issubclass(kind, FlowObjective):
         return (
             " ".join(losses),
-            f"{kind.__name__} learns no flow, so there is no exact field to hold it against",
+            f"{kind.__name__} learns no flow, so there is no exact field to compare with",
             None,
             [],
             Plan(),

@@ -4,7 +4,7 @@ from torch import nn
 
 
 class Network(nn.Module):
-    """num_classes: the classes it is told of, or tells apart; 0 for none. init_weights() is called once at set-up."""
+    """num_classes: of the labels it is given, or that it predicts; 0 for none. init_weights() is called once at set-up."""
 
     num_classes: int = 0
 

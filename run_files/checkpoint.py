@@ -131,7 +131,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         payload, digest, content = read(path, device)
         wrong = wrong_payload(payload)
         if wrong is None and digest is None:
-            note_once(f"{path} has no digest, as files of earlier versions; whether it is undamaged cannot be told")
+            note_once(f"{path} has no digest, as files of earlier versions; whether it is undamaged is not known")
         elif wrong is None and digest != digest_of(content):  # two readers of one damaged file may see different archives
             wrong = "is damaged: what is read from it is not what was written"
     except BROKEN:

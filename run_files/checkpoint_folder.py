@@ -121,7 +121,7 @@ class CheckpointFolder:
             raise damaged[0][1]
         why = f"none of the {len(damaged)} saves of {self.run_name} in {self.folder} can be read"
         why = why if damaged else f"run_name={self.run_name} has no save in {self.folder}"
-        raise UserError(f"{why}; start it anew with overwrite=true, which moves its files aside")
+        raise UserError(f"{why}; start it again with overwrite=true, which moves its files aside")
 
     def remove_temporaries(self) -> None:
         """Remove what killed processes of this run left half-written. The run's lock is held."""

@@ -20,7 +20,7 @@ CONFIG_KINDS = {
     "dataloaders": dict, "source": dict, "model": dict, "loss": dict, "solver": dict, "optimizer": dict, "schedule": dict,
     "ema": dict, "evaluation": dict, "backend": dict,
 }  # fmt: skip
-CONFIG_REMEDY = "put back a copy of it, or start the run anew with overwrite=true, which moves its files aside"
+CONFIG_REMEDY = "put back a copy of it, or start the run again with overwrite=true, which moves its files aside"
 
 
 def read_text(path: Path) -> str | None:

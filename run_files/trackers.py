@@ -29,7 +29,7 @@ class Tracker(ABC):
 
         config: resolved, of plain values. folder: outputs/runs/<run_name>/, where a tracker that keeps files puts them.
         resume_step: of the checkpoint the run continues from; the history up to it is what metrics.jsonl has, so that each
-        step is seen once. None for a run that starts anew, which by `overwrite` replaces the earlier ones of its name.
+        step is seen once. None for a run at its first step, which by `overwrite` replaces the earlier ones of its name.
         UserError when the tracker's package is not installed.
         """
 

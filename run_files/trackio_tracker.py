@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from run_files.metrics_file import BY_TIME
 from run_files.run_folder import RunFolder
 from run_files.trackers import Tracker
 
@@ -58,7 +59,8 @@ class TrackioTracker(Tracker):
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.raise_failure()
-        self.run.log({name: float(value) for name, value in metrics.items()}, step=step)
+        shown = {name: float(value) for name, value in metrics.items() if not name.endswith(BY_TIME)}  # else 48 more plots
+        self.run.log(shown, step=step)
 
     def log_image(self, name: str, picture: Path, step: int) -> None:
         self.raise_failure()

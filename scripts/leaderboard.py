@@ -4,17 +4,17 @@
     python scripts/leaderboard.py                                        # all of configs/leaderboard.yaml; again: goes on
     python scripts/leaderboard.py only=meanflow,mse data=kmeans seeds=0 jobs=1
     python scripts/leaderboard.py table=only                             # the tables of what has finished
-    python scripts/leaderboard.py redo=true                              # train anew what the settings no longer match
+    python scripts/leaderboard.py redo=true                              # train again what the settings no longer match
     python scripts/leaderboard.py output_dir=/tmp/trial -- max_steps=100 # a trial with further launcher words for every run
 
 Finished runs are skipped, begun ones go on, failed ones start again, and those that another process trains are waited for;
 Ctrl-C lets the runs at work save. After each run it says about how long the others will take. A run is stale when
 its words, or the settings they stand for, are no longer those of the table, or when the run it starts from was trained again
-since: it is named, left alone and kept out of the means, until redo=true moves it aside and trains it anew.
+since: it is named, left alone and kept out of the means, until redo=true moves it aside and trains it again.
 
 only=, data= and seeds= choose what is trained; the tables always show everything. They go into docs/leaderboard.md
-(short), EXPERIMENT_LOG.md (in full) and <output_dir>/leaderboard.json; a trial (words after --) is printed instead of the
-first two.
+(short), EXPERIMENT_LOG.md (in full) and <output_dir>/leaderboard.json. While runs are missing, and for a trial (words after
+--), they are printed instead of the first two; page= and log= name other files.
 
 Keys: only, data, seeds (comma-separated), jobs, table (true, false, only), redo, output_dir (outputs), config
 (configs/leaderboard.yaml), page, log. What each run says is in <output_dir>/leaderboard/<run_name>.log.

@@ -88,7 +88,7 @@ def list_runs(options: argparse.Namespace) -> list[str]:
                 complaints.append(str(error))
     begun = {row[0] for row in rows}
     for path in sorted(remote.files(PurePosixPath("jobs"))):
-        if path.stem not in begun and not any(f"run {path.stem} " in told for told in complaints):
+        if path.stem not in begun and not any(f"run {path.stem} " in complaint for complaint in complaints):
             rows.append([path.stem, "submitted", "-", "-", "-", f"nothing written yet: modal_app.py logs {path.stem}"])
     header = ["run", "state", "step", "epochs", "minutes", "best scores"]
     print(table([header, *rows]) if rows else f"no runs on the Volume {options.volume}")

@@ -43,7 +43,7 @@ LONGEST = 100  # letters of the names of runs in the name of a file
 NO_SCORES = ("_floor", "_floor_sd", "_floor_q99", "_floor_q01", "_se", "_train", "/seconds", *BY_TIME)  # stand beside one
 SHORT = 200  # optimizer steps in which hardly any network has learned its data
 FAR_ERROR = 3.0  # times the solver's own flow-map error that a network's may be before it is named
-FAR = 3.0  # standard deviations of its floor that a score may lie above one without an upper end, to be told from real
+FAR = 3.0  # standard deviations of its floor that a score may lie above one without an upper end, to differ from real
 NUMBER = re.compile(r"[-+±]? ?[\d.,]+(e[-+]?\d+)?( ± [\d.e+-]+)?( \w+)?")  # perhaps with its error or unit
 
 

@@ -49,7 +49,7 @@ def carry_out(words: list[str]) -> str:
 
 
 def rebuild(folder: RunFolder, project: str | None) -> tuple[str, int]:
-    """Write the run's rows and pictures anew, as its resume from the last row would; the project and the number of rows.
+    """Write the run's rows and pictures again, as its resume from the last row would; the project and the number of rows.
 
     UserError when trackio cannot.
     """

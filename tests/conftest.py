@@ -48,6 +48,11 @@ def train_small(place: Path, name: str, *overrides: str, output: str = "outputs"
     return folder
 
 
+DIGITS = (
+    "dataloaders=digits", "model=cnn", "model.width=8", "dataloaders.epoch_size=1438", "conditional=true", "max_steps=1"
+)  # fmt: skip
+
+
 @pytest.fixture
 def small_run(tmp_path: Path) -> Callable[..., Path]:
     """small_run(name, *overrides, output="outputs"): the folder of such a run below tmp_path."""

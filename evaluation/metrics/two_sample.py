@@ -120,4 +120,5 @@ class TwoSampleMetric(Metric):
 
         generator: on the CPU.
         """
-        raise NotImplementedError
+        orders = (torch.randperm(len(pool), generator=generator).to(pool.device) for _ in range(splits))
+        return [self.distance(pool[order[:first]], pool[order[first:]]) for order in orders]

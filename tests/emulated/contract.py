@@ -37,7 +37,7 @@ SMALL_MODELS = {  # what makes a model of configs/model small; images but for ml
     "unet_small": ["model.width=8", "model.multipliers=[1,1]"], "small_cnn_classifier": ["model.width=8"],
 }  # fmt: skip
 CLASSIFIERS = {"small_cnn_classifier", "resnet18"}
-STEPS = 3
+STEPS = 4
 
 
 def config_of(*words: str) -> dict[str, Any]:
@@ -104,9 +104,10 @@ def objective_cases() -> Iterator[tuple[str, Callable[[], str]]]:
 
 
 def curve_of(loss: str, engine: str) -> str:
-    """The objective by one engine, with dropout; what has none is a case of the runs and the waits."""
-    words = [*POINTS, *TRAINING, f"loss={loss}", "model.dropout=0.3", *([f"loss.jvp={engine}"] * bool(engine))]
-    return same_curve(config_of(*words))
+    """The objective by one engine, with dropout and without."""
+    words = [*POINTS, *TRAINING, f"loss={loss}", *([f"loss.jvp={engine}"] * bool(engine))]
+    answers = {dropout: same_curve(config_of(*words, f"model.dropout={dropout}")) for dropout in (0.0, 0.3)}
+    return "; ".join(f"dropout {dropout}: {answer}" for dropout, answer in answers.items() if answer)
 
 
 PHOTOS = [
@@ -409,14 +410,14 @@ def planted(where: str, name: str, fault: Any) -> Iterator[None]:
     setattr(owner, name, kept)
 
 
-def found(case: Callable[[], str], where: str, name: str, fault: Any) -> str:
-    """Return "" where a case sees a planted fault: by what it answers, or by an error of the device."""
+def found(case: Callable[[], str], sign: str, where: str, name: str, fault: Any) -> str:
+    """Return "" where a case sees a planted fault: by its answer, or by an error, that has `sign` in it."""
     with planted(where, name, fault):
         try:
             answer = case()
         except Exception as error:
             answer = str(error)
-    return "" if answer else "the fault was not seen"
+    return "" if sign in answer else f"not seen as {sign!r}: {answer!r}"
 
 
 def planted_cases() -> Iterator[tuple[str, Callable[[], str]]]:
@@ -425,6 +426,7 @@ def planted_cases() -> Iterator[tuple[str, Callable[[], str]]]:
     from evaluation.metrics.wasserstein import SlicedWasserstein
     from losses.paths import ProbabilityPath
     from losses.total_derivative import DerivativeObjective
+    from solvers.dopri5 import Dopri5
 
     after_step, torch_load, distance = training.loop.after_step, torch.load, SlicedWasserstein.distance
     state = ProbabilityPath.state
@@ -447,37 +449,39 @@ def planted_cases() -> Iterator[tuple[str, Callable[[], str]]]:
         return distance(self, x.double(), y)
 
     yield "a tensor on the CPU in a path", lambda: found(
-        lambda: same_curve(config_of(*simple)), "losses.paths:ProbabilityPath", "state",
+        lambda: same_curve(config_of(*simple)), "at least two devices", "losses.paths:ProbabilityPath", "state",
         lambda self, x0, x1, t: state(self, x0, x1, t) + torch.zeros(x0.shape),
     )  # fmt: skip
-    yield (
-        "a generator of the CPU in a source",
-        lambda: found(lambda: same_curve(config_of(*simple)), "dataloaders.sources:GaussianSource", "sample", of_the_cpu),
-    )
-    yield "a wait in the loop", lambda: found(lambda: waits_of(*POINTS), "training.loop", "after_step", waiting)
+    seen = {
+        "a generator of the CPU in a source": (
+            lambda: same_curve(config_of(*simple)), "device type for generator",
+            "dataloaders.sources:GaussianSource", "sample", of_the_cpu,
+        ),
+        "a wait in the loop": (lambda: waits_of(*POINTS), 'values["loss"].item()', "training.loop", "after_step", waiting),
+        "no map_location": (
+            going_on, "use map_location",
+            "torch", "load", lambda file, map_location=None, **options: torch_load(file, **options),
+        ),
+        "masks of dropout that are not used again": (
+            lambda: same_curve(config_of(*difference)), "on the device",
+            "models.layers:ReplayedDropout", "replay", forgetting,
+        ),
+    }  # fmt: skip
     if KIND == "mps":
-        yield (
-            "float64 in a metric",
-            lambda: found(
-                lambda: same_scores(*scored), "evaluation.metrics.wasserstein:SlicedWasserstein", "distance", in_double
-            ),
-        )
-    yield (
-        "no map_location",
-        lambda: found(going_on, "torch", "load", lambda file, map_location=None, **options: torch_load(file, **options)),
-    )
-    yield (
-        "masks of dropout that are not used again",
-        lambda: found(lambda: same_curve(config_of(*difference)), "models.layers:ReplayedDropout", "replay", forgetting),
-    )
-    if KIND == "cuda":
+        seen["float64 in a metric"] = (
+            lambda: same_scores(*scored), "float64",
+            "evaluation.metrics.wasserstein:SlicedWasserstein", "distance", in_double,
+        )  # fmt: skip
+    else:
+        derivative, solver = "losses.total_derivative:DerivativeObjective", "solvers.dopri5:Dopri5"
         rounded = DerivativeObjective.central_difference.__wrapped__  # type: ignore[attr-defined]
-        yield (
-            "TF32 left on in the difference",
-            lambda: found(
-                difference_under_tf32, "losses.total_derivative:DerivativeObjective", "central_difference", rounded
-            ),
-        )
+        solve = Dopri5.solve.__wrapped__  # type: ignore[attr-defined]
+        seen["TF32 left on in the difference"] = (
+            difference_under_tf32, "the derivative is off", derivative, "central_difference", rounded
+        )  # fmt: skip
+        seen["TF32 left on in the adaptive solver"] = (adaptive_steps_under_tf32, "evaluations", solver, "solve", solve)
+    for name, (case, *fault) in seen.items():
+        yield name, lambda case=case, fault=fault: found(case, *fault)
 
 
 def gpu_day() -> str:

@@ -21,6 +21,7 @@ from evaluation.report import draw_neighbours
 from evaluation.sample import load
 from models.classifier.classifier import Classifier
 from scripts import eval_fid, sample
+from tests.conftest import DIGITS
 
 NAME = "eval/frechet_distance_digits_classifier"
 NETWORK = "network=digits_classifier"
@@ -66,16 +67,6 @@ def test_files_that_are_no_images_are_one_sentence(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(UserError, match=sentence):
             read_images(tmp_path / name)
-
-
-DIGITS = (
-    "dataloaders=digits",
-    "model=cnn",
-    "model.width=8",
-    "dataloaders.epoch_size=1438",
-    "conditional=true",
-    "max_steps=1",
-)
 
 
 @pytest.fixture(scope="module")

@@ -94,6 +94,14 @@ def test_trackio_command_reads_what_was_logged_and_the_console_stays_quiet(
     assert values == [(0, 0.0), (1, 0.1), (2, 0.2)]
 
 
+def test_values_at_eight_times_make_no_plots_of_their_own(project: str, tmp_path: Path) -> None:
+    tracker = TrackioTracker(project)
+    tracker.start("x", {}, tmp_path, None)
+    tracker.log({"oracle/copying": 0.5, "oracle/copying_t0": 1.0, "oracle/copying_t7": 0.5, "train/loss_t": 1.0}, 1)
+    tracker.finish()
+    assert [names for _, names in stored(project)] == [{"oracle/copying", "train/loss_t"}]
+
+
 def test_resumed_history_shows_each_step_and_picture_once_and_is_deleted_with_them(project: str, tmp_path: Path) -> None:
     """Step 0 has a picture that no run logs; that of step 5 is of a step which the resume has taken back."""
     media = Path(os.environ["TRACKIO_DIR"]) / "media" / project / "x"

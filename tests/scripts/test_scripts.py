@@ -23,6 +23,7 @@ from evaluation.report import draw_images, draw_picture, drawable
 from evaluation.sample import load
 from scripts import sample
 from solvers.runge_kutta import Euler
+from tests.conftest import DIGITS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -159,16 +160,6 @@ def test_numbers_come_with_their_classes(of_classes, tmp_path):
         assert sample.main([f"ckpt={of_classes}", "n=10", f"out={tmp_path / 's.npz'}", *words]) == 0
         assert np.load(tmp_path / "s.npz")["y"].tolist() == expected
     assert sample.main([f"ckpt={of_classes}", "n=10", "label=3", f"out={tmp_path / 's.png'}"]) == 0
-
-
-DIGITS = (
-    "dataloaders=digits",
-    "model=cnn",
-    "model.width=8",
-    "dataloaders.epoch_size=1438",
-    "conditional=true",
-    "max_steps=1",
-)
 
 
 def test_pictures_of_a_latent_model_are_decoded_and_its_numbers_are_not(shared_run, tmp_path, monkeypatch):
