@@ -69,9 +69,9 @@ def absent_line(absent: list[Absent]) -> str:
     """Return the scores that are not given, each reason once, in brackets: oracles and few-step scores as what they are."""
     by_reason = defaultdict(list)
     for item in absent:
-        few = "few-step scores" if re.search(r"_\d+nfe$", item.name) else item.name
         oracle = item.name.startswith("oracle/") and not item.name.startswith(OF_FINITE_DATA)
-        by_reason[item.reason].append("oracles" if oracle else few)
+        few = re.search(r"_\d+nfe$", item.name)
+        by_reason[item.reason].append("few-step scores" if few else "oracles" if oracle else item.name)
     return "; ".join(f"{', '.join(dict.fromkeys(names))} ({reason})" for reason, names in by_reason.items())
 
 

@@ -79,12 +79,10 @@ class Memorisation:
         """Return in words whether the network copies, and at which times."""
         least, copied = self.quotient.min(), (self.quotient <= COPIES).nonzero()[:, 0].tolist()
         if not copied:
-            return (
-                f"does not copy its training data ({least:.2f} of the distance ratio of held-out rows; {COPIES:g}: copies)"
-            )
+            return f"the network does not copy its training data ({least:.2f}; copying is {COPIES:g} or less)"
         first, last = self.t[copied[0]], self.t[copied[-1]]
         when = f"t >= {first:.2f}" if copied[-1] == TIMES - 1 else f"t from {first:.2f} to {last:.2f}"
-        return f"copies its training data at {when} ({least:.2f} of the distance ratio of held-out rows)"
+        return f"the network copies its training data at {when} ({least:.2f}; copying is {COPIES:g} or less)"
 
 
 def median_ratio(near: Tensor, far: Tensor) -> Tensor:

@@ -164,14 +164,14 @@ def test_a_memoriser_copies_and_the_law_itself_does_not(path: ProbabilityPath, k
     found = memorisation(objective, dataset, source(), 400)
     assert isinstance(found, Memorisation) and found.excess.shape == (8, 50)
     assert found.excess.max() < 1e-6 * found.loss.mean()
-    assert found.quotient.min() < 0.01 and "copies its training data at t >=" in found.verdict
+    assert found.quotient.min() < 0.01 and "the network copies its training data at t >=" in found.verdict
     assert torch.allclose(found.held_out_loss, found.memoriser_loss, rtol=1e-3)
     law = LAW if kind != "standardised" else GaussianMixture(torch.ones(1), torch.zeros(1, 24), torch.ones(1))
     exact = ExactFlow(law, STD, path)
     objective.network.field = lambda x, t, *label: exact(x, t)
     found = memorisation(objective, dataset, source(), 3200)
     assert isinstance(found, Memorisation)
-    assert found.quotient.min() > 0.8 and found.verdict.startswith("does not copy its training data")
+    assert found.quotient.min() > 0.8 and found.verdict.startswith("the network does not copy its training data")
     more = found.loss - found.least - found.excess
     error = (more.var(1) / more.shape[1]).sum().sqrt() / 8
     assert abs(more.mean()) < 4 * error < 0.2 * found.excess.mean()
@@ -244,7 +244,7 @@ def test_a_run_on_digits_says_whether_it_copies(small_run: Callable[..., Path], 
     words = ["dataloaders=digits", "model=cnn", "model.width=8", "dataloaders.epoch_size=1438", "conditional=true"]
     folder = small_run("x", *words, node, "max_steps=2", "eval_every=1")
     printed, rows = capsys.readouterr().out, (folder / "runs/x/metrics.jsonl").read_text().splitlines()
-    assert "oracle/copying: does not copy its training data" in printed
+    assert "oracle/copying: the network does not copy its training data" in printed
     scores = json.loads(rows[-1])
     for name in ("empirical_excess_loss", "train_loss", "held_out_loss", "memoriser_loss", "copying", "copying_held_out"):
         assert all(scores[f"oracle/{name}_t{k}"] > 0 for k in range(8))

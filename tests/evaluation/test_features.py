@@ -300,7 +300,8 @@ def test_few_step_names_what_it_cannot_give(generation: Callable[..., Generation
 
 
 def test_a_table_fits_a_terminal(capsys) -> None:
-    names = [f"eval/{name}_{n}nfe" for n in (1, 2, 4) for name in ("energy_distance", "frechet_distance_digits_classifier")]
+    kinds = ("eval/energy_distance", "eval/frechet_distance_digits_classifier", "oracle/flow_map_error")
+    names = [f"{name}_{n}nfe" for n in (1, 2, 4) for name in kinds]
     absent = [*(Absent(name, "it learns no map across time") for name in [*names, "eval/w2"]), Absent("oracle/x", "no")]
     assert absent_line(absent) == "few-step scores, eval/w2 (it learns no map across time); oracles (no)"
     score = Score("eval/w2", 1.0, provenance="a network " * 40)
