@@ -457,9 +457,9 @@ def planted_cases() -> Iterator[tuple[str, Callable[[], str]]]:
             lambda: same_curve(config_of(*simple)), "device type for generator",
             "dataloaders.sources:GaussianSource", "sample", of_the_cpu,
         ),
-        "a wait in the loop": (lambda: waits_of(*POINTS), 'values["loss"].item()', "training.loop", "after_step", waiting),
+        "a wait in the loop": (lambda: waits_of(*POINTS), "3 x ", "training.loop", "after_step", waiting),
         "no map_location": (
-            going_on, "use map_location",
+            going_on, "can be read; start it again",  # as if the file were damaged
             "torch", "load", lambda file, map_location=None, **options: torch_load(file, **options),
         ),
         "masks of dropout that are not used again": (
