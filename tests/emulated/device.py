@@ -9,99 +9,34 @@ It cannot compile, capture graphs, run collectives or overlap streams. The hooks
 enable() it once, in a process of its own.
 """
 
-import traceback
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-NAME = "emu"
-TESTED = ("2.14", "2.15")  # versions of torch whose hooks this was written for
-Kind = Literal["cuda", "mps"]
-aten = torch.ops.aten
+from tests.emulated.rules import (
+    COPIES,
+    FACTORIES,
+    FULL,
+    INDEXING,
+    LOWER,
+    NAME,
+    NOT_DETERMINISTIC,
+    PRODUCTS,
+    RULES,
+    WAITED,
+    WAITS,
+    Kind,
+    as_tf32,
+    aten,
+)
+
 CPU_GENERATOR = torch.Generator
-
-WAITS = {
-    aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten._unique2.default,
-    aten.equal.default, aten.unique_dim.default, aten.repeat_interleave.Tensor, aten.bincount.default,
-}  # fmt: skip
-INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
-COPIES = {aten.copy_.default, aten._to_copy.default, aten._copy_from.default}
-PRODUCTS = {
-    aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default,
-    aten.convolution_backward.default,
-}  # fmt: skip
-NOT_DETERMINISTIC = {
-    aten.kthvalue.default, aten.median.dim, aten._adaptive_avg_pool2d_backward.default, aten.put_.default,
-    aten.histc.default, aten.upsample_bilinear2d_backward.default, aten.upsample_bicubic2d_backward.default,
-    aten.reflection_pad2d_backward.default, aten.grid_sampler_2d_backward.default,
-}  # fmt: skip
-# What autocast runs in lower precision and in fp32.
-LOWER = (
-    "mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "conv1d", "conv2d", "conv3d", "_convolution.deprecated",
-    "matmul", "scaled_dot_product_attention",
-)  # fmt: skip
-FULL = (
-    "exp", "log", "pow.Tensor_Scalar", "rsqrt", "layer_norm", "group_norm", "softmax.int", "log_softmax.int", "mse_loss",
-    "cross_entropy_loss", "sum",
-)  # fmt: skip
-# Factories whose default kernel resizes an empty tensor, which a wrapper cannot follow.
-FACTORIES = ("arange", "arange.start", "arange.start_step", "eye", "eye.m")
-
-
-@dataclass
-class Rules:
-    """What the device refuses and rounds."""
-
-    kind: Kind = "cuda"
-    rounds: bool = True  # False: no TF32, to compare with the CPU
-
-    @property
-    def float64(self) -> bool:
-        return self.kind == "cuda"
-
-    @property
-    def tf32(self) -> bool:
-        return self.kind == "cuda" and self.rounds and torch.backends.cuda.matmul.allow_tf32
-
-    @property
-    def deterministic(self) -> bool:
-        return self.kind == "cuda" and torch.are_deterministic_algorithms_enabled()
-
-
-class Waits:
-    """Counts the times the host waited for the device, by cause, and where in the project's code, while traced() is open."""
-
-    def __init__(self) -> None:
-        self.causes, self.places, self.operations = Counter[str](), Counter[str](), 0
-        self.tracing = False
-
-    def record(self, cause: str) -> None:
-        self.causes[cause] += 1
-        if self.tracing:
-            frames = [frame for frame in traceback.extract_stack() if "site-packages" not in frame.filename]
-            ours = [frame for frame in frames if Path(frame.filename).parent != Path(__file__).parent]
-            self.places[f"{ours[-1].filename}:{ours[-1].lineno} {ours[-1].line}" if ours else cause] += 1
-
-    @contextmanager
-    def traced(self) -> Iterator[None]:
-        """Start from nothing, and note the place of every wait within."""
-        self.causes.clear()
-        self.places.clear()
-        self.operations, self.tracing = 0, True
-        yield
-        self.tracing = False
-
-
-RULES, WAITED = Rules(), Waits()
 SAVED: "weakref.WeakSet[torch.UntypedStorage]" = weakref.WeakSet()  # storages that torch.save took from the device
 GENERATORS: "weakref.WeakValueDictionary[int, Generator]" = weakref.WeakValueDictionary()
 
@@ -210,7 +145,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if device is not None:
             inner_kwargs["device"] = torch.device("cpu")
     draws = here and torch.Tag.nondeterministic_seeded in func.tags and not any(isinstance(a, CPU_GENERATOR) for a in flat)
-    with drawing_from_device() if draws else no_change():
+    with drawing_from_device() if draws else nullcontext():
         out = func(*inner_args, **inner_kwargs)
     if not here:
         same = isinstance(out, torch.Tensor) and any(out is leaf for leaf in tree_leaves((inner_args, inner_kwargs)))
@@ -262,11 +197,6 @@ def count_waits(func: Any, args: Any, ours: bool, here: bool) -> None:
 
 
 @contextmanager
-def no_change() -> Iterator[None]:
-    yield
-
-
-@contextmanager
 def drawing_from_device() -> Iterator[None]:
     """Let the CPU's default generator be the device's."""
     kept = torch.default_generator.get_state()
@@ -283,13 +213,6 @@ def rewrapped(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
         if shell.shape != shell.inner.shape or shell.stride() != shell.inner.stride():
             raise NotImplementedError(f"{func} changed the shape of a tensor in place")
     return tree_map_only(torch.Tensor, lambda t: shells[id(t)] if id(t) in shells else EmulatedTensor(t), out)
-
-
-def as_tf32(value: Any) -> Any:
-    """Round to the ten bits of mantissa that a tensor core reads of a float32."""
-    if not isinstance(value, torch.Tensor) or value.dtype != torch.float32 or value.dim() < 2:
-        return value
-    return ((value.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).view_as(value)
 
 
 class Watch(TorchDispatchMode):

@@ -10,8 +10,8 @@ from functools import cache
 import pytest
 import torch
 
-from tests.emulated.device import TESTED
 from tests.emulated.disguise import ROOT
+from tests.emulated.rules import TESTED
 
 VERSION = ".".join(torch.__version__.split(".")[:2])
 pytestmark = [

@@ -3,17 +3,14 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import stats
 
 from common import command_line as front
 from common.errors import UserError
@@ -21,21 +18,9 @@ from dataloaders.gaussian_mixture import GaussianMixture
 from evaluation import pictures
 from evaluation.closed_forms import ExactFlow
 from losses.paths import LinearPath
-from run_files.run_folder import RunFolder
 from solvers.flow_map import FlowMapSolver
-from solvers.runge_kutta import RK4, Euler
-from visualizers import (
-    curves,
-    denoising,
-    density,
-    interpolation,
-    memorisation,
-    particles,
-    trajectories,
-    velocity_field,
-    vis_all,
-)
-from visualizers.films import FRAMES_A_SECOND, HOLD, HOLD_FIRST, write_film
+from solvers.runge_kutta import Euler
+from visualizers import curves, density, interpolation, memorisation, particles, trajectories, velocity_field, vis_all
 from visualizers.interpolation import slerp
 from visualizers.scene import Scene, interpolated, newest_checkpoint, scene, walk
 
@@ -43,34 +28,6 @@ ROOT = Path(__file__).resolve().parents[2]
 POINTS = ["samples", "one_step", "particles", "trajectories", "velocity_field", "density", "interpolation"]
 IMAGES = ["samples", "one_step", "denoising", "interpolation", "memorisation"]
 FILMS = {"particles", "velocity_field", "denoising"}
-SMALL = [
-    "trackio.enabled=false",
-    "device=cpu",
-    "evaluation=loss_only",
-    "max_steps=3",
-    "batch_size=32",
-    "~callbacks.pictures",
-]
-ARCHS = {"points": "mlp", "classes": "mlp", "images": "cnn", "latents": "cnn"}
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory, vae_folder: Path) -> dict[str, Path]:
-    """Hardly trained models: points, images by class, and latents of images."""
-    import launcher
-
-    folder = tmp_path_factory.mktemp("trained")
-    log = f"log.file={folder / 'LOG.md'}"
-    launcher.run("run_name=points", f"output_dir={folder}", log, *SMALL, "model.width=16", "loss=meanflow")
-    launcher.run("run_name=classes", f"output_dir={folder}", log, *SMALL, "model.width=16", "conditional=true")
-    images = ["dataloaders=digits", "model=cnn", "conditional=true"]
-    launcher.run("run_name=images", f"output_dir={folder}", log, *SMALL, *images)
-    np.save(folder / "latents.npy", np.random.default_rng(0).normal(size=(64, 4, 2, 2)).astype("float32"))
-    latents = ["dataloaders=array", f"dataloaders.path={folder / 'latents.npy'}", "model=cnn"]
-    latents += ["vae=stable_diffusion", f"vae.path={vae_folder}"]
-    launcher.run("run_name=latents", f"output_dir={folder}", log, *SMALL, *latents)
-    found = {name: folder / f"ckpts/{arch}/{name}_last.pt" for name, arch in ARCHS.items()}
-    return found | {"root": folder}
 
 
 @pytest.mark.parametrize("kind, name", [*(("points", name) for name in POINTS), *(("images", name) for name in IMAGES)])
@@ -91,64 +48,6 @@ def test_every_drawing_decodes(kind: str, name: str, checkpoints: dict[str, Path
 def test_of_data_drawn_afresh_no_copying_is_drawn(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing to compare points with: data drawn afresh has no training states"):
         memorisation.draw(scene([f"ckpt={checkpoints['points']}", f"out={tmp_path}"], n=1, frames=2))
-
-
-@pytest.mark.parametrize("kind, name", [("points", "particles"), ("images", "denoising")])
-def test_films_are_mp4_when_asked(kind: str, name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
-    words = [f"ckpt={checkpoints[kind]}", f"out={tmp_path}", "n=9", "frames=3", "format=mp4"]
-    still, film = import_module(f"visualizers.{name}").draw(scene(words, n=1, frames=2))
-    assert Image.open(still).format == "PNG" and film.suffix == ".mp4"
-    reader = imageio_ffmpeg.read_frames(str(film))
-    width, height = next(reader)["size"]
-    frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3).astype(int) for frame in reader]
-    assert len(frames) == 3 + round(HOLD_FIRST * FRAMES_A_SECOND) + round(HOLD * FRAMES_A_SECOND)
-    assert 400 <= width <= 1400 and np.abs(frames[0] - frames[-1]).max() > 60
-
-
-@pytest.mark.parametrize("kind", ["images", "latents"])
-def test_a_denoising_film_goes_from_the_noise_to_the_samples(
-    kind: str, checkpoints: dict[str, Path], tmp_path: Path
-) -> None:
-    """Read off the written file; latents are seen through their decoder."""
-    words = [f"ckpt={checkpoints[kind]}", f"out={tmp_path}", "n=9", "frames=3", "solver=rk4", "solver.steps=3"]
-    made = scene(words, n=1, frames=2)
-    film = Image.open(denoising.draw(made)[1])
-    noise = made.noise()
-    assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 0.01
-    side = 16 if kind == "latents" else 8
-    for index, states in ((0, noise), (2, made.model.sample(9, solver=made.own_solver()))):
-        expected = denoising.as_bytes(made, states)
-        assert expected.shape == (9, side, side, 3) and expected.std() > 5
-        film.seek(index)
-        shown = np.asarray(film.convert("RGB")).astype(int)
-        scale = round(shown.shape[1] / (3 * side + 2))  # a grid of three by three, a white line between images
-        grid = shown[: scale * (3 * side + 2) : scale, : scale * (3 * side + 2) : scale]
-        cells = [grid[row : row + side, column : column + side] for row in range(0, 3 * side, side + 1)
-                 for column in range(0, 3 * side, side + 1)]  # fmt: skip
-        assert np.abs(np.stack(cells) - expected).mean() < 12, index  # 64 colours
-
-
-def test_a_film_of_the_field_shows_the_density_of_noise_then_that_of_the_data(
-    checkpoints: dict[str, Path], tmp_path: Path
-) -> None:
-    """Read off the pixels of the written file: how blue the panel of the exact field is, and where."""
-    made = scene([f"ckpt={checkpoints['points']}", f"out={tmp_path}", "n=500", "frames=2"], n=1, frames=2)
-    film = Image.open(velocity_field.draw(made)[1])
-    field = velocity_field.Field(made, np.array([0.0, 1.0]))
-    figure, _ = velocity_field.film_figure(field, "")
-    figure.canvas.draw()  # which settles where equal axes lie
-    panel = figure.axes[1]
-    assert isinstance(field.truth, ExactFlow)
-    for index, clusters in ((0, np.zeros((1, 2))), (1, field.truth.mixture.means.numpy())):
-        film.seek(index)
-        colored = np.asarray(film.convert("RGB")).astype(int)
-        rows, columns = np.nonzero(colored[..., 2] - colored[..., 0] > 90)  # the bluest half of the shades
-        places = panel.transData.inverted().transform(np.stack([columns, film.height - 1 - rows], 1))
-        inside = places[(places > [panel.get_xlim()[0], panel.get_ylim()[0]]).all(1)]
-        distance = np.linalg.norm(inside[:, None] - clusters, axis=-1)
-        radius = 1.35 if index == 0 else 0.25
-        assert (distance.min(1) < radius).all() and (np.bincount(distance.argmin(1), minlength=len(clusters)) > 20).all()
 
 
 def near(made: Scene, points: np.ndarray) -> np.ndarray:
@@ -260,45 +159,6 @@ def test_as_many_samples_as_asked_for(checkpoints: dict[str, Path], tmp_path: Pa
     assert scene(words, 100, 2, 2000).n == 100
 
 
-@dataclass
-class ExactModel:
-    """The exact flow of a mixture in the place of a network; its map is the solver's."""
-
-    truth: ExactFlow
-    learns_flow_map: bool = False
-
-    def velocity(self, x: torch.Tensor, t: torch.Tensor, label: Any = None) -> torch.Tensor:
-        return self.truth(x, t)
-
-
-MEANS = torch.tensor([[-2.0, 1.0], [1.5, 2.0], [2.0, -1.5]], dtype=torch.float64)
-STDS, WEIGHTS = torch.full((3,), 0.1, dtype=torch.float64), torch.full((3,), 1 / 3, dtype=torch.float64)
-TRUTH = ExactFlow(GaussianMixture(WEIGHTS, MEANS, STDS), 1.0, LinearPath())
-
-
-def test_a_film_starts_at_the_source_and_ends_at_the_data(tmp_path: Path) -> None:
-    """Read off the pixels of the written file: where the coloured dots are in the first and in the last frame."""
-    noise = torch.randn(600, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    paths = {"exact": walk(RK4(40), ExactModel(TRUTH), noise, None, torch.linspace(0, 1, 9)).numpy()}
-    assert stats.kstest(paths["exact"][0].ravel(), "norm").pvalue > 0.01
-    low, high = np.array([-3.5, -3.5]), np.array([3.5, 3.5])
-    figure, moving = particles.film_figure(paths, np.zeros((0, 2)), (low, high), "")
-    film = tmp_path / "film.gif"
-    write_film(film, [particles.filmed(figure, moving, paths, index) for index in range(9)])
-    decoded = Image.open(film)
-    positions = []
-    for index in (0, decoded.n_frames - 1):
-        decoded.seek(index)
-        colored = np.asarray(decoded.convert("RGB")).astype(int)
-        rows, columns = np.nonzero(colored.max(-1) - colored.min(-1) > 60)  # ink and grid are grey
-        positions.append(figure.axes[0].transData.inverted().transform(np.stack([columns, decoded.height - 1 - rows], 1)))
-    first, last = positions
-    assert np.abs(first.mean(0)).max() < 0.2 and np.abs(first.std(0) - 1.1).max() < 0.15  # dots overlap in the middle
-    distance = np.linalg.norm(last[:, None] - MEANS.numpy(), axis=-1)
-    assert (distance.min(1) < 0.45).mean() > 0.98
-    assert (np.bincount(distance.argmin(1), minlength=3) > 0.15 * len(last)).all()
-
-
 def test_between_grid_points_states_move_straight() -> None:
     states = torch.tensor([[[0.0]], [[1.0]], [[5.0]]])
     grid, times = torch.tensor([0.0, 0.25, 1.0]), torch.tensor([0.0, 0.125, 0.25, 0.625, 1.0])
@@ -345,78 +205,12 @@ def test_the_expected_data_is_the_exact_posterior_mean() -> None:
     assert torch.allclose(expected_data(Still(), z, t), expected)
 
 
-def test_mp4_decodes(tmp_path: Path) -> None:
-    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
-    film = tmp_path / "film.mp4"
-    write_film(film, [np.full((64, 96, 3), level, dtype=np.uint8) for level in (0, 120, 250)])
-    reader = imageio_ffmpeg.read_frames(str(film))
-    assert next(reader)["size"] == (96, 64)
-    levels = [np.frombuffer(frame, np.uint8).mean() for frame in reader]
-    second = 1 + round(HOLD_FIRST * FRAMES_A_SECOND)
-    assert abs(levels[0]) < 6 and abs(levels[second] - 120) < 6 and abs(levels[-1] - 250) < 6
-
-
-@pytest.mark.parametrize("form", ["gif", "mp4"])
-def test_a_film_that_cannot_be_written_leaves_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
-) -> None:
-    pytest.importorskip("imageio_ffmpeg")
-
-    def broken(path: str, *_: Any, **__: Any) -> Any:
-        Path(path).write_bytes(b"half a film")
-        yield
-        raise OSError("the encoder died")
-
-    monkeypatch.setattr("imageio_ffmpeg.write_frames", broken)
-    film = tmp_path / f"film.{form}"
-    film.write_bytes(b"the film before")
-    frames = [np.zeros((64, 96, 3), dtype=np.uint8), np.zeros((0, 0, 3), dtype=np.uint8)]  # no GIF has a frame of no size
-    with pytest.raises((ValueError, OSError)):
-        write_film(film, frames)
-    assert film.read_bytes() == b"the film before" and [path.name for path in tmp_path.iterdir()] == [film.name]
-
-
 def test_all_at_once_says_once_what_is_wrong_for_all(
     checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert vis_all.main([str(checkpoints["points"]), "colour=red"]) == 1
     error = capsys.readouterr().err
     assert "unknown key in 'colour=red'" in error and error.count("\n") == 1
-
-
-def test_curves_show_what_a_run_logged(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    out = tmp_path / "curves.png"
-    assert curves.draw(["points", "images", f"output_dir={checkpoints['root']}", f"out={out}"]) == out
-    assert Image.open(out).format == "PNG"
-    with pytest.raises(UserError, match="is called nobody"):
-        curves.draw(["nobody", f"output_dir={checkpoints['root']}"])
-    with pytest.raises(UserError, match="none of these runs logged eval/fid"):
-        curves.draw(["points", "metrics=eval/fid", f"output_dir={checkpoints['root']}"])
-
-
-def evaluated(*floors: tuple[int, float]) -> list[dict[str, Any]]:
-    """Rows of a run that was evaluated at these steps with these floors."""
-    name = "eval/energy_distance"
-    return [{"step": step, name: 1.0, f"{name}_floor": floor, f"{name}_floor_sd": 0.25} for step, floor in floors]
-
-
-def band(rows: list[dict[str, Any]], at: float) -> tuple[float, float]:
-    """The lowest and highest value of the floor's band at a step, off the drawn outline."""
-    axes = pictures.new_figure(300, "", "").subplots()
-    curves.draw_metric(axes, "eval/energy_distance", {"x": rows})
-    (outline,) = axes.collections[0].get_paths()
-    inside = [level for level in np.linspace(-1, 3, 401) if outline.contains_point((at, level))]
-    return min(inside), max(inside)
-
-
-def test_the_floor_of_one_evaluation_reaches_across_the_panel() -> None:
-    for step in (1, 300, 599, 620):
-        assert band(evaluated((600, 1.0)), step) == pytest.approx((0.5, 1.5), abs=0.02)
-
-
-def test_the_band_ends_where_99_percent_of_real_sets_do() -> None:
-    (row,) = evaluated((600, 1.0))
-    assert band([row | {"eval/energy_distance_floor_q99": 2.2}], 300) == pytest.approx((0.5, 2.2), abs=0.02)
 
 
 def test_one_stray_sample_shows_in_the_density(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
@@ -435,25 +229,6 @@ def test_one_stray_sample_shows_in_the_density(checkpoints: dict[str, Path], tmp
     assert (corner[..., 3].flatten()[1:] == 0).all()  # masked: the white paper
 
 
-def test_each_evaluation_has_its_own_floor_without_a_slope_between() -> None:
-    rows = evaluated((100, 1.0), (200, 1.0), (300, 0.0))
-    for step, floor in ((1, 1.0), (200, 1.0), (245, 1.0), (255, 0.0), (310, 0.0)):
-        assert band(rows, step) == pytest.approx((floor - 0.5, floor + 0.5), abs=0.02), step
-
-
-def test_panels_that_are_left_out_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    new_figure = Mock(wraps=pictures.new_figure)
-    monkeypatch.setattr(curves, "new_figure", new_figure)
-    folder = RunFolder(tmp_path / "runs" / "many")
-    scores = {f"eval/score_{index:02}": 1.0 for index in range(14)}
-    folder.metrics.append(1, 1, 1.0, scores | {f"{name}_train": 0.5 for name in scores})
-    curves.draw([f"output_dir={tmp_path}"])
-    caption = " ".join(new_figure.call_args.args[2].split())
-    assert caption.endswith("Not drawn: eval/score_12, eval/score_13 (metrics=NAME,NAME draws them).")
-    curves.draw([f"output_dir={tmp_path}", "metrics=eval/score_13"])
-    assert "Not drawn" not in new_figure.call_args.args[2]
-
-
 def test_a_flow_map_walks_by_its_own_steps(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     made = scene([f"ckpt={checkpoints['points']}", f"out={tmp_path}"], n=5, frames=2)
     flow, noise = made.model.flow(), made.noise()
@@ -462,3 +237,13 @@ def test_a_flow_map_walks_by_its_own_steps(checkpoints: dict[str, Path], tmp_pat
         assert torch.allclose(half, flow.flow_map(noise, torch.tensor(0.0), torch.tensor(0.5)))
         euler = walk(Euler(2), flow, noise, None, torch.tensor([0.5]))[0]
         assert torch.allclose(euler, noise + 0.5 * flow.velocity(noise, torch.tensor(0.0)), atol=1e-6)
+
+
+def test_curves_show_what_a_run_logged(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    out, runs = tmp_path / "curves.png", f"output_dir={checkpoints['points'].parents[2]}"
+    assert checkpoints["images"].is_file() and curves.draw(["points", "images", runs, f"out={out}"]) == out
+    assert Image.open(out).format == "PNG"
+    with pytest.raises(UserError, match="is called nobody"):
+        curves.draw(["nobody", runs])
+    with pytest.raises(UserError, match="none of these runs logged eval/fid"):
+        curves.draw(["points", "metrics=eval/fid", runs])
