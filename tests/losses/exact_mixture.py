@@ -24,6 +24,7 @@ from models.inputs import split_unified_flow_matching_input
 from models.velocity_model import VelocityModel
 
 WEIGHTS, MEANS, STDS = (torch.tensor(v, dtype=torch.float64) for v in ([0.35, 0.65], [-1.2, 0.9], [0.3, 0.5]))
+POINTS = [(-1.5, 0.125, 0.875), (-0.3, 0.375, 0.75), (0.2, 0.0625, 1.0), (0.8, 0.5, 0.6875), (1.1, 0.25, 0.625)]  # z, r, t
 
 
 def components(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +59,7 @@ def flow_map(z: Tensor, r: Tensor, t: Tensor) -> Tensor:
     target = distribution(z, r)
     with torch.no_grad():
         low, high = torch.full_like(z, -12.0), torch.full_like(z, 12.0)
-        for _ in range(60):
+        for _ in range(32):  # to 3e-9, which the Newton step squares
             middle = 0.5 * (low + high)
             below = distribution(middle, t) < target.detach()
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
@@ -72,30 +73,34 @@ def exact_mean_velocity(z: Tensor, r: Tensor, t: Tensor) -> Tensor:
 
 
 def posterior_velocities(z: Tensor, r: Tensor, nodes: int = 40) -> tuple[Tensor, Tensor]:
-    """v_c given z_r = z as nodes and probabilities (K * nodes,): Gauss-Hermite over x1 within each component."""
+    """v_c given z_r = z (N,) as nodes and probabilities (N, K * nodes): Gauss-Hermite over x1 within each component."""
     points, weights = (torch.tensor(a, dtype=torch.float64) for a in hermegauss(nodes))
     values, chances = [], []
+    z, r = z[:, None], r[:, None]
     for w, m, s in zip(WEIGHTS, MEANS, STDS, strict=True):
         big = ((1 - r) ** 2 + (r * s) ** 2).sqrt()
         mean, std = m + r * s**2 / big**2 * (z - r * m), (1 - r) * s / big
         evidence = w * torch.exp(-0.5 * ((z - r * m) / big) ** 2) / big
         values.append((mean + std * points - z) / (1 - r))
         chances.append(evidence * weights)
-    chance = torch.cat(chances)
-    return torch.cat(values), chance / chance.sum()
+    chance = torch.cat(chances, dim=1)
+    return torch.cat(values, dim=1), chance / chance.sum(1, keepdim=True)
 
 
 class Exact(VelocityModel):
-    """A given u(z, r, t) of 1-D states; `shift` displaces it, and the gradient for it is what stationarity is about."""
+    """A given u(z, r, t) of 1-D states. `shift` displaces it at each of POINTS, which a row's label numbers; the gradient
+    for it is what stationarity is about.
+    """
 
     def __init__(self, mean_velocity: Any = exact_mean_velocity):
         super().__init__()
         self.mean_velocity = mean_velocity
-        self.shift = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        self.shift = nn.Parameter(torch.zeros(len(POINTS), dtype=torch.float64))
 
     def forward(self, unified_input: Tensor, label: Tensor | None = None) -> Tensor:
         z, times = split_unified_flow_matching_input(unified_input)
-        return self.mean_velocity(z[:, 0], times[:, 0], times[:, 1])[:, None] + self.shift
+        shift = self.shift[:1] if label is None else self.shift[label][:, None]
+        return self.mean_velocity(z[:, 0], times[:, 0], times[:, 1])[:, None] + shift
 
 
 class Expectation(Weighting):
@@ -130,32 +135,32 @@ def objective(name: str, network: VelocityModel, weighting: Weighting | None = N
     return kind(**(parts | settings | other))
 
 
-def rows_at(name: str, point: tuple[float, float, float], side: str = "r", a: float = 0.0) -> tuple[FlowBatch, Tensor]:
-    """One row for each node of v_c given z_r = z, and their probabilities. side="t": the state taken for the one at t."""
-    z, r, t = (torch.tensor(v, dtype=torch.float64) for v in point)
+def rows_at_points(name: str, side: str = "r", a: float = 0.0) -> tuple[FlowBatch, Tensor]:
+    """One row for each of POINTS and node of v_c given z_r = z, and their probabilities, which sum to one at each point.
+
+    side="t": the state taken for the one at t.
+    """
+    z, r, t = torch.tensor(POINTS, dtype=torch.float64).T
     if name == "shortcut":  # an interval of the ladder, above its foot
-        r, t = torch.tensor(0.25, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+        r, t = torch.full_like(r, 0.25), torch.full_like(t, 0.5)
     if name == "mse":
         t = r
     v_c, chance = posterior_velocities(z, r if side == "r" else t.clamp(max=0.9))
-    n = len(v_c)
-    state, times = z.repeat(n, 1), (r.repeat(n), t.repeat(n))
-    batch = FlowBatch(state, state, *times, state, v_c[:, None], torch.cat([state, *(x[:, None] for x in times)], dim=1))
+    label = torch.arange(len(POINTS)).repeat_interleave(v_c.shape[1])
+    state, r, t = z[label, None], r[label], t[label]
+    batch = FlowBatch(state, state, r, t, state, v_c.view(-1, 1), torch.cat([state, r[:, None], t[:, None]], dim=1), label)
     if name == "split_meanflow":
-        batch = SplitBatch(**vars(batch), share=torch.full((n,), 0.3, dtype=torch.float64))
+        batch = SplitBatch(**vars(batch), share=torch.full_like(r, 0.3))
     if name == "alpha_flow":
-        batch = AlphaBatch(**vars(batch), a=torch.full((n,), a, dtype=torch.float64))
-    return batch, chance
+        batch = AlphaBatch(**vars(batch), a=torch.full_like(r, a))
+    return batch, chance.flatten()
 
 
-def gradient_at(
-    name: str, point: tuple[float, float, float], network: VelocityModel, power: float = 0.0, side: str = "r", a: float = 0.0
-) -> float:
-    """d/d(shift) of E[loss | z_r = z] at one (z, r, t), exact by quadrature over v_c."""
-    batch, chance = rows_at(name, point, side, a)
+def gradients(name: str, network: VelocityModel, power: float = 0.0, side: str = "r", a: float = 0.0) -> Tensor:
+    """d/d(shift) of E[loss | z_r = z] at each of POINTS, exact by quadrature over v_c."""
+    batch, chance = rows_at_points(name, side, a)
     loss = objective(name, network, Expectation(chance, power))(batch)["loss"]
-    (gradient,) = torch.autograd.grad(loss, [next(network.parameters())])
-    return float(gradient)
+    return torch.autograd.grad(loss, [next(network.parameters())])[0]
 
 
 def gaussian_mean_velocity(z: Tensor, r: Tensor, t: Tensor, m: float = 0.7, s: float = 0.4) -> Tensor:
@@ -164,6 +169,3 @@ def gaussian_mean_velocity(z: Tensor, r: Tensor, t: Tensor, m: float = 0.7, s: f
     average = (t * m + big(t) / big(r) * (z - r * m) - z) / gap
     instant = m + (r * s**2 - (1 - r)) / big(r) ** 2 * (z - r * m)
     return torch.where(t > r, average, instant)
-
-
-POINTS = [(-1.5, 0.125, 0.875), (-0.3, 0.375, 0.75), (0.2, 0.0625, 1.0), (0.8, 0.5, 0.6875), (1.1, 0.25, 0.625)]
