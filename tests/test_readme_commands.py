@@ -18,13 +18,14 @@ from configuration.checks import check_contradictions, check_values
 from configuration.compose import compose_config, groups, parse_overrides, resolved
 from dataloaders.picture_files import MANIFEST
 from evaluation.prove_command import prepared
-from scripts import cache_latents, eval_fid, leaderboard, modal_app, runs, sample, trackio_delete, trackio_rebuild
+from scripts import cache_latents, eval_fid, export, leaderboard, modal_app, runs, sample, trackio_delete, trackio_rebuild
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs/experiment").glob("*.yaml"))]
 READERS: dict[str, Callable[[list[str]], Any]] = {
     "scripts/cache_latents.py": cache_latents.read_words,
     "scripts/eval_fid.py": eval_fid.read_words,
+    "scripts/export.py": export.read_words,
     "scripts/leaderboard.py": leaderboard.read_words,
     "scripts/modal_app.py": modal_app.parse,
     "scripts/runs.py": runs.parse,
@@ -118,6 +119,13 @@ def test_the_python_shown_runs(page, heading, tmp_path, monkeypatch):
     space: dict[str, Any] = {}
     exec(code, space)
     assert space["samples"].shape == torch.Size([1000, 2])
+
+
+def test_the_python_shown_without_torch_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    section = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8").partition("\n## Without torch\n")[2]
+    exec(section.partition("```python\n")[2].partition("```")[0], {})
+    assert (tmp_path / "moons.npz").is_file()
 
 
 def test_every_choice_that_is_named_exists():

@@ -1,0 +1,67 @@
+"""Samples of a flow that scripts/export.py wrote, without torch: python -m minigrad.sample flow.npz n=1000 out=samples.npy
+
+The file holds a network over (state, time features, class row), the noise to start from, and a Runge-Kutta plan.
+"""
+
+import sys
+import zipfile
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from common.command_line import front, split
+from common.errors import UserError
+from common.files import replacing
+from minigrad.nn import MLP
+from minigrad.tensor import Array
+
+BROKEN = (OSError, ValueError, TypeError, KeyError, IndexError, EOFError, zipfile.BadZipFile)
+
+
+def features(flow: dict[str, Array], z: Array, r: float, t: float) -> Array:
+    """Return the network's input (N, ...) for states z (N, D) at time r headed to t: both times, their sines, cosines."""
+    angles = np.outer([r, t], flow["frequencies"]).ravel()
+    times = np.concatenate([[r, t], np.sin(angles), np.cos(angles)])
+    return np.concatenate([z, np.broadcast_to(times, (len(z), len(times))), flow["class_rows"][: len(z)]], axis=1)
+
+
+def samples(flow: dict[str, Array], n: int) -> Array:
+    """Return n samples (n, D) in the units of the data, from the first n rows of the noise.
+
+    grid (K + 1,) times; matrix (S, S) and weights (S,) of the Runge-Kutta method; readings (K, S, 4): of each evaluation
+    the time of the state, the time it is headed to, and (a, b) by which a z + b output is the velocity.
+    """
+    network, z = MLP.of_arrays(flow, "the flow"), flow["noise"][:n].astype(np.float64)
+    for (start, end), stages in zip(pairwise(flow["grid"]), flow["readings"], strict=True):
+        slopes = np.zeros((len(stages), *z.shape))
+        for k, (r, t, a, b) in enumerate(stages):
+            at = z + (end - start) * np.tensordot(flow["matrix"][k], slopes, 1)
+            slopes[k] = a * at + b * network(features(flow, at, r, t)).data
+        z = z + (end - start) * np.tensordot(flow["weights"], slopes, 1)
+    return flow["mean"] + flow["std"] * z
+
+
+def carry_out(words: list[str]) -> str:
+    """Carry out the command; the line to print. UserError for other words, another file, or more than it has noise for."""
+    settings, paths = split(words, {"n": "", "out": ""})
+    if len(paths) != 1 or not (settings["n"] or "1").isdecimal():
+        raise UserError(f"cannot use {' '.join(words)!r}; give one exported file, n=1000, out=samples.npy")
+    path = Path(paths[0])
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            flow = dict(file)
+        n = int(settings["n"] or len(flow["noise"]))
+        found = samples(flow, n)
+    except BROKEN as error:
+        raise UserError(f"{path} cannot be read as an exported flow ({error}); write one with scripts/export.py") from None
+    if not 1 <= n == len(found):
+        raise UserError(f"n={n}, and {path} holds noise for {len(flow['noise'])} samples; give fewer, or export with more")
+    out = Path(settings["out"] or path.with_suffix(".samples.npy"))
+    with replacing(out) as saved:
+        np.save(saved, found)
+    return f"{out}: {n:,} samples, mean {found.mean(0).round(3)}, standard deviation {found.std(0).round(3)}"
+
+
+if __name__ == "__main__":
+    sys.exit(front(sys.argv[1:] or ["--help"], __doc__, carry_out))

@@ -1,0 +1,161 @@
+#!/usr/bin/env python
+"""A trained flow of points as one .npz that NumPy samples without torch.
+
+    python scripts/export.py ckpt=outputs/ckpts/mlp/first_flow_last.pt out=flow.npz
+    python -m minigrad.sample flow.npz n=1000 out=samples.npy
+
+Keys: ckpt (required), out (required), n (1000: samples there is noise for), seed (0), label (a class, or all), device
+(auto), trust (modules, as a,b.c, that the checkpoint may build parts from), and any solver setting. The file holds the EMA
+weights of model=mlp, the noise, the time grid and the method's tableau; the samples are those of scripts/sample.py with the
+same settings.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.command_line import front
+from common.errors import UserError
+from common.files import replacing
+from common.ranges import Count, Seed
+from scripts.settings import read_settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from evaluation.sample import TrainedModel
+    from models.network import Network
+    from solvers.base_solver import Sampler
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line."""
+
+    ckpt: Path = field(metadata={"example": "ckpt=outputs/ckpts/mlp/last.pt"})
+    out: Path = field(metadata={"example": "out=flow.npz"})
+    n: Count = 1000
+    seed: Seed = 0
+    label: Seed | Literal["all"] | None = None
+    device: str = "auto"
+    trust: str | None = None
+
+
+def read_words(words: list[str]) -> tuple[Settings, list[str]]:
+    """Return own settings and solver overrides of a command line. UserError for anything else."""
+    settings, overrides = read_settings(words, Settings, ("solver",))
+    if settings.out.suffix != ".npz":
+        raise UserError(f"out={settings.out} must end in .npz")
+    return settings, overrides
+
+
+def export(words: list[str]) -> str:
+    """Carry out the command; the line to print. UserError for a model, solver or path that has no such form."""
+    settings, overrides = read_words(words)
+    import numpy as np
+
+    from configuration.overrides import settings_from_overrides
+    from configuration.stored import allow
+    from evaluation.sample import load
+
+    allow(settings.trust)
+    model = load(settings.ckpt, settings.device)
+    model.config |= settings_from_overrides(overrides)
+    arrays = network_arrays(model.objective.network) | plan(model) | start(model, settings)
+    with replacing(settings.out) as file:
+        np.savez_compressed(file, **arrays)
+    return f"{settings.out}: {settings.n:,} samples by python -m minigrad.sample {settings.out}"
+
+
+def network_arrays(network: "Network") -> dict[str, Any]:
+    """Return the layers of an MLP, as minigrad.MLP reads them, and its angular frequencies. UserError for another model."""
+    import numpy as np
+    from torch import nn
+
+    from models.flow_matching.mlp import MLP
+
+    if not isinstance(network, MLP):
+        raise UserError(f"only model=mlp can be exported, and this checkpoint holds {type(network).__name__}")
+    layers = [part for part in network.layers if isinstance(part, nn.Linear)]
+    sizes = [layers[0].in_features, *(layer.out_features for layer in layers)]
+    arrays = {
+        "sizes": np.array(sizes), "activations": np.array(["silu"] * (len(layers) - 1) + ["linear"]),
+        "frequencies": network.time_features.frequencies.double().cpu().numpy(),
+    }  # fmt: skip
+    for k, layer in enumerate(layers):
+        arrays |= {f"weight_{k}": layer.weight.detach().T.cpu().numpy(), f"bias_{k}": layer.bias.detach().cpu().numpy()}
+    return arrays
+
+
+def start(model: "TrainedModel", settings: Settings) -> dict[str, Any]:
+    """Return the noise (n, D), each sample's row of the class embedding (n, W), W = 0 without one, and the data's units."""
+    import torch
+
+    from evaluation import generate, parts
+    from models.flow_matching.mlp import MLP
+
+    source = parts.build_source(model.config, torch.device("cpu"))
+    noise, labels = generate.fixed_noise(source, settings.n, settings.seed), model.labels(settings.n, settings.label)
+    assert isinstance(model.objective.network, MLP)
+    embedding = model.objective.network.class_embedding
+    rows = torch.zeros(settings.n, 0) if embedding is None else embedding.rows(labels, settings.n)
+    zero = model.objective.in_data_units(torch.zeros(1, noise.shape[1], device=model.device))
+    one = model.objective.in_data_units(torch.ones(1, noise.shape[1], device=model.device))
+    named = {"noise": noise, "class_rows": rows, "mean": zero, "std": one - zero}
+    return {name: value.cpu().numpy() for name, value in named.items()}
+
+
+def plan(model: "TrainedModel") -> dict[str, Any]:
+    """Return grid, matrix, weights and readings as minigrad.sample takes them. UserError for a solver of another kind."""
+    import torch
+
+    from evaluation import parts
+    from solvers.runge_kutta import RungeKutta, Tableau
+
+    solver, guided = parts.build_solver(model.config), model.config.get("guidance")
+    solver.check(model.objective)
+    if guided:
+        raise UserError("a guided run has two velocities a step, which an exported flow has not; train without guidance")
+    maps = takes_maps(solver)
+    tableau = solver.tableau if isinstance(solver, RungeKutta) else Tableau((0.0,), ((),), (1.0,))
+    stages, grid = len(tableau.nodes), solver.times(torch.zeros(()))
+    matrix = torch.tensor([[*row, *[0.0] * (stages - len(row))] for row in tableau.matrix])
+    steps = [[(torch.lerp(r, t, node), t) for node in tableau.nodes] for r, t in pairwise(grid)]
+    rows = [[reading(model, time, t if maps else time) for time, t in stage] for stage in steps]
+    named = {"grid": grid, "matrix": matrix, "weights": torch.tensor(tableau.weights), "readings": torch.tensor(rows)}
+    return {name: value.double().numpy() for name, value in named.items()}
+
+
+def takes_maps(solver: "Sampler") -> bool:
+    """Return whether the sampler walks by the learned map. UserError for one whose steps are not known ahead."""
+    from solvers.flow_map import FlowMapSolver
+    from solvers.runge_kutta import RungeKutta
+
+    if isinstance(solver, FlowMapSolver) and not solver.renoise:
+        return True
+    if isinstance(solver, RungeKutta):
+        return False
+    name = type(solver).__name__ + (" with renoise=true" if solver.renoises else "")
+    raise UserError(f"{name} cannot be exported; add solver=midpoint, euler, heun, rk4, or flow_map without renoise")
+
+
+def reading(model: "TrainedModel", r: "Tensor", t: "Tensor") -> list[float]:
+    """Return (time of the state, time it is headed to, a, b): a z + b output is the velocity at times r."""
+    import torch
+
+    flow, one, zero = model.objective, torch.ones(1, 1), torch.zeros(1, 1)
+    times = flow.unified(zero.to(model.device), r, t)[0, -2:].tolist()
+    a, b = (flow.prediction.velocity(output, z, r, flow.path).item() for output, z in ((zero, one), (one, zero)))
+    return [*times, a, b]
+
+
+def main(words: list[str]) -> int:
+    return front(words or ["--help"], __doc__, export)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
