@@ -67,9 +67,9 @@ def of_new_runs(config: dict[str, Any]) -> Iterator[tuple[bool, str]]:
         "ClassifierFree" in str(guidance) and not config["conditional"],
         "guidance=cfg requires a class-conditional model; add conditional=true, or leave guidance out",
     )
-    walks_map = config["solver"]["_target_"].endswith(".FlowMapSolver")
+    walks_map, training = config["solver"]["_target_"].endswith(".FlowMapSolver"), config["loss"]["training"]
     yield (
-        walks_map and not config["loss"]["training"].get("learns_flow_map", True),
+        walks_map and (training.get("learns") == "velocity" or not training.get("learns_flow_map", True)),
         f"solver=flow_map walks a learned flow map, and loss={choices['loss']} teaches only the velocity at an instant; use "
         "solver=midpoint, or train with loss=meanflow",
     )

@@ -47,6 +47,7 @@ CONTRADICTIONS = (
     ["dataloaders=array"], ["dataloaders=array", "dataloaders.path=missing.npy"], ["loss=reflow"],
     ["resume=true", "overwrite=true"], ["resume=true", "init_from=x.pt"], ["resume=true"], ["resume=force"],
     ["init_from=missing.pt"], ["eval_checkpoint=missing.pt"], ["guidance=autoguidance"],
+    ["loss=meanflow", "loss.teacher=missing.pt"], ["loss=meanflow", "loss.teacher=exact", "dataloaders=moons"],
     ["guidance=autoguidance", "guidance.checkpoint=missing.pt"], ["guidance=cfg"],
     ["conditional=true", "dataloaders=random_images", "model=cnn"], ["experiment=digits", "model=mlp"],
     ["~model"], ["~loss"], ["~run_name"], ["model=null"], ["loss=null"], ["output_dir=/proc/nowhere"],

@@ -16,6 +16,7 @@ from evaluation.evaluator import Evaluator
 from evaluation.parts import evaluation_inputs
 from evaluation.report import draw_neighbours, draw_picture, print_scores
 from evaluation.sample import trained_objective
+from evaluation.teacher import give_teacher
 from run_files.checkpoint import load_checkpoint
 from run_files.provenance import weights_in_words
 from run_files.result import scores_file
@@ -42,6 +43,7 @@ def evaluate_checkpoint(config: dict[str, Any]) -> None:
     weights = weights_in_words(payload["config"], payload["step"])
     print(f"{path}: {payload['run_name']}, {weights}, {device.type}")
     given = evaluation_inputs(objective, merged, device, Path(config["output_dir"]) / "cache", weights)
+    give_teacher([objective], merged, given.dataset, given.source, device)
     if rank():
         evaluator.evaluate_on_worker(given)
         return

@@ -50,7 +50,7 @@ class GeneratorEvaluation(Evaluation):
 
 def given_by(name: str, metric: Metric, generation: Generation) -> list[Score | Absent]:
     """Return what a metric gives. UserError where it is no list of Score and Absent, or a score's value is no number."""
-    given = metric.compute(generation)
+    given = metric.results(generation)
     parts = given if isinstance(given, list | tuple) else [given]
     for part in parts:
         what = part.value if isinstance(part, Score) else part

@@ -84,19 +84,26 @@ def sample_chunk(
     return flow.in_data_units(solver.sample(flow, x0, label, added))
 
 
-def few_steps(objective: FlowObjective, noise: Tensor, label: Tensor | None, evaluations: int) -> Tensor:
-    """Return noise (N, ...) carried to t = 1 in so many equal steps of one evaluation each."""
-    return generate(objective, few_step_solver(objective, evaluations), noise, label)
+def few_steps(
+    objective: FlowObjective, noise: Tensor, label: Tensor | None, evaluations: int, fresh: Fresh | None = None
+) -> Tensor:
+    """Return noise (N, ...) carried to t = 1 in so many equal steps of one evaluation each. fresh: as of `generate`."""
+    return generate(objective, few_step_solver(objective, evaluations), noise, label, fresh)
 
 
 def few_step_solver(objective: FlowObjective, evaluations: int) -> Sampler:
-    """Return the objective's flow map where it learns one, else Euler's method, in so many equal steps."""
-    return FlowMapSolver(evaluations) if objective.learns_flow_map else Euler(evaluations)
+    """Return the objective's map where it learns one, else Euler's method, in so many equal steps.
+
+    A map to data alone is noised again between its steps.
+    """
+    if objective.learns == "velocity":
+        return Euler(evaluations)
+    return FlowMapSolver(evaluations, renoise=objective.learns == "endpoint_map" and evaluations > 1)
 
 
 def few_step_words(objective: FlowObjective, evaluations: int | None = None) -> str:
     """Return what few_steps does, for provenance; without a number of evaluations the score's name has it."""
-    what = "the flow map" if objective.learns_flow_map else "Euler"
+    what = "Euler" if objective.learns == "velocity" else "the flow map"
     return f"steps of {what}: {evaluations or 'as many as the name says'}{guidance_words(objective)}"
 
 

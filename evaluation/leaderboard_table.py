@@ -18,16 +18,23 @@ ENERGY, W2, FLOW_MAP = "eval/energy_distance", "eval/w2", "oracle/flow_map_error
 SHORT = {ENERGY: "energy distance", W2: "W2", FLOW_MAP: "flow-map error"}
 SECONDS = "training seconds"
 FLOOR = "floor (real against real)"
+VELOCITY = "oracle/velocity_error"
+TAUGHT, WITH_TEACHER = "_exact_teacher", "with the exact teacher"  # of an objective's name, and of its columns
+TAUGHT_MARKS = ("<!-- exact teacher -->", "<!-- end of exact teacher -->")
 
 
 @dataclass
 class Row:
-    """What is known of one objective on one data set: scores of each finished seed; planned, failed, stale: seeds."""
+    """What is known of one objective on one data set: scores of each finished seed; planned, failed, stale: seeds.
+
+    learns: see FlowObjective; the solver's samples are of those that have a velocity.
+    """
 
     scores: list[dict[str, float]]
     planned: int
     failed: int = 0
     stale: int = 0
+    learns: str = "flow_map"
 
     @property
     def remark(self) -> str:
@@ -70,10 +77,12 @@ def cell(row: Row, metric: str, best: bool = False) -> str:
     """Return mean ± standard deviation over seeds, of the seconds the least, or in a word why there is none."""
     if not row.scores:
         return "failed" if row.failed else "stale" if row.stale else "not run"
-    values = row.values(metric)
+    values, has_velocity = row.values(metric), row.learns in ("velocity", "flow_map")
+    if metric in SHORT and not has_velocity:
+        return "-"
     if not values:
         known = not metric.startswith("oracle/") or row.values("oracle/velocity_error")
-        return "not finite" if known else "-"
+        return "not finite" if known and (has_velocity or metric.endswith("_1nfe")) else "-"
     least = metric == SECONDS  # other work can only slow a run
     text = f"{min(values):.0f}" if least else rounded(*mean_and_deviation(values))
     part = f" ({len(values)} of {len(row.scores)})" if len(values) < len(row.scores) else ""
@@ -159,7 +168,30 @@ def short_text(results: Results, caption: str) -> str:
     return "\n\n".join([*parts, "The full tables are in EXPERIMENT_LOG.md."])
 
 
-def write_between(path: Path, body: str) -> None:
+def taught_text(results: Results, caption: str) -> str:
+    """Return for each data set a table of every objective's scores beside those it has with the exact teacher."""
+    return "\n\n".join([caption, *(f"**{dataset}**\n\n{taught_table(rows)}" for dataset, rows in results.items())])
+
+
+def taught_table(rows: dict[str, Row]) -> str:
+    """Return one line per objective under the floor, each score twice: its own, and with the exact teacher."""
+    metrics = [f"{ENERGY}_1nfe", f"{FLOW_MAP}_1nfe", VELOCITY, SECONDS]
+    pairs = {name: (row, rows[name + TAUGHT]) for name, row in rows.items() if name + TAUGHT in rows}
+    header = ["objective", *(title for metric in metrics for title in (one_step_heading(metric), WITH_TEACHER))]
+    floor = [FLOOR, *(text for metric in metrics for text in (floor_cell(rows, metric), ""))]
+    lines = [
+        [name + (own.remark or taught.remark), *(cell(row, metric) for metric in metrics for row in (own, taught))]
+        for name, (own, taught) in pairs.items()
+    ]
+    return markdown(header, [floor, *lines])
+
+
+def one_step_heading(metric: str) -> str:
+    """Return a column's title without its evaluations, which are one."""
+    return "velocity error" if metric == VELOCITY else heading(metric, 1).removesuffix(", 1")
+
+
+def write_between(path: Path, body: str, marks: tuple[str, str] = (START, STOP), title: str = "Leaderboard") -> None:
     """Replace what stands between the markers, every other word kept; the section comes last where there is none.
 
     UserError when only one of the markers is there, or they are not in order.
@@ -167,13 +199,14 @@ def write_between(path: Path, body: str) -> None:
     path = end_of(path)
     with locked(path):
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        if START not in text and STOP not in text:
-            text = f"{text.rstrip()}\n\n## Leaderboard\n\n{START}\n{STOP}\n".lstrip()
-        before, start, rest = text.partition(START)
-        _, stop, after = rest.partition(STOP)
-        if not start or not stop or START in rest or STOP in after:
-            raise UserError(f"{path} needs {START} and, after it, {STOP}, once each; correct it, or remove both")
-        write_atomically(path, f"{before}{START}\n{body}\n{STOP}{after}")
+        first, last = marks
+        if first not in text and last not in text:
+            text = f"{text.rstrip()}\n\n## {title}\n\n{first}\n{last}\n".lstrip()
+        before, start, rest = text.partition(first)
+        _, stop, after = rest.partition(last)
+        if not start or not stop or first in rest or last in after:
+            raise UserError(f"{path} needs {first} and, after it, {last}, once each; correct it, or remove both")
+        write_atomically(path, f"{before}{first}\n{body}\n{last}{after}")
 
 
 def as_json(results: Results, caption: str) -> str:

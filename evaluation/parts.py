@@ -107,7 +107,7 @@ def meaning(objective: FlowObjective, config: dict[str, Any]) -> dict[str, Any]:
         "second_time": objective.second_time,
         "prediction": type(objective.prediction).__name__,
         "path": " ".join([type(objective.path).__name__, *(f"{k}={v}" for k, v in vars(objective.path).items())]),
-        "learning of a flow map": objective.learns_flow_map,
+        "kind of output": objective.learns,
         "standardization of the data": config.get("standardized"),
     }
 

@@ -21,6 +21,7 @@ from common.errors import UserError
 from common.seeds import fork_generators, generator_for, stream_seed
 from dataloaders.sources import GaussianSource
 from evaluation.exact_worlds import MixtureWorld
+from losses.flow_map_objective import FlowMapObjective
 from losses.objective import FlowObjective, Objective
 from losses.paths import ProbabilityPath
 from losses.terms import named_terms
@@ -86,6 +87,8 @@ class Probe(VelocityModel):
         x1, label = world.sample(STATES, generator)
         r, ahead = torch.rand(2, STATES, generator=generator)
         r, t = world.path.last_time * r, world.path.last_time * (r + (1 - r) * ahead)
+        r = torch.zeros_like(r) if objective.learns == "generator" else r
+        t = torch.ones_like(t) if objective.learns in ("endpoint_map", "generator") else t
         z = world.path.state(torch.randn(x1.shape, generator=generator), x1, r[:, None])
         hidden = torch.rand(STATES, generator=generator) < (0.2 if objective.label_dropout else 0.0)  # as training has them
         shown = torch.where(hidden, self.num_classes, label) if self.num_classes else None
@@ -120,6 +123,13 @@ class Probe(VelocityModel):
         likeness = self.gram @ shift / (self.gram.diagonal().clamp(min=1e-18) * (shift @ self.gram @ shift)).sqrt()
         most = int(likeness.abs().argmax())
         return f"{'more' if likeness[most] > 0 else 'less'} of {self.names[most]}"
+
+
+def has_intervals(objective: FlowObjective, rows: int) -> bool:
+    """Return whether a batch of so many rows asks the network for a map from one time to a later one."""
+    return objective.learns != "velocity" and (
+        objective.learns != "flow_map" or objective.time_sampler.interval_rows(rows) > 0
+    )
 
 
 @dataclass
@@ -160,8 +170,9 @@ class Proof:
         self.objective, self.world, self.plan = objective, world, plan
         probe = objective.network
         assert isinstance(probe, Probe)
-        intervals = objective.learns_flow_map and objective.time_sampler.interval_rows(plan.rows) > 0
-        probe.teach(objective, exact, world, intervals)
+        if isinstance(objective, FlowMapObjective) and objective.teacher:
+            objective.follow(lambda z, r, label: world.velocity(z, r, r, label))
+        probe.teach(objective, exact, world, intervals=has_intervals(objective, plan.rows))
         self.probe, self.teacher = probe, copy.deepcopy(objective).requires_grad_(False) if objective.needs_teacher else None
 
     def gradients(self, c: Tensor, stream: str, batches: int) -> Tensor:

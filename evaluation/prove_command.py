@@ -48,7 +48,7 @@ class PlainLoss(FlowObjective):
 
     def count_times(self, z: Tensor, *times: Any) -> Tensor:
         """Stand for a network and note whether two times are asked for."""
-        self.learns_flow_map = self.learns_flow_map or len(times) == 2
+        self.learns = "flow_map" if len(times) == 2 else self.learns
         return torch.zeros_like(z)
 
     def batch(self, source: Any, x1: Tensor, label: Tensor | None, generator: torch.Generator, progress: float) -> Any:

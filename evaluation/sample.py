@@ -123,6 +123,7 @@ class TrainedModel:
         On the CPU. Exact divergence up to 16 dimensions, else Hutchinson's estimate, with its standard_error (B,) in nats;
         solver: dopri5 unless given.
         """
+        self.objective.check_learns_velocity()
         source = parts.build_source(self.config, self.device)
         label = None if label is None else label.to(self.device)
         x = self.objective.standardised(x.to(self.device))
@@ -148,8 +149,20 @@ class TrainedModel:
             )
         return moments
 
+    def mapped_times(self, states: Tensor, r: Tensor | float, t: Tensor | float) -> list[Tensor]:
+        """Return `times` between which the model has learned a map. UserError for others, and for a model of none."""
+        self.objective.check_learns_map()
+        moments, learns = self.times(states, r, t), self.objective.learns
+        from_noise, to_data = bool((moments[0] == 0).all()), bool((moments[1] == 1).all())
+        if learns == "generator" and not (from_noise and to_data):
+            raise UserError("this model learned the map from noise, r = 0, to data, t = 1, and no other; ask for that")
+        if learns == "endpoint_map" and not to_data:
+            raise UserError("this model learned maps to data, t = 1, and to no other time; ask for t=1")
+        return moments
+
     def velocity(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> Tensor:
         """Return the learned velocity, unguided, at states x (B, ...) and times t, a number or (B,)."""
+        self.objective.check_learns_velocity()
         (t,) = self.times(x, t)
         return self.objective.velocity(x, t, label)
 
@@ -157,16 +170,14 @@ class TrainedModel:
         """Return the learned mean velocity u(z, r, t), unguided, of states z (B, ...) at times r headed to t >= r.
 
         r, t: numbers or (B,). `noise + model(noise, r=0, t=1)` are samples in one evaluation. UserError for a model that
-        learned the velocity at an instant alone.
+        learned the velocity at an instant alone, and for times between which it learned no map.
         """
-        self.objective.check_learns_flow_map()
-        r, t = self.times(z, r, t)
+        r, t = self.mapped_times(z, r, t)
         return self.objective.mean_velocity(z, r, t, label)
 
     def flow_map(self, z: Tensor, r: Tensor | float, t: Tensor | float, label: Tensor | None = None) -> Tensor:
         """Return the states z (B, ...), at times r, carried to times t by one evaluation: z + (t - r) u(z, r, t)."""
-        self.objective.check_learns_flow_map()
-        r, t = self.times(z, r, t)
+        r, t = self.mapped_times(z, r, t)
         return self.objective.flow_map(z, r, t, label)
 
 

@@ -30,7 +30,7 @@ class AlphaFlowLoss(MeanFlowLoss):
     """
 
     def __init__(self, alpha: AlphaSchedule, switch: float = 0.005, **parts: Any) -> None:
-        super().__init__(**parts)
+        super().__init__(variance_reduction=1.0, **parts)
         self.alpha, self.switch = alpha, switch
 
     def draw(

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import Share
 from losses.meanflow_guidance import MeanFlowGuidance
-from losses.objective import FlowBatch, FlowObjective, SecondTime, expand_time
+from losses.objective import FlowBatch, FlowObjective, expand_time
 from losses.total_derivative import DerivativeObjective
 from losses.world import Field, World
 from models.inputs import with_class
@@ -22,29 +23,37 @@ class MeanFlowLoss(DerivativeObjective):
     (p > 0) moves it on multimodal data. Only the first interval_rows of a batch, those with r < t, pay for the derivative;
     on the rest u(z, r, r) is fitted to v_c directly. The paper's time runs the other way: its later time is the state's.
 
+    variance_reduction: b; the derivative is taken along b v_c + (1 - b) sg u(z_r, r, r). The minimiser is the same for every
+    b, since D is linear in its direction; below 1 there is less noise in the target, at one more evaluation.
     guidance: folded into the target, so that one unguided evaluation is a guided sample. Raises UserError for a network
     that is not conditional, or whose null label is never trained.
     """
 
-    second_time: SecondTime = "state"
-    learns_flow_map = True
-
-    def __init__(self, guidance: MeanFlowGuidance | None = None, **parts: Any) -> None:
+    def __init__(self, guidance: MeanFlowGuidance | None = None, variance_reduction: Share = 1.0, **parts: Any) -> None:
         super().__init__(**parts)
         if guidance is not None and (self.network.num_classes == 0 or self.label_dropout == 0):
             raise UserError(
                 "loss/guidance needs a network that knows labels and their absence: "
                 "add conditional=true and keep loss.label_dropout above 0, or leave loss/guidance out"
             )
-        self.guidance = guidance
+        self.guidance, self.variance_reduction = guidance, variance_reduction
 
     def forward(self, batch: FlowBatch, teacher: FlowObjective | None = None) -> dict[str, Tensor]:
         rows = self.time_sampler.interval_rows(len(batch))
         v = self.velocity_target(batch)
-        u, derivative = self.value_and_derivative(batch, rows, v[:rows])
+        u, derivative = self.value_and_derivative(batch, rows, self.direction(batch, v[:rows]))
         duration = expand_time(batch.t - batch.r, batch.input)[:rows]
         target = torch.cat([v[:rows] + duration * derivative, v[rows:]])
         return {"loss": self.weighted(u - target)}
+
+    def direction(self, batch: FlowBatch, v: Tensor) -> Tensor:
+        """Return b v + (1 - b) u(z_r, r, r) on the rows of v (rows, ...), without a graph."""
+        if self.variance_reduction == 1 or len(v) == 0:
+            return v
+        first, _ = batch.split(len(v))
+        with self.frozen():
+            own = self.velocity(first.input, first.r, first.label)
+        return torch.lerp(own, v, self.variance_reduction)
 
     def exact(self, world: World) -> Field | str:
         if self.guidance is not None:
@@ -67,8 +76,12 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
     """|u - (t - r) sg(D_v u) - v_c|^2 + |v - v_c|^2 with v = u(z_r, r, r) (Geng et al. 2025, arXiv 2512.02012).
 
     The direction of the derivative is the network's own instantaneous velocity, which takes the variance of v_c out of it;
-    v_c enters as what is regressed to, only. The first term is taken on the rows with r < t, the second on every row.
+    v_c enters as what is regressed to, only. The first term is taken on the rows with r < t, the second on every row. A
+    teacher's velocity is the direction, too.
     """
+
+    def __init__(self, guidance: MeanFlowGuidance | None = None, **parts: Any) -> None:
+        super().__init__(guidance=guidance, variance_reduction=0.0, **parts)
 
     def forward(self, batch: FlowBatch, teacher: FlowObjective | None = None) -> dict[str, Tensor]:
         rows = self.time_sampler.interval_rows(len(batch))
@@ -78,7 +91,8 @@ class ImprovedMeanFlowLoss(MeanFlowLoss):
         instant_loss = self.weighted(v - target)
         if rows == 0:
             return {"loss": instant_loss}
-        u, derivative = self.value_and_derivative(interval, rows, v[:rows].detach())
+        direction = (v if self.teacher is None else target)[:rows].detach()
+        u, derivative = self.value_and_derivative(interval, rows, direction)
         residual = u - expand_time(interval.t - interval.r, u) * derivative - target[:rows]
         mean_loss = rows / len(batch) * self.weighted(residual)
         return {"instant": instant_loss, "mean": mean_loss, "loss": instant_loss + mean_loss}

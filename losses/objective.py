@@ -28,6 +28,7 @@ from models.network import Network
 from models.velocity_model import VelocityModel
 
 SecondTime = Literal["end", "state"]
+Learns = Literal["velocity", "flow_map", "endpoint_map", "generator"]
 
 
 @dataclass
@@ -90,6 +91,9 @@ class FlowObjective(Objective, ABC):
 
     second_time "end": the network's second time is always 1 (plain flow matching). "state": it is t >= r, and t = r asks
     for the instantaneous velocity (MeanFlow family).
+    learns: what of u the network is trained for. "velocity": u(z, r, r) alone. "flow_map": u(z, r, t) for every r <= t.
+    "endpoint_map": u(z, r, 1), the map to data, from any time, so that u(z, r, r) means nothing. "generator": u(x0, 0, 1).
+    marginals_only: whether any map is as good that carries noise to data, so that no sample has one true end.
     label_dropout: share of rows whose label becomes the null label num_classes, for classifier-free guidance.
     data_mean, data_std: what data are standardised by, both None where they are learned as they are. Velocities and maps
     are those of the standardised states.
@@ -100,7 +104,8 @@ class FlowObjective(Objective, ABC):
     second_time: SecondTime = "end"
     data_mean: Tensor | None
     data_std: Tensor | None
-    learns_flow_map: bool = False  # whether u(z, r, t) is trained for r < t, so that flow_map may be asked for
+    learns: Learns = "velocity"
+    marginals_only: bool = False
 
     def __init__(
         self,
@@ -236,24 +241,34 @@ class FlowObjective(Objective, ABC):
     def flow_map(self, x: Tensor, r: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Return X(x, r, t) = x + (t - r) u(x, r, t): states x (B, ...) at times r carried to times t by one evaluation.
 
-        UserError when the objective does not teach the network such maps.
+        UserError when the objective teaches the network no map.
         """
-        self.check_learns_flow_map()
+        self.check_learns_map()
         return x + expand_time(t - r, x) * self.mean_velocity(x, r, t, label)
 
-    def check_learns_flow_map(self) -> None:
-        """Raise UserError when the objective does not teach the network maps from one time to another."""
-        if not self.learns_flow_map:
+    def check_learns_map(self) -> None:
+        """Raise UserError when the objective teaches the network no map from one time to another."""
+        if self.learns == "velocity":
             raise UserError(
                 "this model knows only the velocity at an instant, not a map from one time to another; "
                 "sample it with an ODE solver, or train one with loss=meanflow"
             )
 
+    def check_learns_velocity(self) -> None:
+        """Raise UserError when the objective does not teach the network the velocity at an instant."""
+        if self.learns in ("endpoint_map", "generator"):
+            raise UserError(
+                "this model knows only where a state is carried to, not its velocity at an instant; sample it with "
+                "solver=flow_map solver.steps=1"
+            )
+
     def exact(self, world: World) -> Field | str:
         """Return the velocity, or where maps are learned the mean velocity, of independent pairs."""
+        if self.marginals_only:
+            return f"{type(self).__name__} is least at every map that carries noise to data, not at one alone"
         if not isinstance(self.coupling, IndependentCoupling):
             return f"the pairs of {type(self.coupling).__name__} have another flow than independent ones, not known exactly"
-        return world.mean_velocity if self.learns_flow_map else world.velocity
+        return world.velocity if self.learns == "velocity" else world.mean_velocity
 
     @abstractmethod
     def forward(self, batch: FlowBatch, teacher: "FlowObjective | None" = None) -> dict[str, Tensor]: ...

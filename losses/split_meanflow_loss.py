@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from losses.objective import FlowBatch, FlowObjective, SecondTime, expand_time
+from losses.flow_map_objective import FlowMapObjective
+from losses.objective import FlowBatch, FlowObjective, expand_time
 
 
 @dataclass
@@ -15,7 +16,7 @@ class SplitBatch(FlowBatch):
     share: Tensor | None = None
 
 
-class SplitMeanFlowLoss(FlowObjective):
+class SplitMeanFlowLoss(FlowMapObjective):
     """|u - sg(l u1 + (1 - l) u2)|^2, the mean velocity of an interval from those of its parts.
 
     (Guo et al. 2025, arXiv 2507.16884.) s = (1 - l) r + l t with l uniform on [0, 1], u1 = u(z_r, r, s),
@@ -23,9 +24,6 @@ class SplitMeanFlowLoss(FlowObjective):
     r = t hold it to the data. The paper keeps 0.8 or more of these; a quarter of them suffices for points in few dimensions,
     with a share of intervals from 0 to 1 (loss.time_sampler.whole), where random pairs are rare.
     """
-
-    second_time: SecondTime = "state"
-    learns_flow_map = True
 
     def draw(
         self, x0: Tensor, x1: Tensor, label: Tensor | None, generator: torch.Generator, progress: float = 0.0

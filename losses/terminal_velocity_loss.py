@@ -7,11 +7,12 @@ from torch import Tensor
 
 from common.device import full_products
 from common.errors import UserError
-from losses.objective import FlowBatch, FlowObjective, SecondTime, expand_time
+from losses.flow_map_objective import FlowMapObjective
+from losses.objective import FlowBatch, FlowObjective, expand_time
 from losses.total_derivative import STEP, Engine, forward_derivative, picked_engine
 
 
-class TerminalVelocityLoss(FlowObjective):
+class TerminalVelocityLoss(FlowMapObjective):
     """|u + (t - r) du/dt - sg v(X, t)|^2, X = X(z_r, r, t), v(X, t) = u(X, t, t), and flow matching on the rows with r = t.
 
     (Zhou et al. 2025, terminal velocity matching; the Lagrangian map of Boffi et al. 2024, arXiv 2406.07507.) The left side
@@ -19,9 +20,6 @@ class TerminalVelocityLoss(FlowObjective):
     loss back-propagates through that derivative, so the engines are func and, with the graph of both of its evaluations,
     finite_difference (auto's choice where there is no CUDA). UserError for one without a graph: it changes the gradient.
     """
-
-    second_time: SecondTime = "state"
-    learns_flow_map = True
 
     def __init__(self, jvp: Engine = "auto", **parts: Any) -> None:
         super().__init__(**parts)
@@ -45,8 +43,7 @@ class TerminalVelocityLoss(FlowObjective):
         with torch.autocast(batch.input.device.type, enabled=False):
             u, du_dt = self.value_and_time_derivative(batch)
         duration = expand_time(batch.t - batch.r, u)
-        with torch.no_grad():
-            arrival = self.velocity(batch.input + duration * u, batch.t, batch.label)
+        arrival = self.instant_velocity((batch.input + duration * u).detach(), batch.t, batch.label)
         return u + duration * du_dt - arrival
 
     def value_and_time_derivative(self, batch: FlowBatch) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.device import full_products
-from losses.objective import FlowBatch, FlowObjective
+from losses.flow_map_objective import FlowMapObjective
+from losses.objective import FlowBatch
 
 Engine = Literal["auto", "func", "separate", "finite_difference"]
 STEP = 2e-3  # of the central difference: in fp32 its rounding (3e-5) and its truncation (4e-6 u''') are both small
@@ -33,7 +34,7 @@ def forward_derivative(
     return value, derivative
 
 
-class DerivativeObjective(FlowObjective):
+class DerivativeObjective(FlowMapObjective):
     """An objective whose target holds D_v u = du/dr + v . grad_z u, the derivative along a direction (v, 1, 0) of (z, r, t).
 
     jvp chooses how, all without a graph through the derivative, with the same dropout mask as u's own evaluation, and in

@@ -14,6 +14,7 @@ from run_files.run_folder import RunFolder, saves_of
 FILES = {
     **dict.fromkeys(("init_from", "eval_checkpoint"), "the path of a checkpoint such as outputs/ckpts/mlp/last.pt"),
     "loss.coupling.teacher": "the checkpoint of a trained flow",
+    "loss.teacher": "exact, or the checkpoint of a trained flow",
     "guidance.checkpoint": "the path of a weaker model's checkpoint",
 }
 
@@ -22,7 +23,7 @@ def check_files(config: dict[str, Any]) -> None:
     """Raise UserError for a file that should be there, or an output folder that cannot be written."""
     for key, wanted in FILES.items():
         path = None if key == "init_from" and config["resume"] else lookup(config, key)
-        if path is not None and not Path(path).is_file():
+        if path is not None and (key, path) != ("loss.teacher", "exact") and not Path(path).is_file():
             raise UserError(f"{key}={path} is not a file; give {wanted}")
     saves = f"ckpts/{config['choices']['model']}"
     for below in ("",) if config["eval_checkpoint"] else ("", saves, f"{saves}/archive"):

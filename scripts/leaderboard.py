@@ -6,6 +6,7 @@
     python scripts/leaderboard.py table=only                             # the tables of what has finished
     python scripts/leaderboard.py redo=true                              # train again what the settings no longer match
     python scripts/leaderboard.py output_dir=/tmp/trial -- max_steps=100 # a trial with further launcher words for every run
+    python scripts/leaderboard.py teacher=exact data=kmeans seeds=0      # own loss against loss.teacher=exact
 
 Finished runs are skipped, begun ones go on, failed ones start again, and those that another process trains are waited for;
 Ctrl-C lets the runs at work save. After each run it says about how long the others will take. A run is stale when
@@ -16,15 +17,18 @@ only=, data= and seeds= choose what is trained; the tables always show everythin
 (short), EXPERIMENT_LOG.md (in full) and <output_dir>/leaderboard.json. While runs are missing, and for a trial (words after
 --), they are printed instead of the first two; page= and log= name other files.
 
-Keys: only, data, seeds (comma-separated), jobs, table (true, false, only), redo, output_dir (outputs), config
-(configs/leaderboard.yaml), page, log. What each run says is in <output_dir>/leaderboard/<run_name>.log.
+teacher=exact trains what learns a map twice, on v_c and on the exact velocity, and writes a table of its own, of what only=,
+data= and seeds= choose; runs of the other tables are taken over.
+
+Keys: only, data, seeds (comma-separated), jobs, table (true, false, only), redo, teacher (exact), output_dir (outputs),
+config (configs/leaderboard.yaml), page, log. What each run says is in <output_dir>/leaderboard/<run_name>.log.
 """
 
 import json
 import shlex
 import signal
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -34,6 +38,7 @@ from common.command_line import ROOT, front
 from common.files import write_atomically
 from common.ranges import Range
 from evaluation.leaderboard_table import (
+    TAUGHT_MARKS,
     Results,
     Row,
     as_json,
@@ -41,10 +46,11 @@ from evaluation.leaderboard_table import (
     seeds_in_words,
     short_text,
     solver_evaluations,
+    taught_text,
     write_between,
 )
 from scripts.job_pool import JobPool
-from scripts.leaderboard_runs import Board, Entry, chosen, read_board
+from scripts.leaderboard_runs import Board, Entry, chosen, read_board, with_teachers
 from scripts.settings import read_settings
 
 
@@ -58,6 +64,7 @@ class Options:
     jobs: Annotated[int | None, Range(1)] = None
     table: Literal["true", "false", "only"] = "true"
     redo: bool = False
+    teacher: Literal["exact"] | None = None
     output_dir: Path = Path("outputs")
     config: Path = ROOT / "configs/leaderboard.yaml"
     page: Path = ROOT / "docs/leaderboard.md"
@@ -102,13 +109,15 @@ def collect(board: Board, entries: list[Entry]) -> tuple[Results, list[Entry]]:
         row.stale += state == "stale"
         if state == "finished":
             row.scores.append(entry.scores())
+            row.learns = learned(entry)
             done.append(entry)
     return results, done
 
 
 def command_of(options: Options, extra: list[str]) -> str:
     """Return the command that makes the tables again."""
-    words = [f"{key}={','.join(vars(options)[key])}" for key in ("only", "data", "seeds") if vars(options)[key]]
+    words = ["teacher=exact"] * bool(options.teacher)
+    words += [f"{key}={','.join(vars(options)[key])}" for key in ("only", "data", "seeds") if vars(options)[key]]
     words += [] if options.output_dir == Path("outputs") else [f"output_dir={options.output_dir}"]
     return shlex.join(["python", "scripts/leaderboard.py", *words, *(["--", *extra] if extra else [])])
 
@@ -119,7 +128,7 @@ def caption(results: Results, entries: list[Entry], done: list[Entry], command: 
         return f"No run has finished yet: `{command}` trains them."
     settings = done[0].settings()
     points = settings["evaluation"]["metrics"].get("wasserstein", {}).get("points", 0)
-    euler = ", ".join(dict.fromkeys(entry.objective for entry in entries if not learns_flow_map(entry)))
+    euler = ", ".join(dict.fromkeys(entry.objective for entry in entries if learned(entry) == "velocity"))
     steps = "by the flow map in equal steps" + (f" (Euler steps for {euler})" if euler else "")
     samples, solver = settings["evaluation"]["final_samples"], settings["choices"]["solver"]
     return (
@@ -133,6 +142,20 @@ def caption(results: Results, entries: list[Entry], done: list[Entry], command: 
     )
 
 
+def taught_caption(entries: list[Entry], done: list[Entry], command: str, config: str) -> str:
+    """Return `caption` for the table of own loss against exact teacher."""
+    if not done:
+        return f"No run has finished yet: `{command}` trains them."
+    samples = done[0].settings()["evaluation"]["final_samples"]
+    return (
+        f"{provenance(done)}; {seeds_in_words(len({entry.seed for entry in entries}))}. {samples:,} samples a run, by the "
+        "flow map in one evaluation each; the velocity error is that of u(z, r, r). With the exact teacher: the same run "
+        "with `loss.teacher=exact`, the data's exact velocity in the place of v_c. Floor: real data against real, mean ± "
+        "standard deviation over replicates. Training seconds: the fastest seed, without imports and evaluation. "
+        f"`{command}`, settings in configs/{config}."
+    )
+
+
 def provenance(done: list[Entry]) -> str:
     """Return the hardware, days and torch versions that runs were made with."""
     facts = [json.loads(entry.facts.read_text(encoding="utf-8")) for entry in done if entry.facts.is_file()]
@@ -142,11 +165,11 @@ def provenance(done: list[Entry]) -> str:
     return f"{hardware}, {' to '.join(dict.fromkeys([days[0], days[-1]]))}, torch {torch_versions}"
 
 
-def learns_flow_map(entry: Entry) -> bool:
-    """Whether the run's objective teaches its network maps across time."""
+def learned(entry: Entry) -> str:
+    """Return what the run's objective teaches its network, see FlowObjective.learns."""
     from hydra.utils import get_class
 
-    return bool(get_class(entry.settings()["loss"]["_target_"]).learns_flow_map)  # type: ignore[attr-defined]
+    return str(get_class(entry.settings()["loss"]["_target_"]).learns)  # type: ignore[attr-defined]
 
 
 def write_tables(board: Board, entries: list[Entry], options: Options, extra: list[str]) -> None:
@@ -155,21 +178,29 @@ def write_tables(board: Board, entries: list[Entry], options: Options, extra: li
     The page that ships, and the log beside it, are replaced once every run has finished.
     """
     results, done = collect(board, entries)
-    above = caption(results, entries, done, command_of(options, extra), options.config.name)
+    command = command_of(options, extra)
+    above = caption(results, entries, done, command, options.config.name)
+    if options.teacher:
+        above = taught_caption(entries, done, command, options.config.name)
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.output_dir / "leaderboard.json", as_json(results, above))
+    file = options.output_dir / ("leaderboard_exact_teacher.json" if options.teacher else "leaderboard.json")
+    write_atomically(file, as_json(results, above))
     unfinished = sum(entry.condition() != "finished" for entry in entries)
     shipped = options.page == Options.page and unfinished > 0
     if extra or shipped:
-        print(full_text(results, above))
+        print((taught_text if options.teacher else full_text)(results, above))
         if shipped and not extra:
             print(
                 f"{unfinished} of {len(entries)} runs have not finished, so {options.page.name} stays; page= names another"
             )
         return
+    if options.teacher:
+        write_between(options.page, taught_text(results, above), TAUGHT_MARKS, "With the exact teacher")
+        print(f"table in {options.page} and {file}")
+        return
     write_between(options.log, full_text(results, above))
     write_between(options.page, short_text(results, above))
-    print(f"tables in {options.page}, {options.log} and {options.output_dir / 'leaderboard.json'}")
+    print(f"tables in {options.page}, {options.log} and {file}")
     print(f"python visualizers/leaderboard.py log={options.log} out=docs/leaderboard.png  draws them")
 
 
@@ -177,8 +208,11 @@ def leaderboard(words: list[str]) -> int:
     """Carry out the command; the exit status is 1 when a run failed."""
     options, extra = read_words(words)
     board = read_board(options.config)
+    if options.teacher:
+        seeds = [int(seed) for seed in chosen("seeds", options.seeds, list(map(str, board.seeds)))]
+        board = with_teachers(board, options.only, options.data, seeds)
     entries = board.entries(options.output_dir, extra)
-    queue, stale = to_train(board, entries, options)
+    queue, stale = to_train(board, entries, replace(options, only=[]) if options.teacher else options)
     failed: list[Entry] = []
     if options.table != "only":
         for entry in queue:

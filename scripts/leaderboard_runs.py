@@ -3,7 +3,7 @@
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -12,10 +12,11 @@ from typing import Any
 import yaml
 
 from common.errors import UserError
+from configuration.build import build
 from configuration.compose import compose_config, groups, nearest, resolved
 from configuration.overrides import differences, flat
 from configuration.values import NEUTRAL
-from evaluation.leaderboard_table import SECONDS
+from evaluation.leaderboard_table import SECONDS, TAUGHT
 from run_files.run_folder import RunFolder
 
 # Settings that neither change what a run learns nor how it is scored.
@@ -146,6 +147,24 @@ class Board:
                     higher[objective] = Entry(objective, dataset, seed, all_words, teachers, output_dir)
                 entries += higher.values()
         return entries
+
+
+def with_teachers(board: Board, objectives: list[str], datasets: list[str], seeds: list[int]) -> Board:
+    """Return the runs of what learns a map, each a second time with the exact teacher, on the data whose flow is known.
+
+    objectives, datasets, seeds: those that were asked for, [] for all. UserError for one that has no exact teacher.
+    """
+    known = [dataset for dataset in board.datasets if build(composed((f"dataloaders={dataset}",))["dataloaders"]).mixture]
+    alone = {name: words for name, words in board.objectives.items() if not any("{" in word for word in words)}
+    learning = [name for name, words in alone.items() if "teacher" in composed(tuple(words))["loss"]]
+    for key, asked, there in (("data", datasets, known), ("only", objectives, learning)):
+        wrong = next((word for word in asked if word not in there), None if there else "anything")
+        if wrong is not None:
+            raise UserError(f"{key}={wrong} has no exact teacher; teacher=exact is for {', '.join(there) or 'none of this'}")
+    doubled: dict[str, list[str]] = {}
+    for name in objectives or learning:
+        doubled |= {name: board.objectives[name], name + TAUGHT: [*board.objectives[name], "loss.teacher=exact"]}
+    return replace(board, seeds=seeds or board.seeds, datasets=datasets or known, objectives=doubled)
 
 
 def read_board(path: Path) -> Board:

@@ -77,7 +77,16 @@ class BaseSolver(Sampler, ABC):
         of the solver's grid from 0 to 1. callback sees (state, time) at every point of the grid.
         """
 
+    def check(self, flow: FlowObjective) -> None:
+        if flow.learns in ("endpoint_map", "generator"):
+            raise UserError(
+                "this loss teaches where a state is carried to, not its velocity at an instant; use solver=flow_map "
+                "solver.steps=1"
+            )
+
     def sample(self, flow: FlowObjective, x0: Tensor, label: Tensor | None, fresh: FreshNoise) -> Tensor:
+        """Raise UserError when the objective does not learn the velocity at an instant."""
+        self.check(flow)
         return self.solve(lambda x, t: flow.velocity(x, t, label), x0)
 
     def evaluate(self, field: Field, x: Tensor, t: Tensor) -> Tensor:

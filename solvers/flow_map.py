@@ -29,14 +29,21 @@ class FlowMapSolver(Sampler):
         self.renoise = self.renoises = renoise
 
     def check(self, flow: FlowObjective) -> None:
-        if not flow.learns_flow_map:
+        if flow.learns == "velocity":
             raise UserError(
                 "solver=flow_map samples with a learned flow map, and this loss teaches only the velocity at an instant; "
                 "use solver=midpoint, or train with loss=meanflow"
             )
+        if self.steps > 1 and flow.learns == "generator":
+            raise UserError("this loss teaches one map, from noise to data, and no step between; use solver.steps=1")
+        if self.steps > 1 and flow.learns == "endpoint_map" and not self.renoise:
+            raise UserError(
+                "this loss teaches maps to data alone, and a walk wants maps between its steps; use solver.renoise=true, "
+                "which noises the data again, or solver.steps=1"
+            )
 
     def sample(self, flow: FlowObjective, x0: Tensor, label: Tensor | None, fresh: FreshNoise) -> Tensor:
-        """Raise UserError when the objective learns no flow map."""
+        """Raise UserError when the objective learns no map that these steps take."""
         self.check(flow)
         self.evaluations = 0
         grid = self.times(x0)

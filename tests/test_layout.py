@@ -256,6 +256,8 @@ def test_every_objective_keeps_its_contract(loss, conditional, tmp_path):
     assert not without, f"loss={loss} gives {without} no finite gradient; every parameter of the network is to learn"
     second = objective.second_time
     assert second in ("end", "state"), f"loss={loss} has second_time={second!r}; it takes 'end' or 'state'"
+    said = OmegaConf.load(CONFIG_DIR / f"loss/{loss}.yaml").training.learns
+    assert said == objective.learns, f"loss={loss} says training.learns={said}, and its class has learns={objective.learns}"
     shape = list(objective.velocity(x0, torch.tensor(0.3)).shape)
     assert shape == [64, 2], f"loss={loss} gives velocities of shape {shape} for states of [64, 2]"
 

@@ -19,6 +19,7 @@ from dataloaders.base_dataloaders import FlowDataset
 from evaluation import parts
 from evaluation.evaluator import GeneratorEvaluator
 from evaluation.metrics.base_metric import EvaluationInputs
+from evaluation.teacher import give_teacher
 from helpers_cfg import Guidance
 from losses.objective import FlowObjective, Objective
 from run_files.checkpoint import load_checkpoint
@@ -93,6 +94,7 @@ def assemble(config: dict[str, Any]) -> Run:
     records, loop = assemble_records(config), settings_of(LoopSettings, config)
     state = assemble_state(objective, records.checkpoints, config, device)
     dataset, source = assemble_data(state, config, device), parts.build_source(config, device)
+    give_teacher([state.objective, state.ema_objective], config, dataset, source, device)
     inputs = EvaluationInputs(
         state.ema_objective, dataset, source, solver, loop.seed, parts.dataset_key(config),
         Path(config["output_dir"]) / "cache", False, parts.sampled_flow(state.ema_objective, config, device),

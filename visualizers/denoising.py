@@ -35,6 +35,7 @@ def expected_data(scene: Scene, states: Tensor, t: Tensor) -> Tensor:
     flow = scene.model.flow()
     if t >= flow.path.last_time:
         return states
+    flow.check_learns_velocity()
     v = flow.velocity(states, t.to(states.device), scene.labels)
     return flow.path.x1_from_velocity(v, states, t.to(states))
 

@@ -36,12 +36,12 @@ def ways(scene: Scene) -> dict[str, np.ndarray]:
     """Return where the particles are at each frame's time, by the name of the way they go: (frames, n, 2) each."""
     import torch
 
-    from solvers.flow_map import FlowMapSolver
+    from evaluation.generate import few_step_solver
     from solvers.runge_kutta import RK4, Euler
 
     flow, label, noise, times = scene.model.flow(), scene.labels, scene.noise(), frame_times(scene.frames)
     solvers: list[Sampler] = [Euler(10), RK4(24)] if scene.solver is None else [scene.solver]
-    solvers.append(FlowMapSolver(1) if flow.learns_flow_map else Euler(1))
+    solvers.append(few_step_solver(flow, 1))
     with torch.no_grad():
         walks = [flow.in_data_units(walk(solver, flow, noise, label, times)).cpu().numpy() for solver in solvers]
     return dict(zip(map(solver_label, solvers), walks, strict=True))

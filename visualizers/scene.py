@@ -155,12 +155,12 @@ def walk(solver: Sampler, flow: FlowObjective, noise: Tensor, label: Tensor | No
 
     if solver.renoises:
         raise UserError("solver.renoise=true throws its states back into noise: they have no path; leave it out")
+    solver.check(flow)
     seen: list[tuple[Tensor, Tensor]] = []
     if isinstance(solver, BaseSolver):
         field = lambda x, t: flow.velocity(x, t, label)  # noqa: E731
         solver.solve(field, noise, callback=lambda x, t: seen.append((x.clone(), t.cpu().clone())))
     else:
-        solver.check(flow)
         points = solver.times(noise)
         seen.append((noise, points[0].cpu()))
         for r, t in pairwise(points):

@@ -43,7 +43,7 @@ def paths_of(scene: Scene) -> dict[str, np.ndarray]:
     with torch.no_grad():
         walked = walk(solver, flow, noise, scene.labels, times)
         paths = {("learned field, " if is_ode else "") + solver_label(solver): flow.in_data_units(walked).cpu().numpy()}
-        if flow.learns_flow_map and is_ode:
+        if flow.learns == "flow_map" and is_ode:
             maps = [flow.flow_map(noise, times[0], t, scene.labels) for t in times]
             paths["learned map from the start"] = flow.in_data_units(torch.stack(maps)).cpu().numpy()
         truth = scene.exact()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -175,7 +176,21 @@ def to_bytes(images: Tensor, value_range: tuple[float, float] | None) -> Tensor:
 
 
 class Metric(ABC):
-    """One or several scores of a generation. A new metric is one subclass and one entry in configs/evaluation."""
+    """One or several scores of a generation. A new metric is one subclass and one entry in configs/evaluation.
+
+    needs: what the scores are of: samples, whoever made them, the velocity at an instant, or each sample's own end, which
+    only a flow gives it.
+    """
+
+    needs: Literal["samples", "velocity", "ends"] = "samples"
+
+    def results(self, generation: Generation) -> list[Score | Absent]:
+        """Return what `compute` gives, or why this objective has no such scores."""
+        if self.needs == "velocity" and generation.objective.learns in ("endpoint_map", "generator"):
+            return self.absent("this objective learns maps to data, not the velocity at an instant")
+        if self.needs == "ends" and generation.objective.marginals_only:
+            return self.absent("this objective matches the data as a whole, so that no sample has one true end")
+        return self.compute(generation)
 
     def names(self) -> list[str]:
         """Return the names of its scores, for those that say why there are none."""

@@ -201,6 +201,8 @@ class Memorised(Metric):
     draws, final_draws: states of each kind, during the run / at its end. Losses are those of standardised states.
     """
 
+    needs = "velocity"
+
     def __init__(self, draws: Count = 1024, final_draws: Count = 4096):
         self.draws, self.final_draws = draws, final_draws
 

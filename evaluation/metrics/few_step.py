@@ -2,17 +2,22 @@
 
 from dataclasses import replace
 
+from torch import Tensor
+
 from common.ranges import Steps
-from evaluation.generate import few_step_words, few_steps
+from evaluation.generate import few_step_solver, few_step_words, few_steps, fresh_noise
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
 from losses.objective import FlowObjective
+
+RENOISED = "fresh noise between the steps, so that a sample's own noise has no one true end"
 
 
 class FewStep(Metric):
     """Each of `scores` for samples made in so many evaluations: eval/energy_distance_1nfe, oracle/flow_map_error_4nfe, ...
 
     From the same noise, against the same real states, truth and floor as the solver's own samples. By the flow map in equal
-    steps where the objective learns one; elsewhere absent, or with euler by as many Euler steps of the velocity.
+    steps where the objective learns one; elsewhere absent, or with euler by as many Euler steps of the velocity. A generator
+    has its one evaluation alone, and samples that are noised again between steps have no true ends.
     """
 
     def __init__(self, scores: dict[str, Metric], evaluations: list[Steps] | None = None, euler: bool = False):
@@ -22,17 +27,42 @@ class FewStep(Metric):
         return [f"{name}_{n}nfe" for n in self.evaluations for metric in self.scores for name in metric.names()]
 
     def evaluations_ahead(self, objective: FlowObjective) -> int:
-        return sum(self.evaluations) if objective.learns_flow_map or self.euler else 0
+        return sum(n for n in self.evaluations if self.why_not(objective, n) is None)
+
+    def why_not(self, objective: FlowObjective, evaluations: int) -> str | None:
+        """Return why the objective makes no samples in so many evaluations; None where it does."""
+        if objective.learns == "velocity" and not self.euler:
+            return "this objective learns velocities, not maps across time"
+        if objective.learns == "generator" and evaluations > 1:
+            return "this objective makes samples in one evaluation"
+        return None
 
     def compute(self, generation: Generation) -> list[Score | Absent]:
-        if not self.evaluations_ahead(generation.objective):
-            return self.absent("this objective learns velocities, not maps across time")
-        results: list[Score | Absent] = []
-        for n in self.evaluations:
-            samples = few_steps(generation.objective, generation.noise, generation.label, n)
-            made = replace(generation, samples=samples, steps=few_step_words(generation.objective))
-            results += [named(result, n) for metric in self.scores for result in metric.compute(made)]
-        return results
+        return [named(result, n) for n in self.evaluations for result in self.of_steps(generation, n)]
+
+    def of_steps(self, generation: Generation, evaluations: int) -> list[Score | Absent]:
+        """Return the scores, under their own names, of samples made in so many evaluations."""
+        reason = self.why_not(generation.objective, evaluations)
+        if reason is not None:
+            return [absent for metric in self.scores for absent in metric.absent(reason)]
+        made = replace(generation, samples=samples_of(generation, evaluations), steps=few_step_words(generation.objective))
+        renoised = few_step_solver(generation.objective, evaluations).renoises
+        return [
+            result
+            for metric in self.scores
+            for result in (metric.absent(RENOISED) if renoised and metric.needs == "ends" else metric.results(made))
+        ]
+
+
+def samples_of(generation: Generation, evaluations: int) -> Tensor:
+    """Return samples (N, ...) from the generation's own noise, in so many evaluations each."""
+    objective, source = generation.objective, generation.source
+    if objective.learns != "endpoint_map":
+        return few_steps(objective, generation.noise, generation.label, evaluations)
+    fresh = fresh_noise(source.to("cpu"), generation.seed)
+    samples = few_steps(objective, generation.noise, generation.label, evaluations, fresh)
+    source.to(samples.device)
+    return samples
 
 
 def named(result: Score | Absent, evaluations: int) -> Score | Absent:

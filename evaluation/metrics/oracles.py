@@ -89,6 +89,8 @@ class OracleVelocity(Oracle):
     squared error. draws, final_draws: states during the run / at its end.
     """
 
+    needs = "velocity"
+
     def __init__(self, draws: Count = 10_000, final_draws: Count = 100_000):
         self.draws, self.final_draws = draws, final_draws
 
@@ -137,6 +139,7 @@ class OracleFlowMapError(Oracle):
     out where exact_field is false: samples that no solver made have no use for it).
     """
 
+    needs = "ends"
     name = "oracle/flow_map_error"
 
     def __init__(self, exact_field: bool = True):
@@ -183,6 +186,7 @@ class OracleLogProbError(Oracle):
     the error.
     """
 
+    needs = "velocity"
     name = "oracle/log_prob_error"
 
     def __init__(self, points: CountFrom2 = 500):

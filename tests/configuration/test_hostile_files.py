@@ -39,9 +39,9 @@ def test_a_configuration_in_a_checkpoint_calls_nothing_but_what_configs_name(sma
     torch.save(payload, tmp_path / "hostile.pt")
     with pytest.raises(UserError, match=r"wants run_files\.provenance\.subprocess\.check_output called"):
         load(tmp_path / "hostile.pt", device="cpu")
-    for words in (f"eval_checkpoint={tmp_path / 'hostile.pt'}", f"init_from={tmp_path / 'hostile.pt'}"):
+    for key in ("eval_checkpoint", "init_from", "loss=meanflow loss.teacher"):
         with pytest.raises(UserError, match="which no file in configs/ names"):
-            small_run("y", words, "device=cpu")
+            small_run("y", *f"{key}={tmp_path / 'hostile.pt'}".split(), "device=cpu")
     with pytest.raises(UserError, match="which no file in configs/ names"):
         classifier_features(str(tmp_path / "hostile.pt"))
     assert not (tmp_path / "harm").exists()

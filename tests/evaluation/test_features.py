@@ -292,7 +292,7 @@ def test_few_step_names_what_it_cannot_give(generation: Callable[..., Generation
     metric = FewStep({"energy": EnergyDistance(), "features": FeatureMetric("digits_classifier")}, [1])
 
     class Velocities:
-        learns_flow_map = False
+        learns = "velocity"
 
     made = generation(KMeans(), torch.zeros(2, 2), objective=Velocities())
     names = [result.name for result in metric.compute(made)]

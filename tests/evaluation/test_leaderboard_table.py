@@ -18,6 +18,7 @@ from evaluation.leaderboard_table import (
     rounded,
     score_record,
     seeds_in_words,
+    taught_table,
     write_between,
 )
 
@@ -54,6 +55,21 @@ def test_cells_are_means_and_standard_deviations():
 )
 def test_numbers_stop_where_their_spread_begins(value, spread, text):
     assert rounded(value, spread) == text
+
+
+def test_a_map_to_data_has_no_samples_by_a_solver_and_a_generator_none_by_several_steps():
+    row = replace(scored(0.1, **{"eval/energy_distance": 0.1}), learns="generator")
+    found = [cell(row, f"eval/energy_distance{suffix}") for suffix in ("", "_1nfe", "_2nfe")]
+    assert (
+        found == ["-", "0.1000", "-"] and cell(replace(row, learns="flow_map"), "eval/energy_distance_2nfe") == "not finite"
+    )
+
+
+def test_a_score_stands_beside_the_one_with_the_exact_teacher():
+    rows = {"meanflow": scored(0.4, 0.6), "meanflow_exact_teacher": scored(0.2), "mse": scored(0.9)}
+    header, _, floor, line = taught_table(rows).splitlines()
+    assert header.startswith("| objective | energy distance | with the exact teacher | flow-map error | with the exact")
+    assert line.startswith("| meanflow (2 of 3 seeds) | 0.50 ± 0.14 | 0.2000 | - |") and "mse" not in floor + line
 
 
 def test_cells_without_a_number_say_why():

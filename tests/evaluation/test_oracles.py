@@ -26,7 +26,7 @@ from evaluation.metrics.wasserstein import Wasserstein
 from evaluation.threads import one_thread
 from losses.couplings import Coupling, IndependentCoupling, MinibatchOTCoupling
 from losses.flow_matching_loss import FlowMatchingLoss
-from losses.objective import FlowObjective, SecondTime
+from losses.objective import FlowObjective, Learns, SecondTime
 from losses.paths import CosinePath, LinearPath, ProbabilityPath, VariancePreservingPath
 from losses.predictions import VelocityPrediction
 from losses.time_samplers import LogitNormalTimes, UniformTimes
@@ -278,7 +278,7 @@ class ExactMap(Plain):
     """The exact flow map of one Gaussian, displaced by the network's offset on every step."""
 
     second_time: SecondTime = "state"
-    learns_flow_map = True
+    learns: Learns = "flow_map"
 
     def flow_map(self, x: Tensor, r: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         network = self.network
@@ -335,6 +335,27 @@ def test_few_steps_without_a_map_are_euler_steps_where_asked_for(tmp_path: Path)
     # v(x, 0) = m - x, so that one Euler step ends in m wherever it begins: the error is the spread of the true ends.
     truth = 0.4 / 0.9 * made.noise
     assert score.value == pytest.approx(truth.square().sum(1).mean().sqrt().item(), rel=1e-4)
+
+
+def test_scores_of_what_an_objective_does_not_learn_are_absent_with_the_reason(tmp_path: Path) -> None:
+    made = replace(mapped(tmp_path, torch.zeros(2)), final=True)
+    scores = [OracleVelocity(100), OracleFlowMapError(exact_field=False), few_step(1, 2)]
+
+    def reasons(learns: Learns, marginals_only: bool) -> dict[str, str | None]:
+        made.objective.learns, made.objective.marginals_only = learns, marginals_only
+        with torch.no_grad():
+            results = [result for metric in scores for result in metric.results(made)]
+        return {result.name: result.reason if isinstance(result, Absent) else None for result in results}
+
+    assert set(reasons("flow_map", False).values()) <= {None, reasons("flow_map", False)["oracle/excess_loss"]}
+    to_data, generator = reasons("endpoint_map", False), reasons("generator", True)
+    for found in (to_data, generator):
+        assert "not the velocity at an instant" in str(found["oracle/velocity_error"])
+        assert found["eval/energy_distance_1nfe"] is None
+    assert to_data[FLOW_MAP] is to_data[f"{FLOW_MAP}_1nfe"] is to_data["eval/w2_2nfe"] is None
+    assert "fresh noise between the steps" in str(to_data[f"{FLOW_MAP}_2nfe"])
+    assert "no sample has one true end" in str(generator[FLOW_MAP]) and generator[f"{FLOW_MAP}_1nfe"] == generator[FLOW_MAP]
+    assert "in one evaluation" in str(generator["eval/w2_2nfe"])
 
 
 @pytest.mark.parametrize("count", ["0", "1.5", "one"])

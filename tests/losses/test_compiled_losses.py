@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from configuration.compose import CONFIG_DIR, compose_config, resolved
+from dataloaders.synthetic import KMeans
+from evaluation.closed_forms import ExactFlow
 from evaluation.parts import build_objective
+from losses.flow_map_objective import FlowMapObjective
 from training.ema import ConstantEMA
 from training.state import averaged_objective
 
@@ -18,10 +21,11 @@ CASES = [
     for engine in (ENGINES if "\njvp:" in path.read_text() else [""])
     if (path.stem, engine) != ("terminal_velocity", "separate")  # it takes its derivative with a graph
 ]
+TAUGHT = ("shortcut loss.teacher=exact", "")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss, engine", CASES)
+@pytest.mark.parametrize("loss, engine", [*CASES, TAUGHT])
 def test_the_whole_step_is_one_graph_and_equals_the_eager_one(loss: str, engine: str) -> None:
     words = [
         "model.width=16",
@@ -32,8 +36,13 @@ def test_the_whole_step_is_one_graph_and_equals_the_eager_one(loss: str, engine:
     ]
     torch._dynamo.reset()
     objective = build_objective(
-        resolved(compose_config(["run_name=x", f"loss={loss}", "loss.label_dropout=0.5", *words])), torch.device("cpu")
+        resolved(compose_config(["run_name=x", *f"loss={loss}".split(), "loss.label_dropout=0.5", *words])),
+        torch.device("cpu"),
     ).train()
+    if "teacher" in loss:
+        assert isinstance(objective, FlowMapObjective)
+        flow = ExactFlow(KMeans().mixture, 1.0, objective.path)
+        objective.follow(lambda z, r, label: flow(z, r))
     teacher = averaged_objective(objective, ConstantEMA()) if objective.needs_teacher else None
     x0, x1 = torch.randn(2, 16, 2, generator=torch.Generator().manual_seed(0))
     batch = objective.draw(x0, x1, torch.arange(16) % 3, torch.Generator().manual_seed(0))

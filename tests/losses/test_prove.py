@@ -1,6 +1,7 @@
 """Every loss of configs/loss is proven, and planted faults are found: see evaluation/prove.py."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +12,14 @@ from torch import Tensor
 from configuration.compose import compose_config, groups
 from evaluation import prove as prove_module
 from evaluation import prove_command
-from evaluation.prove import Plan, Stage, prove
+from evaluation.exact_worlds import MixtureWorld
+from evaluation.prove import WORLDS, Plan, Stage, prove
 from evaluation.prove_command import prepared, summed_up
 from launcher import main
 from losses.flow_matching_loss import FlowMatchingLoss
 from losses.meanflow_loss import ImprovedMeanFlowLoss, MeanFlowLoss
 from losses.objective import FlowBatch, FlowObjective, expand_time
-from losses.paths import CosinePath
+from losses.paths import CosinePath, LinearPath
 from models.inputs import with_class
 
 SHORT = Plan(batches=32, rows=640, curvature=2)
@@ -160,6 +162,33 @@ def test_the_bias_of_a_contrastive_loss_is_measured():
     assert keeps([stage], 0.053) and not keeps([stage], 0.1) and not keeps([stage], None)
 
 
+class Distilled(FlowMatchingLoss):
+    """The map from noise to data, fitted to its exact ends; `stretch` misses them."""
+
+    learns = "generator"
+    world, stretch = MixtureWorld(LinearPath(), *WORLDS["a mixture"]), 1.0
+
+    def forward(self, batch: FlowBatch, teacher: FlowObjective | None = None) -> dict[str, Tensor]:
+        x0, start, end = batch.raw_source, torch.zeros(len(batch)), torch.ones(len(batch))
+        u = self.stretch * self.world.mean_velocity(x0, start, end)
+        return {"loss": (self.mean_velocity(x0, start, end, batch.label) - u).square().mean()}
+
+
+class Stretched(Distilled):
+    stretch = 1.1
+
+
+class Drifting(Distilled):
+    marginals_only = True
+
+
+def test_a_map_from_noise_to_data_is_proven_where_pairs_are_matched():
+    (right,), (wrong,), (marginal,) = (proven(PLAIN, kind) for kind in (Distilled, Stretched, Drifting))
+    assert right.verdict == "stationary" and right.seen < 0.02
+    assert wrong.verdict == "biased" and wrong.bias == pytest.approx(0.1, abs=0.01)
+    assert marginal.verdict == "undecided" and "every map that carries noise to data" in marginal.reason
+
+
 def test_improved_meanflow_is_stationary_with_the_gradient_of_its_derivative():
     assert keeps(proven(["loss=improved_meanflow"], NoStopImproved), None)
 
@@ -170,12 +199,6 @@ import torch
 def flow_matching(network, x0, x1):
     t = torch.rand(len(x0), 1)
     return (network((1 - t) * x0 + t * x1, t) - (x1 - x0)).square().mean()
-
-def meanflow(network, x0, x1):  # with data at 0, as in the paper
-    t, r = torch.rand(2, len(x0), 1).sort(0, descending=True).values
-    z, v = (1 - t) * x0 + t * x1, x1 - x0
-    u, derivative = torch.func.jvp(network, (z, r, t), (v, torch.zeros_like(r), torch.ones_like(t)))
-    return (u - (v - (t - r) * derivative).detach()).square().mean()
 
 def absolute(network, x0, x1):
     t = torch.rand(len(x0), 1)
@@ -191,7 +214,9 @@ def blind(network, x0, x1):
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(FUNCTIONS)
+    page = (Path(__file__).resolve().parents[2] / "docs/models.md").read_text()
+    example = page.partition("## Proving a loss")[2].partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "mine.py").write_text(FUNCTIONS + example)
     monkeypatch.setattr(prove_command, "Plan", lambda **words: replace(SHORT, **words))
     monkeypatch.setattr(prove_module, "ENOUGH", 0.3)
     return f"{tmp_path}/mine.py"
@@ -202,8 +227,8 @@ def file(tmp_path, monkeypatch):
     [
         (["{}:flow_matching"], 0, "stationary: "),
         (["{}:flow_matching", "convention=reversed"], 0, "stationary: "),
-        (["{}:meanflow", "convention=reversed"], 0, "stationary: "),
-        (["{}:meanflow"], 3, "biased: "),
+        (["{}:loss", "convention=reversed"], 0, "stationary: "),
+        (["{}:loss"], 3, "biased: "),
         (["{}:absolute"], 3, "biased: on a mixture"),
         (["loss=reflow", "loss.coupling.teacher=none.pt"], 4, "undecided: the pairs of ReflowCoupling"),
         (["loss=cross_entropy"], 4, "undecided: CrossEntropyLoss learns no flow"),

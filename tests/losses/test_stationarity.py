@@ -80,7 +80,7 @@ MUTANTS = [
     ("improved_meanflow", ImprovedMeanFlowLoss, "forward", "u - expand_time", "u + expand_time"),
     ("improved_meanflow", DerivativeObjective, "forward_mode", "(direction, torch", "(-direction, torch"),
     ("shortcut", ShortcutLoss, "two_steps", "batch.input + expand", "batch.input - expand"),
-    ("shortcut", ShortcutLoss, "two_steps", "mean_velocity(z, middle", "mean_velocity(z, batch.r"),
+    ("shortcut", ShortcutLoss, "two_steps", "step(teacher, z, middle", "step(teacher, z, batch.r"),
     ("split_meanflow", SplitMeanFlowLoss, "joined", "batch.input + expand", "batch.input - expand"),
     ("split_meanflow", SplitMeanFlowLoss, "joined", "share * u1 + (1 - share) * u2", "share * u2 + (1 - share) * u1"),
     ("terminal_velocity", TerminalVelocityLoss, "arrival_error", "u + duration * du_dt", "u - duration * du_dt"),

@@ -183,6 +183,25 @@ def test_settings_behind_the_same_words_make_a_run_stale(command, tmp_path, caps
     assert "stale" not in capsys.readouterr().out
 
 
+def test_what_learns_a_map_is_trained_with_the_exact_teacher_too(command, tmp_path, capsys):
+    objectives = OBJECTIVES | {"split_meanflow": "loss=split_meanflow"}
+    words = {"objectives": objectives, "datasets": ("moons", "gaussian")}
+    assert (
+        command("teacher=exact", "data=moons", **words) == 1 and "data=moons has no exact teacher" in capsys.readouterr().err
+    )
+    assert command("teacher=exact", "only=mse", **words) == 1 and "is for split_meanflow" in capsys.readouterr().err
+    assert command("teacher=exact", **words) == 0
+    assert names(InProcess.commands) == [
+        f"leaderboard_split_meanflow{kind}_gaussian_seed=0" for kind in ("", "_exact_teacher")
+    ]
+    assert [("loss.teacher=exact" in words) for words in InProcess.commands] == [False, True]
+    page = (tmp_path / "R.md").read_text()
+    assert "| split_meanflow | " in page and "leaderboard.py teacher=exact output_dir=" in page and "moons" not in page
+    row = next(line for line in page.splitlines() if line.startswith("| split_meanflow"))
+    assert not (tmp_path / "L.md").exists() and "-" not in row.split(" | ")[1:5]
+    assert command("teacher=exact", **words) == 0 and len(InProcess.commands) == 2
+
+
 def test_a_teacher_trained_again_makes_its_student_stale(command, tmp_path, capsys):
     assert command() == 0
     path = tmp_path / "out/runs/leaderboard_mse_gaussian_seed=0/status.json"

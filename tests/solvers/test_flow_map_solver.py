@@ -149,6 +149,38 @@ def test_what_has_no_flow_map_is_said_in_one_sentence() -> None:
             ask(normal(3), r=0, t=1)
 
 
+class ToData(MeanFlowLoss):
+    learns = "endpoint_map"
+
+
+class Generator(MeanFlowLoss):
+    learns, marginals_only = "generator", True
+
+
+def test_what_learns_maps_to_data_alone_is_sampled_and_asked_for_nothing_else() -> None:
+    x0, fresh = normal(20_000), fresh_noise(GaussianSource([1]), 0)
+    for kind in (ToData, Generator):
+        torch.testing.assert_close(generate(objective(kind), FlowMapSolver(1), x0, None), M + S * x0, atol=1e-5, rtol=0)
+        model = TrainedModel(objective(kind), {"dataloaders": {"state_shape": [1]}}, torch.device("cpu"), step=0)
+        torch.testing.assert_close(model.flow_map(x0, 0, 1), M + S * x0, atol=1e-5, rtol=0)
+        asks = [
+            (lambda: generate(objective(kind), Midpoint(2), x0, None), "not its velocity at an instant"),  # noqa: B023
+            (lambda: model.velocity(x0, 0.5), "not its velocity at an instant"),  # noqa: B023
+            (lambda: model.log_prob(x0), "not its velocity at an instant"),  # noqa: B023
+            (lambda: model.flow_map(x0, 0, 0.5), "t = 1, and"),  # noqa: B023
+            (lambda: generate(objective(kind), FlowMapSolver(2), x0, None), "use solver."),  # noqa: B023
+        ]
+        for ask, sentence in asks:
+            with pytest.raises(UserError, match=sentence):
+                ask()
+    samples = few_steps(objective(ToData), x0, None, 4, fresh)  # noised again between the steps
+    assert float(samples.std()) == pytest.approx(S, abs=0.01) and float(samples.mean()) == pytest.approx(M, abs=0.01)
+    with pytest.raises(UserError, match="one map, from noise to data"):
+        few_steps(objective(Generator), x0, None, 2)
+    with pytest.raises(UserError, match="no other; ask for that"):
+        model.flow_map(x0, 0.5, 1)
+
+
 def test_a_run_that_learns_no_map_is_refused_before_it_trains(small_run, tmp_path) -> None:
     with pytest.raises(UserError, match="solver=midpoint, or train with loss=meanflow"):
         small_run("x", "solver=flow_map")

@@ -255,7 +255,7 @@ def test_mistakes_are_one_sentence(mistake: Callable[[], object]) -> None:
 class GaussianFlow:
     """Stands for an objective: the exact velocity and the exact flow map."""
 
-    learns_flow_map = True
+    learns = "flow_map"
 
     def velocity(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         return gaussian_velocity(x, t)

@@ -69,15 +69,17 @@ def test_a_run_stopped_and_resumed_equals_the_uninterrupted_one(small_run, extra
     assert json.loads((parts / "runs/x/status.json").read_text())["state"] == "finished"
 
 
-@pytest.mark.parametrize("loss", OBJECTIVES)
+@pytest.mark.parametrize("loss", [*OBJECTIVES, "shortcut loss.teacher"])
 def test_every_objective_resumes_in_mid_epoch_bit_for_bit(small_run, loss, monkeypatch):
     """Weights, metrics and samples; with accumulation, EMA, a schedule, labels and their dropout, minibatch OT."""
+    loss, *taught = loss.split()
     words = [f"loss={loss}", "conditional=true", "batch_size=64", "dataloaders.epoch_size=500", "epochs=2", *EVERYTHING]
     words.remove("gradient_accumulation_steps=3")
     words.append("gradient_accumulation_steps=2")
-    if loss == "reflow":
+    if loss == "reflow" or taught:
         teacher = small_run("teacher", "conditional=true", "epochs=1", output="teacher") / "ckpts/mlp/teacher_last.pt"
-        words += [f"loss.coupling.teacher={teacher}", "loss.coupling.count=200"]
+        pairs = [f"loss.coupling.teacher={teacher}", "loss.coupling.count=200"]
+        words += [f"{taught[0]}={teacher}"] if taught else pairs
     else:
         words.append("loss/coupling=minibatch_ot")
     whole = small_run("x", *words, output="whole")

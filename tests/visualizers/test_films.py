@@ -83,7 +83,7 @@ class ExactModel:
     """The exact flow of a mixture in the place of a network; its map is the solver's."""
 
     truth: ExactFlow
-    learns_flow_map: bool = False
+    learns: str = "velocity"
 
     def velocity(self, x: torch.Tensor, t: torch.Tensor, label: Any = None) -> torch.Tensor:
         return self.truth(x, t)

@@ -1,0 +1,68 @@
+"""Whose velocity an objective learns a map of, as loss.teacher says: the exact one of its data, or a trained flow's."""
+
+from typing import Any
+
+import torch
+
+from common.errors import UserError
+from common.seeds import fork_generators
+from dataloaders.base_dataloaders import FlowDataset
+from dataloaders.sources import Source
+from evaluation.closed_forms import ExactFlow
+from evaluation.metrics.oracles import known_flow
+from evaluation.parts import meaning
+from evaluation.sample import load
+from losses.flow_map_objective import EXACT, FlowMapObjective, Velocity
+from losses.objective import FlowObjective, Objective
+
+
+def give_teacher(
+    objectives: list[Objective], config: dict[str, Any], dataset: FlowDataset, source: Source, device: torch.device
+) -> None:
+    """Give objectives of one configuration the velocity of its teacher, if it names one.
+
+    UserError where the exact flow is not known, or where the checkpoint's flow is one of other states.
+    """
+    taught = [one for one in objectives if isinstance(one, FlowMapObjective) and one.teacher is not None]
+    if not taught:
+        return
+    is_exact = taught[0].teacher == EXACT
+    velocity = (
+        exact_velocity(taught[0], dataset, source, device) if is_exact else learned_velocity(taught[0], config, device)
+    )
+    for objective in taught:
+        objective.follow(velocity)
+
+
+def exact_velocity(objective: FlowObjective, dataset: FlowDataset, source: Source, device: torch.device) -> Velocity:
+    """Return the velocity of the data's own flow, in fp32. UserError where it is not known."""
+    flow = known_flow(objective, dataset, source, guided=False)
+    if isinstance(flow, str):
+        raise UserError(f"loss.teacher=exact: {flow}; give a trained flow's checkpoint, or leave loss.teacher out")
+    exact = ExactFlow(flow.mixture.to(device, torch.float32), flow.source_std, flow.path)
+    return lambda z, r, label: exact(z, r)
+
+
+def learned_velocity(objective: FlowMapObjective, config: dict[str, Any], device: torch.device) -> Velocity:
+    """Return the velocity of a checkpoint's EMA network, frozen. UserError where it does not fit this run."""
+    assert objective.teacher is not None
+    with fork_generators(device):  # building reseeds torch's own
+        model = load(objective.teacher, device.type)
+    theirs, ours = flow_of(model.objective, model.config), flow_of(objective, config)
+    for what, value in theirs.items():
+        if value != ours[what]:
+            raise UserError(
+                f"loss.teacher={objective.teacher} is a flow of other states: its {what} is {value}, here it is "
+                f"{ours[what]}; give a flow trained with the same"
+            )
+    data, own = model.config["choices"]["dataloaders"], config["choices"]["dataloaders"]
+    if data != own:
+        print(f"note: loss.teacher={objective.teacher} learned dataloaders={data}, and this run draws its states from {own}")
+    return model.objective.velocity
+
+
+def flow_of(objective: FlowObjective, config: dict[str, Any]) -> dict[str, Any]:
+    """Return by name what must agree for one objective to learn the map of another's velocity."""
+    shared = meaning(objective, config)
+    found = {what: shared[what] for what in ("state shape", "path", "standardization of the data")}
+    return found | {"number of classes": objective.network.num_classes, "noise": config["source"]}
