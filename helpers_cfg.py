@@ -2,6 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,11 @@ class Guidance(VelocityModel, ABC):
         """Return weak + scale (strong - weak) (B, ...) in the rows of guided times that are `known` (B,), else strong."""
         time = split_unified_flow_matching_input(unified_input)[1][:, 0]
         guided = (self.interval[0] <= time) & (time <= self.interval[1]) & known
-        return torch.where(guided.reshape(-1, *(1,) * (strong.ndim - 1)), weak + self.scale * (strong - weak), strong)
+        return torch.where(guided.reshape(-1, *(1,) * (strong.ndim - 1)), self.extrapolated(weak, strong), strong)
+
+    def extrapolated(self, weak: Tensor, strong: Tensor) -> Tensor:
+        """Return what stands for the strong prediction (B, ...) at guided times."""
+        return weak + self.scale * (strong - weak)
 
 
 class ClassifierFreeGuidance(Guidance):
@@ -83,11 +88,20 @@ class ClassifierFreeGuidance(Guidance):
 class Autoguidance(Guidance):
     """v_guide + scale (v - v_guide): away from what a weaker network gets wrong (Karras et al. 2024, arXiv 2406.02507).
 
-    guide: smaller or less trained, of the same states and classes, or unconditional. Raises UserError for other classes.
+    guide: smaller or less trained, of the same states and classes, or unconditional. guide_flow: the exact flow of the data
+    that it learned, or why that is not known; oracles ask. Raises UserError for other classes.
     """
 
-    def __init__(self, network: VelocityModel, guide: VelocityModel, scale: NotNegative, interval: Interval = (0.0, 1.0)):
+    def __init__(
+        self,
+        network: VelocityModel,
+        guide: VelocityModel,
+        scale: NotNegative,
+        interval: Interval = (0.0, 1.0),
+        guide_flow: Any = "the data that the guide learned are not known",
+    ):
         super().__init__(network, scale, interval)
+        self.guide_flow = guide_flow
         if guide.num_classes not in (0, network.num_classes):
             raise UserError(
                 f"the model that guides knows {guide.num_classes} classes, the guided one {network.num_classes}; "
@@ -101,6 +115,15 @@ class Autoguidance(Guidance):
             return strong
         weak = self.guide(unified_input, label if self.guide.num_classes else None)
         return self.combine(unified_input, weak, strong)
+
+
+def unguided(objective: FlowObjective) -> FlowObjective:
+    """Return the objective around the network alone; itself where nothing guides it."""
+    if not isinstance(objective.network, Guidance):
+        return objective
+    shallow = copy.copy(objective)
+    shallow._modules = {**objective._modules, "network": objective.network.network}
+    return shallow
 
 
 def guided(objective: FlowObjective, guidance: Guidance) -> FlowObjective:

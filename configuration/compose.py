@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.initialize import get_gh_backup, restore_gh_from_backup
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from common.errors import UserError
@@ -58,6 +58,17 @@ def conditional_classes(conditional: bool, num_classes: int) -> int:
     return num_classes if conditional else 0
 
 
+def mixture_shape(means: Any) -> Any:
+    """Return the shape of the points that are the means of a mixture; (2,) where they are numbers."""
+    first = means[0] if means else None
+    return OmegaConf.create([len(first) if isinstance(first, ListConfig) and first else 2])
+
+
+def mixture_classes(means: Any, classes: Any) -> int:
+    """Return how many labels a mixture's components have; their own constructor says what of these is wrong."""
+    return len(means or ()) if not classes else 1 + max(classes)
+
+
 def augment_dim(probability: float) -> int:
     """Return how many numbers describe to the network what the augmentation did to a picture."""
     return AUGMENT_PARAMETERS if probability else 0
@@ -77,7 +88,7 @@ def register_resolvers() -> None:
     """The functions that configs/ calls as ${name:argument}."""
     for function in (
         vector_shape, image_shape, conditional_classes, label_classes, array_classes, augment_dim, folder_classes,
-        imagenet_classes, attribute_classes, latent_classes,
+        imagenet_classes, attribute_classes, latent_classes, mixture_shape, mixture_classes,
     ):  # fmt: skip
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)
     for shape in (array_shape, latent_shape):  # whose results are lists as configurations hold them

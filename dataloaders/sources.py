@@ -9,13 +9,19 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.ranges import Count, Positive
+from dataloaders.gaussian_mixture import GaussianMixture
 from dataloaders.synthetic import SyntheticDataset
 
 
 class Source(ABC):
-    """Draws noise. gaussian_std: its standard deviation if it is a centred Gaussian (oracles need that), else None."""
+    """Draws noise. gaussian_std: its standard deviation if it is a centred Gaussian, else None."""
 
     gaussian_std: float | None = None
+
+    @property
+    def law(self) -> float | GaussianMixture | None:
+        """Return what oracles need: the standard deviation of a centred Gaussian, or a mixture; None for any other law."""
+        return self.gaussian_std
 
     @abstractmethod
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
@@ -62,6 +68,10 @@ class DatasetSource(Source):
                 f"{list(state_shape)}; use source=gaussian, which takes the data's shape"
             )
         self.dataset = dataset
+
+    @property
+    def law(self) -> GaussianMixture | None:
+        return self.dataset.mixture
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         return self.dataset.draw(count, generator)[0]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.ranges import Count, EpochSize, Positive, SizeOr0
-from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset
+from common.ranges import Count, CountOr0, EpochSize, Positive, SizeOr0
+from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset, typed
 from dataloaders.gaussian_mixture import GaussianMixture
 
 KMEANS_CENTROIDS = ((1.5, 2.0), (-2.0, 1.0), (-1.5, -2.0), (2.0, -1.5), (0.5, 0.5))
@@ -59,7 +59,7 @@ class SyntheticDataset(FlowDataset):
 
 
 class MixtureDataset(SyntheticDataset):
-    """Draws of an isotropic Gaussian mixture; the label is the component."""
+    """Draws of an isotropic Gaussian mixture; the label is the component, or the class that the component belongs to."""
 
     mixture: GaussianMixture
 
@@ -68,15 +68,48 @@ class MixtureDataset(SyntheticDataset):
         means: Tensor,
         std: float | Sequence[float],
         weights: Sequence[float] | None,
+        classes: Sequence[int] | None = None,
         **common: Unpack[CommonOptions],
     ):
-        """means: (K, D). std: of every component, or one for each. weights: normalised here; None weighs all alike."""
-        super().__init__((means.shape[1],), len(means), **common)
+        """means: (K, D). std: of every component, or one for each. weights: normalised here; None weighs all alike.
+
+        classes: the label of each component, every one from 0 on in use; None: its number.
+        """
+        labels = list(range(len(means))) if classes is None else list(classes)
+        if len(labels) != len(means) or set(labels) != set(range(max(labels) + 1)):
+            raise UserError(
+                f"dataloaders.classes takes the class of each of the {len(means)} components, every one of 0, 1, ... "
+                f"in use, or null for a class each, not {typed(labels)}"
+            )
+        super().__init__((means.shape[1],), max(labels) + 1, **common)
         shares = for_each("weights", 1.0 if weights is None else weights, len(means))
-        self.mixture = GaussianMixture(shares / shares.sum(), means, for_each("std", std, len(means)))
+        stds = for_each("std", std, len(means))
+        self.mixture = GaussianMixture(shares / shares.sum(), means, stds, None if classes is None else torch.tensor(labels))
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return self.mixture.sample(count, generator)
+        return self.mixture.labelled(count, generator)
+
+
+class Mixture(MixtureDataset):
+    """Any isotropic Gaussian mixture: x = m_k + s_k eps, eps ~ N(0, I), with k drawn by weight."""
+
+    def __init__(
+        self,
+        means: Sequence[float | Sequence[float]],
+        std: Positive | Sequence[Positive] = 0.3,
+        weights: Sequence[Positive] | None = None,
+        classes: Sequence[CountOr0] | None = None,
+        **common: Unpack[CommonOptions],
+    ):
+        """means: K points m_k of one dimension; a number stands for a point of that number in all of state_shape."""
+        dimensions = math.prod(common.get("state_shape", (2,)))
+        points = [[mean] * dimensions if isinstance(mean, int | float) else list(mean) for mean in means]
+        if len({len(point) for point in points}) != 1 or not points[0]:
+            raise UserError(
+                "dataloaders.means takes one or more points of one dimension, such as [[1,2],[0,-1]], or numbers that stand "
+                f"for all of dataloaders.state_shape, such as [1,-1], not {typed(means)}"
+            )
+        super().__init__(torch.tensor(points, dtype=torch.float32), std, weights, classes, **common)
 
 
 class KMeans(MixtureDataset):

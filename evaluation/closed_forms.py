@@ -1,6 +1,7 @@
 """The exact flow of a Gaussian mixture: what every objective and sampler is held against."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,72 +9,179 @@ from torch import Tensor
 from dataloaders.gaussian_mixture import GaussianMixture
 from evaluation.threads import one_thread
 from losses.paths import LinearPath, PathPoint, ProbabilityPath
+from solvers.base_solver import Field
 from solvers.dopri5 import Dopri5
 
 TOLERANCE = 1e-9  # of the adaptive solver; on kmeans the worst of 10,000 end states is then within 1e-6 of the truth
+WIDE = 8  # dimensions from which matrix products save more than differences cost, in float64
+NUMBERS = 2**23  # in a chunk's differences
+Density = Callable[[Tensor], Tensor]  # states (B, ...) -> log density in nats (B,)
 
 
 class ExactFlow:
-    """Marginal flow of z_t = alpha_t x1 + sigma_t x0, x1 ~ sum_k w_k N(m_k, s_k^2 I) and x0 ~ N(0, s_0^2 I) independent.
+    """Marginal flow of z_t = alpha_t x1 + sigma_t x0, x1 ~ sum_k w_k N(m_k, s_k^2 I), x0 independent of it.
 
-    z_t is the mixture of N(alpha m_k, S_k^2 I), S_k^2 = alpha^2 s_k^2 + sigma^2 s_0^2, and its velocity E[dz_t/dt | z_t] is
-        v(z, t) = sum_k p(k | z) (alpha' m_k + (alpha alpha' s_k^2 + sigma sigma' s_0^2) / S_k^2 (z - alpha m_k)).
-    Callable as a field. States (B, ...) of any shape with D entries, float32 or float64; times scalar or (B,).
+    source: the standard deviation of x0 ~ N(0, s_0^2 I), or the mixture sum_j u_j N(n_j, r_j^2 I) that x0 is drawn from. For
+    each pair c = (k, j) of components z_t ~ N(alpha m_k + sigma n_j, S_c^2 I), S_c^2 = alpha^2 s_k^2 + sigma^2 r_j^2, with
+    probability w_k u_j, and the velocity E[dz_t/dt | z_t] is, with o_c = z - alpha m_k - sigma n_j,
+        v(z, t) = sum_c p(c | z) (alpha' m_k + sigma' n_j + (alpha alpha' s_k^2 + sigma sigma' r_j^2) / S_c^2 o_c).
+    Callable as a field. States (B, ...) of any shape with D entries, float32 or float64; times scalar or (B,). label (B,):
+    the classes whose data, p(k | class) in the place of w_k, the states lead to; the null label, and None, are all.
     """
 
-    def __init__(self, mixture: GaussianMixture, source_std: float, path: ProbabilityPath):
-        self.mixture, self.source_std, self.path = mixture, source_std, path
+    def __init__(self, mixture: GaussianMixture, source: float | GaussianMixture, path: ProbabilityPath):
+        self.mixture, self.source, self.path = mixture, source, path
+        noise = source if isinstance(source, GaussianMixture) else None
+        self.pairs = 1 if noise is None else len(noise.weights)
+        self.chances = mixture.by_class()
+        parts = (mixture.means, mixture.stds)
+        self.means, self.stds = (part.repeat_interleave(self.pairs, 0) for part in parts)
+        self.source_means = None if noise is None else noise.means.to(mixture.means).repeat(len(mixture.weights), 1)
+        stds = torch.tensor([source], dtype=torch.float64) if noise is None else noise.stds
+        self.source_stds = stds.to(self.stds).repeat(len(mixture.weights))
+        self.source_shares = torch.ones(1).to(self.stds) if noise is None else noise.weights.to(self.stds)
 
-    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+    @property
+    def source_std(self) -> float:
+        """Return the standard deviation of a Gaussian source."""
+        assert not isinstance(self.source, GaussianMixture)
+        return self.source
+
+    @property
+    def plain(self) -> "ExactFlow":
+        """Return the flow without guidance, which this one is."""
+        return self
+
+    @property
+    def key(self) -> dict[str, object]:
+        """Return what, besides the data and the path, its flow map depends on, as JSON values."""
+        if not isinstance(self.source, GaussianMixture):
+            return {"source_std": self.source}
+        return {"source": [part.tolist() for part in (self.source.weights, self.source.means, self.source.stds)]}
+
+    def noise(self, count: int, generator: torch.Generator) -> Tensor:
+        """Return `count` draws of x0 (count, D), float32."""
+        if isinstance(self.source, GaussianMixture):
+            return self.source.to(dtype=torch.float32).sample(count, generator)[0]
+        return self.source * torch.randn(count, self.means.shape[1], generator=generator)
+
+    def __call__(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Return v(z, t), of z's shape. As trained: later than path.last_time it follows the path's own bounded sigma'."""
-        mixture = self.mixture.to(z.device, z.dtype)
+        most = max(1, NUMBERS // self.means.numel())
+        if len(z) <= most:
+            return self.velocity(z, t, label)
+        times, labels = t.expand(len(z)).split(most), [None] * len(z) if label is None else label.split(most)
+        return torch.cat([self.velocity(*part) for part in zip(z.split(most), times, labels, strict=False)])
+
+    def velocity(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return v(z, t) of so many states that their differences from all pairs fit."""
         p = self.path.at(t.to(z.device, z.dtype))
-        offsets, variances, log_joint = self.components(z, p)
-        noise_rate = p.sigma * p.sigma_dot * self.source_std**2
-        rate = (p.alpha * p.alpha_dot * mixture.stds[:, None].square() + noise_rate) / variances
+        means, stds, source_stds = (part.to(z) for part in (self.means, self.stds, self.source_stds))
+        flat = z.flatten(1).T.contiguous()
+        squared, offsets = self.squared_offsets(flat, p)
+        variances, log_joint = self.log_joint(squared, p, label)
+        noise_rate = p.sigma * p.sigma_dot * source_stds[:, None].square()
+        rate = (p.alpha * p.alpha_dot * stds[:, None].square() + noise_rate) / variances
         share = log_joint.softmax(0)
-        flat = p.alpha_dot * (mixture.means.T @ share) + ((share * rate)[:, None] * offsets).sum(0)
-        return flat.T.reshape(z.shape)
+        moved = p.alpha_dot * (means.T @ share)
+        if self.source_means is not None:
+            moved = moved + p.sigma_dot * (self.source_means.to(z).T @ share)
+        return (moved + self.weighted_offsets(share * rate, flat, offsets, p)).T.reshape(z.shape)
 
-    def log_prob(self, z: Tensor, t: Tensor) -> Tensor:
-        """Return log p_t(z) in nats: (B,)."""
-        return self.components(z, self.path.at(t.to(z.device, z.dtype)))[2].logsumexp(0)
-
-    def components(self, z: Tensor, p: PathPoint) -> tuple[Tensor, Tensor, Tensor]:
-        """Return z - alpha m_k (K, D, B), S_k^2 (K, 1 or B) and log(w_k N(z; alpha m_k, S_k^2 I)) (K, B)."""
+    def squared_offsets(self, flat: Tensor, p: PathPoint) -> tuple[Tensor, Tensor | None]:
+        """Return |o_c|^2 (P, B) at the states (D, B), and, where states are small, o_c (P, D, B)."""
         # The batch comes last, several times faster than first; differences before squares: no cancellation in float32.
-        mixture = self.mixture.to(z.device, z.dtype)
-        offsets = z.flatten(1).T.contiguous() - p.alpha * mixture.means[:, :, None]
-        variances = (p.alpha * mixture.stds[:, None]).square() + (p.sigma * self.source_std).square()
-        squared = offsets.square().sum(1)
-        normaliser = 0.5 * mixture.means.shape[1] * (2 * math.pi * variances).log()
-        return offsets, variances, mixture.weights.log()[:, None] - normaliser - 0.5 * squared / variances
+        means, noise = self.means.to(flat), None if self.source_means is None else self.source_means.to(flat)
+        if flat.dtype != torch.float64 or len(flat) < WIDE:
+            offsets = flat - p.alpha * means[:, :, None]
+            offsets = offsets if noise is None else offsets - p.sigma * noise[:, :, None]
+            return offsets.square().sum(1), offsets
+        products, norms = p.alpha * (means @ flat), p.alpha.square() * means.square().sum(1, keepdim=True)
+        if noise is not None:
+            products = products + p.sigma * (noise @ flat)
+            norms = norms + p.sigma.square() * noise.square().sum(1, keepdim=True)
+            norms = norms + 2 * p.alpha * p.sigma * (means * noise).sum(1, keepdim=True)
+        return (flat.square().sum(0) - 2 * products + norms).clamp(min=0), None
+
+    def weighted_offsets(self, weight: Tensor, flat: Tensor, offsets: Tensor | None, p: PathPoint) -> Tensor:
+        """Return sum_c weight_c o_c (D, B), for weights (P, B)."""
+        if offsets is not None:
+            return (weight[:, None] * offsets).sum(0)
+        total = weight.sum(0) * flat - p.alpha * (self.means.to(flat).T @ weight)
+        return total if self.source_means is None else total - p.sigma * (self.source_means.to(flat).T @ weight)
+
+    def log_joint(self, squared: Tensor, p: PathPoint, label: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return S_c^2 (P, 1 or B) and log(p(c | label) N(z; o_c, S_c^2 I)) (P, B)."""
+        stds, source_stds, chances = (part.to(squared) for part in (self.stds, self.source_stds, self.chances))
+        variances = (p.alpha * stds[:, None]).square() + (p.sigma * source_stds[:, None]).square()
+        normaliser = 0.5 * self.means.shape[1] * (2 * math.pi * variances).log()
+        chosen = chances[-1:] if label is None else chances[label.to(chances.device)]
+        weights = (chosen[:, :, None] * self.source_shares.to(squared)).flatten(1).T
+        return variances, weights.log() - normaliser - 0.5 * squared / variances
+
+    def log_prob(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return log p_t(z) in nats: (B,)."""
+        p = self.path.at(t.to(z.device, z.dtype))
+        return self.log_joint(self.squared_offsets(z.flatten(1).T.contiguous(), p)[0], p, label)[1].logsumexp(0)
 
     @torch.no_grad()
-    def flow_map(self, z: Tensor, r: float, t: float) -> Tensor:
+    def flow_map(self, z: Tensor, r: float, t: float, label: Tensor | None = None) -> Tensor:
         """Return X(z, r, t): where the flow carries the states z (B, ...) of time r by time t, of z's dtype and device.
 
-        One component: alpha_t m + S(t) / S(r) (z - alpha_r m). More: integrated in float64 on the CPU along the linear path,
-        where sigma' is bounded; every path is that one in its own clock, z / (alpha + sigma) at alpha / (alpha + sigma).
+        One pair: its mean at t and S(t) / S(r) times the offset at r. More: integrated in float64 on the CPU along the
+        linear path, where sigma' is bounded; see `carried`.
         """
         times = torch.tensor([r, t], dtype=torch.float64)
         states = z.detach().to("cpu", torch.float64)
-        end = self.scaled(states, times) if len(self.mixture.weights) == 1 else self.integrated(states, times)
+        label = None if label is None else label.cpu()
+        end = self.scaled(states, times) if len(self.means) == 1 else self.integrated(states, times, label)
         return end.to(z.device, z.dtype)
 
     def scaled(self, z: Tensor, times: Tensor) -> Tensor:
-        """Return the flow map between the two times for a single component."""
-        mixture = self.mixture.to("cpu", torch.float64)
-        p = self.path.at(times)
-        std = ((p.alpha * mixture.stds).square() + (p.sigma * self.source_std).square()).sqrt()
-        mean = mixture.means[0].reshape(z.shape[1:])
-        return p.alpha[1] * mean + std[1] / std[0] * (z - p.alpha[0] * mean)
+        """Return the flow map between the two times for a single pair."""
+        p, parts = self.path.at(times), (self.means, self.stds, self.source_stds)
+        means, stds, source_stds = (part.to("cpu", torch.float64) for part in parts)
+        std = ((p.alpha * stds).square() + (p.sigma * source_stds).square()).sqrt()
+        mean = p.alpha[:, None] * means[0]
+        if self.source_means is not None:
+            mean = mean + p.sigma[:, None] * self.source_means[0].to(mean)
+        first, last = mean.reshape(2, *z.shape[1:])
+        return last + std[1] / std[0] * (z - first)
 
-    def integrated(self, z: Tensor, times: Tensor) -> Tensor:
-        """Return the flow map between the two times for several components."""
-        p = self.path.at(times)
-        scale = p.alpha + p.sigma
-        linear = ExactFlow(self.mixture.to("cpu", torch.float64), self.source_std, LinearPath())
-        with one_thread():
-            end = Dopri5(rtol=TOLERANCE, atol=TOLERANCE).solve(linear, z / scale[0], p.alpha / scale)
-        return scale[1] * end
+    def integrated(self, z: Tensor, times: Tensor, label: Tensor | None) -> Tensor:
+        """Return the flow map between the two times for several pairs."""
+        linear = self.linear()
+        return carried(lambda states, t: linear(states, t, label), z, self.path, times)
+
+    def linear(self) -> "ExactFlow":
+        """Return the flow of the same data and source along the linear path, in float64 on the CPU."""
+        flow = self.to("cpu", torch.float64)
+        return ExactFlow(flow.mixture, flow.source, LinearPath())
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "ExactFlow":
+        """Return the same flow from numbers on a device and in a precision, for many calls with states of that kind."""
+        source = self.source.to(device, dtype) if isinstance(self.source, GaussianMixture) else self.source
+        return ExactFlow(self.mixture.to(device, dtype), source, self.path)
+
+    def of_class(self, label: int) -> "ExactFlow":
+        """Return the flow to the data of one class."""
+        return ExactFlow(self.mixture.of_class(label), self.source, self.path)
+
+    def end_log_prob(self, x: Tensor, label: Tensor | None, source_log_prob: Density) -> Tensor:
+        """Return log p_1(x) in nats of data x (B, ...), float64 on the CPU: (B,)."""
+        if label is None:
+            return self.mixture.log_prob(x)
+        return self.log_prob(x, torch.ones(1, dtype=x.dtype), label)
+
+
+def carried(linear: Field, z: Tensor, path: ProbabilityPath, times: Tensor) -> Tensor:
+    """Return the states that z (B, ...), float64, of the first time is carried to by the second, along `path`.
+
+    linear: the field along the linear path. Every path is that one in its own clock: z / (alpha + sigma) at
+    alpha / (alpha + sigma).
+    """
+    p = path.at(times)
+    scale = p.alpha + p.sigma
+    with one_thread():
+        end = Dopri5(rtol=TOLERANCE, atol=TOLERANCE).solve(linear, z / scale[0], p.alpha / scale)
+    return scale[1] * end

@@ -11,10 +11,14 @@ from common.errors import UserError
 from common.seeds import stream_seed
 from configuration.build import build
 from configuration.checks import check_fits
+from configuration.signatures import derives
 from configuration.stored import stored_config
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
+from evaluation.closed_forms import ExactFlow
+from evaluation.guided_flows import GuidedFlow
 from evaluation.metrics.base_metric import Decode, EvaluationInputs
+from evaluation.metrics.oracles import KnownFlow, known_flow
 from helpers_cfg import guided
 from losses.objective import FlowObjective, Objective
 from run_files.checkpoint import load_checkpoint
@@ -71,19 +75,24 @@ def sampled_flow(objective: Objective, config: dict[str, Any], device: torch.dev
 def build_flow(objective: FlowObjective, config: dict[str, Any], device: torch.device) -> FlowObjective:
     """Return the objective under the configuration's guidance, if any. UserError for guidance this model cannot have.
 
-    A guidance with a checkpoint gets the network in it as `guide`.
+    A guidance with a checkpoint gets the network in it as `guide`, and the exact flow of that one's data as `guide_flow`.
     """
     node = config.get("guidance")
     if not node:
         return objective
-    parts: dict[str, torch.nn.Module] = {"network": objective.network}
+    parts: dict[str, Any] = {"network": objective.network}
     if "checkpoint" in node:
-        parts["guide"] = load_guide(Path(node["checkpoint"]), objective, config, device)
+        parts["guide"], parts["guide_flow"] = load_guide(Path(node["checkpoint"]), objective, config, device)
     return guided(objective, build({key: value for key, value in node.items() if key != "checkpoint"}, **parts))
 
 
-def load_guide(path: Path, objective: FlowObjective, config: dict[str, Any], device: torch.device) -> torch.nn.Module:
-    """Return the EMA network of a checkpoint, frozen. UserError when its output does not mean what the objective's does."""
+def load_guide(
+    path: Path, objective: FlowObjective, config: dict[str, Any], device: torch.device
+) -> tuple[torch.nn.Module, ExactFlow | str]:
+    """Return the EMA network of a checkpoint, frozen, and the exact flow of the data it learned, or why that is not known.
+
+    UserError when its output does not mean what the objective's does.
+    """
     payload = load_checkpoint(path)
     stored = stored_config(path, payload)
     guide = build_objective(stored, device)
@@ -97,7 +106,15 @@ def load_guide(path: Path, objective: FlowObjective, config: dict[str, Any], dev
                 "give a weaker model trained on the same data with the same loss"
             )
     load_network(guide.network, payload["ema"], path)
-    return guide.network.eval().requires_grad_(False)
+    flow: KnownFlow | str = "the truth of the data that the guide learned is not known in closed form"
+    if derives(
+        stored["dataloaders"]["_target_"], "dataloaders.synthetic.SyntheticDataset"
+    ):  # others would be read from disk
+        cpu = torch.device("cpu")
+        flow = known_flow(guide, build_dataset(stored, cpu), build_source(stored, cpu))
+    if isinstance(flow, GuidedFlow):
+        flow = "the guide's training has guidance in it, and the flow that results is not known exactly"
+    return guide.network.eval().requires_grad_(False), flow
 
 
 def meaning(objective: FlowObjective, config: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch import Tensor
 
-    from evaluation.closed_forms import ExactFlow
+    from evaluation.metrics.oracles import KnownFlow
     from evaluation.sample import TrainedModel
     from losses.objective import FlowObjective
     from solvers.base_solver import Sampler
@@ -116,8 +116,8 @@ class Scene:
         if self.model.objective.network.num_classes and not isinstance(self.label, int):
             self.label = 0
 
-    def exact(self) -> ExactFlow | str:
-        """Return the exact flow, or why it is not known."""
+    def exact(self) -> KnownFlow | str:
+        """Return the exact flow, of the class asked for where one is, or why it is not known."""
         import torch
 
         from evaluation.metrics.oracles import known_flow
@@ -126,7 +126,9 @@ class Scene:
         cpu = torch.device("cpu")
         flow = self.model.flow()
         dataset, source = build_dataset(self.model.config, cpu), build_source(self.model.config, cpu)
-        return known_flow(self.model.objective, dataset, source, flow is not self.model.objective)
+        known = known_flow(flow, dataset, source)
+        one_class = flow.network.num_classes and isinstance(self.label, int)
+        return known.of_class(self.label) if one_class and not isinstance(known, str) else known
 
     def need_points(self, instead: str) -> None:
         """Raise UserError unless the states are points in the plane."""

@@ -50,7 +50,9 @@ def paths_of(scene: Scene) -> dict[str, np.ndarray]:
         if not isinstance(truth, str):
             grid = torch.linspace(0, truth.path.last_time, 101, dtype=torch.float64)
             seen: list[torch.Tensor] = []
-            RK4(100).solve(truth, noise.cpu().double(), grid, lambda x, t: seen.append(x.clone()))
+            label = None if isinstance(scene.label, int) or scene.labels is None else scene.labels.cpu()
+            exact = lambda z, t: truth(z, t, label)  # noqa: E731
+            RK4(100).solve(exact, noise.cpu().double(), grid, lambda x, t: seen.append(x.clone()))
             paths["exact"] = torch.stack(seen[::2]).numpy()
     return paths
 

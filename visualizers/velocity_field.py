@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.quiver import Quiver
     from torch import Tensor
 
-    from evaluation.closed_forms import ExactFlow
+    from evaluation.metrics.oracles import KnownFlow
     from losses.objective import FlowObjective
 
 ARROWS = 17  # a side
@@ -67,7 +67,7 @@ class Field:
         shared = None if label is None else label[:1].expand(len(at))
         self.learned = np.stack([flow.velocity(at, t.to(at), shared).detach().cpu().numpy() for t in clock])
         truth = scene.exact()
-        self.truth: ExactFlow | None = None if isinstance(truth, str) else truth
+        self.truth: KnownFlow | None = None if isinstance(truth, str) else truth
         self.exact = None if self.truth is None else np.stack([exact_velocity(self.truth, at, float(t)) for t in clock])
         self.errors = None if self.truth is None else self.relative_errors(self.truth, flow, label)
         speeds = np.linalg.norm(self.learned if self.exact is None else self.exact, axis=-1)
@@ -78,7 +78,7 @@ class Field:
         """Return the fields there are, by name."""
         return {"learned": self.learned} | ({} if self.exact is None else {"exact": self.exact})
 
-    def relative_errors(self, truth: ExactFlow, flow: FlowObjective, label: Tensor | None) -> list[float]:
+    def relative_errors(self, truth: KnownFlow, flow: FlowObjective, label: Tensor | None) -> list[float]:
         import torch
 
         errors = []
@@ -95,7 +95,9 @@ class Field:
         import torch
         from scipy.ndimage import gaussian_filter
 
-        if self.truth is not None:
+        from evaluation.closed_forms import ExactFlow
+
+        if isinstance(self.truth, ExactFlow):
             at = torch.from_numpy(lattice(self.low, self.high, CELLS))
             t = torch.tensor(float(self.times[index]), dtype=torch.float64)
             values = self.truth.log_prob(at, t).exp().numpy().reshape(CELLS, CELLS)
@@ -130,7 +132,7 @@ class Field:
         return image, arrows
 
 
-def exact_velocity(truth: ExactFlow, at: Tensor, t: float) -> np.ndarray:
+def exact_velocity(truth: KnownFlow, at: Tensor, t: float) -> np.ndarray:
     import torch
 
     return truth(at.cpu().double(), torch.tensor(min(t, truth.path.last_time), dtype=torch.float64)).numpy()

@@ -145,6 +145,10 @@ class Generation(EvaluationInputs):
         return generator_for(self.seed, f"evaluation/{name}", 0, self.samples.device)
 
     @property
+    def label_on_cpu(self) -> Tensor | None:
+        return None if self.label is None else self.label.cpu()
+
+    @property
     def data_hash(self) -> str:
         return data_hash(self.dataset, self.samples.device)
 

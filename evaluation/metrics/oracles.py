@@ -3,6 +3,7 @@
 import copy
 import hashlib
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,44 +12,59 @@ from common.device import full_products
 from common.ranges import Count, CountFrom2
 from common.seeds import generator_for
 from dataloaders.base_dataloaders import FlowDataset
+from dataloaders.gaussian_mixture import GaussianMixture
 from dataloaders.sources import Source
 from evaluation.closed_forms import ExactFlow
+from evaluation.guided_flows import GuidedFlow, with_guidance
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
 from evaluation.metrics.cache import cached_tensor
 from evaluation.metrics.two_sample import not_finite
 from evaluation.threads import one_thread
-from helpers_cfg import Guidance
+from helpers_cfg import Guidance, unguided
 from losses.couplings import IndependentCoupling
 from losses.flow_matching_loss import FlowMatchingLoss
 from losses.objective import FlowObjective, expand_time
 from losses.time_samplers import TimeSampler, UniformTimes
 from losses.weightings import UniformWeighting
+from run_files.metrics_file import BY_TIME
 from solvers.base_solver import BaseSolver
 from solvers.dopri5 import Dopri5
 from solvers.likelihood import log_likelihood
 
 CHUNK = 8192  # states the network sees at once
+KnownFlow = ExactFlow | GuidedFlow
 
 
-def known_flow(objective: FlowObjective, dataset: FlowDataset, source: Source, guided: bool) -> ExactFlow | str:
-    """Return the flow a perfect network of this objective follows, in float64 on the CPU, or why it is not known."""
+def known_flow(objective: FlowObjective, dataset: FlowDataset, source: Source) -> KnownFlow | str:
+    """Return the flow that a perfect network of this objective, guidance included, follows, or why it is not known.
+
+    In float64 on the CPU. A conditional network's is asked for with labels.
+    """
     if dataset.mixture is None:
         return f"the truth of {type(dataset).__name__} data is not known in closed form"
-    reason = why_unknown(objective, source, guided)
-    if reason is not None or source.gaussian_std is None:
-        return str(reason)
-    if objective.network.num_classes > 0:
-        return "the network is conditional on labels, the known truth is not"
-    return ExactFlow(dataset.mixture.to("cpu", torch.float64), source.gaussian_std, objective.path)
+    law = source.law
+    if law is None:
+        return "the density of the source is not known in closed form"
+    reason = why_other_pairs(objective)
+    if reason is not None:
+        return reason
+    noise = law.to("cpu", torch.float64) if isinstance(law, GaussianMixture) else law
+    return with_guidance(ExactFlow(dataset.mixture.to("cpu", torch.float64), noise, objective.path), objective)
+
+
+def why_other_pairs(objective: FlowObjective) -> str | None:
+    """Return why the objective's pairs of noise and data have no flow known in closed form; None for independent ones."""
+    if isinstance(objective.coupling, IndependentCoupling):
+        return None
+    return "optimal-transport pairs, and those a teacher made, have another truth than independent ones"
 
 
 def why_unknown(objective: FlowObjective, source: Source, guided: bool) -> str | None:
     """Return why the flow of these data, whatever they are, is not known in closed form; None where it is."""
     if source.gaussian_std is None:
         return "the source is not Gaussian, so the truth is not known in closed form"
-    if not isinstance(objective.coupling, IndependentCoupling):
-        return "optimal-transport pairs, and those a teacher made, have another truth than independent ones"
-    return "guidance leads away from the data's own law, whose truth is known" if guided else None
+    guidance = "guidance leads away from the data's own law, whose truth is known" if guided else None
+    return why_other_pairs(objective) or guidance
 
 
 def standard_error(terms: Tensor) -> float:
@@ -61,12 +77,11 @@ class Oracle(Metric):
 
     @full_products()
     def compute(self, generation: Generation) -> list[Score | Absent]:
-        guided = isinstance(generation.objective.network, Guidance)
-        flow = known_flow(generation.objective, generation.dataset, generation.source, guided)
+        flow = known_flow(generation.objective, generation.dataset, generation.source)
         return self.absent(flow) if isinstance(flow, str) else self.errors(generation, flow)
 
     @abstractmethod
-    def errors(self, generation: Generation, flow: ExactFlow) -> list[Score | Absent]:
+    def errors(self, generation: Generation, flow: KnownFlow) -> list[Score | Absent]:
         """Return the scores, or why there is none; flow: float64 on the CPU."""
 
 
@@ -84,9 +99,11 @@ class OracleVelocity(Oracle):
     """How far the velocity v is from v* = E[v_c | z_t]: three scores, sums over dimensions, as in the losses.
 
     oracle/velocity_error = sqrt(E|v - v*|^2 / E|v*|^2) and oracle/squared_velocity_error = E|v - v*|^2, z_t drawn afresh
-    along the path, t uniform on [0, path.last_time], the same draws in every run. oracle/excess_loss is the loss minus the
-    least possible one, E|v_c - v|^2 - E|v_c - v*|^2 = E|v - v*|^2 over the times the loss draws; only for the unweighted
-    squared error. draws, final_draws: states during the run / at its end.
+    along the path, t uniform on [0, path.last_time], the same draws in every run; under guidance v* is the guided field.
+    oracle/excess_loss is the loss minus the least possible one, E|v_c - v|^2 - E|v_c - v*|^2 = E|v - v*|^2 over the times
+    and null labels that the loss draws, without guidance; only for the unweighted squared error.
+    oracle/velocity_error_t<k>, oracle/excess_loss_t<k>: the same in each of 8 equal parts of the path's time.
+    draws, final_draws: states during the run / at its end.
     """
 
     needs = "velocity"
@@ -97,38 +114,63 @@ class OracleVelocity(Oracle):
     def names(self) -> list[str]:
         return ["oracle/velocity_error", "oracle/squared_velocity_error", "oracle/excess_loss"]
 
-    def errors(self, generation: Generation, flow: ExactFlow) -> list[Score | Absent]:
-        error, size = self.squares(generation, flow, UniformTimes())
+    def errors(self, generation: Generation, flow: KnownFlow) -> list[Score | Absent]:
+        objective, sampler = generation.objective, generation.objective.time_sampler
+        t, error, size = self.squares(generation, objective, flow, UniformTimes())
         relative = (error.mean() / size.mean()).sqrt().item()
         spread = 0.5 * relative * standard_error(error / error.mean().clamp(min=1e-300) - size / size.mean())
         note = f"{len(error):,} states on the path"
         velocity, squared, excess = self.names()
+        sizes = by_time(velocity, t, size)
+        parts = {name: (value / sizes[name]) ** 0.5 for name, value in by_time(velocity, t, error).items()}
         scores: list[Score | Absent] = [
-            Score(velocity, relative, spread, note=note),
+            Score(velocity, relative, spread, extra=parts, note=note),
             Score(squared, error.mean().item(), standard_error(error), note=note),
         ]
-        reason, sampler = why_no_least_loss(generation.objective), generation.objective.time_sampler
+        reason, hidden = why_no_least_loss(objective), objective.network.num_classes > 0 and objective.label_dropout > 0
         if reason is not None:
             return [*scores, Absent(excess, reason)]
-        if type(sampler) is not UniformTimes or sampler.ratio:
-            error = self.squares(generation, flow, sampler)[0]
-        return [*scores, Score(excess, error.mean().item(), standard_error(error), note=note)]
+        if type(sampler) is not UniformTimes or sampler.ratio or hidden or isinstance(objective.network, Guidance):
+            t, error, _ = self.squares(generation, unguided(objective), flow.plain, sampler, hidden)
+        return [
+            *scores,
+            Score(excess, error.mean().item(), standard_error(error), extra=by_time(excess, t, error), note=note),
+        ]
 
-    def squares(self, generation: Generation, flow: ExactFlow, sampler: TimeSampler) -> tuple[Tensor, Tensor]:
-        """Return |v - v*|^2 and |v*|^2 (N,) at states on the path."""
+    def squares(
+        self, generation: Generation, objective: FlowObjective, flow: KnownFlow, sampler: TimeSampler, hidden: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return times over the last one, |v - v*|^2 and |v*|^2 (N,) at states on the path.
+
+        hidden: a share of the labels is null, as in the loss.
+        """
         count, generator = self.final_draws if generation.final else self.draws, generator_for(0, "oracle/velocity")
         with one_thread():
-            x1 = flow.mixture.to(dtype=torch.float32).sample(count, generator)[0]
+            x1, label = flow.plain.mixture.to(dtype=torch.float32).labelled(count, generator)
             x1 = x1.reshape(-1, *generation.dataset.state_shape)
-            x0 = flow.source_std * torch.randn(x1.shape, generator=generator)
-            t = flow.path.last_time * sampler.sample(count, generator)[0]
+            x0 = flow.plain.noise(count, generator).reshape(x1.shape)
+            share = sampler.sample(count, generator)[0]
+            t = flow.path.last_time * share
             z = flow.path.state(x0, x1, expand_time(t, x1))
-            chunks = zip(z.double().split(CHUNK), t.split(CHUNK), strict=True)
-            exact = torch.cat([flow(states, times) for states, times in chunks])
+            labels = (
+                (objective.drop_labels(label, generator) if hidden else label) if objective.network.num_classes else None
+            )
+            exact = in_chunks(flow, z.double(), t, labels)
         device = generation.samples.device
-        chunks = zip(z.to(device).split(CHUNK), t.to(device).split(CHUNK), strict=True)
-        learned = torch.cat([generation.objective.velocity(states, times) for states, times in chunks])
-        return (learned.cpu().double() - exact).flatten(1).square().sum(1), exact.flatten(1).square().sum(1)
+        learned = in_chunks(objective.velocity, z.to(device), t.to(device), None if labels is None else labels.to(device))
+        return share, (learned.cpu().double() - exact).flatten(1).square().sum(1), exact.flatten(1).square().sum(1)
+
+
+def in_chunks(field: Callable[..., Tensor], z: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+    """Return field(z, t, label) at states z (N, ...), times t (N,) and labels (N,) or None."""
+    labels = [None] * len(z) if label is None else label.split(CHUNK)
+    return torch.cat([field(*part) for part in zip(z.split(CHUNK), t.split(CHUNK), labels, strict=label is not None)])
+
+
+def by_time(name: str, t: Tensor, values: Tensor) -> dict[str, float]:
+    """Return the means of values (N,) over 8 equal parts of the times t (N,) in [0, 1], by name; a part without has none."""
+    part = (len(BY_TIME) * t).long().clamp(max=len(BY_TIME) - 1)
+    return {name + end: values[part == k].mean().item() for k, end in enumerate(BY_TIME) if (part == k).any()}
 
 
 class OracleFlowMapError(Oracle):
@@ -148,7 +190,7 @@ class OracleFlowMapError(Oracle):
     def names(self) -> list[str]:
         return [self.name]
 
-    def errors(self, generation: Generation, flow: ExactFlow) -> list[Score | Absent]:
+    def errors(self, generation: Generation, flow: KnownFlow) -> list[Score | Absent]:
         if self.exact_field and generation.solver.renoises:
             return self.absent("this solver adds fresh noise, so that a sample's own noise has no one true end")
         reason = not_finite(generation.samples)
@@ -160,27 +202,32 @@ class OracleFlowMapError(Oracle):
         extra = {f"{self.name}_median": squared.median().sqrt().item()}
         if self.exact_field and isinstance(generation.solver, BaseSolver):
             with one_thread():
-                solved = copy.copy(generation.solver).solve(flow, noise)  # a copy: its count of evaluations is the samples'
+                own_solver = copy.copy(generation.solver)  # whose count of evaluations stays the samples'
+                solved = own_solver.solve(lambda z, t: flow(z, t, generation.label_on_cpu), noise)
             own = (solved - truth).flatten(1).square().sum(1)
             extra[f"{self.name}_exact_field"] = own.mean().sqrt().item()
         value = squared.mean().sqrt().item()
         spread = 0.5 * standard_error(squared) / max(value, 1e-300)
         return [Score(self.name, value, spread, extra=extra, note=f"{len(noise):,} samples")]
 
-    def truth(self, generation: Generation, flow: ExactFlow, noise: Tensor) -> Tensor:
+    def truth(self, generation: Generation, flow: KnownFlow, noise: Tensor) -> Tensor:
         """Return X*(noise, 0, 1), cached: integrating it for 10,000 samples takes seconds."""
+        label = generation.label_on_cpu
         key: dict[str, object] = {
-            "dataset": generation.data_key, "source_std": flow.source_std,
+            "dataset": generation.data_key, **flow.key,
             "path": [type(flow.path).__name__, vars(flow.path)],
             "noise": hashlib.blake2s(noise.numpy().tobytes(), digest_size=16).hexdigest(),
         }  # fmt: skip
-        return cached_tensor(generation.cache, "flow_map_truth", key, lambda: flow.flow_map(noise, 0.0, 1.0))
+        if label is not None:
+            key["label"] = hashlib.blake2s(label.numpy().tobytes(), digest_size=16).hexdigest()
+        return cached_tensor(generation.cache, "flow_map_truth", key, lambda: flow.flow_map(noise, 0.0, 1.0, label))
 
 
 class OracleLogProbError(Oracle):
     """oracle/log_prob_error = mean |log p_model(x) - log p(x)| in nats over fixed held-out points, at the final evaluation.
 
-    The model's density by the change of variables along its own flow, integrated adaptively (solver=dopri5, rtol 1e-6);
+    The model's density by the change of variables along its own flow, integrated adaptively (solver=dopri5, rtol 1e-6); of
+    a conditional model that of each point's own class, and under guidance p is the density of the exact guided flow.
     extra oracle/log_prob_error_exact_field is what the same integration makes of the exact field. Above 16 dimensions the
     densities are estimates by random probes, and oracle/log_prob_error_probes, the mean standard error of one, is part of
     the error.
@@ -195,18 +242,18 @@ class OracleLogProbError(Oracle):
     def names(self) -> list[str]:
         return [self.name]
 
-    def errors(self, generation: Generation, flow: ExactFlow) -> list[Score | Absent]:
+    def errors(self, generation: Generation, flow: KnownFlow) -> list[Score | Absent]:
         if not generation.final:
             return []
-        points, prior = (
-            generation.dataset.held_out(self.points, generation.generator("log_prob"))[0],
-            generation.source.log_prob,
-        )
-        exact = flow.mixture.log_prob(points.cpu().double())
-        found = log_likelihood(generation.objective.velocity, points, prior, Dopri5())
+        points, classes = generation.dataset.held_out(self.points, generation.generator("log_prob"))
+        prior, learned = generation.source.log_prob, generation.objective.velocity
+        label = classes if generation.objective.network.num_classes else None
+        states, own_label = points.cpu().double(), None if label is None else label.cpu()
+        exact = flow.end_log_prob(states, own_label, prior)
+        found = log_likelihood(lambda z, t: learned(z, t, label), points, prior, Dopri5())
         error = (found.log_prob.cpu().double() - exact).abs()
-        own = (log_likelihood(flow, points.cpu().double(), prior, Dopri5()).log_prob.cpu().double() - exact).abs()
-        extra = {f"{self.name}_exact_field": own.mean().item()}
+        own = log_likelihood(lambda z, t: flow(z, t, own_label), states, prior, Dopri5()).log_prob.cpu().double() - exact
+        extra = {f"{self.name}_exact_field": own.abs().mean().item()}
         if found.standard_error is not None:
             extra[f"{self.name}_probes"] = found.standard_error.mean().item()
         return [Score(self.name, error.mean().item(), standard_error(error), extra=extra, note=f"{len(points)} points")]

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from scipy import stats
 
 from common.errors import UserError
+from configuration.compose import register_resolvers
 from dataloaders.digits import Digits
 from dataloaders.planar_shapes import Moons
 from dataloaders.sources import DatasetSource, GaussianSource, Source
@@ -23,6 +24,7 @@ COUNT = 20_000
 
 def compose_source(name: str, folder: Path, overrides: list[str]) -> DictConfig:
     """The source group as a run composes it, with the nodes that only the run reads taken out."""
+    register_resolvers()
     search = f"hydra:\n  searchpath: ['file://{CONFIGS}']\n"
     (folder / "run.yaml").write_text(f"defaults:\n  - dataloaders: moons\n  - source: {name}\n  - _self_\n{search}")
     with initialize_config_dir(str(folder), version_base=None):

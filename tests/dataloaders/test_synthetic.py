@@ -12,7 +12,7 @@ from configuration.build import build
 from configuration.compose import compose_config, resolved
 from dataloaders.gaussian_mixture import GaussianMixture
 from dataloaders.planar_shapes import Checkerboard, Circles, Moons, Pinwheel, PlanarShape, SCurve, Spirals
-from dataloaders.synthetic import EightGaussians, Gaussian, KMeans, MixtureDataset, SyntheticDataset
+from dataloaders.synthetic import EightGaussians, Gaussian, KMeans, Mixture, MixtureDataset, SyntheticDataset
 
 COUNT = 20_000
 MIXTURES = [
@@ -23,6 +23,7 @@ MIXTURES = [
     Gaussian(),
     Gaussian([1.0, -2.0, 0.5], 1.5, state_shape=[3]),
     EightGaussians(),
+    Mixture([[0.0, 1.0], [2.0, 0.0], [-1.0, -1.0]], [0.1, 0.3, 0.5], [1, 2, 5]),
 ]
 
 
@@ -74,6 +75,21 @@ def test_mixture_density_is_scipys() -> None:
 def test_gaussian_takes_a_mean_for_all_dimensions_or_each() -> None:
     assert Gaussian(0.7, state_shape=[5]).mixture.means.tolist() == [[pytest.approx(0.7)] * 5]
     assert Gaussian([1, 2], state_shape=[2]).mixture.means.tolist() == [[1, 2]]
+
+
+def test_a_mixtures_means_are_points_or_numbers_for_all_dimensions() -> None:
+    assert Mixture([1.0, -2.0], state_shape=[64]).mixture.means.tolist() == [[1.0] * 64, [-2.0] * 64]
+    words = ["run_name=x", "dataloaders=mixture", "dataloaders.means=[[1,2,3],[4,5,6]]", "dataloaders.classes=[0,0]"]
+    found = build(resolved(compose_config(words))["dataloaders"])
+    assert found.state_shape == (3,) and found.num_classes == 1 and found.mixture.means.tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
+def test_a_mixtures_label_is_the_class_of_its_component() -> None:
+    dataset = Mixture([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0], [9.0, 9.0]], 0.1, [1, 2, 3, 4], classes=[1, 0, 2, 1])
+    x, label = draw(dataset)
+    component = torch.cdist(x, dataset.mixture.means.double()).argmin(1)
+    assert dataset.num_classes == 3 and torch.equal(label, torch.tensor([1, 0, 2, 1])[component])
+    assert (label.bincount() / COUNT - torch.tensor([0.2, 0.5, 0.3])).abs().max() < 0.015
 
 
 def test_eight_gaussians_sit_an_eighth_of_a_turn_apart() -> None:
@@ -181,6 +197,17 @@ def test_shapes_fit_one_network(shape: type[PlanarShape]) -> None:
         ("kmeans", "weights=[1,1,1,1,0]"),
         ("kmeans", "centroids=[[0,1],[2]]"),
         ("kmeans", "centroids=[]"),
+        ("mixture", "means=[]"),
+        ("mixture", "means=[[]]"),
+        ("mixture", "means=[[1,2],[3]]"),
+        ("mixture", "means=[[1,nan]]"),
+        ("mixture", "means=[a]"),
+        ("mixture", "std=[1,2]"),
+        ("mixture", "weights=[1,0,1]"),
+        ("mixture", "classes=[0,1]"),
+        ("mixture", "classes=[0,2,2]"),
+        ("mixture", "classes=[0,-1,1]"),
+        ("mixture", "state_shape=[3]"),
         ("gaussian", "mean=[1,2,3]"),
         ("eight_gaussians", "radius=-1"),
         ("moons", "noise=-0.1"),
@@ -192,6 +219,6 @@ def test_shapes_fit_one_network(shape: type[PlanarShape]) -> None:
     ],
 )
 def test_impossible_settings_are_named(name: str, setting: str) -> None:
-    named = "state_shape" if setting.startswith("mean") else setting.partition("=")[0]
+    named = "state_shape" if name == "gaussian" else setting.partition("=")[0]
     with pytest.raises(UserError, match=f"dataloaders.{named}"):
         build(resolved(compose_config(["run_name=x", f"dataloaders={name}", f"dataloaders.{setting}"]))["dataloaders"])
