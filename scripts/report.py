@@ -40,7 +40,17 @@ PICTURES = 4  # samples over time: the first, the last and what lies between at 
 UNINTERESTING = ("command", "overrides", "changed", "run_name", "output_dir", "resume", "overwrite", "show", "log")
 SHOWN_CHOICES = ("choices.show", "choices.log")
 LONGEST = 100  # letters of the names of runs in the name of a file
-NO_SCORES = ("_floor", "_floor_sd", "_floor_q99", "_floor_q01", "_se", "_train", "/seconds", *BY_TIME)  # stand beside one
+NO_SCORES = (
+    "_floor",
+    "_floor_sd",
+    "_floor_q99",
+    "_floor_q01",
+    "_se",
+    "_train",
+    "_share",
+    "/seconds",
+    *BY_TIME,
+)  # stand beside one
 SHORT = 200  # optimizer steps in which hardly any network has learned its data
 FAR_ERROR = 3.0  # times the solver's own flow-map error that a network's may be before it is named
 FAR = 3.0  # standard deviations of its floor that a score may lie above one without an upper end, to differ from real
@@ -157,6 +167,26 @@ def memory_figures(run: RunRecord) -> list[Figure]:
     picture(run.name, caption, by_time).savefig(file, format="png")
     alt = f"distance ratios and losses of {run.name} by time, on training and held-out rows"
     return [Figure("png", file.getvalue(), alt, caption)]
+
+
+def budget_figures(run: RunRecord) -> list[Figure]:
+    """Return the picture of visualizers/error_budget.py by the last scores, where they have its numbers."""
+    field = run.scores.get("oracle/budget_field")
+    if field is None:
+        return []
+    from visualizers.error_budget import picture, table
+
+    file = io.BytesIO()
+    picture(f"{run.name}: error budget", run.scores).savefig(file, format="png")
+    parts = ", ".join(f"{name.removeprefix('- ')} {value}" for name, value, _, _ in table(run.scores))
+    return [Figure("png", file.getvalue(), f"parts of the error of {run.name}, and its errors by time: {parts}", parts)]
+
+
+def budget_rows(run: RunRecord) -> list[list[str]]:
+    """Return the lines of the error budget, none where the flow is not known exactly."""
+    from visualizers.error_budget import table
+
+    return [] if run.scores.get("oracle/budget_field") is None else table(run.scores)
 
 
 def sample_figures(run: RunRecord) -> list[Figure]:
@@ -292,6 +322,7 @@ def section(run: RunRecord, price: float | None) -> dict[str, Any]:
     return {
         "name": run.name, "command": run.command, "facts": fact_rows(run, price), "samples": sample_figures(run),
         "neighbours": neighbour_figures(run), "memory": memory_figures(run),
+        "budget": budget_figures(run), "budget_rows": budget_rows(run),
         "expected": (run.config.get("log") or {}).get("expect"),
         "scores": score_rows(run), "advice": advice(run), "settings": difference_rows(run),
     }  # fmt: skip

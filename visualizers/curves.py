@@ -48,7 +48,7 @@ BAND = (
 # What stands beside a score:
 SIDE = (
     "_floor", "_floor_sd", "_floor_q99", "_floor_q01", "_train", "_se", "_exact_field", "_probes", "_median", "seconds",
-    "/nfe", *BY_TIME,
+    "/nfe", "_share", *BY_TIME,
 )  # fmt: skip
 LINE = 15  # pixels of a line of the caption
 
@@ -82,7 +82,7 @@ def series(rows: list[dict[str, Any]], metric: str) -> np.ndarray:
 def metrics_of(rows: list[dict[str, Any]]) -> list[str]:
     """Return what is worth a panel: the training loss and every score, in the order they appear."""
     names = [name for row in rows for name in row if name == "train/loss" or name.startswith(("eval/", "oracle/"))]
-    return [name for name in dict.fromkeys(names) if not name.endswith(SIDE)]
+    return [name for name in dict.fromkeys(names) if not name.endswith(SIDE) and not name.startswith("oracle/budget_")]
 
 
 def draw_metric(axes: Axes, metric: str, runs: dict[str, list[dict[str, Any]]]) -> None:

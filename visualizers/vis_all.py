@@ -22,7 +22,7 @@ from visualizers.scene import newest_checkpoint, scene
 HERE = Path(__file__).resolve().parent
 DRAWINGS = (
     "samples", "one_step", "particles", "trajectories", "velocity_field", "density", "denoising", "interpolation",
-    "memorisation", "curves",
+    "memorisation", "error_budget", "curves",
 )  # fmt: skip
 
 

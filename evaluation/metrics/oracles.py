@@ -197,30 +197,32 @@ class OracleFlowMapError(Oracle):
         if reason is not None:
             return self.absent(reason)
         noise = generation.noise.cpu().double()
-        truth = self.truth(generation, flow, noise)
-        squared = (generation.samples.cpu().double() - truth).flatten(1).square().sum(1)
+        truth = exact_ends(generation, flow)
+        squared = (generation.samples.cpu().double().flatten(1) - truth).square().sum(1)
         extra = {f"{self.name}_median": squared.median().sqrt().item()}
         if self.exact_field and isinstance(generation.solver, BaseSolver):
             with one_thread():
                 own_solver = copy.copy(generation.solver)  # whose count of evaluations stays the samples'
                 solved = own_solver.solve(lambda z, t: flow(z, t, generation.label_on_cpu), noise)
-            own = (solved - truth).flatten(1).square().sum(1)
+            own = (solved.flatten(1) - truth).square().sum(1)
             extra[f"{self.name}_exact_field"] = own.mean().sqrt().item()
         value = squared.mean().sqrt().item()
         spread = 0.5 * standard_error(squared) / max(value, 1e-300)
         return [Score(self.name, value, spread, extra=extra, note=f"{len(noise):,} samples")]
 
-    def truth(self, generation: Generation, flow: KnownFlow, noise: Tensor) -> Tensor:
-        """Return X*(noise, 0, 1), cached: integrating it for 10,000 samples takes seconds."""
-        label = generation.label_on_cpu
-        key: dict[str, object] = {
-            "dataset": generation.data_key, **flow.key,
-            "path": [type(flow.path).__name__, vars(flow.path)],
-            "noise": hashlib.blake2s(noise.numpy().tobytes(), digest_size=16).hexdigest(),
-        }  # fmt: skip
-        if label is not None:
-            key["label"] = hashlib.blake2s(label.numpy().tobytes(), digest_size=16).hexdigest()
-        return cached_tensor(generation.cache, "flow_map_truth", key, lambda: flow.flow_map(noise, 0.0, 1.0, label))
+
+def exact_ends(generation: Generation, flow: KnownFlow) -> Tensor:
+    """Return X*(noise, 0, 1) (N, D) of the generation's noise, cached: integrating it for 10,000 samples takes seconds."""
+    label, noise = generation.label_on_cpu, generation.noise.cpu().double()
+    key: dict[str, object] = {
+        "dataset": generation.data_key, **flow.key,
+        "path": [type(flow.path).__name__, vars(flow.path)],
+        "noise": hashlib.blake2s(noise.numpy().tobytes(), digest_size=16).hexdigest(),
+    }  # fmt: skip
+    if label is not None:
+        key["label"] = hashlib.blake2s(label.numpy().tobytes(), digest_size=16).hexdigest()
+    ends = cached_tensor(generation.cache, "flow_map_truth", key, lambda: flow.flow_map(noise, 0.0, 1.0, label))
+    return ends.flatten(1)
 
 
 class OracleLogProbError(Oracle):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.integrate import solve_ivp
+from scipy.integrate import quad, solve_ivp
 from torch import Tensor, distributions, nn
 
 from dataloaders.gaussian_mixture import GaussianMixture
@@ -17,6 +17,7 @@ from evaluation import closed_forms
 from evaluation.closed_forms import ExactFlow
 from evaluation.guided_flows import GuidedFlow
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
+from evaluation.metrics.error_budget import ErrorBudget
 from evaluation.metrics.oracles import OracleFlowMapError, OracleLogProbError, OracleVelocity, known_flow
 from helpers_cfg import Autoguidance, ClassifierFreeGuidance, Guidance, guided
 from losses.couplings import IndependentCoupling
@@ -175,6 +176,16 @@ def test_many_dimensions_keep_the_continuity_equation(path: ProbabilityPath, mon
     torch.testing.assert_close(flow(z, t).detach(), wide, atol=1e-10, rtol=1e-10)
 
 
+class ExactMap(FlowMatchingLoss):
+    """An objective that is only read, whose flow map is that of `flow`."""
+
+    learns_flow_map = True
+    flow: GuidedFlow
+
+    def flow_map(self, x: Tensor, r: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.flow.flow_map(x, float(r), float(t), label)
+
+
 class Exact(VelocityModel):
     """The exact network of a prediction along the linear path, plus an offset to every velocity."""
 
@@ -325,3 +336,54 @@ def test_a_guide_of_unknown_data_has_no_oracle(tmp_path: Path) -> None:
     )
     results = OracleVelocity(100, 100).compute(made)
     assert all(isinstance(result, Absent) and "the data that the guide learned" in result.reason for result in results)
+
+
+def test_the_budget_tells_the_field_from_the_solver_and_from_guidance(tmp_path: Path) -> None:
+    """An exact field sampled coarsely: all is the solver's. A displaced field sampled well: all is the field's."""
+    data, source = Mixture([[0.7, -0.4]], 0.4), GaussianSource([2])
+    coarse = generation(tmp_path, data, source)
+    with torch.no_grad():
+        coarse.samples = Midpoint(3).solve(lambda z, t: coarse.objective.velocity(z, t, coarse.label), coarse.noise)
+    (ends,) = scores(OracleFlowMapError(exact_field=False), coarse)
+    field, solver = scores(ErrorBudget(60), coarse)
+    assert field.extra is not None and solver.extra is not None
+    assert field.value < 1e-4 and solver.value == pytest.approx(ends.value, rel=0.2) and solver.value > 1e-3
+    assert solver.extra["oracle/budget_solver_share"] == pytest.approx(1, abs=1e-2)
+    assert max(field.extra[f"oracle/flow_map_error_t{k}"] for k in range(8)) < 3e-4
+    # dx/dt = v + c from N(0, 1) to N(m, s^2): the displacement grows as that of x' = S'/S x + c does
+    field, solver = scores(ErrorBudget(60), generation(tmp_path, data, source, offset=0.2))
+    assert field.extra is not None and solver.extra is not None
+    width = lambda t: (1 - t) ** 2 + (0.4 * t) ** 2  # noqa: E731
+
+    def grown(t: float) -> float:
+        return float(2**0.5 * 0.2 * width(t) ** 0.5 * quad(lambda s: width(s) ** -0.5, 0, t)[0])
+
+    assert field.value == pytest.approx(grown(1.0), rel=1e-3)
+    assert solver.extra["oracle/budget_field_share"] == pytest.approx(1, abs=0.01)
+    assert [field.extra[f"oracle/flow_map_error_t{k}"] for k in (0, 7)] == pytest.approx(
+        [grown(1 / 16), grown(15 / 16)], rel=1e-3
+    )
+    several = generation(tmp_path, DATA[0], source, guide=GUIDES["cfg"])
+    *_, moved = scores(ErrorBudget(60), several)
+    flow = known_flow(several.objective, several.dataset, several.source)
+    assert isinstance(flow, GuidedFlow) and moved.name == "oracle/budget_guidance"
+    noise, label = several.noise[:60].double(), None if several.label is None else several.label[:60]
+    away = (
+        (flow.flow_map(noise, 0.0, 1.0, label) - flow.strong.flow_map(noise, 0.0, 1.0, label)).square().sum(1).mean().sqrt()
+    )
+    assert moved.value == pytest.approx(away.item(), rel=1e-6) and away > 0.1
+
+
+def test_a_learned_map_has_a_part_of_its_own_and_guidance_in_one_step_another(tmp_path: Path) -> None:
+    made = generation(tmp_path, DATA[0], GaussianSource([2], S0), guide=GUIDES["cfg"])
+    flow = known_flow(made.objective, made.dataset, made.source)
+    assert isinstance(flow, GuidedFlow) and made.label is not None
+    exact = ExactMap.__new__(ExactMap)
+    exact.__dict__ = {**made.objective.__dict__}
+    exact.flow = flow  # the guided flow's own map, which guidance of exact maps in one step is not
+    found = {score.name: score for score in scores(ErrorBudget(40), replace(made, objective=exact))}
+    noise, label = made.noise[:40].double(), made.label[:40]
+    assert found["oracle/budget_map"].value < 1e-3
+    null, own = (flow.strong.flow_map(noise, 0.0, 1.0, given) for given in (None, label))
+    off = (null + 3 * (own - null) - flow.flow_map(noise, 0.0, 1.0, label)).square().sum(1).mean().sqrt()
+    assert found["oracle/budget_guided_map"].value == pytest.approx(off.item(), rel=1e-6) and off > 0.1

@@ -25,7 +25,7 @@ from visualizers.interpolation import slerp
 from visualizers.scene import Scene, interpolated, newest_checkpoint, scene, walk
 
 ROOT = Path(__file__).resolve().parents[2]
-POINTS = ["samples", "one_step", "particles", "trajectories", "velocity_field", "density", "interpolation"]
+POINTS = ["samples", "one_step", "particles", "trajectories", "velocity_field", "density", "interpolation", "error_budget"]
 IMAGES = ["samples", "one_step", "denoising", "interpolation", "memorisation"]
 FILMS = {"particles", "velocity_field", "denoising"}
 
