@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from evaluation.closed_forms import TOLERANCE, Density, ExactFlow, carried
+from evaluation.closed_forms import Density, ExactFlow, carried
 from helpers_cfg import Autoguidance, ClassifierFreeGuidance, Guidance
 from losses.meanflow_loss import MeanFlowLoss
 from losses.objective import FlowObjective
@@ -14,6 +14,7 @@ from losses.paths import ProbabilityPath
 from solvers.dopri5 import Dopri5
 from solvers.likelihood import log_likelihood
 
+LIKELIHOOD_TOLERANCE = 1e-7
 Rule = Callable[[Tensor, Tensor], Tensor]  # (weak, strong) velocities (B, ...) -> the guided one
 
 
@@ -81,7 +82,7 @@ class GuidedFlow:
 
     def end_log_prob(self, x: Tensor, label: Tensor | None, source_log_prob: Density) -> Tensor:
         """Return log p_1(x) in nats of data x (B, ...), float64 on the CPU: (B,), by the change of variables."""
-        solver = Dopri5(rtol=TOLERANCE, atol=TOLERANCE)
+        solver = Dopri5(rtol=LIKELIHOOD_TOLERANCE, atol=LIKELIHOOD_TOLERANCE)
         return log_likelihood(lambda z, t: self(z, t, label), x, source_log_prob, solver, "exact").log_prob
 
 
@@ -99,9 +100,9 @@ def with_guidance(flow: ExactFlow, objective: FlowObjective) -> ExactFlow | Guid
         return GuidedFlow(flow, flow, scale, lambda weak, strong: weak + scale * (strong - weak), interval, False)
     if not isinstance(network, Guidance) or network.scale == 1:
         return flow
-    if isinstance(network, ClassifierFreeGuidance):
+    if type(network) is ClassifierFreeGuidance:
         return GuidedFlow(flow, flow, network.scale, network.extrapolated, network.interval, False)
-    if not isinstance(network, Autoguidance):
+    if type(network) is not Autoguidance:
         return f"the exact flow under {type(network).__name__} is not known"
     if not isinstance(network.guide_flow, ExactFlow):
         return str(network.guide_flow)

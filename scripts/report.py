@@ -17,12 +17,12 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
@@ -40,17 +40,9 @@ PICTURES = 4  # samples over time: the first, the last and what lies between at 
 UNINTERESTING = ("command", "overrides", "changed", "run_name", "output_dir", "resume", "overwrite", "show", "log")
 SHOWN_CHOICES = ("choices.show", "choices.log")
 LONGEST = 100  # letters of the names of runs in the name of a file
-NO_SCORES = (
-    "_floor",
-    "_floor_sd",
-    "_floor_q99",
-    "_floor_q01",
-    "_se",
-    "_train",
-    "_share",
-    "/seconds",
-    *BY_TIME,
-)  # stand beside one
+NO_SCORES = (  # what stands beside a score
+    "_floor", "_floor_sd", "_floor_q99", "_floor_q01", "_se", "_train", "_share", "/seconds", *BY_TIME,
+)  # fmt: skip
 SHORT = 200  # optimizer steps in which hardly any network has learned its data
 FAR_ERROR = 3.0  # times the solver's own flow-map error that a network's may be before it is named
 FAR = 3.0  # standard deviations of its floor that a score may lie above one without an upper end, to differ from real
@@ -153,40 +145,15 @@ def curve_figures(runs: list[RunRecord]) -> list[Figure]:
     return figures
 
 
-def memory_figures(run: RunRecord) -> list[Figure]:
-    """Return the picture of visualizers/memorisation.py by the last scores, where they have its numbers."""
-    copying = run.scores.get("oracle/copying")
-    if copying is None:
+def drawn_figures(run: RunRecord, visualizer: str) -> list[Figure]:
+    """Return the picture that visualizers/<visualizer>.py draws of the last scores, where they have its numbers."""
+    found = import_module(f"visualizers.{visualizer}").picture_of_scores(run.name, run.scores)
+    if found is None:
         return []
-    from visualizers.memorisation import LINES, picture
-
-    names = [*LINES, "copying", "copying_held_out"]
-    by_time = {name: np.array([run.scores[f"oracle/{name}{end}"] for end in BY_TIME], dtype=float) for name in names}
-    caption = f"oracle/copying {number(copying)}: it {'copies' if copying <= COPIES else 'does not copy'}"
+    drawing, alt, caption = found
     file = io.BytesIO()
-    picture(run.name, caption, by_time).savefig(file, format="png")
-    alt = f"distance ratios and losses of {run.name} by time, on training and held-out rows"
+    drawing.savefig(file, format="png")
     return [Figure("png", file.getvalue(), alt, caption)]
-
-
-def budget_figures(run: RunRecord) -> list[Figure]:
-    """Return the picture of visualizers/error_budget.py by the last scores, where they have its numbers."""
-    field = run.scores.get("oracle/budget_field")
-    if field is None:
-        return []
-    from visualizers.error_budget import picture, table
-
-    file = io.BytesIO()
-    picture(f"{run.name}: error budget", run.scores).savefig(file, format="png")
-    parts = ", ".join(f"{name.removeprefix('- ')} {value}" for name, value, _, _ in table(run.scores))
-    return [Figure("png", file.getvalue(), f"parts of the error of {run.name}, and its errors by time: {parts}", parts)]
-
-
-def budget_rows(run: RunRecord) -> list[list[str]]:
-    """Return the lines of the error budget, none where the flow is not known exactly."""
-    from visualizers.error_budget import table
-
-    return [] if run.scores.get("oracle/budget_field") is None else table(run.scores)
 
 
 def sample_figures(run: RunRecord) -> list[Figure]:
@@ -319,10 +286,12 @@ def advice(run: RunRecord) -> list[str]:
 
 def section(run: RunRecord, price: float | None) -> dict[str, Any]:
     """Return what the page says of one run."""
+    from visualizers.error_budget import table
+
     return {
         "name": run.name, "command": run.command, "facts": fact_rows(run, price), "samples": sample_figures(run),
-        "neighbours": neighbour_figures(run), "memory": memory_figures(run),
-        "budget": budget_figures(run), "budget_rows": budget_rows(run),
+        "neighbours": neighbour_figures(run), "memory": drawn_figures(run, "memorisation"),
+        "budget": drawn_figures(run, "error_budget"), "budget_rows": table(run.scores),
         "expected": (run.config.get("log") or {}).get("expect"),
         "scores": score_rows(run), "advice": advice(run), "settings": difference_rows(run),
     }  # fmt: skip

@@ -65,7 +65,9 @@ ROWS = (
 
 
 def rows_of(scores: Mapping[str, float | None]) -> list[Row]:
-    """Return the lines of the budget that these scores have."""
+    """Return the lines of the budget that these scores have; none where the flow is not known exactly."""
+    if scores.get(f"{BUDGET}field") is None:
+        return []
     of_map = scores.get(f"{BUDGET}map") is not None
     known = [row for row in ROWS if scores.get(row.score) is not None]
     return [row for row in known if of_map or row.share != f"{BUDGET}map_field_share"]
@@ -79,6 +81,15 @@ def table(scores: Mapping[str, float | None]) -> list[list[str]]:
         assert value is not None
         rows.append([row.name, f"{value:.4g}", "" if share is None else f"{share:.0%}", row.meaning])
     return rows
+
+
+def picture_of_scores(name: str, scores: Mapping[str, float | None]) -> tuple[Figure, str, str] | None:
+    """Return the picture of a run by its scores, its description and caption; None where they have not its numbers."""
+    lines = table(scores)
+    if not lines:
+        return None
+    parts = ", ".join(f"{part.removeprefix('- ')} {value}" for part, value, _, _ in lines)
+    return picture(f"{name}: error budget", scores), f"parts of the error of {name}, and its errors by time: {parts}", parts
 
 
 def by_time(scores: Mapping[str, float | None], name: str) -> np.ndarray:
@@ -111,7 +122,8 @@ def draw_bars(axes: Axes, scores: Mapping[str, float | None]) -> None:
     for place, (value, line) in enumerate(zip(values, table(scores), strict=True)):
         axes.text(value, place, f" {line[1]}" + (f", {line[2]}" if line[2] else ""), va="center", fontsize=8, color=INK)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.35 * max([*values, 1e-12]))
+    axes.set_xscale("log")
+    axes.set_xlim(0.3 * max(min(values), 1e-9), 20 * max([*values, 1e-9]))  # room for the numbers
     axes.set_title("where the error comes from", color=INK, fontsize=10, pad=4)
     axes.tick_params(colors=INK, labelsize=8)
 

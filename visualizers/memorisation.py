@@ -21,10 +21,12 @@ import numpy as np
 
 from common.errors import UserError
 from evaluation.pictures import GENERATED_COLOR, INK, REAL_COLOR, new_figure, save_figure
-from run_files.metrics_file import COPIES
+from run_files.metrics_file import BY_TIME, COPIES
 from visualizers.scene import Scene, main
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -71,6 +73,18 @@ def panel(axes: Axes, title: str, unit: str) -> None:
     axes.grid(color="#e5e5e5", linewidth=0.6)
     axes.tick_params(colors=INK, labelsize=8)
     axes.legend(fontsize=8, frameon=False)
+
+
+def picture_of_scores(name: str, scores: Mapping[str, float | None]) -> tuple[Figure, str, str] | None:
+    """Return the picture of a run by its scores, its description and caption; None where they have not its numbers."""
+    copying = scores.get("oracle/copying")
+    if copying is None:
+        return None
+    names = [*LINES, "copying", "copying_held_out"]
+    by_time = {line: np.array([scores[f"oracle/{line}{end}"] for end in BY_TIME], dtype=float) for line in names}
+    caption = f"oracle/copying {copying:.4g}: it {'copies' if copying <= COPIES else 'does not copy'}"
+    alt = f"distance ratios and losses of {name} by time, on training and held-out rows"
+    return picture(name, caption, by_time), alt, caption
 
 
 def draw(scene: Scene) -> list[Path]:

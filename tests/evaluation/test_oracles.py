@@ -203,9 +203,9 @@ def test_truth_is_integrated_once_for_the_same_noise(tmp_path: Path, monkeypatch
     calls: list[int] = []
     original = ExactFlow.flow_map
 
-    def counted(self: ExactFlow, z: Tensor, r: float, t: float) -> Tensor:
+    def counted(self: ExactFlow, z: Tensor, r: float, t: float, label: Tensor | None) -> Tensor:
         calls.append(len(z))
-        return original(self, z, r, t)
+        return original(self, z, r, t, label)
 
     monkeypatch.setattr(ExactFlow, "flow_map", counted)
     (first,) = compute(OracleFlowMapError(), generation(tmp_path, count=20))

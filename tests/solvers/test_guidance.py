@@ -166,7 +166,10 @@ def test_mistakes_are_one_sentence(mistake, sentence) -> None:
     assert "\n" not in str(error.value)
 
 
-SCORED = ("evaluation=generator", "evaluation.samples=40", "evaluation.final_samples=40", "max_steps=4")
+SCORED = (
+    "evaluation=generator", "evaluation.samples=40", "evaluation.final_samples=40", "max_steps=4",
+    "+evaluation.metrics.velocity.final_draws=500", "~evaluation.metrics.log_prob", "~evaluation.metrics.budget",
+)  # fmt: skip
 
 
 def scores(folder, name: str) -> dict[str, float]:
