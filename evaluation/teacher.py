@@ -8,7 +8,6 @@ from common.errors import UserError
 from common.seeds import fork_generators
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
-from evaluation.closed_forms import ExactFlow
 from evaluation.metrics.oracles import known_flow
 from evaluation.parts import meaning
 from evaluation.sample import load
@@ -35,12 +34,13 @@ def give_teacher(
 
 
 def exact_velocity(objective: FlowObjective, dataset: FlowDataset, source: Source, device: torch.device) -> Velocity:
-    """Return the velocity of the data's own flow, in fp32. UserError where it is not known."""
-    flow = known_flow(objective, dataset, source, guided=False)
+    """Return the velocity of the data's own flow, of each class where there are labels, in fp32. UserError where it is not
+    known.
+    """
+    flow = known_flow(objective, dataset, source)
     if isinstance(flow, str):
         raise UserError(f"loss.teacher=exact: {flow}; give a trained flow's checkpoint, or leave loss.teacher out")
-    exact = ExactFlow(flow.mixture.to(device, torch.float32), flow.source_std, flow.path)
-    return lambda z, r, label: exact(z, r)
+    return flow.plain.to(device, torch.float32)
 
 
 def learned_velocity(objective: FlowMapObjective, config: dict[str, Any], device: torch.device) -> Velocity:

@@ -159,7 +159,7 @@ def scores_of(scene: Scene) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as cache, torch.no_grad():
         made = generation_of(scene.model, scene.n, scene.seed, scene.label, None, Path(cache))
         for metric in metrics:
-            for result in metric.compute(made):
+            for result in metric.results(made):
                 if isinstance(result, Absent) and isinstance(metric, OracleVelocity) and not scores:
                     raise UserError(f"there is no exact flow to hold {scene.name} against: {result.reason}")
                 scores |= {} if isinstance(result, Absent) else result.values()

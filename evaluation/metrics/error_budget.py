@@ -31,6 +31,8 @@ class ErrorBudget(Oracle):
     at the middle of each of 8 equal parts of the path's time. samples: how many are looked at.
     """
 
+    needs = "velocity"
+
     def __init__(self, samples: CountFrom2 = 500):
         self.samples = samples
 
@@ -54,13 +56,13 @@ class ErrorBudget(Oracle):
         if isinstance(generation.solver, BaseSolver) and not_finite(generation.samples) is None:
             total = ends(generation.samples[: self.samples]) - truth
             found += [self.part("solver", total - field, extra=shares({"field": field, "solver": total - field}, total))]
-        if generation.objective.learns_flow_map:
+        if generation.objective.learns == "flow_map":
             total = ends(few_steps(generation.objective, noise, label, 1)) - truth
             found += [self.part("map", total - field, extra=shares({"map_field": field, "map": total - field}, total))]
         if isinstance(flow, GuidedFlow):
             plain = exact_ends(generation, flow.plain)[: self.samples]
             found += [self.part("guidance", truth - plain)]
-            if generation.objective.learns_flow_map and flow.interval[0] == 0 and guides(generation):
+            if generation.objective.learns == "flow_map" and flow.interval[0] == 0 and guides(generation):
                 found += [self.part("guided_map", self.guided_map(generation, flow, plain) - truth)]
         return list(found)
 
@@ -78,7 +80,7 @@ class ErrorBudget(Oracle):
         field = lambda z, t: objective.velocity(z, t, label)  # noqa: E731
         solver = Dopri5(rtol=TOLERANCE, atol=TOLERANCE)
         own = solver.solve(field, noise, times, lambda x, t: seen.append(x))
-        if objective.learns_flow_map:
+        if objective.learns == "flow_map":
             return own, [objective.flow_map(noise, times[0].to(noise), t.to(noise), label) for t in times[1:-1]]
         return own, seen[1:-1]
 

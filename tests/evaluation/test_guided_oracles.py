@@ -35,7 +35,7 @@ from tests.evaluation.test_guided_flows import CLASSES, MEANS, S0, STDS, WEIGHTS
 class ExactMap(FlowMatchingLoss):
     """An objective that is only read, whose flow map is that of `flow`."""
 
-    learns_flow_map = True
+    learns = "flow_map"
     flow: GuidedFlow
 
     def flow_map(self, x: Tensor, r: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
@@ -230,7 +230,10 @@ def test_the_budget_tells_the_field_from_the_solver_and_from_guidance(tmp_path: 
     assert moved.value == pytest.approx(away.item(), rel=1e-6) and away > 0.1
 
 
-def test_a_learned_map_has_a_part_of_its_own_and_guidance_in_one_step_another(tmp_path: Path) -> None:
+def test_a_learned_map_has_a_part_of_its_own_and_guidance_in_one_step_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluation.metrics.error_budget.BY_TIME", ("_t0",))
     made = generation(tmp_path, DATA[0], GaussianSource([2], S0), guide=GUIDES["cfg"])
     flow = known_flow(made.objective, made.dataset, made.source)
     assert isinstance(flow, GuidedFlow) and made.label is not None

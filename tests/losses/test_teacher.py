@@ -151,7 +151,7 @@ THREE = ["dataloaders=gaussian", "dataloaders.state_shape=[3]"]
         ),
         (["loss.teacher=exact", "dataloaders=moons"], "loss.teacher=exact: the truth of Moons data is not known"),
         (["loss.teacher=exact", "loss/coupling=minibatch_ot"], "loss.teacher=exact: optimal-transport pairs"),
-        (["loss.teacher=exact", "source=eight_gaussians"], "loss.teacher=exact: the source is not Gaussian"),
+        (["loss.teacher=exact", "source=moons"], "loss.teacher=exact: the density of the source is not known"),
         (["loss.teacher={flow}", "conditional=true"], "its number of classes is 0, here it is 5"),
         (["loss.teacher={flow}", "loss/path=cosine"], "its path is LinearPath, here it is CosinePath"),
         (["loss.teacher={flow}", "source.std=2"], "its noise is"),
