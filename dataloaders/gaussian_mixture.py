@@ -21,8 +21,8 @@ class GaussianMixture:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "GaussianMixture":
         """Return the same mixture on another device or in another precision."""
-        numbers = (p.to(device=device, dtype=dtype) for p in (self.weights, self.means, self.stds))
-        return GaussianMixture(*numbers, None if self.classes is None else self.classes.to(device))
+        weights, means, stds = (p.to(device=device, dtype=dtype) for p in (self.weights, self.means, self.stds))
+        return GaussianMixture(weights, means, stds, None if self.classes is None else self.classes.to(device))
 
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return `count` draws (count, D) and the components (count,) they came from."""
