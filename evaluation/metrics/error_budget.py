@@ -24,16 +24,16 @@ class ErrorBudget(Oracle):
     learned wrongly; oracle/budget_solver |X - Y|, what the run's solver adds; oracle/budget_map |X_1 - Y|, X_1 being a
     learned map's sample in one evaluation. Parts add up as vectors, not as these lengths: ..._share is E<part, X - X*> over
     E|X - X*|^2, of field and solver 1 in all, as of oracle/budget_map_share and oracle/budget_map_field_share, the parts of
-    X_1 - X*. oracle/budget_guidance is how far guidance itself carries the exact ends from those without it, and
-    oracle/budget_guided_map how far from X* guidance leaves the exact maps in one evaluation: it guides each step's mean
-    velocity, which is not the mean of the guided velocity.
+    X_1 - X*; oracle/budget_total and oracle/budget_map_total are the lengths of these two. oracle/budget_guidance is how far
+    guidance itself carries the exact ends from those without it, and oracle/budget_guided_map how far from X* guidance
+    leaves the exact maps in one evaluation: it guides each step's mean velocity, which is not the mean of the guided one.
     oracle/flow_map_error_t<k>: the distance of the network's own path, or of a learned map's X(x0, 0, t), from the exact one
     at the middle of each of 8 equal parts of the path's time. samples: how many are looked at.
     """
 
     needs = "velocity"
 
-    def __init__(self, samples: CountFrom2 = 500):
+    def __init__(self, samples: CountFrom2 = 1000):
         self.samples = samples
 
     def names(self) -> list[str]:
@@ -55,10 +55,14 @@ class ErrorBudget(Oracle):
         found = [self.part("field", field, extra=self.path_errors(generation, flow, path))]
         if isinstance(generation.solver, BaseSolver) and not_finite(generation.samples) is None:
             total = ends(generation.samples[: self.samples]) - truth
-            found += [self.part("solver", total - field, extra=shares({"field": field, "solver": total - field}, total))]
+            found += [
+                self.part("solver", total - field, extra=whole("total", total, {"field": field, "solver": total - field}))
+            ]
         if generation.objective.learns == "flow_map":
             total = ends(few_steps(generation.objective, noise, label, 1)) - truth
-            found += [self.part("map", total - field, extra=shares({"map_field": field, "map": total - field}, total))]
+            found += [
+                self.part("map", total - field, extra=whole("map_total", total, {"map_field": field, "map": total - field}))
+            ]
         if isinstance(flow, GuidedFlow):
             plain = exact_ends(generation, flow.plain)[: self.samples]
             found += [self.part("guidance", truth - plain)]
@@ -116,7 +120,8 @@ def ends(states: Tensor) -> Tensor:
     return states.detach().cpu().double().flatten(1)
 
 
-def shares(parts: dict[str, Tensor], total: Tensor) -> dict[str, float]:
-    """Return E<part, total> / E|total|^2 of each part (N, D), as logged."""
-    whole = total.square().sum().clamp(min=1e-300)
-    return {f"oracle/budget_{name}_share": ((part * total).sum() / whole).item() for name, part in parts.items()}
+def whole(name: str, total: Tensor, parts: dict[str, Tensor]) -> dict[str, float]:
+    """Return the root mean square length of a total (N, D), and E<part, total> / E|total|^2 of each part, as logged."""
+    square = total.square().sum().clamp(min=1e-300)
+    shares = {f"oracle/budget_{part}_share": ((error * total).sum() / square).item() for part, error in parts.items()}
+    return {f"oracle/budget_{name}": (square / len(total)).sqrt().item()} | shares

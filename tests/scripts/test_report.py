@@ -106,6 +106,18 @@ def test_pictures_have_words_and_decode(output: Path) -> None:
     Image.open(io.BytesIO(base64.b64decode((pngs[0]["src"] or "").partition(",")[2]))).verify()
 
 
+def test_the_error_budget_is_a_table_and_a_picture(output: Path) -> None:
+    folder = RunFolder(output / "runs" / "second")
+    parts = {"budget_field": 0.31, "budget_solver": 0.05, "budget_total": 0.3, "budget_field_share": 1.04}
+    scores = {f"oracle/{name}": value for name, value in (parts | {"budget_solver_share": -0.04}).items()}
+    scores |= {f"oracle/{name}_t{k}": 0.1 for name in ("velocity_error", "flow_map_error") for k in range(8)}
+    folder.status.write("finished", 30, 1, 7200.0, scores, device="cpu")
+    page = outline(report.report(["first", "second", f"output_dir={output}"]))
+    assert page.text.count("what was learned wrongly") == 1 and "104%" in page.text and "-4%" in page.text
+    described = [attributes["alt"] or "" for tag, attributes in page.tags if tag == "img"]
+    assert any("field 0.31, solver 0.05" in words and "of second" in words for words in described)
+
+
 def test_the_newest_picture_of_neighbours_stands_by_itself(output: Path) -> None:
     for step, color in ((0, "red"), (5, "blue")):
         Image.new("RGB", (8, 8), color).save(output / f"runs/first/samples/step_{step:08d}_neighbours.png")
