@@ -229,7 +229,7 @@ def carry_out(arguments: list[str]) -> int:
 
 def main(arguments: list[str]) -> int:
     """Return the exit status: 0, 1 for a mistake of the user's (one sentence on stderr), 128 + its number for a signal."""
-    from common.errors import UserError
+    from common.errors import UserError, bug_in_words
     from common.files import outlive_readers
 
     outlive_readers("the work goes on")
@@ -246,9 +246,9 @@ def main(arguments: list[str]) -> int:
         if interrupt.came:  # whatever became of it on its way here
             print("launcher.py: stopped before anything was begun", file=sys.stderr)
             return 130
-        if not isinstance(error, UserError):
+        if isinstance(error, KeyboardInterrupt) or (sys.flags.dev_mode and not isinstance(error, UserError)):
             raise
-        print(f"launcher.py: {error}", file=sys.stderr)
+        print(f"launcher.py: {error}" if isinstance(error, UserError) else bug_in_words(error), file=sys.stderr)
         return 1
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL if before is leave else before)

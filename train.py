@@ -29,6 +29,7 @@ from training.loop import fit
 from training.records import Records
 from training.run import Run, Stop
 from training.summary import print_end, print_start, print_times
+from training.trial import RowSeconds, try_parts
 
 
 def carry_out(config: dict[str, Any]) -> float | None:
@@ -61,9 +62,10 @@ def start_or_resume(run: Run) -> float | None:
         return run.state.best
     wait_for_device(run.device, records.config["wait"])
     with handled_by(partial(ask_to_stop, run)), explained_disk_errors(records):
+        row = try_parts(run)
         if run.rank == 0 and not resume:
             claim_run_name(records)
-        return run_training(run)
+        return run_training(run, row)
 
 
 def claim_run_name(records: Records) -> None:
@@ -93,7 +95,7 @@ def say_finished(run: Run) -> None:
             run.write_status("finished")
 
 
-def run_training(run: Run) -> float:
+def run_training(run: Run, row: RowSeconds) -> float:
     """Train to the end or a stop, the status file saying which throughout. Returns the best monitored value."""
     records, begun_at = run.records, run.state.step
     resumed_at = begun_at if records.config["resume"] else None
@@ -102,7 +104,7 @@ def run_training(run: Run) -> float:
     print_start(run)
     records.start_tracker(resumed_at)
     with closed_whatever_comes(run), explained_disk_errors(records), explained_lost_ranks():
-        print_times(run)
+        print_times(run, row)
         fit(run)
         if run.state.step != begun_at:
             records.check_saved(run.state.step)

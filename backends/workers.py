@@ -11,7 +11,6 @@ import shutil
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from datetime import timedelta
@@ -24,7 +23,7 @@ import torch.distributed as dist
 from backends.submission import prepare
 from common import distributed
 from common.distributed import LostRankError, barrier, explained_lost_ranks, orphaned, world
-from common.errors import UserError
+from common.errors import UserError, bug_in_words
 from configuration.checks import check_devices
 from configuration.compose import typed_keys
 from train import carry_out
@@ -81,7 +80,7 @@ def status_of(work: Callable[[], Any], silent: bool) -> int:
 def report_error(error: Exception) -> None:
     """Report a UserError to the launcher, or on stderr where there is none; print a bug with its traceback."""
     if not isinstance(error, UserError):
-        traceback.print_exception(error)
+        print(bug_in_words(error), file=sys.stderr)
     elif ERROR_FILE_ENV in os.environ:
         Path(os.environ[ERROR_FILE_ENV]).write_text(str(error))
     else:

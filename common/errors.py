@@ -1,6 +1,8 @@
-"""The user-facing error, printed without a traceback; any other exception that escapes is a bug and keeps its traceback."""
+"""The user-facing error, printed without a traceback; of any other exception, a bug, the lines that are of no library."""
 
 import re
+import sysconfig
+import traceback
 
 # Control characters but the line break and the tab, and marks that reverse the direction of what follows.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -20,3 +22,22 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+
+
+LIBRARIES = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib"))
+FRAMES = 6  # of a bug that are shown
+
+
+def own_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """Return the lines that an error came through, the innermost last, without those of libraries."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame for frame in frames if not frame.filename.startswith((*LIBRARIES, "<"))]
+
+
+def bug_in_words(error: BaseException) -> str:
+    """Return a short traceback that ends with the file and the line an error came from."""
+    frames = own_frames(error)[-FRAMES:]
+    lines = ["Traceback, without the lines of libraries (python -X dev launcher.py ... shows all):\n"]
+    lines += [*traceback.format_list(frames), *traceback.format_exception_only(error)]
+    place = f" in {frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
+    return printable("".join(lines) + f"{type(error).__name__}{place}")

@@ -112,6 +112,10 @@ class FlowDataset(ABC):
     def epoch(self, plan: EpochPlan) -> Iterator[Batch]:
         """Yield this rank's rows of the plan's batches of one epoch of exactly epoch_size draws."""
 
+    def trial_rows(self, count: int, generator: torch.Generator) -> Batch:
+        """Return the first `count` rows of an epoch, or as many as it has: what a run is tried on before it trains."""
+        return next(self.epoch(EpochPlan(count, torch.Generator().manual_seed(0), generator)))
+
     @property
     def held_out_size(self) -> float:
         """Return how many states are held out; infinity of data that is drawn afresh."""

@@ -41,6 +41,10 @@ class EncodedImages(FlowDataset):
         for x, label in self.images.epoch(plan):
             yield self.vae.encode(x, plan.generator), label
 
+    def trial_rows(self, count: int, generator: torch.Generator) -> Batch:
+        x, label = self.images.trial_rows(count, generator)
+        return self.vae.encode(x, generator), label
+
     @property
     def held_out_size(self) -> float:
         return self.images.held_out_size

@@ -81,6 +81,9 @@ class TensorDataset(FlowDataset):
         for batch in shuffled.to(self.states.device).split(plan.batch_size)[plan.start :]:
             yield self.rows(batch[plan.rank :: plan.world])
 
+    def trial_rows(self, count: int, generator: torch.Generator) -> Batch:
+        return self.rows(torch.arange(min(count, self.train_size), device=self.states.device))
+
     @property
     def held_out_size(self) -> float:
         return len(self.states) - self.train_size

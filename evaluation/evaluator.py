@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.contracts import calling, in_words
 from common.errors import UserError
 from common.progress import watched
 from common.ranges import Count, CountFrom2
@@ -48,15 +49,18 @@ class GeneratorEvaluation(Evaluation):
         return f"scores of {count}{guidance_words(self.generation.objective)} (noise floor: real against real)"
 
 
-def given_by(name: str, metric: Metric, generation: Generation) -> list[Score | Absent]:
-    """Return what a metric gives. UserError where it is no list of Score and Absent, or a score's value is no number."""
-    given = metric.results(generation)
+def given_by(name: str, metric: Metric, generation: Generation, trial: bool = False) -> list[Score | Absent]:
+    """Return what a metric gives, or gives on trial. UserError where it fails, where that is no list of Score and Absent, or
+    a score's value is no number.
+    """
+    with calling(f"the metric {name}", metric):
+        given = metric.trial(generation) if trial else metric.results(generation)
     parts = given if isinstance(given, list | tuple) else [given]
     for part in parts:
         what = part.value if isinstance(part, Score) else part
         if not isinstance(part, Score | Absent) or (isinstance(part, Score) and not isinstance(what, int | float)):
             raise UserError(
-                f"the metric {name} ({type(metric).__name__}) gives {what!r:.60}; compute() returns a list of "
+                f"the metric {name} ({type(metric).__name__}) gives {in_words(what)}; compute() returns a list of "
                 'Score("eval/<name>", a float) and Absent("eval/<name>", why)'
             )
     return list(parts)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from common.contracts import in_words
 from common.errors import UserError
 
 LossOutput = Tensor | list[Tensor] | Mapping[str, Tensor]
@@ -18,6 +19,11 @@ def named_terms(output: LossOutput, weights: Mapping[str, float]) -> dict[str, T
     """
     if isinstance(output, Tensor):
         output = {"loss": output}
+    if not isinstance(output, Mapping | list | tuple):
+        raise UserError(
+            f'the objective\'s forward returned {in_words(output)}; it must return a dict of named losses, {{"loss": ...}}, '
+            "a list of losses, or one loss"
+        )
     if not isinstance(output, Mapping):
         output = {f"term_{i}": term for i, term in enumerate(output)}
     terms = dict(output)

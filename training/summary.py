@@ -4,28 +4,24 @@ import copy
 import os
 import shlex
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
-from common.device import autocast, device_name
+from common.device import device_name
 from common.progress import LONG, in_words, seconds_a_row
-from common.seeds import fork_generators
 from configuration.compose import CONFIG_DIR, twice_as_long
 from dataloaders.stream import Rows, StreamDataset
 from dataloaders.tensor_dataset import TensorDataset
 from evaluation.evaluator import GeneratorEvaluator
-from evaluation.generate import CHUNK
 from evaluation.report import print_scores
 from losses.couplings import MinibatchOTCoupling
 from losses.objective import FlowObjective
-from losses.terms import named_terms
 from run_files.run_folder import saves_of
 from training.run import Run
+from training.trial import RowSeconds
 
 READ = 16  # pictures that are read to see how long it takes
 COPIED = 10**7  # weights, at most, that are copied to see how long an update takes
@@ -64,7 +60,8 @@ def print_notes(run: Run) -> None:
     loop, dataset, config = run.settings, run.dataset, run.records.config
     rows = loop.batch_size * loop.gradient_accumulation_steps
     if (recipe := recipe_batch(config)) not in (None, rows):
-        print(f"note: a step sees {rows:,} rows ({rows_of_step(run)}), the recipe of this data {recipe:,}")
+        how = f" ({rows_of_step(run)})" * (loop.gradient_accumulation_steps > 1)
+        print(f"note: a step sees {rows:,} rows{how}, the recipe of this data {recipe:,}")
     if not isinstance(dataset, TensorDataset) or dataset.states.dtype == torch.uint8:
         return
     scale = dataset.train_states.square().mean().sqrt().item()
@@ -119,14 +116,12 @@ def scored(run: Run) -> str:
     return f"{samples}; {run.notes.choices['solver']}, {solver.steps} steps"
 
 
-def print_times(run: Run) -> None:
-    """Print how long an epoch and the run will take, as a few rows tried now show; and evaluations, if they are long.
-
-    The trial leaves weights, buffers and random numbers as they are.
-    """
+def print_times(run: Run, row: RowSeconds) -> None:
+    """Print how long an epoch and the run will take, as the rows tried before show; and evaluations, if they are long."""
     left = run.total_steps - run.state.step
-    row, answer = seconds_of_training(run), seconds_of_sampling(run)
-    epoch = beside_reading(run, row) * run.dataset.epoch_size / run.world + seconds_of_update(run) * run.steps_per_epoch
+    epoch = (
+        beside_reading(run, row.training) * run.dataset.epoch_size / run.world + seconds_of_update(run) * run.steps_per_epoch
+    )
     words = f"about {in_words(epoch)} an epoch, {in_words(epoch * left / run.steps_per_epoch)} of training"
     flow, evaluator = run.inputs.flow, run.evaluator
     coupling, rows = None if flow is None else flow.coupling, run.settings.batch_size // run.world
@@ -138,37 +133,10 @@ def print_times(run: Run) -> None:
         )
     if flow is not None and isinstance(evaluator, GeneratorEvaluator):
         rows_of = [evaluator.rows(flow, run.dataset, run.inputs.solver, final) for final in (False, True)]
-        each, last = (answer * count / run.world for count in rows_of)
+        each, last = (row.sampling * count / run.world for count in rows_of)
         if max(each, last) > LONG:
             words += f"; an evaluation {in_words(each)}, the last one {in_words(last)}"
     print_lines([(f"{'time':<11}", words)])
-
-
-@contextmanager
-def on_trial(run: Run) -> Iterator[torch.Generator]:
-    """Give a generator; afterwards random numbers, gradients and buffers are as before."""
-    network = run.state.objective.network
-    kept = [buffer.clone() for buffer in network.buffers()]
-    with fork_generators(run.device):
-        yield torch.Generator(device=run.device)
-    for buffer, old in zip(network.buffers(), kept, strict=True):
-        buffer.copy_(old)
-    network.zero_grad(set_to_none=True)
-
-
-def seconds_of_training(run: Run) -> float:
-    """Return what a row costs in training, forward and backward, but for reading it."""
-    objective = run.state.objective.train()
-
-    def train(rows: int) -> None:
-        label = torch.zeros(rows, dtype=torch.int64, device=run.device) if run.dataset.num_classes else None
-        batch = objective.batch(run.source, run.source.sample(rows, generator), label, generator, 0.0)
-        with autocast(run.device, run.settings.precision):
-            terms = named_terms(objective(batch, run.state.teacher), run.settings.loss_weights)
-        terms["loss"].backward()
-
-    with on_trial(run) as generator:
-        return seconds_a_row(train, run.settings.batch_size // run.world, run.device)
 
 
 def beside_reading(run: Run, trained: float) -> float:
@@ -202,22 +170,6 @@ def seconds_of_update(run: Run) -> float:
 
     update(1)  # makes what the optimizer keeps
     return seconds_a_row(update, 1, run.device)
-
-
-@torch.no_grad()
-def seconds_of_sampling(run: Run) -> float:
-    """Return what a row costs the solver in an evaluation of the network; 0 where nothing is sampled."""
-    flow = run.inputs.flow
-    if flow is None:
-        return 0.0
-    flow.eval()
-
-    def answer(rows: int) -> None:
-        label = torch.zeros(rows, dtype=torch.int64, device=run.device) if flow.network.num_classes else None
-        flow.velocity(run.source.sample(rows, generator), torch.tensor(0.5, device=run.device), label)
-
-    with on_trial(run) as generator:
-        return seconds_a_row(answer, CHUNK, run.device)
 
 
 def print_end(run: Run) -> None:

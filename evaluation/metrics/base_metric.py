@@ -211,3 +211,16 @@ class Metric(ABC):
     @abstractmethod
     def compute(self, generation: Generation) -> list[Score | Absent]:
         """Return scores of the generated samples, or why there is none. Runs under torch.no_grad()."""
+
+    def trial(self, generation: Generation) -> list[Score | Absent]:
+        """Return what `compute` gives of noise in place of samples: asked before a run trains, so that a mistake in a metric
+        costs nothing. One that takes longer than a moment, or that writes a cache, says nothing.
+        """
+        return self.results(generation)
+
+
+class LongMetric(Metric):
+    """A metric that takes longer than a moment, whatever the samples: it is not tried before a run trains."""
+
+    def trial(self, generation: Generation) -> list[Score | Absent]:
+        return []

@@ -13,7 +13,7 @@ from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
 from dataloaders.tensor_dataset import TensorDataset
 from evaluation.empirical_flow import EmpiricalFlow
-from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
+from evaluation.metrics.base_metric import Absent, Generation, LongMetric, Score
 from evaluation.metrics.nearest import count_of, stored_rows
 from evaluation.metrics.oracles import standard_error, why_unknown
 from helpers_cfg import Guidance
@@ -190,7 +190,7 @@ def memorisation(objective: FlowObjective, dataset: FlowDataset, source: Source,
     )
 
 
-class Memorised(Metric):
+class Memorised(LongMetric):
     """Whether the network copies finite training data, by its velocity at states made of training and of held-out rows.
 
     oracle/empirical_excess_loss = E|v_c - v|^2 - E|v_c - v_emp|^2 = E|v - v_emp|^2 over 8 times at the middles of equal

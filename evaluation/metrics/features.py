@@ -16,7 +16,7 @@ from dataloaders.tensor_dataset import TensorDataset
 from evaluation.feature_networks import ClassifierFeatures, FeatureNetwork, classifier_features
 from evaluation.fid import fit_gaussian, frechet_distance, from_moments
 from evaluation.image_sets import images_hash
-from evaluation.metrics.base_metric import Absent, Generation, Metric, Score, share_score
+from evaluation.metrics.base_metric import Absent, Generation, LongMetric, Score, share_score
 from evaluation.metrics.cache import cached_numbers, cached_tensor
 from evaluation.metrics.feature_scores import FeatureScores, Floor
 from evaluation.metrics.two_sample import not_finite
@@ -24,7 +24,7 @@ from evaluation.metrics.two_sample import not_finite
 ACCURACY = "eval/classifier_accuracy"
 
 
-class FeatureMetric(Metric):
+class FeatureMetric(LongMetric):
     """Frechet and kernel distance, precision, recall, density and coverage in a network's features, and of samples that were
     asked for by class the share that the network, if it is a classifier, takes for that class: eval/classifier_accuracy.
 

@@ -6,13 +6,13 @@ from torch import Tensor
 
 from common.ranges import Steps
 from evaluation.generate import few_step_solver, few_step_words, few_steps, fresh_noise
-from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
+from evaluation.metrics.base_metric import Absent, Generation, LongMetric, Metric, Score
 from losses.objective import FlowObjective
 
 RENOISED = "fresh noise between the steps, so that a sample's own noise has no one true end"
 
 
-class FewStep(Metric):
+class FewStep(LongMetric):
     """Each of `scores` for samples made in so many evaluations: eval/energy_distance_1nfe, oracle/flow_map_error_4nfe, ...
 
     From the same noise, against the same real states, truth and floor as the solver's own samples. By the flow map in equal

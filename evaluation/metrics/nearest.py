@@ -8,7 +8,7 @@ from common.ranges import CountFrom2, NotNegative
 from common.seeds import generator_for
 from dataloaders.base_dataloaders import Batch, FlowDataset
 from dataloaders.tensor_dataset import TensorDataset
-from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
+from evaluation.metrics.base_metric import Absent, Generation, LongMetric, Score
 from evaluation.metrics.cache import cached_numbers
 from evaluation.metrics.distances import nearest
 from evaluation.metrics.two_sample import not_finite
@@ -34,7 +34,7 @@ def count_of(dataset: FlowDataset, count: int) -> str:
     return f"{count:,}" + (f" of {dataset.epoch_size:,}" if few else "")
 
 
-class NearestTraining(Metric):
+class NearestTraining(LongMetric):
     """How samples lie to the training states, beside how held-out states do (the floors).
 
     eval/nearest_distance_ratio: median distance to the nearest training state over that of held-out states; well below 1

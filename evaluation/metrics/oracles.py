@@ -16,7 +16,7 @@ from dataloaders.gaussian_mixture import GaussianMixture
 from dataloaders.sources import Source
 from evaluation.closed_forms import ExactFlow
 from evaluation.guided_flows import GuidedFlow, with_guidance
-from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
+from evaluation.metrics.base_metric import Absent, Generation, LongMetric, Score
 from evaluation.metrics.cache import cached_tensor
 from evaluation.metrics.two_sample import not_finite
 from evaluation.threads import one_thread
@@ -72,7 +72,7 @@ def standard_error(terms: Tensor) -> float:
     return (terms.std() / len(terms) ** 0.5).item()
 
 
-class Oracle(Metric):
+class Oracle(LongMetric):
     """Errors against the exact flow of the data, where that is known."""
 
     @full_products()

@@ -87,6 +87,10 @@ class TwoSampleMetric(Metric):
         mean, sd, end = floor.mean().item(), floor.std().item(), upper_end(distances)
         return [Score(self.name, value, floor=mean, floor_sd=sd, note=counts, floor_note=note, floor_q99=end)]
 
+    def trial(self, generation: Generation) -> list[Score | Absent]:
+        x, y = generation.samples.flatten(1)[: 2 * max(self.least, 2)].chunk(2)
+        return [Score(self.name, self.distance(x, y))]
+
     def floor(self, generation: Generation, first: int, second: int) -> list[float]:
         """Return how many real states each side has, then their distance for each replicate; no distance of too few."""
         settings = vars(self) | {"pools": self.pools}
