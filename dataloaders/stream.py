@@ -3,7 +3,7 @@
 import os
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -97,11 +97,72 @@ def unchanged(read: Read) -> Read:
     return read
 
 
+def require_readable(owner: str, reader: Reader, unreadable: int, least: int = 1) -> None:
+    """Raise UserError when fewer than `least` rows can be read."""
+    left = len(reader) - unreadable
+    if left < least:
+        few = f"only {left}" if left else "none"
+        raise UserError(f"{few} of the {len(reader):,} files of {owner} can be read; are they damaged?")
+
+
+class KeptRows:
+    """Rows of a stream that evaluations look at, as stored: read once, when first asked for, and kept in memory.
+
+    numbers: from rows to the numbers by which a reader knows them as they are. owner: what messages call the data.
+    """
+
+    def __init__(self, train: Reader, unseen: Reader, numbers: Callable[[Sequence[int]], list[int]], owner: str):
+        self.train, self.unseen, self.numbers, self.owner = train, unseen, numbers, owner
+        self.unseen_rows: Read | None = None
+        self.seen: tuple[int, Read] | None = None  # how many training rows were asked for, and what there is
+        self.pool, self.lent = torch.empty(0), 0  # what is held out, and behind it so many training rows
+
+    def read(self, reader: Reader, rows: Sequence[int], workers: int) -> Read:
+        """Return rows, without those that cannot be read: nothing stands in for them."""
+        numbers = self.numbers(rows)
+        plan = [Rows(numbers[first : first + 64], 0) for first in range(0, len(numbers), 64)]
+        parts, lost = [], set[int]()
+        for asked, read in zip(plan, ReadAhead(reader, workers).batches(plan), strict=True):
+            lost |= set(read.unreadable)
+            own = torch.tensor([number not in lost for number in asked.numbers])
+            parts.append((read.stored[own], None if read.labels is None else read.labels[own]))
+        labels = [label for _, label in parts if label is not None]
+        return Read(torch.cat([stored for stored, _ in parts]), torch.cat(labels) if labels else None, sorted(lost))
+
+    def held_out(self, workers: int) -> Read:
+        """Return all that is held out and can be read."""
+        if self.unseen_rows is None:
+            kept = self.read(self.unseen, range(len(self.unseen)), workers)
+            if kept.unreadable:
+                require_readable(self.owner, self.unseen, len(kept.unreadable), LEAST)
+                print(unreadable_line(self.unseen, kept.unreadable, "evaluations do without them"), flush=True)
+            self.unseen_rows, self.pool = kept, kept.stored
+        return self.unseen_rows
+
+    def real(self, count: int, workers: int) -> Tensor:
+        """Return all held-out rows, then the same training ones each time until there are `count`, or all."""
+        kept = self.held_out(workers)
+        lacking = max(0, min(count - len(kept.stored), len(self.train)))
+        if lacking > self.lent:
+            rows = np.random.RandomState(0).permutation(len(self.train))[:lacking].tolist()
+            self.pool, self.lent = torch.cat([kept.stored, self.read(self.train, rows, workers).stored]), lacking
+            self.unseen_rows = kept._replace(stored=self.pool[: len(kept.stored)])  # the same memory
+        return self.pool[: len(kept.stored) + lacking]
+
+    def training(self, count: int, workers: int) -> Read:
+        """Return `count` training rows, the same ones each time."""
+        if self.seen is None or self.seen[0] != count:
+            rows = np.random.RandomState(1).permutation(len(self.train))[:count].tolist()
+            self.seen = count, self.read(self.train, rows, workers)
+            lost = len(self.seen[1].unreadable)
+            require_readable(self.owner, self.train, lost, len(self.train) - len(rows) + 1)
+        return self.seen[1]
+
+
 class StreamDataset(FlowDataset):
     """Rows of a reader, each once an epoch in an order that is a function of (seed, epoch), every rank its own share.
 
-    The held-out part is read once, when first asked for, and kept in memory as it is stored; so are training rows that
-    stand beside it in a noise floor.
+    What evaluations look at is kept in memory: the held-out part, and training rows that stand beside it in a noise floor.
     """
 
     def __init__(
@@ -126,9 +187,7 @@ class StreamDataset(FlowDataset):
         self.train, self.unseen = train, unseen
         self.device = torch.device("cpu")
         self.ahead: ReadAhead | None = None
-        self.kept: Read | None = None
-        self.seen: tuple[int, Read] | None = None  # how many training rows were asked for, and what there is
-        self.pool, self.lent = torch.empty(0), 0  # what is held out, and behind it so many training rows
+        self.kept = KeptRows(train, unseen, self.numbers, type(self).__name__)
         self.unreadable: set[int] = set()
 
     @abstractmethod
@@ -163,7 +222,7 @@ class StreamDataset(FlowDataset):
         try:
             for read in self.ahead.batches(rows):
                 self.unreadable.update(read.unreadable)
-                self.require_readable(len(self.unreadable), self.train)
+                require_readable(type(self).__name__, self.train, len(self.unreadable))
                 yield self.augmented(*self.batch_of(read.stored, read.labels, plan.generator), plan.generator)
         finally:
             if len(self.unreadable) > known:
@@ -174,44 +233,9 @@ class StreamDataset(FlowDataset):
         x = self.states(stored.to(self.device, non_blocking=True), generator)
         return x, None if labels is None else labels.to(self.device, non_blocking=True)
 
-    def require_readable(self, unreadable: int, reader: Reader, least: int = 1) -> None:
-        """Raise UserError when fewer than `least` can be read."""
-        left = len(reader) - unreadable
-        if left < least:
-            few = f"only {left}" if left else "none"
-            raise UserError(f"{few} of the {len(reader):,} files of {type(self).__name__} can be read; are they damaged?")
-
-    def read_all(self, reader: Reader, rows: Sequence[int]) -> Read:
-        """Return rows as stored, in memory, without those that cannot be read: nothing stands in for them."""
-        numbers = self.numbers(rows)
-        plan = [Rows(numbers[first : first + 64], 0) for first in range(0, len(numbers), 64)]
-        parts, lost = [], set[int]()
-        for asked, read in zip(plan, ReadAhead(reader, self.num_workers).batches(plan), strict=True):
-            lost |= set(read.unreadable)
-            own = torch.tensor([number not in lost for number in asked.numbers])
-            parts.append((read.stored[own], None if read.labels is None else read.labels[own]))
-        labels = [label for _, label in parts if label is not None]
-        return Read(torch.cat([stored for stored, _ in parts]), torch.cat(labels) if labels else None, sorted(lost))
-
-    def held_out_part(self) -> Read:
-        """Return all that is held out and can be read, as stored, in memory."""
-        if self.kept is None:
-            kept = self.read_all(self.unseen, range(len(self.unseen)))
-            if kept.unreadable:
-                self.require_readable(len(kept.unreadable), self.unseen, LEAST)
-                print(unreadable_line(self.unseen, kept.unreadable, "evaluations do without them"), flush=True)
-            self.kept, self.pool = kept, kept.stored
-        return self.kept
-
-    def real_rows(self, count: int) -> Tensor:
-        """Return all held-out rows as stored, then the same training ones each time until there are `count`, or all."""
-        kept = self.held_out_part()
-        lacking = max(0, min(count - len(kept.stored), len(self.train)))
-        if lacking > self.lent:
-            rows = np.random.RandomState(0).permutation(len(self.train))[:lacking].tolist()
-            self.pool, self.lent = torch.cat([kept.stored, self.read_all(self.train, rows).stored]), lacking
-            self.kept = kept._replace(stored=self.pool[: len(kept.stored)])  # the same memory
-        return self.pool[: len(kept.stored) + lacking]
+    def trial_rows(self, count: int, generator: torch.Generator) -> Batch:
+        read = self.train[Rows(self.numbers(range(min(count, self.epoch_size))), 0)]  # by this process: workers take seconds
+        return self.batch_of(read.stored, read.labels, generator)
 
     @property
     def held_out_size(self) -> float:
@@ -219,21 +243,18 @@ class StreamDataset(FlowDataset):
 
     def held_out(self, count: int, generator: torch.Generator) -> Batch:
         """Return a random subset of the held-out part; all of it when `count` is larger."""
-        kept = self.held_out_part()
+        kept = self.kept.held_out(self.num_workers)
         index = torch.randperm(len(kept.stored), generator=generator, device=generator.device)[:count].cpu()
         return self.batch_of(kept.stored[index], None if kept.labels is None else kept.labels[index], generator)
 
     def training_part(self, count: int) -> Batch:
         """Read once and kept as stored."""
-        if self.seen is None or self.seen[0] != count:
-            rows = np.random.RandomState(1).permutation(len(self.train))[:count].tolist()
-            self.seen = count, self.read_all(self.train, rows)
-            self.require_readable(len(self.seen[1].unreadable), self.train, len(self.train) - len(rows) + 1)
-        return self.batch_of(self.seen[1].stored, self.seen[1].labels, torch.Generator(self.device).manual_seed(0))
+        part = self.kept.training(count, self.num_workers)
+        return self.batch_of(part.stored, part.labels, torch.Generator(self.device).manual_seed(0))
 
     def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return a random disjoint split of the held-out part and, where that is too small, of training rows beside it."""
-        real = self.real_rows(first + second)
+        real = self.kept.real(first + second, self.num_workers)
         first, second = pair_sizes(first, second, len(real))
         index = torch.randperm(len(real), generator=generator, device=generator.device).cpu()
         parts = index[:first], index[first:][:second]

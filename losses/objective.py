@@ -5,8 +5,6 @@ is headed to). Which second time a network was trained with is the objective's k
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,11 +17,13 @@ from dataloaders.sources import Source
 from losses.couplings import Coupling, IndependentCoupling
 from losses.paths import ProbabilityPath, expand_time
 from losses.predictions import Prediction
+from losses.repeated_dropout import RepeatsDropout
+from losses.standardised import Standardised
 from losses.time_samplers import TimeSampler
 from losses.weightings import Weighting
 from losses.world import Field, World
 from models.inputs import make_unified_flow_matching_input, with_class
-from models.layers import ReplayedDropout, replace_dropout
+from models.layers import replace_dropout
 from models.network import Network
 from models.velocity_model import VelocityModel
 
@@ -86,7 +86,7 @@ class Objective(nn.Module, ABC):
         """
 
 
-class FlowObjective(Objective, ABC):
+class FlowObjective(Standardised, RepeatsDropout, Objective, ABC):
     """A loss that teaches a velocity model.
 
     second_time "end": the network's second time is always 1 (plain flow matching). "state": it is t >= r, and t = r asks
@@ -95,15 +95,11 @@ class FlowObjective(Objective, ABC):
     "endpoint_map": u(z, r, 1), the map to data, from any time, so that u(z, r, r) means nothing. "generator": u(x0, 0, 1).
     marginals_only: whether any map is as good that carries noise to data, so that no sample has one true end.
     label_dropout: share of rows whose label becomes the null label num_classes, for classifier-free guidance.
-    data_mean, data_std: what data are standardised by, both None where they are learned as they are. Velocities and maps
-    are those of the standardised states.
     Raises UserError around a network that is no velocity model.
     """
 
     network: VelocityModel
     second_time: SecondTime = "end"
-    data_mean: Tensor | None
-    data_std: Tensor | None
     learns: Learns = "velocity"
     marginals_only: bool = False
 
@@ -127,46 +123,7 @@ class FlowObjective(Objective, ABC):
         self.path, self.coupling, self.time_sampler, self.prediction = path, coupling, time_sampler, prediction
         self.weighting, self.label_dropout = weighting, label_dropout
         replace_dropout(network)
-        self.register_buffer("data_mean", None, persistent=False)
-        self.register_buffer("data_std", None, persistent=False)
-
-    def standardise_by(self, mean: list[float], std: list[float], state_shape: Sequence[int]) -> None:
-        """Learn the flow of (x1 - mean) / std: numbers for each channel of images, for each dimension of vectors."""
-        shape, device = (-1, *(1,) * (len(state_shape) - 1)), next(self.network.parameters()).device
-        self.data_mean, self.data_std = (torch.tensor(numbers, device=device).reshape(shape) for numbers in (mean, std))
-
-    def standardised(self, x1: Tensor) -> Tensor:
-        """Return data (B, ...) as the flow has them."""
-        return x1 if self.data_mean is None or self.data_std is None else (x1 - self.data_mean) / self.data_std
-
-    def in_data_units(self, x: Tensor) -> Tensor:
-        """Return states of the flow (B, ...) in the units of the data."""
-        return x if self.data_mean is None or self.data_std is None else self.data_mean + self.data_std * x
-
-    @property
-    def is_random(self) -> bool:
-        """Whether two evaluations of the network differ: dropout, in training."""
-        return self.training and any(part.p > 0 for part in self.dropouts())
-
-    def dropouts(self) -> list[ReplayedDropout]:
-        return [part for part in self.network.modules() if isinstance(part, ReplayedDropout)]
-
-    @contextmanager
-    def repeated(self) -> Iterator[None]:
-        """Let the next evaluation of as many rows use the dropout masks of the one within."""
-        parts = self.dropouts() if self.training else []
-        outer = [part.keep() for part in parts]
-        try:
-            yield
-        finally:
-            for part, kept in zip(parts, outer, strict=True):
-                part.replay(kept)
-
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Do as `repeated`, without a graph: for evaluations that make a target."""
-        with torch.no_grad(), self.repeated():
-            yield
+        self.standardise_by(None, None)
 
     def batch(
         self, source: Source, x1: Tensor, label: Tensor | None, generator: torch.Generator, progress: float
