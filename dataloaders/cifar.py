@@ -1,10 +1,14 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009) from their official archives of Python batches."""
 
+import bz2
+import gzip
+import lzma
 import tarfile
 import zlib
 from collections.abc import Collection, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, BinaryIO, Unpack
 
 import numpy as np
 import torch
@@ -18,6 +22,7 @@ from dataloaders.plain_pickle import read_pickled
 
 SHAPE = (3, 32, 32)
 META_FILES = ("batches.meta", "meta")  # of CIFAR-10 and CIFAR-100
+OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7z": lzma.open}  # by how a file begins
 MOST_BYTES = 2**29  # of a batch; the largest, CIFAR-100's training part, has 155 million
 
 
@@ -78,18 +83,34 @@ def require_archive(archive: Path, url: str, md5: str | None, download: bool, re
     require_whole(archive, md5, f"delete it, then {remedy}")
 
 
+class Bounded:
+    """A file that an archive is read from. A header that states gigabytes, of which tarfile reads the whole, is refused."""
+
+    def __init__(self, archive: Path):
+        with archive.open("rb") as file:
+            begin = file.read(3)
+        opener = next((opener for magic, opener in OPENERS.items() if begin.startswith(magic)), open)
+        self.stream: BinaryIO = opener(archive, "rb")  # type: ignore[operator]
+        self.seek, self.tell, self.close = self.stream.seek, self.stream.tell, self.stream.close
+
+    def read(self, size: int = -1) -> bytes:
+        if size > MOST_BYTES:
+            raise tarfile.ReadError(f"it asks for {size:,} bytes at once")
+        return self.stream.read(size)
+
+
 def read_archive(archive: Path, folder: str, names: Collection[str], remedy: str) -> dict[str, bytes]:
     """Return the named files of the folder that are in the archive. UserError when it cannot be read, or one is huge."""
     contents = {}
     try:
-        with tarfile.open(archive) as tar:
+        with closing(Bounded(archive)) as file, tarfile.open(fileobj=file, mode="r:") as tar:  # type: ignore[call-overload]
             for member in tar:
                 place, _, name = member.name.rpartition("/")
                 stream = tar.extractfile(member) if place == folder and name in names and member.isreg() else None
                 if stream is not None:
                     require_size(archive / member.name, member.size, remedy)
                     contents[name] = stream.read()
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         said = str(error).partition(":\n")[0]
         raise UserError(f"{archive} cannot be read to its end ({said}); {remedy}") from error
     return contents

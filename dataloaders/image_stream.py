@@ -70,8 +70,11 @@ class PictureReader(Reader):
 
     def read(self, row: int, seed: int) -> Tensor | None:
         """Return one picture (C, size, size) uint8, its random crop a function of (seed, row); None if it cannot be read."""
+        file = self.root / self.name(row)
+        if not file.is_file():  # a pipe would be waited for
+            return None
         try:
-            with Image.open(self.root / self.name(row)) as image:
+            with Image.open(file) as image:
                 return self.cut(image, random.Random(seed * len(self) + row))
         except BROKEN:
             return None

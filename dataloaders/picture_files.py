@@ -61,10 +61,15 @@ def attribute_classes(attributes: Sequence[str]) -> int:
 
 
 def list_pictures(root: Path) -> list[str]:
-    """Return paths of all pictures below `root`, relative to it, in order. UserError when there are none."""
-    found = []
+    """Return paths of all pictures below `root`, relative to it, in order; links are followed but to a folder they lie in.
+
+    UserError when there are none.
+    """
+    found, above = [], {root: {root.resolve()}}
     for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        ends = {name: Path(folder, name).resolve() for name in folders if not name.startswith(".")}
+        folders[:] = [name for name, end in ends.items() if end not in above[Path(folder)]]
+        above |= {Path(folder, name): above[Path(folder)] | {ends[name]} for name in folders}
         place = Path(folder).relative_to(root).as_posix()
         found += [name if place == "." else f"{place}/{name}" for name in files if is_picture(name)]
     if not found:

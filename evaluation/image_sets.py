@@ -48,7 +48,7 @@ def read_images(path: Path) -> Tensor:
 
 
 def read_folder(folder: Path) -> np.ndarray:
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
     if not files:
         raise UserError(f"there are no pictures ({', '.join(PICTURES)}) in {folder}")
     images: list[np.ndarray] = []

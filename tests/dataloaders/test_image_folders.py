@@ -1,6 +1,7 @@
 """Pictures from folders: how they are cut, labelled and held out, and what becomes of files that cannot be read."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +112,19 @@ def test_pictures_of_any_kind_show_what_they_hold(tmp_path: Path, channels: int)
     assert torch.equal(read_images(tmp_path).expand(-1, channels, -1, -1), read[[0, 1, 4, 5, 6]])
 
 
+def test_pipes_and_circles_of_links_among_pictures_are_passed_over(pictures: Path) -> None:
+    """Two links to the folder above make 2^40 paths, and a pipe would be waited for."""
+    whole = build("image_folder", {"root": pictures, "size": 8})
+    names = [whole.train.name(row) for row in range(len(whole.train))]
+    (pictures / names[0]).unlink()
+    os.mkfifo(pictures / names[0])
+    for name in ("up", "up2"):
+        (pictures / Path(names[0]).parent / name).symlink_to(pictures)
+    again = build("image_folder", {"root": pictures, "size": 8})
+    assert [again.train.name(row) for row in range(len(again.train))] == names
+    assert again.train[Rows([0], 0)].unreadable == [0]
+
+
 def broken(place: Path) -> list[str]:
     """Spoils three pictures: a text, half a file, nothing."""
     files = sorted(place.glob("class*/*.png"))[:9:4]
@@ -182,7 +196,7 @@ def test_copies_of_a_folders_pictures_are_found(pictures: Path, tmp_path: Path, 
     """A model that gives its training pictures back, judged by all nine of them or by four; the note says which."""
     dataset = build("image_folder", folder(pictures))
     samples = dataset.training_part(9)[0].clone()
-    dataset.seen = None
+    dataset.kept.seen = None
     made = Generation(
         objective=None, dataset=dataset, source=None, solver=None, seed=0, dataset_key="pictures", cache=tmp_path,  # type: ignore[arg-type]
         final=False, noise=samples, samples=samples,

@@ -1,8 +1,11 @@
 """Data sets in their official formats: what is read from small files like them, and what is said of broken ones."""
 
+import bz2
+import gzip
 import hashlib
 import http.server
 import io
+import lzma
 import os
 import pickle
 import shutil
@@ -124,6 +127,18 @@ def test_a_truncated_archive_is_one_sentence(archive: Path, bytes_left: int) -> 
     archive.write_bytes(archive.read_bytes()[:bytes_left])
     message = refusal("cifar10", settings_of(archive))
     assert "cannot be read to its end" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def test_a_header_that_asks_for_gigabytes_is_refused_unread(
+    kind: bytes, compress: Callable[[bytes], bytes], archive: Path
+) -> None:
+    header = tarfile.TarInfo("x")
+    header.type, header.size = kind, 2**33
+    archive.write_bytes(compress(header.tobuf(tarfile.GNU_FORMAT) + bytes(4096)))
+    message = refusal("cifar10", settings_of(archive))
+    assert "it asks for 8,589,934,592 bytes at once" in message and "\n" not in message
 
 
 def test_an_unpacked_file_that_is_huge_is_not_read(archive: Path) -> None:
