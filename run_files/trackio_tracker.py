@@ -7,9 +7,11 @@ trying. Its warnings are exceptions here, so that the guard around the tracker c
 import contextlib
 import contextvars
 import io
+import os
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from run_files.metrics_file import BY_TIME
 from run_files.run_folder import RunFolder
 from run_files.trackers import Tracker
 
+LEAVING = ".leaving-"  # begins the names of folders of pictures whose runs are being deleted
 NOT_METRICS = ("step", "elapsed_seconds", "provenance")  # columns that metrics.jsonl has for itself
 
 
@@ -108,18 +111,44 @@ def delete_run(project: str, run_name: str, newest_alone: bool = False) -> None:
     """Delete every run of that name or only the newest, and, when none is left, their pictures.
 
     Pictures of a run whose name is a path, which another program gave, stay, and a line on stderr says so. RuntimeError when
-    the database refuses, as while another process holds it.
+    the database refuses, as while another process holds it; then they all stay.
+    """
+    runs = [run for run in runs_of(project) if run.name == run_name]
+    leaving = runs[-1:] if newest_alone else runs
+    with pictures_aside(project, run_name) if leaving and len(leaving) == len(runs) else contextlib.nullcontext():
+        for run in leaving:
+            if not run.delete():
+                raise RuntimeError(f"trackio could not delete the run {run_name}")
+
+
+@contextlib.contextmanager
+def pictures_aside(project: str, run_name: str) -> Iterator[None]:
+    """Move a run's pictures aside for the block that deletes its rows; delete them after it, or move them back if it fails.
+
+    A process that is killed in between leaves them aside, where `remove_leftovers` finds them.
     """
     from trackio.media import get_project_media_path
 
-    runs = [run for run in runs_of(project) if run.name == run_name]
-    leaving = runs[-1:] if newest_alone else runs
-    for run in leaving:
-        if not run.delete():
-            raise RuntimeError(f"trackio could not delete the run {run_name}")
-    if not runs or len(leaving) < len(runs):
-        return
-    if run_name in ("", ".", "..") or Path(run_name).name != run_name:
+    if run_name in ("", ".", "..", "files") or Path(run_name).name != run_name:  # files/ has those of the whole project
         print(f"note: {run_name!r} names no folder of its own; its pictures, if any, stay", file=sys.stderr)
-    else:
-        shutil.rmtree(get_project_media_path(project, run_name), ignore_errors=True)
+        yield
+        return
+    pictures = get_project_media_path(project, run_name)
+    aside = pictures.rename(pictures.with_name(f"{LEAVING}{os.getpid()}-{run_name}"[:255]))
+    try:
+        yield
+    except BaseException:
+        aside.rename(pictures)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(project: str) -> None:
+    """Remove the pictures that killed processes have left aside, of a project that is known."""
+    import trackio
+    from trackio.media import get_project_media_path
+
+    with contextlib.suppress(ValueError):
+        trackio.Api().runs(project)
+        for left in get_project_media_path(project, LEAVING).parent.glob(f"{LEAVING}*"):
+            shutil.rmtree(left, ignore_errors=True)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command_line import front
 from common.command_line import matching as names_that_match
 from common.errors import UserError, printable
-from run_files.trackio_tracker import delete_run, run_names
+from run_files.trackio_tracker import delete_run, remove_leftovers, run_names
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -47,6 +47,8 @@ def run(options: argparse.Namespace) -> str:
     """List or delete, and return what to print of it."""
     if options.pattern is None and not options.list:
         raise UserError('say which runs: python scripts/trackio_delete.py "old_.*" --dry-run, or --list for their names.')
+    if not (options.list or options.dry_run):
+        remove_leftovers(options.project)
     names = matching(options.project, options.pattern)
     if options.list:
         return "\n".join(names)

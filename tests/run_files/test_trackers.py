@@ -21,6 +21,7 @@ from common.errors import UserError
 from run_files.run_folder import RunFolder
 from run_files.trackers import GuardedTracker, NullTracker, TensorboardTracker, Tracker, WandbTracker, tracker_from_config
 from run_files.trackio_tracker import TrackioTracker, delete_run, run_names
+from scripts import trackio_delete
 
 ROOT = Path(__file__).resolve().parents[2]
 SCORE = "eval/energy_distance"
@@ -51,11 +52,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite3, "connect", lambda path, **keys: connect(path, **(keys | {"timeout": 0.1})))
 
 
-def run_tracker(tracker: Tracker, folder: Path, steps: range, resume_step: int | None = None, **start: bool) -> None:
+def run_tracker(
+    tracker: Tracker, folder: Path, steps: range, resume_step: int | None = None, name: str = "x", **start: bool
+) -> None:
     """The tracker's part of a run, and its record in metrics.jsonl."""
     record = RunFolder(folder)
     record.metrics.trim(-1 if resume_step is None else resume_step)
-    tracker.start("x", {"epochs": 3, "_hidden": 1}, folder, resume_step, **start)
+    tracker.start(name, {"epochs": 3, "_hidden": 1}, folder, resume_step, **start)
     for step in steps:
         metrics = {SCORE: step / 10, "train/loss": 1.0}
         record.metrics.append(step, 0, 1.0, metrics)
@@ -113,6 +116,28 @@ def test_resumed_history_shows_each_step_and_picture_once_and_is_deleted_with_th
         assert (2, {"samples"}) in stored(project) and len(list(media.rglob("*.png"))) == 1
     delete_run(project, "x")
     assert not media.exists() and run_names(project) == []
+
+
+def test_a_deletion_that_fails_or_is_killed_loses_no_pictures_of_others_and_the_next_one_finishes_it(
+    project: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    media = Path(os.environ["TRACKIO_DIR"]) / "media" / project
+    for name in ("x", "other"):
+        run_tracker(GuardedTracker(TrackioTracker(project)), tmp_path, range(1), name=name)
+        (media / name).mkdir(parents=True)
+        (media / name / "own.png").write_text(name)
+    monkeypatch.setattr("trackio.api.Run.delete", lambda run: False)
+    with pytest.raises(RuntimeError, match="could not delete the run x"):
+        delete_run(project, "x")
+    assert (media / "x/own.png").read_text() == "x"
+    monkeypatch.undo()
+    monkeypatch.setattr("run_files.trackio_tracker.shutil.rmtree", lambda *_, **__: None)  # killed before its end
+    delete_run(project, "x")
+    monkeypatch.undo()
+    assert [path.name.startswith(".leaving-") for path in media.iterdir()].count(True) == 1
+    assert trackio_delete.main(["x", "--yes", "--project", project]) == 1  # its rows are gone
+    assert "no run of the project" in capsys.readouterr().err
+    assert [path.name for path in media.iterdir()] == ["other"] and (media / "other/own.png").read_text() == "other"
 
 
 @pytest.mark.process
