@@ -1,14 +1,18 @@
 """Objects from configuration nodes."""
 
+import re
 from typing import Any
 
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 
 from common.errors import UserError
-from configuration.compose import RECOMMENDATIONS
-from configuration.nodes import interpolation_in, rebuilt
+from configuration.compose import RECOMMENDATIONS, nearest
+from configuration.nodes import interpolation_in, nodes_in, rebuilt
+from configuration.signatures import parameters
 from configuration.values import check_all
+
+PARTS = ("network", "params")  # that other code hands over, no settings
 
 
 def build(node: dict[str, Any], **parts: Any) -> Any:
@@ -31,7 +35,28 @@ def build(node: dict[str, Any], **parts: Any) -> Any:
         if isinstance(cause, UserError):
             raise cause from None
         if isinstance(cause, (TypeError, ValueError)):
-            raise UserError(f"{node.get('_target_')} does not take these settings: {cause}") from error
+            raise UserError(refused(node, str(error), str(cause))) from error
         if cause is not None:
             raise cause from error
         raise
+
+
+def refused(node: dict[str, Any], said: str, cause: str) -> str:
+    """Return why a class of a node does not take its settings, in a sentence: those it does not know, or lacks.
+
+    said: Hydra's words, which name the class; cause: the constructor's.
+    """
+    named = re.search(r"call to target '(?:[^']*\.)?(\w+)'", said)
+    ends = f".{named[1] if named else ''}"
+    fitting = (inner for inner in nodes_in(node) if isinstance(inner, dict) and str(inner.get("_target_")).endswith(ends))
+    own = next(fitting, node)
+    target = str(own.get("_target_"))
+    takes = [name for name in parameters(target) if name not in PARTS]
+    unknown = [key for key in own if not key.startswith("_") and key != RECOMMENDATIONS and key not in takes]
+    lacking = re.findall(r"'(\w+)'", cause) if "required" in cause else []
+    settings = f"its settings are {', '.join(takes)}" if takes else "it takes no settings"
+    if lacking:
+        return f"{target} needs {', '.join(lacking)}, which nothing gives; add it to its file in configs/; {settings}"
+    if takes and unknown:
+        return f"{target} takes no {unknown[0]}{nearest(unknown[0], takes)}; {settings}"
+    return f"{target} does not take these settings: {cause}"

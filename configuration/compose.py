@@ -266,6 +266,8 @@ def checked(cfg: DictConfig, key: str, value: Any, text: str) -> Any:
     if isinstance(value, str) and value.startswith("${"):
         return value
     setting, before = declared(key, held(cfg, f"{key.rpartition('.')[0]}._target_")), held(cfg, key)
+    if isinstance(before, DictConfig) and isinstance(value, str) and key.replace(".", "/") in groups():
+        raise UserError(chosen_by_slash(key, text))
     if setting is not None:
         value = as_typed(value, text, setting)
         check_value(key, value, setting)
@@ -273,6 +275,14 @@ def checked(cfg: DictConfig, key: str, value: Any, text: str) -> Any:
         inner = [*flat_keys(before), "x"][0]
         raise UserError(f"{key} takes a group of settings: set one of its keys, such as {key}.{inner}, not {text!r}")
     return value
+
+
+def chosen_by_slash(key: str, text: str) -> str:
+    """Return that a part of a part is chosen as loss/coupling=x, not loss.coupling=x, in a sentence."""
+    group = key.replace(".", "/")
+    choices = groups()[group]
+    choice = (difflib.get_close_matches(text, choices, n=1) or choices)[0]
+    return f"{key} is chosen with a slash: write {group}={choice}; the choices are {', '.join(choices)}"
 
 
 def twice_as_long(config: dict[str, Any]) -> str:

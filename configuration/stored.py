@@ -53,6 +53,14 @@ BASES = {
     "backend": "backends.base_backend.Backend",
 }
 
+# What people call the part under a key, where that is not the key's own last word.
+KINDS = {
+    "loss": "loss (objective)", "loss.path": "probability path", "loss.time_sampler": "time sampler",
+    "loss.alpha": "schedule of alpha", "dataloaders": "data set", "source": "source of noise", "solver.grid": "time grid",
+    "vae": "autoencoder", "evaluation": "evaluation", "evaluation.metrics.*": "metric", "callbacks.*": "callback",
+    "trackio": "tracker",
+}  # fmt: skip
+
 # Classes and whole modules that the command being carried out allows, beside what configs/ names.
 allowed: list[str] = []
 
@@ -131,9 +139,10 @@ def check_new_parts(config: dict[str, Any]) -> None:
                 continue
             asked, wanted = found_class(name, str(target)), found_class(name, base)
             if not issubclass(asked, wanted):
+                kind = KINDS.get(key, key.rpartition(".")[2])
+                example = next(one for one in sorted(targets_of(key)) if derives(one, base))
                 raise UserError(
-                    f"{name}._target_={target} is no {wanted.__name__}; give a class derived from {base}, such as "
-                    f"{sorted(targets_of(key))[0]}"
+                    f"{name}._target_={target} is not the class of a {kind}; give one derived from {base}, such as {example}"
                 )
 
 
@@ -164,7 +173,7 @@ def found_class(key: str, path: str) -> type:
             f"{key}._target_={path} cannot be imported ({error}); give module.Class, importable from here"
         ) from error
     if not inspect.isclass(found):
-        raise UserError(f"{key}._target_={path} is no class; give module.Class")
+        raise UserError(f"{key}._target_={path} is not a class; give module.Class")
     return found
 
 

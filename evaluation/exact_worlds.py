@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from losses.paths import LinearPath, PathPoint, ProbabilityPath
+from losses.total_derivative import forward_derivative
 from losses.world import World
 
 LEAST = 1e-15  # probability of a tail, so that the noise which leads to a state is at most 8
@@ -34,7 +35,7 @@ class MixtureWorld(World):
         """Return the path at times t (B,), its rates by differentiation: those that the path itself states may be wrong."""
         t = t.double() if self.path.last_time == 1 else t.double().clamp(max=0.5 + 0.5 * self.path.last_time)
         sizes = lambda time: tuple(self.path.at(time)[:2])  # noqa: E731
-        values, rates = torch.func.jvp(sizes, (t,), (torch.ones_like(t),))  # type: ignore[misc]
+        values, rates = forward_derivative(sizes, (t,), (torch.ones_like(t),))
         return PathPoint(*values, *rates)
 
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """`python launcher.py --prove ...`: the proof of a configured loss, or of a function in a file, in words."""
 
+import ast
 import re
 import runpy
 from collections.abc import Callable
@@ -86,11 +87,26 @@ def function_in(word: str) -> Function:
     return found
 
 
+def functions_of(word: str) -> list[str]:
+    """Return the functions a Python file defines, read from its source; a placeholder where it defines none."""
+    file = Path(word.rstrip(":"))
+    if not file.is_file():
+        raise UserError(f"there is no file {file}; write path/to/file.py:function")
+    try:
+        body = ast.parse(file.read_text(encoding="utf-8")).body
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{file} is not Python: {error}") from error
+    return [node.name for node in body if isinstance(node, ast.FunctionDef)] or ["function"]
+
+
 def prepared(words: list[str]) -> tuple[str, Builder | str, ProbabilityPath | None, list[str], Plan]:
     """Return a command line's name, its objective's builder or why it has none, its path, the worlds and the plan."""
     settings, words = split(words, {"convention": ""})
     files = [word for word in words if re.fullmatch(r"[^=]+\.py:\w+", word)]
     losses = [word for word in words if re.match(r"loss[=/.]", word)]
+    bare = next((word for word in words if re.fullmatch(r"[^=]+\.py:?", word)), None)
+    if bare is not None:
+        raise UserError(f"{bare} names no function; write {bare.rstrip(':')}:{' or '.join(functions_of(bare))}")
     if len(files) > 1 or not (files or losses):
         raise UserError(f"--prove takes one loss: {USAGE}")
     if settings["convention"] not in (CONVENTIONS if files else ()) and settings["convention"]:

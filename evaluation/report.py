@@ -27,7 +27,7 @@ SHOWN_EXTRA = (
 
 
 def score_rows(evaluation: Evaluation) -> list[tuple[str, str, str]]:
-    """Return (name, value +- standard error, noise floor) of each score."""
+    """Return (name, value ± standard error, noise floor) of each score."""
     loss = number(evaluation.values["eval/loss"]) + per_dimension(evaluation)
     return [("eval/loss", loss, ""), *rows_of(evaluation.scores)]
 
@@ -42,12 +42,12 @@ def per_dimension(evaluation: Evaluation) -> str:
     return f" ({evaluation.values['eval/loss'] / numbers:.3g} a dimension)" if plain and numbers >= MANY else ""
 
 
-def with_error(value: float, error: float | None, sign: str = "+-") -> str:
-    return number(value) if error is None else f"{number(value)} {sign} {number(error)}"
+def with_error(value: float, error: float | None) -> str:
+    return number(value) if error is None else f"{number(value)} ± {number(error)}"
 
 
 def rows_of(scores: list[Score]) -> list[tuple[str, str, str]]:
-    """Return (name, value +- standard error, noise floor and what the training set scores) of each score."""
+    """Return (name, value ± standard error, noise floor and what the training set scores) of each score."""
     rows = []
     for score in scores:
         rows.append((score.name, with_error(score.value, score.spread), floor_words(score)))
@@ -223,5 +223,5 @@ def score_line(evaluation: Evaluation) -> str:
     if not evaluation.scores:
         return ""
     score = evaluation.scores[0]
-    floor = "" if score.floor is None else f", noise floor {with_error(score.floor, score.floor_sd or 0, '±')}"
+    floor = "" if score.floor is None else f", noise floor {with_error(score.floor, score.floor_sd or 0)}"
     return f"{score.name.partition('/')[2].replace('_', ' ')} {number(score.value)}{floor}"

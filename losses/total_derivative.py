@@ -1,5 +1,6 @@
 """Derivatives of the mean velocity along the flow, by whatever engine suits the device."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,6 +15,9 @@ from losses.objective import FlowBatch
 Engine = Literal["auto", "func", "separate", "finite_difference"]
 STEP = 2e-3  # of the central difference: in fp32 its rounding (3e-5) and its truncation (4e-6 u''') are both small
 
+# torch's own module of forward derivatives, imported at the first of them, warns of itself.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+
 
 def picked_engine(engine: Engine, device: torch.device) -> Engine:
     """Return auto is func on CUDA; elsewhere finite_difference: on the CPU it costs least, on MPS forward mode has gaps."""
@@ -22,9 +26,7 @@ def picked_engine(engine: Engine, device: torch.device) -> Engine:
     return engine
 
 
-def forward_derivative(
-    function: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor]:
+def forward_derivative(function: Callable[..., Any], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Any, Any]:
     """Return the value at some tensors and its derivative along others, by torch.func.jvp, attention being computed in the
     one form that has a forward derivative.
     """

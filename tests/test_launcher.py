@@ -1,8 +1,10 @@
 """The front door: every mistake is one sentence, exit status 1, and nothing written."""
 
 import json
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,9 @@ MISTAKES = [
     (["run_name=x", "model.width=90000", "model.depth=50"], "weights of this model need at least"),
     (["run_name=x", "log.targets={eval/loss: abc}"], "log.targets takes a group of numbers by name"),
     (["run_name=x", "optimizer=5", "loss.path.x=1"], "optimizer=5 does not exist"),
+    (["run_name=x", "loss.coupling=minibatch_ot"], "is chosen with a slash: write loss/coupling=minibatch_ot; "),
+    (["run_name=x", "loss.path=cosin"], "write loss/path=cosine; the choices are cosine, linear"),
+    (["run_name=x", "+evaluation.metrics.w2={_target_: losses.paths.LinearPath}"], "is not the class of a metric; give one"),
     (["run_name=x", "dataloaders.training=5"], "dataloaders.training takes a group of settings"),
 ]  # fmt: skip
 
@@ -262,3 +267,17 @@ def test_a_dry_run_says_what_would_run_where_and_writes_nothing(backend, tmp_pat
     assert "outputs/runs/x_seed=0" in said and "outputs/runs/x_seed=1" in said
     assert launcher.main(["run_name=x", "--dry-run", "epochs=0"]) == 1
     assert files_below(tmp_path) == []
+
+
+def test_a_bug_is_a_short_traceback_that_ends_with_its_file_and_line(monkeypatch, capsys) -> None:
+    """Twenty calls deep, through a library: what is shown are the last lines of the caller's own code."""
+
+    def deep(levels: int) -> int:
+        return max(range(3), key=lambda _: deep(levels - 1) if levels else textwrap.fill(None))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(launcher, "launch", lambda _: deep(20))
+    assert launcher.main(["run_name=x"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback, without the lines of libraries") and len(lines) <= 22
+    assert not any("textwrap.py" in line for line in lines)
+    assert re.fullmatch(rf"AttributeError in {re.escape(__file__)}, line \d+", lines[-1])

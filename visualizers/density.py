@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from evaluation.pictures import INK, new_figure, save_figure, shared_limits
-from visualizers.scene import Scene, lattice, main, plane
+from visualizers.scene import Scene, lattice, main, makes_points, plane
 
 CELLS = 64  # a side
 LEGEND = "samples and data: logarithmic colours, the darkest a single sample in a cell, white none; difference: linear"
@@ -73,4 +73,4 @@ def draw(scene: Scene) -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], __doc__ or "", draw, n=20_000))
+    sys.exit(main(sys.argv[1:], __doc__ or "", draw, fits=makes_points, n=20_000))

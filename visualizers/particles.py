@@ -20,7 +20,7 @@ import numpy as np
 
 from evaluation.pictures import new_figure, save_figure, shared_limits
 from visualizers.films import film_beside, pixels
-from visualizers.scene import Limits, Scene, frame_times, main, plane, solver_label, walk
+from visualizers.scene import Limits, Scene, frame_times, main, makes_points, plane, solver_label, walk
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,4 +119,4 @@ def filmed(figure: Figure, particles: list[PathCollection], paths: dict[str, np.
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], __doc__ or "", draw, n=1500, frames=31))
+    sys.exit(main(sys.argv[1:], __doc__ or "", draw, fits=makes_points, n=1500, frames=31))

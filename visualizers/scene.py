@@ -35,8 +35,8 @@ Limits = tuple[np.ndarray, np.ndarray]  # lowest and highest corner (2,) of a pa
 DEFAULTS = {
     "ckpt": "", "n": "", "seed": "0", "frames": "", "format": "gif", "out": "", "device": "cpu", "label": "", "trust": "",
 }  # fmt: skip
-KEYS = """Keys: ckpt (a checkpoint; unless given the newest in outputs/ckpts of the working folder, or of the repository
-where that has no outputs), n (how many samples), seed (0), frames (of
+KEYS = """Keys: ckpt (a checkpoint; unless given the newest that can be drawn, in outputs/ckpts of the working folder,
+or of the repository where that has no outputs), n (how many samples), seed (0), frames (of
 a film), format (gif; or mp4, or png for the still alone), out (the folder; outputs/pictures/<run_name> unless given), device
 (cpu), label (a class of a conditional model, or all), trust (modules, as a,b.c, that the
 checkpoint may build parts from), and any solver or guidance setting."""
@@ -201,13 +201,25 @@ def plane(panel: Axes, name: str, low: np.ndarray, high: np.ndarray) -> None:
     panel.tick_params(colors=INK, labelsize=9)
 
 
-def newest_checkpoint() -> Path:
-    """Return the newest save of any architecture. UserError when there is none."""
+def makes_samples(payload: dict[str, Any]) -> bool:
+    """Return whether a save is of a flow, not of a classifier."""
+    return payload["second_time"] is not None
+
+
+def makes_points(payload: dict[str, Any]) -> bool:
+    """Return whether a save is of a flow of points in the plane."""
+    return makes_samples(payload) and list(payload["config"]["dataloaders"]["state_shape"]) == [2]
+
+
+def newest_checkpoint(fits: Callable[[dict[str, Any]], bool] = makes_samples) -> Path:
+    """Return the newest save of any architecture that fits, the newest of all where none does. UserError without any."""
+    from run_files.checkpoint import load_checkpoint
+
     folder = outputs() / "ckpts"
-    saves = sorted(folder.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+    saves = sorted(folder.glob("*/last.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
     if not saves:
         raise UserError(f"there is no checkpoint under {folder}; train one, or give ckpt=<file>")
-    return saves[-1]
+    return saves[0] if len(saves) == 1 else next((save for save in saves if fits(load_checkpoint(save))), saves[0])
 
 
 def outputs_of(checkpoint: Path) -> Path:
@@ -225,9 +237,15 @@ def solver_label(solver: Sampler) -> str:
     return f"{name}, {count} evaluation{'s' * (count > 1)}"
 
 
-def scene(words: list[str], n: int, frames: int, points: int | None = None) -> Scene:
-    """Return the scene a command line asks for; n (points: that of points in the plane) and frames: unless it says
-    otherwise. UserError for what it cannot be.
+def scene(
+    words: list[str],
+    n: int,
+    frames: int,
+    points: int | None = None,
+    fits: Callable[[dict[str, Any]], bool] = makes_samples,
+) -> Scene:
+    """Return the scene a command line asks for; n (points: that of points in the plane), frames and the newest save that
+    fits: unless it says otherwise. UserError for what it cannot be.
     """
     settings, overrides = split(words, DEFAULTS)
     for word in overrides:
@@ -243,7 +261,7 @@ def scene(words: list[str], n: int, frames: int, points: int | None = None) -> S
     if Path(settings["out"]).suffix in (".png", ".gif", ".mp4") or Path(settings["out"]).is_file():
         raise UserError(f"out takes a folder, which the files go to under their own names, not {settings['out']!r}")
     label = settings["label"] if settings["label"] in ("", "all") else whole_number("label", settings["label"], Seed)
-    checkpoint = Path(settings["ckpt"]) if settings["ckpt"] else newest_checkpoint()
+    checkpoint = Path(settings["ckpt"]) if settings["ckpt"] else newest_checkpoint(fits)
 
     from configuration.overrides import settings_from_overrides
     from configuration.stored import allow
@@ -265,14 +283,20 @@ def scene(words: list[str], n: int, frames: int, points: int | None = None) -> S
 
 
 def main(
-    words: list[str], doc: str, draw: Callable[[Scene], list[Path]], n: int, frames: int = 2, points: int | None = None
+    words: list[str],
+    doc: str,
+    draw: Callable[[Scene], list[Path]],
+    n: int,
+    frames: int = 2,
+    points: int | None = None,
+    fits: Callable[[dict[str, Any]], bool] = makes_samples,
 ) -> int:
     """Run one drawing script: print the files it wrote and the seconds it took; return the exit status."""
 
     def carry_out(words: list[str]) -> int:
         program, begun = Path(sys.argv[0]).name, time.perf_counter()
         print(f"{program} ...", end="" if sys.stdout.isatty() else "\n", flush=True)
-        for path in draw(scene(words, n, frames, points)):
+        for path in draw(scene(words, n, frames, points, fits)):
             print(f"\r{path}  {path.stat().st_size / 1024:,.0f} kB")
         print(f"{program}: {time.perf_counter() - begun:.1f} s")
         return 0

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from evaluation.pictures import INK, new_figure, save_figure, shared_limits
-from visualizers.scene import Scene, frame_times, main, plane, solver_label, walk
+from visualizers.scene import Scene, frame_times, main, makes_points, plane, solver_label, walk
 
 SHOWN = 250  # paths drawn; the number is of all n
 
@@ -85,4 +85,4 @@ def draw(scene: Scene) -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], __doc__ or "", draw, n=1000))
+    sys.exit(main(sys.argv[1:], __doc__ or "", draw, fits=makes_points, n=1000))

@@ -21,7 +21,7 @@ import numpy as np
 
 from evaluation.pictures import INK, new_figure, save_figure, shared_limits
 from visualizers.films import film_beside, pixels
-from visualizers.scene import Scene, frame_times, lattice, main, plane, walk
+from visualizers.scene import Scene, frame_times, lattice, main, makes_points, plane, walk
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -191,4 +191,4 @@ def draw(scene: Scene) -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], __doc__ or "", draw, n=1500, frames=31))
+    sys.exit(main(sys.argv[1:], __doc__ or "", draw, fits=makes_points, n=1500, frames=31))

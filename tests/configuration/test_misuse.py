@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ import torch
 
 import launcher
 from common.errors import UserError
+from configuration.build import build
 from configuration.compose import CONFIG_DIR
 from configuration.stored import targets_of
 from dataloaders.array_dataset import ArrayDataset
 from evaluation.generate import data_labels
+from evaluation.prove_command import prepared
 from evaluation.sample import load
 from helpers_cfg import ClassifierFreeGuidance
 from losses.flow_matching_loss import FlowMatchingLoss
@@ -229,7 +232,10 @@ def test_what_a_resumed_run_cannot_change_even_by_force(small_run) -> None:
 
 @pytest.mark.parametrize(
     "target, said",
-    [("losses.flow_matching_loss.Mistyped", "cannot be imported"), ("losses.paths.LinearPath", "is no Objective")],
+    [
+        ("losses.flow_matching_loss.Mistyped", "cannot be imported"),
+        ("losses.paths.LinearPath", "is not the class of a loss"),
+    ],
 )
 def test_a_new_file_in_configs_that_names_no_class_of_its_group_is_one_sentence(
     target: str, said: str, tmp_path: Path, monkeypatch, capsys
@@ -245,3 +251,25 @@ def test_a_new_file_in_configs_that_names_no_class_of_its_group_is_one_sentence(
     error = capsys.readouterr().err
     assert error.startswith(f"launcher.py: loss._target_={target} ") and said in error and error.count("\n") == 1
     targets_of.cache_clear()
+
+
+MLP = {"_target_": "models.flow_matching.mlp.MLP", "state_shape": [2], "width": 8, "depth": 1, "time_frequencies": [1.0]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [({"widht": 8}, r"^models\.flow_matching\.mlp\.MLP takes no widht \(did you mean width\?\); its settings are "),
+     ({"state_shape": ...}, r"^models\.flow_matching\.mlp\.MLP needs state_shape, which nothing gives; add it to its"),
+     ({"_target_": "torch.optim.SGD", "lrr": 1}, r"^torch\.optim\.SGD takes no .*; its settings are lr, momentum")],
+)  # fmt: skip
+def test_a_constructors_argument_that_is_unknown_or_missing_is_named(changes: dict[str, Any], sentence: str) -> None:
+    node = {key: value for key, value in (MLP | changes).items() if value is not ...}
+    with pytest.raises(UserError, match=sentence):
+        build(node, **({"params": []} if "optim" in str(node["_target_"]) else {}))
+
+
+def test_a_file_without_a_function_is_answered_with_those_it_has(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def first(network, x0, x1): ...\ndef second(network, x0, x1): ...\n")
+    for end in ("", ":"):
+        with pytest.raises(UserError, match=r"mine\.py:? names no function; write .*mine\.py:first or second$"):
+            prepared([f"{tmp_path / 'mine.py'}{end}"])

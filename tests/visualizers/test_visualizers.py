@@ -22,7 +22,7 @@ from solvers.flow_map import FlowMapSolver
 from solvers.runge_kutta import Euler
 from visualizers import curves, density, interpolation, memorisation, particles, trajectories, velocity_field, vis_all
 from visualizers.interpolation import slerp
-from visualizers.scene import Scene, interpolated, newest_checkpoint, scene, walk
+from visualizers.scene import Scene, interpolated, makes_points, newest_checkpoint, scene, walk
 
 ROOT = Path(__file__).resolve().parents[2]
 POINTS = ["samples", "one_step", "particles", "trajectories", "velocity_field", "density", "interpolation", "error_budget"]
@@ -150,6 +150,23 @@ def test_outputs_are_those_of_the_working_folder_or_else_the_repositorys(
     assert front.outputs() == Path("outputs")
     with pytest.raises(UserError, match="no checkpoint under outputs/ckpts"):
         newest_checkpoint()
+
+
+def test_the_newest_checkpoint_is_one_that_can_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A classifier, an image model and points, the newest first."""
+    monkeypatch.chdir(tmp_path)
+    saves, payloads = {}, {}
+    kinds = [("resnet", None, [3, 8, 8]), ("unet", "end", [3, 8, 8]), ("mlp", "state", [2])]
+    for age, (arch, second_time, shape) in enumerate(kinds):
+        saves[arch] = Path("outputs/ckpts") / arch / "last.pt"
+        saves[arch].parent.mkdir(parents=True)
+        saves[arch].touch()
+        os.utime(saves[arch], (1000 - age, 1000 - age))
+        payloads[saves[arch]] = {"second_time": second_time, "config": {"dataloaders": {"state_shape": shape}}}
+    monkeypatch.setattr("run_files.checkpoint.load_checkpoint", payloads.__getitem__)
+    assert newest_checkpoint() == saves["unet"] and newest_checkpoint(makes_points) == saves["mlp"]
+    saves["mlp"].unlink()
+    assert newest_checkpoint(makes_points) == saves["resnet"]  # which the drawing refuses in its own words
 
 
 def test_as_many_samples_as_asked_for(checkpoints: dict[str, Path], tmp_path: Path) -> None:
