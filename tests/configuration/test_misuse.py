@@ -118,11 +118,19 @@ def test_a_run_that_failed_before_its_first_step_leaves_its_name_free(
     with pytest.raises(UserError, match=r"loss has shape \[3\], and a loss is one number.*add \.mean\(\)"):
         small_run("x", *words)
     folder = RunFolder(tmp_path / "outputs/runs/x")
+    assert not folder.path.exists()  # it was only tried
+    monkeypatch.setattr("own_loss.Mine.forward", FlowMatchingLoss.forward)
+
+    def fail(*_: Any) -> None:
+        raise UserError("of the first step")
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="of the first step"):
+        patched.setattr("training.loop.train_step", fail)
+        small_run("x", *words)
     status = folder.status.read()
-    assert (status["state"], status["step"]) == ("failed", 0) and "\n" not in status["why"]
+    assert (status["state"], status["step"], status["why"]) == ("failed", 0, "of the first step")
     folder.metrics.append(0, 0, 0.0, {"stale": 1.0})
     folder.metrics.close()
-    monkeypatch.setattr("own_loss.Mine.forward", FlowMatchingLoss.forward)
     small_run("x", *words)
     assert folder.status.read()["state"] == "finished" and "stale" not in folder.metrics.path.read_text()
     assert [path.name for path in folder.path.parent.iterdir()] == ["x"]
