@@ -3,7 +3,7 @@
 import os
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -97,65 +97,63 @@ def unchanged(read: Read) -> Read:
     return read
 
 
-def require_readable(owner: str, reader: Reader, unreadable: int, least: int = 1) -> None:
+def require_readable(data: "StreamDataset", reader: Reader, unreadable: int, least: int = 1) -> None:
     """Raise UserError when fewer than `least` rows can be read."""
     left = len(reader) - unreadable
     if left < least:
         few = f"only {left}" if left else "none"
-        raise UserError(f"{few} of the {len(reader):,} files of {owner} can be read; are they damaged?")
+        raise UserError(f"{few} of the {len(reader):,} files of {type(data).__name__} can be read; are they damaged?")
 
 
 class KeptRows:
     """Rows of a stream that evaluations look at, as stored: read once, when first asked for, and kept in memory.
 
-    numbers: from rows to the numbers by which a reader knows them as they are. owner: what messages call the data.
+    Every method is given the data set they are of: kept here, it would outlive the run, and its workers with it.
     """
 
-    def __init__(self, train: Reader, unseen: Reader, numbers: Callable[[Sequence[int]], list[int]], owner: str):
-        self.train, self.unseen, self.numbers, self.owner = train, unseen, numbers, owner
+    def __init__(self) -> None:
         self.unseen_rows: Read | None = None
         self.seen: tuple[int, Read] | None = None  # how many training rows were asked for, and what there is
         self.pool, self.lent = torch.empty(0), 0  # what is held out, and behind it so many training rows
 
-    def read(self, reader: Reader, rows: Sequence[int], workers: int) -> Read:
+    def read(self, data: "StreamDataset", reader: Reader, rows: Sequence[int]) -> Read:
         """Return rows, without those that cannot be read: nothing stands in for them."""
-        numbers = self.numbers(rows)
+        numbers = data.numbers(rows)
         plan = [Rows(numbers[first : first + 64], 0) for first in range(0, len(numbers), 64)]
         parts, lost = [], set[int]()
-        for asked, read in zip(plan, ReadAhead(reader, workers).batches(plan), strict=True):
+        for asked, read in zip(plan, ReadAhead(reader, data.num_workers).batches(plan), strict=True):
             lost |= set(read.unreadable)
             own = torch.tensor([number not in lost for number in asked.numbers])
             parts.append((read.stored[own], None if read.labels is None else read.labels[own]))
         labels = [label for _, label in parts if label is not None]
         return Read(torch.cat([stored for stored, _ in parts]), torch.cat(labels) if labels else None, sorted(lost))
 
-    def held_out(self, workers: int) -> Read:
+    def held_out(self, data: "StreamDataset") -> Read:
         """Return all that is held out and can be read."""
         if self.unseen_rows is None:
-            kept = self.read(self.unseen, range(len(self.unseen)), workers)
+            kept = self.read(data, data.unseen, range(len(data.unseen)))
             if kept.unreadable:
-                require_readable(self.owner, self.unseen, len(kept.unreadable), LEAST)
-                print(unreadable_line(self.unseen, kept.unreadable, "evaluations do without them"), flush=True)
+                require_readable(data, data.unseen, len(kept.unreadable), LEAST)
+                print(unreadable_line(data.unseen, kept.unreadable, "evaluations do without them"), flush=True)
             self.unseen_rows, self.pool = kept, kept.stored
         return self.unseen_rows
 
-    def real(self, count: int, workers: int) -> Tensor:
+    def real(self, data: "StreamDataset", count: int) -> Tensor:
         """Return all held-out rows, then the same training ones each time until there are `count`, or all."""
-        kept = self.held_out(workers)
-        lacking = max(0, min(count - len(kept.stored), len(self.train)))
+        kept = self.held_out(data)
+        lacking = max(0, min(count - len(kept.stored), len(data.train)))
         if lacking > self.lent:
-            rows = np.random.RandomState(0).permutation(len(self.train))[:lacking].tolist()
-            self.pool, self.lent = torch.cat([kept.stored, self.read(self.train, rows, workers).stored]), lacking
+            rows = np.random.RandomState(0).permutation(len(data.train))[:lacking].tolist()
+            self.pool, self.lent = torch.cat([kept.stored, self.read(data, data.train, rows).stored]), lacking
             self.unseen_rows = kept._replace(stored=self.pool[: len(kept.stored)])  # the same memory
         return self.pool[: len(kept.stored) + lacking]
 
-    def training(self, count: int, workers: int) -> Read:
+    def training(self, data: "StreamDataset", count: int) -> Read:
         """Return `count` training rows, the same ones each time."""
         if self.seen is None or self.seen[0] != count:
-            rows = np.random.RandomState(1).permutation(len(self.train))[:count].tolist()
-            self.seen = count, self.read(self.train, rows, workers)
-            lost = len(self.seen[1].unreadable)
-            require_readable(self.owner, self.train, lost, len(self.train) - len(rows) + 1)
+            rows = np.random.RandomState(1).permutation(len(data.train))[:count].tolist()
+            self.seen = count, self.read(data, data.train, rows)
+            require_readable(data, data.train, len(self.seen[1].unreadable), len(data.train) - len(rows) + 1)
         return self.seen[1]
 
 
@@ -187,7 +185,7 @@ class StreamDataset(FlowDataset):
         self.train, self.unseen = train, unseen
         self.device = torch.device("cpu")
         self.ahead: ReadAhead | None = None
-        self.kept = KeptRows(train, unseen, self.numbers, type(self).__name__)
+        self.kept = KeptRows()
         self.unreadable: set[int] = set()
 
     @abstractmethod
@@ -222,7 +220,7 @@ class StreamDataset(FlowDataset):
         try:
             for read in self.ahead.batches(rows):
                 self.unreadable.update(read.unreadable)
-                require_readable(type(self).__name__, self.train, len(self.unreadable))
+                require_readable(self, self.train, len(self.unreadable))
                 yield self.augmented(*self.batch_of(read.stored, read.labels, plan.generator), plan.generator)
         finally:
             if len(self.unreadable) > known:
@@ -243,18 +241,18 @@ class StreamDataset(FlowDataset):
 
     def held_out(self, count: int, generator: torch.Generator) -> Batch:
         """Return a random subset of the held-out part; all of it when `count` is larger."""
-        kept = self.kept.held_out(self.num_workers)
+        kept = self.kept.held_out(self)
         index = torch.randperm(len(kept.stored), generator=generator, device=generator.device)[:count].cpu()
         return self.batch_of(kept.stored[index], None if kept.labels is None else kept.labels[index], generator)
 
     def training_part(self, count: int) -> Batch:
         """Read once and kept as stored."""
-        part = self.kept.training(count, self.num_workers)
+        part = self.kept.training(self, count)
         return self.batch_of(part.stored, part.labels, torch.Generator(self.device).manual_seed(0))
 
     def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return a random disjoint split of the held-out part and, where that is too small, of training rows beside it."""
-        real = self.kept.real(first + second, self.num_workers)
+        real = self.kept.real(self, first + second)
         first, second = pair_sizes(first, second, len(real))
         index = torch.randperm(len(real), generator=generator, device=generator.device).cpu()
         parts = index[:first], index[first:][:second]

@@ -46,8 +46,7 @@ def of_tensor(dataset: TensorDataset, device: torch.device) -> Iterator[Tensor]:
 def of_stream(dataset: StreamDataset, device: torch.device) -> Iterator[Tensor]:
     """Yield the held-out part, which evaluations keep in memory, and some training rows: small sets' floors borrow those."""
     some = np.random.RandomState(0).permutation(len(dataset.train))[:BORROWED].tolist()
-    workers = dataset.num_workers
-    for read in (dataset.kept.held_out(workers), dataset.kept.read(dataset.train, some, workers)):
+    for read in (dataset.kept.held_out(dataset), dataset.kept.read(dataset, dataset.train, some)):
         yield from (part for part in (read.stored, read.labels) if part is not None)
 
 
