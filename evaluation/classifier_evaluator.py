@@ -4,7 +4,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import UserError, printable
@@ -51,8 +50,10 @@ def confusion_matrix(label: Tensor, predicted: Tensor, classes: int) -> Tensor:
 
 
 class ClassifierEvaluator(Evaluator):
-    """eval/accuracy, eval/accuracy_top5 (of more than 5 classes), eval/accuracy_class_<k>, eval/accuracy_class_min and the
-    loss as trained. samples / final_samples: held-out images judged during the run / at its end, at most, always the same.
+    """eval/accuracy, eval/accuracy_top5 (of more than 5 classes), eval/accuracy_class_<k>, eval/accuracy_class_min, means
+    over the classes of precision, recall and F1, eval/mcc, eval/calibration_error and the loss as trained.
+
+    samples / final_samples: held-out images judged during the run / at its end, at most, always the same.
     """
 
     def __init__(self, samples: CountFrom2, final_samples: CountFrom2, batch_size: Count = 1024):
@@ -74,7 +75,7 @@ class ClassifierEvaluator(Evaluator):
         assert label is not None
         with watched(network, f"evaluation, {len(images):,} images", len(images)):
             logits = torch.cat([network(part) for part in images.split(self.batch_size)]).float()
-        loss = F.cross_entropy(logits, label, label_smoothing=objective.label_smoothing).item()
+        loss = objective.loss_of(logits, label).item()
         confusion = confusion_matrix(label, logits.argmax(1), network.num_classes)
         scores = self.scores(logits, label, confusion)
         values = {"eval/loss": loss}
@@ -92,4 +93,37 @@ class ClassifierEvaluator(Evaluator):
         if classes > 5:
             scores.append(share_score("eval/accuracy_top5", right.any(1), note))
         worst, extra = min(named.values()), named if classes <= CLASSES_LOGGED else None
-        return [*scores, Score("eval/accuracy_class_min", worst, extra=extra, note=note)]
+        scores.append(Score("eval/accuracy_class_min", worst, extra=extra, note=note))
+        means = {f"eval/{name}_macro": macro(shares, confusion) for name, shares in by_class(confusion).items()}
+        means |= {"eval/mcc": matthews(confusion), "eval/calibration_error": calibration_error(logits, label)}
+        return scores + [Score(name, value, note=note) for name, value in means.items()]
+
+
+def by_class(confusion: Tensor) -> dict[str, Tensor]:
+    """Return precision, recall and F1 of each class (K,), 0 where nothing was taken for it, or it has no images."""
+    right, taken, there = confusion.diag().double(), confusion.sum(0), confusion.sum(1)
+    share = lambda whole: right / whole.clamp(min=1)  # noqa: E731
+    return {"precision": share(taken), "recall": share(there), "f1": 2 * right / (taken + there).clamp(min=1)}
+
+
+def macro(shares: Tensor, confusion: Tensor) -> float:
+    """Return the mean over the classes that have images, or that images are taken for."""
+    met = confusion.sum(0) + confusion.sum(1) > 0
+    return shares[met].mean().item()
+
+
+def matthews(confusion: Tensor) -> float:
+    """Return the correlation of class and answer over all classes (Gorodkin 2004); 0 where all have one answer."""
+    taken, there, total = confusion.sum(0).double(), confusion.sum(1).double(), confusion.sum().double()
+    covariance = confusion.diag().sum() * total - taken @ there
+    size = ((total.square() - taken @ taken) * (total.square() - there @ there)).sqrt()
+    return (covariance / size).item() if size > 0 else 0.0
+
+
+def calibration_error(logits: Tensor, label: Tensor, bins: int = 15) -> float:
+    """Return how far certainty and accuracy are apart, the mean over images in equal bins of certainty (Guo et al. 2017)."""
+    certainty, answer = logits.double().softmax(1).max(1)
+    place = (certainty * bins).ceil().long().clamp(1, bins) - 1
+    sums = torch.zeros(bins, dtype=torch.float64, device=logits.device)
+    apart = sums.index_add(0, place, (answer == label).double() - certainty)
+    return (apart.abs().sum() / len(label)).item()

@@ -11,7 +11,7 @@ import torch
 
 from dataloaders.base_dataloaders import Batch
 from dataloaders.tensor_dataset import TensorDataset
-from evaluation.classifier_evaluator import ClassifierEvaluation
+from evaluation.classifier_evaluator import ClassifierEvaluation, by_class
 from evaluation.evaluator import Evaluation, GeneratorEvaluation
 from evaluation.metrics.base_metric import Absent, Decode, Score, as_images, number
 from evaluation.metrics.distances import nearest, squared_distances
@@ -131,13 +131,15 @@ def wrapped(line: str) -> str:
 
 
 def class_table(evaluation: ClassifierEvaluation) -> str:
-    """Return a Markdown table: of each class its held-out images, its accuracy, and what it is most often taken for."""
-    lines = ["| class | images | accuracy | most often taken for |", "|---|---|---|---|"]
+    """Return a Markdown table: of each class its held-out images, accuracy, precision, F1, and what it is taken for most."""
+    lines = ["| class | images | accuracy | precision | F1 | most often taken for |", "|---|---|---|---|---|---|"]
+    found = by_class(evaluation.confusion)
     names = [re.sub(r"([|<&`])", r"\\\1", name) for name in evaluation.names]
     wrong = evaluation.confusion - evaluation.confusion.diag().diag()
     for k, (row, share) in enumerate(zip(wrong, evaluation.class_accuracy.tolist(), strict=True)):
         mistaken = f"{names[int(row.argmax())]} ({int(row.max())} times)" if row.any() else ""
-        lines.append(f"| {names[k]} | {int(evaluation.confusion[k].sum())} | {share:.1%} | {mistaken} |")
+        more = " | ".join(f"{found[name][k]:.1%}" for name in ("precision", "f1"))
+        lines.append(f"| {names[k]} | {int(evaluation.confusion[k].sum())} | {share:.1%} | {more} | {mistaken} |")
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from run_files.run_lock import RunLock
 from run_files.stored_values import as_object, is_number, json_number, note_once, numbers_in, read_text
 
 HIGHER_IS_BETTER = (  # in metric names
-    "accuracy", "inception_score", "precision", "recall", "density", "coverage", "class_share_min",
+    "accuracy", "f1_macro", "inception_score", "mcc", "precision", "recall", "density", "coverage", "class_share_min",
 )  # fmt: skip
 BY_TIME = tuple(f"_t{k}" for k in range(8))  # ends of the names of a score's values at eight times
 COPIES = 0.5  # oracle/copying from which on down a network is said to copy its training rows

@@ -190,10 +190,10 @@ def test_the_evaluator_counts_right_answers_by_class(classes: int, tmp_path: Pat
     assert evaluation.confusion.sum() == len(held_out)
     assert torch.equal(evaluation.confusion.sum(1), held_out.bincount())
     assert evaluation.confusion[1, 2] == (held_out == 1).sum() and evaluation.confusion[1, 1] == 0
-    assert f"| 1 | {int((held_out == 1).sum())} | 0.0% | 2 (" in class_table(evaluation)
+    assert f"| 1 | {int((held_out == 1).sum())} | 0.0% | 0.0% | 0.0% | 2 (" in class_table(evaluation)
     dataset.class_names = [f"kind\n| $k{k}\x1b\udcff" for k in range(classes)]
     evaluation = evaluator.evaluate(EvaluationInputs(CrossEntropyLoss(Confused(classes)), *parts))
-    named = rf"| kind \| $k1\x1b\udcff | {int((held_out == 1).sum())} | 0.0% | kind \| $k2\x1b\udcff ("
+    named = rf"| kind \| $k1\x1b\udcff | {int((held_out == 1).sum())} | 0.0% | 0.0% | 0.0% | kind \| $k2\x1b\udcff ("
     assert named in class_table(evaluation)
     assert draw_picture(tmp_path / "picture.png", evaluation, "x")
     assert Image.open(tmp_path / "picture.png").size[0] >= 600
