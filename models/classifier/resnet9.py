@@ -32,8 +32,13 @@ class ResNet9(Classifier):
     """
 
     def __init__(
-        self, state_shape: list[Count], num_classes: SizeOr0, width: Size = 64, norm: Norm = "batch", dropout: ShareBelow1 = 0.0
-    ):  # fmt: skip
+        self,
+        state_shape: list[Count],
+        num_classes: SizeOr0,
+        width: Size = 64,
+        norm: Norm = "batch",
+        dropout: ShareBelow1 = 0.0,
+    ):
         super().__init__()
         if min(state_shape[1:]) < 8:
             raise UserError(f"model=resnet9 halves images three times, and these are {state_shape[1]}x{state_shape[2]}")

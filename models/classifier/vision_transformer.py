@@ -1,5 +1,7 @@
 """Vision transformers for small and large images."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -39,16 +41,15 @@ class VisionTransformer(Classifier):
         self.patches = nn.Conv2d(channels, width, side, side)
         self.token = nn.Parameter(torch.zeros(1, 1, width))
         self.position = nn.Parameter(torch.empty(1, 1 + (high // side) * (wide // side), width))
-        block = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True)
-        self.blocks = nn.TransformerEncoder(block, depth, nn.LayerNorm(width), enable_nested_tensor=False)
+        block = partial(
+            nn.TransformerEncoderLayer, width, heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.Sequential(*(block() for _ in range(depth)), nn.LayerNorm(width))
         self.head = nn.Linear(width, num_classes)
 
     def init_weights(self) -> None:
-        """Draw positions of standard deviation 0.02; every block has weights of its own."""
+        """Draw positions of standard deviation 0.02; the rest as torch has it."""
         nn.init.normal_(self.position, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.MultiheadAttention):
-                module._reset_parameters() if isinstance(module, nn.MultiheadAttention) else module.reset_parameters()
 
     def features(self, images: Tensor) -> Tensor:
         tokens = self.patches(images).flatten(2).transpose(1, 2)

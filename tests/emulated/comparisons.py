@@ -30,6 +30,7 @@ TRAINING = ["evaluation=loss_only", "callbacks=none", *FEW]
 SMALL_MODELS = {  # what makes a model of configs/model small; images but for mlp
     "mlp": POINTS, "cnn": ["model.width=8", "model.inner_width=16", "model.embedding=16"],
     "unet_small": ["model.width=8", "model.multipliers=[1,1]"], "small_cnn_classifier": ["model.width=8"],
+    "resnet9": ["model.width=8"], "vit_tiny": ["model.width=16", "model.depth=2"],
 }  # fmt: skip
 STEPS = 4
 

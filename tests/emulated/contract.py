@@ -42,7 +42,7 @@ from tests.emulated.comparisons import (
 )
 from tests.emulated.faults import planted_cases
 
-CLASSIFIERS = {"small_cnn_classifier", "resnet18"}
+CLASSIFIERS = {"small_cnn_classifier", "resnet9", "vit_tiny"}
 
 
 @cache

@@ -37,7 +37,12 @@ NAMES = [
     if OmegaConf.load(CONFIG_DIR / f"model/{name}.yaml")["_target_"].startswith("models.classifier.")
 ]
 every_classifier = pytest.mark.parametrize("name", NAMES)
-PARAMETERS = {"resnet18": 11_173_962, "small_cnn_classifier": 480_450}  # of 3x32x32 and 1x8x8 images in 10 classes
+PARAMETERS = {
+    "resnet18": 11_173_962,
+    "resnet9": 6_573_120,
+    "small_cnn_classifier": 480_450,
+    "vit_base": 85_152_010,
+}  # of 3x32x32 and 1x8x8 images in 10 classes
 SHAPES = {"small_cnn_classifier": [1, 8, 8]}
 SMALL = ["model.width=8", "loss=cross_entropy", "dataloaders=digits", "dataloaders.epoch_size=1438"]
 
@@ -86,7 +91,8 @@ def test_every_parameter_can_learn_and_dropout_is_of_training_alone(name: str) -
 @every_classifier
 def test_the_compiled_loss_is_the_eager_one(name: str) -> None:
     """Traced whole; no kernels are generated."""
-    loss = CrossEntropyLoss(fresh(name, "model.width=8"), label_smoothing=0.1).train()
+    shallow = ["model.depth=2"] * name.startswith("vit_")
+    loss = CrossEntropyLoss(fresh(name, "model.width=8", *shallow), label_smoothing=0.1).train()
     batch = LabelledBatch(images(name), torch.arange(4))
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
     assert torch.allclose(compiled(batch)["loss"], loss(batch)["loss"], rtol=1e-4)
