@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.ranges import Interval, NotNegative
+from common.ranges import Interval, NotNegative, ShareBelow1
 from losses.objective import FlowObjective
+from losses.predictions import DataPrediction, VelocityPrediction
 from models.inputs import split_unified_flow_matching_input
 from models.velocity_model import VelocityModel
 
@@ -82,6 +83,47 @@ class ClassifierFreeGuidance(Guidance):
             raise UserError(
                 "guidance=cfg needs a model that has also learned without the class, and this one was trained with "
                 "loss.label_dropout=0; train it with loss.label_dropout=0.1, or use guidance=autoguidance"
+            )
+
+
+class ZeroStarGuidance(ClassifierFreeGuidance):
+    """CFG-Zero*: s v_null + scale (v_c - s v_null), s = <v_c, v_null> / |v_null|^2 in each sample (Fan et al. 2025, arXiv
+    2503.18886): only the part of v_c that is orthogonal to v_null is scaled.
+
+    zero_until: before this time the velocity is 0, the paper's zero-init; 0 for none. In one dimension s v_null is v_c, and
+    nothing is guided. Raises UserError for an objective whose network does not predict velocities, and with zero_until for
+    one that learns a flow map.
+    """
+
+    def __init__(
+        self, network: VelocityModel, scale: NotNegative, interval: Interval = (0.0, 1.0), zero_until: ShareBelow1 = 0.0
+    ):
+        super().__init__(network, scale, interval)
+        self.zero_until = zero_until
+
+    def combine(self, unified_input: Tensor, weak: Tensor, strong: Tensor, known: Tensor | bool = True) -> Tensor:
+        """Return the guided velocity (B, ...) as `Guidance.combine` does, 0 before zero_until."""
+        guided = super().combine(unified_input, weak, strong, known)
+        if not self.zero_until:
+            return guided
+        early = split_unified_flow_matching_input(unified_input)[1][:, 0] < self.zero_until
+        return guided * ~early.reshape(-1, *(1,) * (strong.ndim - 1))
+
+    def extrapolated(self, weak: Tensor, strong: Tensor) -> Tensor:
+        inner, square = (strong * weak).flatten(1).sum(1), weak.square().flatten(1).sum(1)
+        share = (inner / square.clamp(min=1e-12)).reshape(-1, *(1,) * (strong.ndim - 1))
+        return super().extrapolated(share * weak, strong)
+
+    def check(self, objective: FlowObjective) -> None:
+        super().check(objective)
+        if not isinstance(objective.prediction, VelocityPrediction):
+            raise UserError(
+                "guidance=cfg_zero_star projects velocities, and this network predicts "
+                f"{'x1' if isinstance(objective.prediction, DataPrediction) else 'x0'}; use guidance=cfg"
+            )
+        if self.zero_until and objective.learns != "velocity":
+            raise UserError(
+                "guidance.zero_until stops the states of early times, and a flow map crosses them in one step; leave it at 0"
             )
 
 

@@ -13,7 +13,8 @@ from common.errors import UserError
 from common.files import in_working_folder
 from configuration.build import build
 from configuration.checks import check_contradictions, check_devices, check_memory, check_values
-from configuration.compose import compose_config, parse_overrides, resolved, without
+from configuration.compose import compose_config, parse_overrides, resolved, typed_keys, without
+from configuration.nodes import rebuilt
 from configuration.overrides import differences, laid_over
 from configuration.stored import (
     AS_TYPED,
@@ -33,14 +34,63 @@ from run_files.stored_values import CONFIG_REMEDY
 
 DRAWN = "dataloaders.synthetic."  # data made of numbers alone, which is built at once to see whether they fit
 NOTED = ("epochs", "max_steps", "device", "devices", "guidance")  # what may change freely and is noted in the log
+# Of a command, what its teacher does not share: who it is, what it learns by and for how long.
+OF_ONE_RUN = (
+    "run_name", "experiment", "teacher", "loss", "solver", "guidance", "optimizer", "schedule", "ema", "epochs", "max_steps",
+    "batch_size", "gradient_accumulation_steps", "log", "resume", "overwrite", "init_from", "eval_checkpoint",
+)  # fmt: skip
+NOT_THE_TEACHERS = ("run_name", "teacher", "resume", "overwrite", "eval_checkpoint")
+SHARED = ("dataloaders", "source", "model")  # groups whose choices it has from the run it is for, typed or not
 # Of a whole config.yaml, from its first keys to its last.
 WRITTEN = ("run_name", "dataloaders", "model", "loss", "optimizer", "choices", "overrides", "changed")
 
 
 def submit(config: dict[str, Any]) -> RunResult:
-    """Hand a prepared configuration to its backend; returns what came of it."""
+    """Hand a prepared configuration to its backend, its teacher's first; returns what came of it."""
     backend: Backend = build(config["backend"])
+    if config.get("teacher") and not (backend.elsewhere or config["resume"] or config["eval_checkpoint"]):
+        train_teacher(config)
     return result_of(config, backend.submit(config["overrides"], config))
+
+
+def teacher_words(config: dict[str, Any]) -> list[str]:
+    """Return the command of the run that is trained before this one: its data and network, what was typed of anything that
+    is not training alone, and the words of teacher=. UserError for words that are not the teacher's to say.
+    """
+    own = config["teacher"].split()
+    if taken := [key for key in typed_keys(own) if key in NOT_THE_TEACHERS]:
+        raise UserError(f"teacher= names what a run is trained by, such as loss=mse; leave {taken[0]} out of it")
+    typed = zip(config["overrides"], typed_keys(config["overrides"]), strict=True)
+    words = [word for word, key in typed if re.split(r"[./@]", key)[0] not in OF_ONE_RUN] + own
+    chosen = [f"{group}={config['choices'][group]}" for group in SHARED if group not in typed_keys(words)]
+    return [*chosen, *words, f"run_name={config['run_name']}_teacher"]
+
+
+def with_teacher(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with the save that its teacher will leave in place of the teacher's name. UserError for
+    words that make no such run.
+    """
+    teacher = resolved(compose_config(teacher_words(config)))
+    check_values(teacher)
+    check_contradictions(teacher)
+    name, place = teacher["run_name"], Path(teacher["output_dir"]) / "ckpts" / teacher["choices"]["model"]
+    save = lambda node: {k: str(place / f"{name}_last.pt") if v == name else v for k, v in node.items()}  # noqa: E731
+    if config["resume"] and not run_folder_of(config).config_path.is_file() and run_folder_of(teacher).config_path.is_file():
+        config |= {"resume": False, "overrides": without(config["overrides"], ("resume",))}  # stopped in the teacher's time
+    return config | {"loss": rebuilt(config["loss"], save)}
+
+
+def train_teacher(config: dict[str, Any]) -> None:
+    """Train the run whose words are teacher=, go on with it, or leave it as it is where it has finished."""
+    words = teacher_words(config)
+    made = begun_job(words, resolved(compose_config(words)))
+    if not isinstance(made, RunResult):
+        print(f"first its teacher: python launcher.py {shlex.join(made)}", flush=True)
+        submit(prepare(made))
+    elif made.state == OF_ANOTHER:
+        raise UserError(f"another process trains the teacher {made.name}; give the same command when it has finished")
+    else:
+        print(f"its teacher {made.name} has been trained", flush=True)
 
 
 def describe(config: dict[str, Any]) -> str:
@@ -54,6 +104,9 @@ def describe(config: dict[str, Any]) -> str:
     elif config["eval_checkpoint"]:
         what = f"scores {config['eval_checkpoint']}"
     else:
+        lines |= (
+            {"teacher, first": shlex.join(["python", "launcher.py", *teacher_words(config)])} if config["teacher"] else {}
+        )
         lines |= {
             "run folder": str(folder.path) + (" (goes on)" if config["resume"] else ""),
             "checkpoints": str(Path(config["output_dir"]) / "ckpts" / choices["model"]),
@@ -77,6 +130,8 @@ def prepare(overrides: list[str]) -> dict[str, Any]:
         "overrides": overrides,
         "changed": {},
     }
+    if config["teacher"]:
+        config = with_teacher(config)
     allow_for(config)
     check_new_parts(config)
     if not config["resume"]:
@@ -109,6 +164,14 @@ def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
     for that, when there is no such run, or when a setting that matters differs and resume is not `force`.
     """
     folder = run_folder_of(config)
+    if (
+        not folder.config_path.is_file()
+        and run_folder_of(config | {"run_name": f"{folder.name}_teacher"}).config_path.is_file()
+    ):
+        raise UserError(
+            f"of the run {folder.name} only the teacher has begun, {folder.name}_teacher; give the whole command of "
+            f"{folder.name} again, which goes on with it"
+        )
     if not folder.config_path.is_file():
         raise UserError(
             f"there is no run {config['run_name']} in {folder.path.parent} to resume; "
@@ -190,7 +253,7 @@ def begun_job(overrides: list[str], config: dict[str, Any]) -> list[str] | RunRe
     begun, result = folder.config_path.is_file(), result_of(config)
     if begun and settings_of(folder.read_config().get("overrides", [])) != settings_of(overrides):
         raise UserError(
-            f"run {folder.name} exists in {folder.path.parent} from another command; give this sweep another run_name, "
+            f"run {folder.name} exists in {folder.path.parent} from another command; choose another run_name, "
             "or remove that run"
         )
     if result.state == OF_ANOTHER or (begun and result.state == "finished"):

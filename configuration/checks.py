@@ -64,7 +64,7 @@ def of_new_runs(config: dict[str, Any]) -> Iterator[tuple[bool, str]]:
     )
     yield bool(guidance and classifies), "guidance steers samples, and a classifier makes none; leave guidance out"
     yield (
-        "ClassifierFree" in str(guidance) and not config["conditional"],
+        any(kind in str(guidance) for kind in ("ClassifierFree", "ZeroStar")) and not config["conditional"],
         "guidance=cfg requires a class-conditional model; add conditional=true, or leave guidance out",
     )
     walks_map, training = config["solver"]["_target_"].endswith(".FlowMapSolver"), config["loss"]["training"]

@@ -42,6 +42,7 @@ BASES = {
     "source": "dataloaders.sources.Source",
     "solver": "solvers.base_solver.Sampler",
     "solver.grid": "solvers.time_grids.TimeGrid",
+    "solver.diffusion": "solvers.sde.Diffusion",
     "guidance": "helpers_cfg.Guidance",
     "vae": "torch.nn.Module",
     "optimizer": "torch.optim.Optimizer",

@@ -66,6 +66,7 @@ SETTINGS: dict[str, Setting] = {
     "resume": Setting(Literal[True, False, "force"], free=True, neutral=True),
     "overwrite": Setting(Literal[True, False, "unsaved"], free=True, neutral=True),
     "init_from": Setting(FilePath | None, free=True),
+    "teacher": Setting(Name | None),
     "eval_checkpoint": Setting(FilePath | None, free=True, neutral=True),
     "trust": Setting(list[str] | str | None, free=True, neutral=True),
     "show": Setting(bool, free=True, neutral=True),

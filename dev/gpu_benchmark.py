@@ -21,7 +21,7 @@ from dev.contestant import Contestant, wait
 
 Table = tuple[str, list[dict[str, Any]]]
 UNABLE = (RuntimeError, NotImplementedError, TypeError, AssertionError, UserError)  # how a device says that it cannot
-NOT_ON_POINTS = ("cross_entropy", "reflow")
+NOT_ON_POINTS = ("cross_entropy", "reflow", "distillation")
 STEPS, AGREES = 4, 1e-3  # steps compared with the CPU's, and the largest relative difference of a loss
 MODES = {"eager": "", "bf16": "precision=bf16", "compiled": "compile=true",
          "reduce-overhead": "compile=true compile_mode=reduce-overhead",

@@ -42,7 +42,13 @@ def build_source(config: dict[str, Any], device: torch.device) -> Source:
 
 
 def build_solver(config: dict[str, Any]) -> Sampler:
+    """Return the solver. UserError for one that needs Gaussian noise on another source."""
     solver: Sampler = build(config["solver"])
+    if solver.gaussian_source and build_source(config, torch.device("cpu")).gaussian_std is None:
+        raise UserError(
+            f"solver={config['choices'].get('solver')} adds Gaussian noise as the source has it, and "
+            f"source={config['choices']['source']} is no centred Gaussian; use solver=midpoint, or source=gaussian"
+        )
     return solver
 
 

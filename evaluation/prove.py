@@ -21,6 +21,7 @@ from common.errors import UserError
 from common.seeds import fork_generators, generator_for, stream_seed
 from dataloaders.sources import GaussianSource
 from evaluation.exact_worlds import MixtureWorld
+from losses.couplings import Paths, ReflowCoupling
 from losses.flow_map_objective import FlowMapObjective
 from losses.objective import FlowObjective, Objective
 from losses.paths import ProbabilityPath
@@ -160,6 +161,15 @@ class Stage:
         return "undecided" if self.reason or not self.seen < ENOUGH else "stationary"
 
 
+def exact_paths(world: MixtureWorld, classes: int, points: int) -> Paths:
+    """Return STATES paths of the exact flow at so many times, for a loss that learns from those of teacher=exact."""
+    generator, times = generator_for(0, "prove/paths"), world.path.last_time * torch.linspace(0, 1, points)
+    label = world.sample(STATES, generator)[1] if classes else None
+    x0 = torch.randn(STATES, 1, generator=generator)
+    later = [world.flow_map(x0, times[0].expand(STATES), t.expand(STATES), label).float() for t in times[1:]]
+    return Paths(torch.stack([x0, *later]), times, label)
+
+
 Builder = Callable[[VelocityModel], Objective]
 
 
@@ -172,6 +182,8 @@ class Proof:
         assert isinstance(probe, Probe)
         if isinstance(objective, FlowMapObjective) and objective.teacher:
             objective.follow(lambda z, r, label: world.velocity(z, r, r, label))
+        if isinstance(objective.coupling, ReflowCoupling):
+            objective.coupling.made = exact_paths(world, probe.num_classes, objective.coupling.points)
         probe.teach(objective, exact, world, intervals=has_intervals(objective, plan.rows))
         self.probe, self.teacher = probe, copy.deepcopy(objective).requires_grad_(False) if objective.needs_teacher else None
 

@@ -2,15 +2,29 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from common.ranges import Count
+from common.ranges import Count, CountFrom2
 
 PRICED_FROM, SINKHORN_STEPS = 128, 40  # rows from which prices save more than they cost
+EXACT = "exact"  # as the name of a teacher: the exact flow of data whose flow is known
 Pairs = tuple[Tensor, Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Paths:
+    """B paths from noise to data: states (P, B, ...) at times (P,), label (B,) or None. of_data: along the marginal flow of
+    independent pairs, as far as it was learned.
+    """
+
+    states: Tensor
+    times: Tensor
+    label: Tensor | None
+    of_data: bool = True
 
 
 class Coupling(ABC):
@@ -76,20 +90,26 @@ class ReflowCoupling(Coupling):
     """Pairs (x0, X(x0)) of noise and where a trained flow carries it, in place of the batch's own (Liu et al. 2022,
     arXiv 2209.03003): training on them straightens the flow, so that few solver steps suffice.
 
-    teacher: a checkpoint. count: pairs made once, when first asked for; batches are drawn from them. make_pairs: called as
-    make_pairs(teacher, count, like), returns them; see evaluation.reflow.TeacherPairs.
+    teacher: a checkpoint. count: paths made once, when first asked for; batches are drawn from them. points: how many states
+    of a path are kept, its ends included. make_pairs: called as make_pairs(teacher, count, like, points), returns them; see
+    evaluation.reflow.TeacherPairs.
     """
 
-    def __init__(self, teacher: str, count: Count, make_pairs: Callable[[str, int, Tensor], Pairs]):
-        self.teacher, self.count, self.make_pairs = teacher, count, make_pairs
-        self.pairs: Pairs | None = None
+    def __init__(self, teacher: str, count: Count, make_pairs: Callable[..., Paths], points: CountFrom2 = 2):
+        self.teacher, self.count, self.points, self.make_pairs = teacher, count, points, make_pairs
+        self.made: Paths | None = None
 
     def pair(self, x0: Tensor, x1: Tensor, label: Tensor | None, generator: torch.Generator) -> Pairs:
-        if self.pairs is None:
-            self.pairs = self.make_pairs(self.teacher, self.count, x1)
-        source, target, classes = self.pairs
-        rows = torch.randint(self.count, (len(x1),), generator=generator, device=x1.device)
-        return source[rows], target[rows], None if classes is None else classes[rows]
+        paths = self.paths(x1, generator)
+        return paths.states[0], paths.states[-1], paths.label
+
+    def paths(self, like: Tensor, generator: torch.Generator) -> Paths:
+        """Return as many paths as `like` (B, ...) has rows."""
+        if self.made is None:
+            self.made = self.make_pairs(self.teacher, self.count, like, self.points)
+        label, size = self.made.label, (len(like),)
+        rows = torch.randint(self.made.states.shape[1], size, generator=generator, device=like.device)
+        return replace(self.made, states=self.made.states[:, rows], label=None if label is None else label[rows])
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ReflowCoupling":
-        return self  # the EMA objective draws from the same pairs
+        return self  # the EMA objective draws from the same paths

@@ -21,8 +21,9 @@ FILES = {
 
 def check_files(config: dict[str, Any]) -> None:
     """Raise UserError for a file that should be there, or an output folder that cannot be written."""
+    unneeded = {"init_from"} if config["resume"] else {"loss.coupling.teacher"} if config.get("teacher") else set()
     for key, wanted in FILES.items():
-        path = None if key == "init_from" and config["resume"] else lookup(config, key)
+        path = None if key in unneeded else lookup(config, key)
         if path is not None and (key, path) != ("loss.teacher", "exact") and not Path(path).is_file():
             raise UserError(f"{key}={path} is not a file; give {wanted}")
     saves = f"ckpts/{config['choices']['model']}"

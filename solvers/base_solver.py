@@ -25,11 +25,14 @@ class Sampler(ABC):
     """Carries noise to data by what an objective has learned, over the intervals of a time grid that ends at t = 1.
 
     evaluations: network evaluations a sample took last time (NFE); one under guidance costs two forward passes.
-    renoises: whether a sample depends on fresh noise besides its x0, so that it has no one true end.
+    renoises: whether a sample depends on fresh noise besides its x0, so that it has no one true end. has_path: whether its
+    states go on from each other. gaussian_source: whether it needs noise of a centred Gaussian.
     Raises UserError when `steps` is not a whole number of at least 1.
     """
 
     renoises: bool = False
+    has_path: bool = True
+    gaussian_source: bool = False
 
     def __init__(self, steps: Steps = 25, grid: TimeGrid | None = None):
         if not isinstance(steps, int) or steps < 1:
@@ -44,11 +47,25 @@ class Sampler(ABC):
         return self.steps
 
     @abstractmethod
-    def sample(self, flow: FlowObjective, x0: Tensor, label: Tensor | None, fresh: FreshNoise) -> Tensor:
-        """Return samples (B, ...) from the noise x0 (B, ...), for label (B,) or None."""
+    def sample(
+        self,
+        flow: FlowObjective,
+        x0: Tensor,
+        label: Tensor | None,
+        fresh: FreshNoise,
+        callback: StepCallback | None = None,
+    ) -> Tensor:
+        """Return samples (B, ...) from the noise x0 (B, ...), for label (B,) or None. callback sees (state, time) at every
+        point of the grid.
+        """
 
     def check(self, flow: FlowObjective) -> None:
         """Raise UserError when this sampler cannot use what the objective learns; called before a run trains."""
+        if flow.learns in ("endpoint_map", "generator"):
+            raise UserError(
+                "this loss teaches where a state is carried to, not its velocity at an instant; use solver=flow_map "
+                "solver.steps=1"
+            )
 
     def times(self, x0: Tensor, times: Tensor | None = None) -> Tensor:
         """Return `times`, or else the solver's own grid: (N + 1,) on x0's device, in x0's precision or fp32.
@@ -66,6 +83,44 @@ class Sampler(ABC):
         return grid.to(x0.device)
 
 
+class Walker(Sampler, ABC):
+    """A sampler that takes the grid's intervals one after the other, each by `step`."""
+
+    def sample(
+        self,
+        flow: FlowObjective,
+        x0: Tensor,
+        label: Tensor | None,
+        fresh: FreshNoise,
+        callback: StepCallback | None = None,
+    ) -> Tensor:
+        self.check(flow)
+        return self.walk(flow, x0, self.times(x0), label, fresh, callback)
+
+    def walk(
+        self,
+        flow: FlowObjective,
+        x: Tensor,
+        times: Tensor,
+        label: Tensor | None,
+        fresh: FreshNoise,
+        callback: StepCallback | None = None,
+    ) -> Tensor:
+        """Return the states x (B, ...) of times[0] carried to times[-1]."""
+        self.evaluations = 0
+        for k in range(len(times) - 1):
+            if callback is not None:
+                callback(x, times[k])
+            x = self.step(flow, x, times, k, label, fresh)
+        if callback is not None:
+            callback(x, times[-1])
+        return x
+
+    @abstractmethod
+    def step(self, flow: FlowObjective, x: Tensor, times: Tensor, k: int, label: Tensor | None, fresh: FreshNoise) -> Tensor:
+        """Return the states x (B, ...) carried from times[k] to times[k + 1]."""
+
+
 class BaseSolver(Sampler, ABC):
     """Integrates an ODE dx/dt = field(x, t), and samples by integrating the objective's velocity."""
 
@@ -77,17 +132,17 @@ class BaseSolver(Sampler, ABC):
         of the solver's grid from 0 to 1. callback sees (state, time) at every point of the grid.
         """
 
-    def check(self, flow: FlowObjective) -> None:
-        if flow.learns in ("endpoint_map", "generator"):
-            raise UserError(
-                "this loss teaches where a state is carried to, not its velocity at an instant; use solver=flow_map "
-                "solver.steps=1"
-            )
-
-    def sample(self, flow: FlowObjective, x0: Tensor, label: Tensor | None, fresh: FreshNoise) -> Tensor:
+    def sample(
+        self,
+        flow: FlowObjective,
+        x0: Tensor,
+        label: Tensor | None,
+        fresh: FreshNoise,
+        callback: StepCallback | None = None,
+    ) -> Tensor:
         """Raise UserError when the objective does not learn the velocity at an instant."""
         self.check(flow)
-        return self.solve(lambda x, t: flow.velocity(x, t, label), x0)
+        return self.solve(lambda x, t: flow.velocity(x, t, label), x0, callback=callback)
 
     def evaluate(self, field: Field, x: Tensor, t: Tensor) -> Tensor:
         """Return field(x, t), and count the evaluation."""

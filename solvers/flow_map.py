@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from common.errors import UserError
 from common.ranges import Steps
-from solvers.base_solver import FreshNoise, Sampler
+from solvers.base_solver import FreshNoise, Walker
 from solvers.time_grids import TimeGrid
 
 if TYPE_CHECKING:
     from losses.objective import FlowObjective
 
 
-class FlowMapSolver(Sampler):
+class FlowMapSolver(Walker):
     """Walks the grid's intervals with the objective's map X(x, r, t) = x + (t - r) u(x, r, t), one evaluation each.
 
     renoise: each step jumps to data, X(x, r, 1), and unless it was the last returns to the next time t of the grid with
@@ -27,6 +26,7 @@ class FlowMapSolver(Sampler):
     def __init__(self, steps: Steps = 4, grid: TimeGrid | None = None, renoise: bool = False):
         super().__init__(steps, grid)
         self.renoise = self.renoises = renoise
+        self.has_path = not renoise
 
     def check(self, flow: FlowObjective) -> None:
         if flow.learns == "velocity":
@@ -42,17 +42,9 @@ class FlowMapSolver(Sampler):
                 "which noises the data again, or solver.steps=1"
             )
 
-    def sample(self, flow: FlowObjective, x0: Tensor, label: Tensor | None, fresh: FreshNoise) -> Tensor:
-        """Raise UserError when the objective learns no map that these steps take."""
-        self.check(flow)
-        self.evaluations = 0
-        grid = self.times(x0)
-        x = x0
-        for k, (r, t) in enumerate(pairwise(grid)):
-            self.evaluations += 1
-            if self.renoise:
-                x = flow.flow_map(x, r, grid[-1], label)
-                x = flow.path.state(fresh(k), x, t) if k + 1 < self.steps else x
-            else:
-                x = flow.flow_map(x, r, t, label)
-        return x
+    def step(self, flow: FlowObjective, x: Tensor, times: Tensor, k: int, label: Tensor | None, fresh: FreshNoise) -> Tensor:
+        self.evaluations += 1
+        if not self.renoise:
+            return flow.flow_map(x, times[k], times[k + 1], label)
+        x = flow.flow_map(x, times[k], times[-1], label)
+        return flow.path.state(fresh(k), x, times[k + 1]) if k + 2 < len(times) else x

@@ -15,6 +15,7 @@ from common.errors import UserError
 from configuration.build import build
 from configuration.compose import CONFIG_DIR, compose_config, groups, resolved
 from evaluation.parts import build_objective
+from losses.couplings import Paths
 from losses.objective import FlowObjective
 from losses.terms import named_terms
 from training.ema import ConstantEMA
@@ -134,10 +135,12 @@ def companions(group: str, choice: str, tmp_path: Path, settings: dict[str, Any]
         model = {"dataloaders": ["model=cnn"]}.get(group, [])
         model += ["model.patch_size=2"] if choice == "imagenet_meanflow" else []  # the tiny latents are 2 x 2
         return [*model, *typed, *(["vae=stable_diffusion", f"vae.path={vae['path']}"] if vae else [])]
-    if (group, choice) in [("loss", "reflow"), ("loss/coupling", "reflow")]:
+    if (group, choice) in [("loss", "reflow"), ("loss", "distillation"), ("loss/coupling", "reflow")]:
         return ["loss.coupling.teacher=none.pt"]
     if (group, choice) == ("loss/time_sampler", "dyadic"):
         return ["loss=shortcut"]
+    if group == "solver/diffusion":
+        return ["solver=sde"]
     if (group, choice) == ("loss/guidance", "meanflow"):
         return ["loss=meanflow", "conditional=true"]
     if group == "loss/alpha":
@@ -237,7 +240,8 @@ def test_every_objective_keeps_its_contract(loss, conditional, tmp_path):
     words = companions("loss", loss, tmp_path)
     objective = objective_of(loss, f"conditional={conditional}", *words)
     if words:  # the pairs that a teacher's checkpoint would give
-        objective.coupling.pairs = (*torch.randn(2, 50_000, 2), torch.arange(50_000) % 5)
+        ends = torch.randn(2, 50_000, 2)
+        objective.coupling.made = Paths(ends, torch.tensor([0.0, 1.0]), torch.arange(50_000) % 5)
     x0, x1, label = torch.randn(64, 2), torch.randn(64, 2) + 1, torch.arange(64) % 5
     first, again, other = (objective.draw(x0, x1, label, torch.Generator().manual_seed(s), 0.5) for s in (1, 1, 2))
     repeats = torch.equal(first.unified_input, again.unified_input)

@@ -16,13 +16,15 @@ from configuration.compose import CONFIG_DIR, twice_as_long
 from dataloaders.stream import Rows, StreamDataset
 from dataloaders.tensor_dataset import TensorDataset
 from evaluation.evaluator import GeneratorEvaluator
+from evaluation.metrics.base_metric import number
 from evaluation.report import print_scores
 from losses.couplings import MinibatchOTCoupling
 from losses.objective import FlowObjective
-from run_files.run_folder import saves_of
+from run_files.run_folder import RunFolder, saves_of
 from training.run import Run
 from training.trial import RowSeconds
 
+BESIDE = ("eval/energy_distance", "eval/between_clusters", "oracle/flow_map_error")  # of a teacher, beside its student
 READ = 16  # pictures that are read to see how long it takes
 COPIED = 10**7  # weights, at most, that are copied to see how long an update takes
 MANY_PAIRED = 256  # rows whose exact assignment takes longer than a step of a small network
@@ -187,12 +189,20 @@ def print_end(run: Run) -> None:
         print(thumbnail(picture))
 
 
+def scores_of_teacher(folder: RunFolder) -> str:
+    """Return the scores of a run's teacher that its own stand beside, by its own solver."""
+    scores = folder.status.read().get("scores", {})
+    return ", ".join([folder.name, *(f"{name} {number(scores[name])}" for name in BESIDE if name in scores)])
+
+
 def end_lines(run: Run) -> list[tuple[str, str]]:
     """Return what the run left, and the commands that go on from it."""
     name, records = run.notes.run_name, run.records
     saves, folder, output_dir = records.checkpoints, records.folder, records.config["output_dir"]
     picture, beside = folder.sample_picture(run.state.step), folder.sample_picture(run.state.step, "_neighbours")
     files, lines = saves_of(saves.output_dir, name), []
+    if records.config.get("teacher"):
+        lines.append(("teacher", scores_of_teacher(RunFolder(folder.path.with_name(f"{name}_teacher")))))
     if picture.exists():
         lines.append(("picture", str(picture)))
     if beside.exists():

@@ -50,7 +50,7 @@ def draw(scene: Scene) -> list[Path]:
     film_times, strip_times = frame_times(scene.frames), torch.linspace(0, 1, COLUMNS)
     times = torch.cat([film_times, strip_times]).sort().values
     with torch.no_grad():
-        at = dict(zip(times.tolist(), walk(solver, flow, scene.noise(), scene.labels, times), strict=True))
+        at = dict(zip(times.tolist(), walk(solver, flow, scene.noise(), scene.labels, times, scene.fresh()), strict=True))
         states = torch.stack([at[t] for t in strip_times.tolist()])[:, :STRIPS]
         expected = torch.stack([expected_data(scene, at[float(t)], t)[:STRIPS] for t in strip_times])
 

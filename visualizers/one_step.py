@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """One evaluation against many, from the same noise.
 
-    python visualizers/one_step.py ckpt=outputs/ckpts/mlp/kmeans_one_step_last.pt
+    python visualizers/one_step.py ckpt=outputs/ckpts/mlp/kmeans_shortcut_last.pt
     python visualizers/one_step.py n=100 label=all
 
 Writes one_step.png: points joined with where the solver takes the same noise, or two image grids. Distances are root

@@ -43,7 +43,9 @@ def ways(scene: Scene) -> dict[str, np.ndarray]:
     solvers: list[Sampler] = [Euler(10), RK4(24)] if scene.solver is None else [scene.solver]
     solvers.append(few_step_solver(flow, 1))
     with torch.no_grad():
-        walks = [flow.in_data_units(walk(solver, flow, noise, label, times)).cpu().numpy() for solver in solvers]
+        walks = [
+            flow.in_data_units(walk(solver, flow, noise, label, times, scene.fresh())).cpu().numpy() for solver in solvers
+        ]
     return dict(zip(map(solver_label, solvers), walks, strict=True))
 
 

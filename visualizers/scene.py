@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from evaluation.metrics.oracles import KnownFlow
     from evaluation.sample import TrainedModel
     from losses.objective import FlowObjective
-    from solvers.base_solver import Sampler
+    from solvers.base_solver import FreshNoise, Sampler
 
 Limits = tuple[np.ndarray, np.ndarray]  # lowest and highest corner (2,) of a panel
 DEFAULTS = {
@@ -99,6 +98,16 @@ class Scene:
 
         return fixed_noise(build_source(self.model.config, torch.device("cpu")), self.n, self.seed).to(self.model.device)
 
+    def fresh(self) -> FreshNoise:
+        """Return the noise that stochastic solvers add, that of `samples`."""
+        import torch
+
+        from evaluation.generate import fresh_noise
+        from evaluation.parts import build_source
+
+        drawn = fresh_noise(build_source(self.model.config, torch.device("cpu")), self.seed)
+        return lambda k: drawn(k, 0, self.n).to(self.model.device)
+
     def real(self, n: int) -> np.ndarray:
         """Return at most n held-out states (n, ...), of the class asked for where one is."""
         if not isinstance(self.label, int):
@@ -145,28 +154,22 @@ class Scene:
             raise UserError(f"draws images, and {self.name} makes states of shape {list(self.shape)}; {instead}")
 
 
-def walk(solver: Sampler, flow: FlowObjective, noise: Tensor, label: Tensor | None, times: Tensor) -> Tensor:
+def walk(
+    solver: Sampler, flow: FlowObjective, noise: Tensor, label: Tensor | None, times: Tensor, fresh: FreshNoise | None = None
+) -> Tensor:
     """Return where samples (N, ...) are at `times` (T,), ascending in [0, 1], on their way through a solver: (T, N, ...).
 
     Between two points of the solver's grid a state is taken to move straight, as Euler's does. A flow map's step is one
-    straight jump. UserError for a solver that noises its states again: they have no path.
+    straight jump. UserError for a solver that noises its states again: they have no path. fresh: for one that adds noise.
     """
     import torch
 
-    from solvers.base_solver import BaseSolver
-
-    if solver.renoises:
+    if not solver.has_path:
         raise UserError("solver.renoise=true throws its states back into noise: they have no path; leave it out")
     solver.check(flow)
     seen: list[tuple[Tensor, Tensor]] = []
-    if isinstance(solver, BaseSolver):
-        field = lambda x, t: flow.velocity(x, t, label)  # noqa: E731
-        solver.solve(field, noise, callback=lambda x, t: seen.append((x.clone(), t.cpu().clone())))
-    else:
-        points = solver.times(noise)
-        seen.append((noise, points[0].cpu()))
-        for r, t in pairwise(points):
-            seen.append((flow.flow_map(seen[-1][0], r, t, label), t.cpu()))
+    given = fresh or (lambda k: torch.zeros_like(noise))
+    solver.sample(flow, noise, label, given, lambda x, t: seen.append((x.clone(), t.cpu().clone())))
     return interpolated(torch.stack([x for x, _ in seen]), torch.stack([t for _, t in seen]).float(), times)
 
 

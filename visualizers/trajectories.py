@@ -41,7 +41,7 @@ def paths_of(scene: Scene) -> dict[str, np.ndarray]:
     solver = scene.own_solver()
     is_ode = isinstance(solver, BaseSolver)
     with torch.no_grad():
-        walked = walk(solver, flow, noise, scene.labels, times)
+        walked = walk(solver, flow, noise, scene.labels, times, scene.fresh())
         paths = {("learned field, " if is_ode else "") + solver_label(solver): flow.in_data_units(walked).cpu().numpy()}
         if flow.learns == "flow_map" and is_ode:
             maps = [flow.flow_map(noise, times[0], t, scene.labels) for t in times]

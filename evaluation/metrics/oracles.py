@@ -21,7 +21,7 @@ from evaluation.metrics.cache import cached_tensor
 from evaluation.metrics.two_sample import not_finite
 from evaluation.threads import one_thread
 from helpers_cfg import Guidance, unguided
-from losses.couplings import IndependentCoupling
+from losses.couplings import IndependentCoupling, ReflowCoupling
 from losses.flow_matching_loss import FlowMatchingLoss
 from losses.objective import FlowObjective, expand_time
 from losses.time_samplers import TimeSampler, UniformTimes
@@ -35,26 +35,31 @@ CHUNK = 8192  # states the network sees at once
 KnownFlow = ExactFlow | GuidedFlow
 
 
-def known_flow(objective: FlowObjective, dataset: FlowDataset, source: Source) -> KnownFlow | str:
+def known_flow(objective: FlowObjective, dataset: FlowDataset, source: Source, of_map: bool = False) -> KnownFlow | str:
     """Return the flow that a perfect network of this objective, guidance included, follows, or why it is not known.
 
-    In float64 on the CPU. A conditional network's is asked for with labels.
+    In float64 on the CPU. A conditional network's is asked for with labels. of_map: whether only its map from noise to data
+    is asked for, which the pairs of a teacher keep.
     """
     if dataset.mixture is None:
         return f"the truth of {type(dataset).__name__} data is not known in closed form"
     law = source.law
     if law is None:
         return "the density of the source is not known in closed form"
-    reason = why_other_pairs(objective)
+    reason = why_other_pairs(objective, of_map)
     if reason is not None:
         return reason
     noise = law.to("cpu", torch.float64) if isinstance(law, GaussianMixture) else law
     return with_guidance(ExactFlow(dataset.mixture.to("cpu", torch.float64), noise, objective.path), objective)
 
 
-def why_other_pairs(objective: FlowObjective) -> str | None:
-    """Return why the objective's pairs of noise and data have no flow known in closed form; None for independent ones."""
-    if isinstance(objective.coupling, IndependentCoupling):
+def why_other_pairs(objective: FlowObjective, of_map: bool = False) -> str | None:
+    """Return why the objective's pairs of noise and data have no flow, or of_map no map, known in closed form; None for
+    independent ones.
+    """
+    pairs = objective.coupling
+    kept = of_map and isinstance(pairs, ReflowCoupling) and pairs.made is not None and pairs.made.of_data
+    if isinstance(pairs, IndependentCoupling) or kept:
         return None
     return "optimal-transport pairs, and those a teacher made, have another truth than independent ones"
 
@@ -73,11 +78,13 @@ def standard_error(terms: Tensor) -> float:
 
 
 class Oracle(LongMetric):
-    """Errors against the exact flow of the data, where that is known."""
+    """Errors against the exact flow of the data, where that is known. of_map: against its map from noise to data alone."""
+
+    of_map = False
 
     @full_products()
     def compute(self, generation: Generation) -> list[Score | Absent]:
-        flow = known_flow(generation.objective, generation.dataset, generation.source)
+        flow = known_flow(generation.objective, generation.dataset, generation.source, self.of_map)
         return self.absent(flow) if isinstance(flow, str) else self.errors(generation, flow)
 
     @abstractmethod
@@ -181,7 +188,7 @@ class OracleFlowMapError(Oracle):
     out where exact_field is false: samples that no solver made have no use for it).
     """
 
-    needs = "ends"
+    needs, of_map = "ends", True
     name = "oracle/flow_map_error"
 
     def __init__(self, exact_field: bool = True):

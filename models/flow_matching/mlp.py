@@ -1,5 +1,7 @@
 """The default model for points in a few dimensions."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -8,11 +10,14 @@ from models.inputs import split_unified_flow_matching_input
 from models.layers import ClassEmbedding, TimeFeatures
 from models.velocity_model import VelocityModel
 
+ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU}
+
 
 class MLP(VelocityModel):
-    """Fully connected SiLU network over the state, Fourier features of both times, and a class embedding if conditional.
+    """Fully connected network over the state, Fourier features of both times, and a class embedding if conditional.
 
-    (B, D + 2) -> (B, D). depth: hidden layers of `width`. dropout: after each hidden layer.
+    (B, D + 2) -> (B, D). depth: hidden layers of `width`. dropout: after each hidden layer. activation: silu is smooth,
+    as derivatives in the loss want it; relu bends sharply, as a map does between two clusters.
     """
 
     def __init__(
@@ -23,6 +28,7 @@ class MLP(VelocityModel):
         depth: Depth = 3,
         time_frequencies: list[float] | None = None,
         dropout: ShareBelow1 = 0.0,
+        activation: Literal["silu", "relu"] = "silu",
     ):
         super().__init__()
         self.num_classes = num_classes
@@ -32,7 +38,7 @@ class MLP(VelocityModel):
         inputs = dim + self.time_features.width + (width if num_classes else 0)
         layers: list[nn.Module] = []
         for fan_in in [inputs, *[width] * (depth - 1)]:
-            layers += [nn.Linear(fan_in, width), nn.SiLU()] + ([nn.Dropout(dropout)] if dropout else [])
+            layers += [nn.Linear(fan_in, width), ACTIVATIONS[activation]()] + ([nn.Dropout(dropout)] if dropout else [])
         self.layers = nn.Sequential(*layers, nn.Linear(width, dim))
 
     def forward(self, unified_input: Tensor, label: Tensor | None = None) -> Tensor:

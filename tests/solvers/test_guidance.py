@@ -14,13 +14,13 @@ from evaluation.closed_forms import ExactFlow
 from evaluation.generate import generate
 from evaluation.metrics.oracles import known_flow
 from evaluation.sample import load
-from helpers_cfg import Autoguidance, ClassifierFreeGuidance, Guidance, guided
+from helpers_cfg import Autoguidance, ClassifierFreeGuidance, Guidance, ZeroStarGuidance, guided
 from losses.couplings import IndependentCoupling
 from losses.meanflow_guidance import MeanFlowGuidance
 from losses.meanflow_loss import MeanFlowLoss
 from losses.objective import FlowObjective
 from losses.paths import LinearPath
-from losses.predictions import VelocityPrediction
+from losses.predictions import DataPrediction, VelocityPrediction
 from losses.time_samplers import UniformTimes
 from losses.weightings import UniformWeighting
 from models.inputs import split_unified_flow_matching_input
@@ -264,3 +264,39 @@ def test_a_checkpoint_from_before_guidance_is_sampled(shared_run) -> None:
         model.config.pop(key, None)
     model.config["choices"].pop("guidance", None)
     assert torch.equal(model.sample(5), expected)
+
+
+def planes(v: Tensor) -> VelocityModel:
+    """A network of three classes in the plane, whose velocities v (4, 2) are constant; the null label's comes last."""
+
+    class Constant(VelocityModel):
+        num_classes = 3
+
+        def forward(self, unified_input: Tensor, label: Tensor | None = None) -> Tensor:
+            rows = torch.full((len(unified_input),), 3) if label is None else label
+            return v[rows]
+
+    return Constant()
+
+
+def test_cfg_zero_star_pushes_away_from_what_the_class_has_not():
+    v = torch.tensor([[1.0, 2.0], [-1.0, 0.5], [0.0, 3.0], [0.5, 1.5]])
+    unified = torch.cat([torch.zeros(4, 2), torch.tensor([[0.0, 1.0], [0.3, 1.0], [0.6, 1.0], [0.9, 1.0]])], dim=1)
+    label = torch.tensor([0, 1, 2, 3])
+    share = (v @ v[3] / v[3].square().sum())[:, None]
+    expected = share * v[3] + 2.5 * (v - share * v[3])
+    torch.testing.assert_close(ZeroStarGuidance(planes(v), 2.5)(unified, label), expected)
+    torch.testing.assert_close(ZeroStarGuidance(planes(v), 1.0)(unified, label), v)
+    stopped = ZeroStarGuidance(planes(v), 2.5, zero_until=0.5)(unified, label)
+    torch.testing.assert_close(stopped, expected * torch.tensor([[0.0], [0.0], [1.0], [1.0]]))
+    along = torch.stack([3 * v[3], -v[3], 0 * v[3], v[3]])  # nothing is left to push away from
+    torch.testing.assert_close(ZeroStarGuidance(planes(along), 7.0)(unified, label), along)
+
+
+def test_cfg_zero_star_is_refused_where_it_means_nothing():
+    flow = objective()
+    with pytest.raises(UserError, match="leave it at 0"):
+        guided(flow, ZeroStarGuidance(flow.network, 2.0, zero_until=0.1))
+    flow.prediction = DataPrediction()
+    with pytest.raises(UserError, match="predicts x1"):
+        guided(flow, ZeroStarGuidance(flow.network, 2.0))

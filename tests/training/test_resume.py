@@ -76,9 +76,9 @@ def test_every_objective_resumes_in_mid_epoch_bit_for_bit(small_run, loss, monke
     words = [f"loss={loss}", "conditional=true", "batch_size=64", "dataloaders.epoch_size=500", "epochs=2", *EVERYTHING]
     words.remove("gradient_accumulation_steps=3")
     words.append("gradient_accumulation_steps=2")
-    if loss == "reflow" or taught:
+    if loss in ("reflow", "distillation") or taught:
         teacher = small_run("teacher", "conditional=true", "epochs=1", output="teacher") / "ckpts/mlp/teacher_last.pt"
-        pairs = [f"loss.coupling.teacher={teacher}", "loss.coupling.count=200"]
+        pairs = [f"loss.coupling.teacher={teacher}", "loss.coupling.count=200", "loss.coupling.points=3"]
         words += [f"{taught[0]}={teacher}"] if taught else pairs
     else:
         words.append("loss/coupling=minibatch_ot")

@@ -42,9 +42,9 @@ def test_every_objective_trains_in_bf16_and_compiled_as_in_fp32(small_run, share
     if loss == "cross_entropy":
         words += ["dataloaders=digits", "model=small_cnn_classifier", "evaluation=classifier", "model.width=8"]
         words += ["dataloaders.epoch_size=1438"]
-    if loss == "reflow":
+    if loss in ("reflow", "distillation"):
         teacher = shared_run("plain", "max_steps=2") / "ckpts/mlp/plain_last.pt"
-        words += [f"loss.coupling.teacher={teacher}", "loss.coupling.count=200"]
+        words += [f"loss.coupling.teacher={teacher}", "loss.coupling.count=200", "loss.coupling.points=3"]
 
     def held_out(name: str, *extra: str) -> float:
         rows = (small_run(name, *words, *extra) / f"runs/{name}/metrics.jsonl").read_text().splitlines()
