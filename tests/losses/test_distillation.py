@@ -28,8 +28,12 @@ TIMES = torch.tensor([0.0, 0.2, 0.7, 1.0])
 class Doubles(VelocityModel):
     """u(z, r, t) of the flow z_t = z_0 (1 + t)."""
 
+    def __init__(self):
+        super().__init__()
+        self.one = torch.nn.Parameter(torch.ones(()))
+
     def forward(self, unified_input: Tensor, label: Tensor | None = None) -> Tensor:
-        return unified_input[:, :2] / (1 + unified_input[:, 2:3])
+        return self.one * unified_input[:, :2] / (1 + unified_input[:, 2:3])
 
 
 def objective(network: VelocityModel, coupling: object = None, **settings: float) -> DistillationLoss:
