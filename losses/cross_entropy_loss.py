@@ -73,8 +73,7 @@ class CrossEntropyLoss(Objective):
         logits = self.network(batch.images).float()
         loss = self.loss_of(logits, batch.label)
         if batch.other is not None and batch.share is not None:
-            both = (self.rows(logits, label) for label in (batch.label, batch.other))
-            loss = torch.lerp(*both, batch.share).mean()
+            loss = torch.lerp(self.rows(logits, batch.label), self.rows(logits, batch.other), batch.share).mean()
         return {"loss": loss, "accuracy": (logits.detach().argmax(1) == batch.label).float().mean()}
 
     def loss_of(self, logits: Tensor, label: Tensor) -> Tensor:
