@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from evaluation.closed_forms import Density, ExactFlow, carried
+from evaluation.closed_forms import Density, ExactFlow, Part, carried, linear
 from helpers_cfg import Autoguidance, ClassifierFreeGuidance, Guidance
 from losses.meanflow_loss import MeanFlowLoss
 from losses.objective import FlowObjective
@@ -41,7 +41,7 @@ class GuidedFlow:
     def key(self) -> dict[str, object]:
         """Return what, besides the data and the path, its flow map depends on, as JSON values."""
         weak = [part.tolist() for part in (self.weak.mixture.weights, self.weak.mixture.means, self.weak.mixture.stds)]
-        guidance = [self.scale, *self.interval, self.labelled, self.weak.chances.tolist(), *weak, self.weak.key]
+        guidance = [self.scale, *self.interval, self.labelled, self.weak.pairs.chances.tolist(), *weak, self.weak.key]
         return self.strong.key | {"guidance": guidance}
 
     @property
@@ -70,10 +70,11 @@ class GuidedFlow:
 
     def piece(self, z: Tensor, times: Tensor, label: Tensor | None, inside: bool) -> Tensor:
         """Return the states that z is carried to between two times that are all guided, or all not."""
-        strong, weak = self.strong.linear(), self.weak.linear()
+        part = Part(z, [linear(self.strong), linear(self.weak)])
+        strong, weak = part.flows
         inner = GuidedFlow(strong, weak, self.scale, self.rule, (0.0, 1.0), self.labelled)
         field = inner if inside else strong
-        return carried(lambda states, t: field(states, t, label), z, self.path, times)
+        return part.back(carried(lambda states, t: field(states, t, label), part.states, self.path, times))
 
     def of_class(self, label: int) -> "GuidedFlow":
         """Return the guided flow to one class."""

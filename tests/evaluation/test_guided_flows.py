@@ -162,3 +162,19 @@ def test_many_dimensions_keep_the_continuity_equation(path: ProbabilityPath, mon
     wide = v.detach()
     monkeypatch.setattr(closed_forms, "WIDE", 100)
     torch.testing.assert_close(flow(z, t).detach(), wide, atol=1e-10, rtol=1e-10)
+
+
+def test_wide_states_are_carried_in_the_span_of_the_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in all of their dimensions: with labels, from a mixture, under guidance by wider components."""
+    g = torch.Generator().manual_seed(2)
+    centre, spread = (torch.randn(count, 20, generator=g, dtype=torch.float64) for count in (3, 2))
+    data = GaussianMixture(numbers(WEIGHTS), centre, numbers(STDS), torch.tensor(CLASSES))
+    wide = GaussianMixture(data.weights, 0.5 * data.means.flip(1), 2 * data.stds)
+    noise = GaussianMixture(numbers([0.4, 0.6]), spread, numbers([1.0, 0.7]))
+    flow, weak = (ExactFlow(law, noise, CosinePath()) for law in (data, wide))
+    guided_flow = GuidedFlow(flow, weak, 1.5, lambda a, b: a + 1.5 * (b - a), (0.0, 1.0), False)
+    z, label = states(3, 20).reshape(3, 2, 10), torch.tensor([0, 1, 2])
+    found = [each.flow_map(z, 0.3, 0.7, label) for each in (flow, guided_flow)]
+    monkeypatch.setattr(closed_forms, "WIDE", 100)
+    for quick, each in zip(found, (flow, guided_flow), strict=True):
+        torch.testing.assert_close(quick, each.flow_map(z, 0.3, 0.7, label), atol=1e-7, rtol=0)
