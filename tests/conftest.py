@@ -8,10 +8,12 @@ import signal
 import struct
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -27,6 +29,22 @@ for number in (signal.SIGINT, signal.SIGHUP):  # a shell's background job, or no
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 for remote in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "TRACKIO_STORAGE_MODE", "TRACKIO_WEBHOOK_URL"):
     os.environ.pop(remote, None)
+
+MANY = 8  # cases of one test
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave a third of a test's cases, where they are many, to the quick selection: the others count as slow.
+
+    The checksum of a case's name decides, so that what one test leaves out another holds.
+    """
+    of = [item.nodeid.partition("[")[0] for item in items]
+    counts = Counter(of)
+    for item, name in zip(items, of, strict=True):
+        if counts[name] > MANY and crc32(item.nodeid.encode()) % 3:
+            item.add_marker(pytest.mark.slow)
+
 
 SMALL = [
     "trackio.enabled=false", "device=cpu", "evaluation=loss_only", "evaluation.samples=64", "evaluation.final_samples=64",

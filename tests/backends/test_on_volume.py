@@ -21,16 +21,7 @@ from run_files.checkpoint import load_checkpoint
 from run_files.run_folder import RunFolder
 from run_files.trackio_tracker import TrackioTracker
 from scripts import modal_app, modal_runs
-from tests.backends.folder_volume import (
-    ODD,
-    PROJECT,
-    WORDS,
-    FolderVolume,
-    below,
-    rows_of,
-    run_twice,
-    without_token,
-)
+from tests.backends.folder_volume import ODD, PROJECT, WORDS, FolderVolume, below, rows_of, run_twice, without_token
 
 pytestmark = pytest.mark.process
 

@@ -98,25 +98,26 @@ def same(left: Any, right: Any) -> bool:
     return type(left) is type(right) and left == right
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
 def test_no_changed_byte_changes_what_is_read(tmp_path, name):
-    """Wherever one byte differs, the file is refused, or means the same as before (padding, dates)."""
+    """Wherever one byte differs, in one of four ways, the file is refused or means the same as before (padding, dates)."""
     path = tmp_path / name
     config = {"run_name": "x", "loss": {"_target_": "x"}}
     payload = PAYLOAD | {"config": config, "ema": {"w": torch.arange(6.0), "n": torch.tensor(3)}}
     write_checkpoint(path, payload) if name == "x.pt" else write_export(path, payload)
     content, whole, read = path.read_bytes(), load_checkpoint(path), 0
     for position in range(len(content)):
-        for change in (1, 16, 128, 255):
-            path.write_bytes(content[:position] + bytes([content[position] ^ change]) + content[position + 1 :])
-            try:
-                found = load_checkpoint(path)
-            except UserError as refused:
-                assert "\n" not in str(refused) and str(path) in str(refused)
-                continue
-            assert same(found, whole), (position, change)
-            read += 1
-    assert 0 < read < 2 * len(content)
+        change = (1, 16, 128, 255)[position % 4]
+        path.write_bytes(content[:position] + bytes([content[position] ^ change]) + content[position + 1 :])
+        try:
+            found = load_checkpoint(path)
+        except UserError as refused:
+            assert "\n" not in str(refused) and str(path) in str(refused)
+            continue
+        assert same(found, whole), (position, change)
+        read += 1
+    assert 0 < read < 0.5 * len(content)
 
 
 def test_files_of_earlier_versions_have_no_digest_and_are_read_with_a_line(tmp_path, capsys):

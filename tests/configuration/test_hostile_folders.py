@@ -106,6 +106,7 @@ def carry_out(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     return act
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("harm", HOSTILE)
 def test_no_file_of_a_run_folder_harms_who_uses_it(harm, command, two_runs, tmp_path, carry_out, monkeypatch):

@@ -197,6 +197,7 @@ def test_knobs_are_checked_against_the_file(tmp_path: Path) -> None:
             prepare([*words, f"dataloaders.held_out_fraction={fraction}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "model"), [((400, 2), "mlp"), ((60, 1, 4, 4), "cnn")])
 def test_standardised_data_come_back_in_their_own_units(
     tmp_path: Path, small_run: Callable[..., Path], shape: tuple[int, ...], model: str
@@ -204,6 +205,8 @@ def test_standardised_data_come_back_in_their_own_units(
     path = saved(tmp_path, "data.npy", x=100 + 10 * np.random.RandomState(0).randn(*shape))
     words = ["dataloaders=array", f"dataloaders.path={path}", "dataloaders.epoch_size=null", "schedule=constant"]
     words += ["evaluation=generator", f"model={model}", "dataloaders.standardize=true"]
+    if model == "cnn":
+        words += ["model.width=8", "model.inner_width=8", "model.inner_blocks=1", "model.embedding=8"]
     whole = small_run("x", *words, "max_steps=4")
     resumed = small_run("y", *words, "max_steps=2", output="other")
     small_run("y", "resume=true", "max_steps=4", output="other")

@@ -205,6 +205,7 @@ def test_a_model_without_an_input_for_augmentation_is_one_sentence() -> None:
         prepare(["run_name=x", "dataloaders=photos", "model=cnn", "dataloaders.augment=0.1"])
 
 
+@pytest.mark.slow
 def test_a_run_with_every_augmentation(small_run) -> None:
     settings = ["dataloaders=photos", "dataloaders.crops=60", "dataloaders.held_out_crops=20", "dataloaders.epoch_size=null"]
     words = ["model=unet_small", "model.width=8", "model.multipliers=[1,1]", "dataloaders.augment=0.3"]

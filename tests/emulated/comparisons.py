@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from tests.emulated import device, disguise
+from tests.emulated.rules import Kind
 
 torch.set_num_threads(1)
-KIND: device.Kind = sys.argv[1]  # type: ignore[assignment]
+KIND: Kind = sys.argv[1]  # type: ignore[assignment]
 PLACE = Path(tempfile.mkdtemp(prefix="emulated-"))
 SHARED = Path(sys.argv[2])
 CONFIGS = disguise.ROOT / "configs"

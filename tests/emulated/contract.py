@@ -85,10 +85,7 @@ def model_cases() -> Iterator[tuple[str, Callable[[], str]]]:
                 loss = ["loss=cross_entropy", "evaluation=classifier"]
             words = [*IMAGES, *TRAINING, *loss, f"model={name}", *words]
             yield name, lambda words=words: same_curve(config_of(*words), 1e-3)
-    yield (
-        "unet_small on augmented pictures",
-        lambda: same_curve(config_of(*PHOTOS, *TRAINING), 1e-3),
-    )
+    yield ("unet_small on augmented pictures", lambda: same_curve(config_of(*PHOTOS, *TRAINING), 1e-3))
 
 
 FEATURES = ["evaluation.metrics.features.replicates=2", "evaluation.metrics.features.k=2"]

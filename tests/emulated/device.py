@@ -12,29 +12,13 @@ enable() it once, in a process of its own.
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from tests.emulated.rules import (
-    COPIES,
-    FACTORIES,
-    FULL,
-    INDEXING,
-    LOWER,
-    NAME,
-    NOT_DETERMINISTIC,
-    PRODUCTS,
-    RULES,
-    WAITED,
-    WAITS,
-    Kind,
-    as_tf32,
-    aten,
-)
+from tests.emulated.rules import COPIES, INDEXING, NAME, NOT_DETERMINISTIC, PRODUCTS, RULES, WAITED, WAITS, as_tf32, aten
 
 CPU_GENERATOR = torch.Generator
 SAVED: "weakref.WeakSet[torch.UntypedStorage]" = weakref.WeakSet()  # storages that torch.save took from the device
@@ -123,9 +107,45 @@ class EmulatedTensor(torch.Tensor):
         return run(func, args, kwargs or {})
 
 
+def leaves(args: Any, kwargs: dict[str, Any]) -> list[Any]:
+    """Return the arguments of an operation, those in lists among them; torch's own trees take longer than the operations."""
+    values = (*args, *kwargs.values())
+    return [leaf for value in values for leaf in (value if type(value) in (list, tuple) else (value,))]
+
+
+def each(function: Callable[[Any], Any], value: Any) -> Any:
+    """Return what a function gives for a value, or for each one of a list."""
+    if type(value) in (list, tuple):
+        return type(value)([each(function, part) for part in value])
+    return function(value)
+
+
+def unwrapped(value: Any) -> Any:
+    return value.inner if isinstance(value, EmulatedTensor) else value
+
+
+def wrapped(value: Any) -> Any:
+    return EmulatedTensor(value) if isinstance(value, torch.Tensor) else value
+
+
+@cache
+def is_random(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in func.tags
+
+
+@cache
+def changes_arguments(func: Any) -> bool:
+    return bool(func._schema.is_mutable)
+
+
+@cache
+def has_aliases(func: Any) -> bool:
+    return any(out.alias_info is not None for out in func._schema.returns)
+
+
 def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run one operation as the device would: check, count, compute on the CPU, wrap."""
-    flat = tree_leaves((args, kwargs))
+    flat = leaves(args, kwargs)
     ours = any(isinstance(leaf, EmulatedTensor) for leaf in flat)
     device = kwargs.get("device")
     here = ours if device is None else torch.device(device).type == NAME  # where the result lies
@@ -134,26 +154,24 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     check_operands(func, flat)
     check_generators(flat, here)
     count_waits(func, args, ours, here)
-    inner_args, inner_kwargs = (tree_map_only(EmulatedTensor, lambda t: t.inner, part) for part in (args, kwargs))
+    inner_args, inner_kwargs = each(unwrapped, tuple(args)), {key: each(unwrapped, value) for key, value in kwargs.items()}
     if here:
         if RULES.deterministic and func in NOT_DETERMINISTIC:
             raise RuntimeError(f"{func} does not have a deterministic implementation (torch.use_deterministic_algorithms)")
         if RULES.tf32 and func in PRODUCTS:
-            inner_args = tree_map(as_tf32, inner_args)
+            inner_args = each(as_tf32, inner_args)
         if inner_kwargs.pop("pin_memory", None):
             raise RuntimeError("only dense CPU tensors can be pinned")
         if device is not None:
             inner_kwargs["device"] = torch.device("cpu")
-    draws = here and torch.Tag.nondeterministic_seeded in func.tags and not any(isinstance(a, CPU_GENERATOR) for a in flat)
+    draws = here and is_random(func) and not any(isinstance(a, CPU_GENERATOR) for a in flat)
     with drawing_from_device() if draws else nullcontext():
         out = func(*inner_args, **inner_kwargs)
     if not here:
-        same = isinstance(out, torch.Tensor) and any(out is leaf for leaf in tree_leaves((inner_args, inner_kwargs)))
+        same = isinstance(out, torch.Tensor) and any(out is leaf for leaf in leaves(inner_args, inner_kwargs))
         return out.clone() if same else out
-    wrapped = (
-        rewrapped(func, args, kwargs, out) if func._schema.is_mutable else tree_map_only(torch.Tensor, EmulatedTensor, out)
-    )
-    return return_and_correct_aliasing(func, args, kwargs, wrapped) if ours else wrapped
+    result = rewrapped(func, args, kwargs, out) if changes_arguments(func) else each(wrapped, out)
+    return return_and_correct_aliasing(func, args, kwargs, result) if ours and has_aliases(func) else result
 
 
 def check_operands(func: Any, flat: list[Any]) -> None:
@@ -208,11 +226,11 @@ def drawing_from_device() -> Iterator[None]:
 
 def rewrapped(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
     """Return the result of an operation that changes its arguments: they stay the same objects, what is new is wrapped."""
-    shells = {id(leaf.inner): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, EmulatedTensor)}
+    shells = {id(leaf.inner): leaf for leaf in leaves(args, kwargs) if isinstance(leaf, EmulatedTensor)}
     for shell in shells.values():
         if shell.shape != shell.inner.shape or shell.stride() != shell.inner.stride():
             raise NotImplementedError(f"{func} changed the shape of a tensor in place")
-    return tree_map_only(torch.Tensor, lambda t: shells[id(t)] if id(t) in shells else EmulatedTensor(t), out)
+    return each(lambda value: shells[id(value)] if id(value) in shells else wrapped(value), out)
 
 
 class Watch(TorchDispatchMode):
@@ -220,130 +238,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        flat, device = tree_leaves((args, kwargs)), kwargs.get("device")
+        flat, device = leaves(args, kwargs), kwargs.get("device")
         ours = any(isinstance(leaf, EmulatedTensor) for leaf in flat)
         check_generators(flat, ours if device is None else torch.device(device).type == NAME)
         return func(*args, **kwargs)
-
-
-class DeviceModule:
-    """What `torch.emu`, and in its disguise torch.cuda or torch.mps, offers."""
-
-    def is_available(self) -> bool:
-        return True
-
-    def device_count(self) -> int:
-        return 1
-
-    def current_device(self) -> int:
-        return 0
-
-    def set_device(self, device: Any) -> None: ...
-
-    def _is_in_bad_fork(self) -> bool:
-        return False
-
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16]
-
-    def manual_seed(self, seed: int) -> None:
-        DEFAULT.manual_seed(seed)
-
-    manual_seed_all = manual_seed
-
-    def get_rng_state(self, device: Any = None) -> torch.Tensor:
-        return DEFAULT.get_state()
-
-    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
-        DEFAULT.set_state(state)
-
-    def reset_peak_memory_stats(self, device: Any = None) -> None: ...
-
-    def synchronize(self, device: Any = None) -> None:
-        WAITED.record("synchronize")
-
-    def get_device_name(self, device: Any = None) -> str:
-        return "an emulated device"
-
-    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
-        return 2**33, 2**33
-
-    def memory_allocated(self, device: Any = None) -> int:
-        return 0
-
-    memory_reserved = max_memory_allocated = memory_allocated
-
-
-MODULE = DeviceModule()
-LIBRARIES: list[torch.library.Library] = []  # kept: a library that is collected unregisters its kernels
-
-
-def enable(kind: Kind) -> None:
-    """Register the device for the rest of this process, behaving as `kind`."""
-    import torch.optim.optimizer as optimizer
-    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-
-    RULES.kind = kind
-    _setup_privateuseone_for_python_backend(NAME, backend_module=MODULE)
-    anything, kernels = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
-    anything.fallback(lambda op, *args, **kwargs: run(overload_of(op), args, kwargs), "PrivateUse1")
-    anything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    for name in FACTORIES:
-        op = operator_of(name)
-        kernels.impl(name, lambda *args, op=op, **kwargs: run(op, args, kwargs), "PrivateUse1")
-    for names, dtype in ((LOWER, None), (FULL, torch.float32)):
-        for name in names:
-            kernels.impl(name, partial(autocast_kernel, operator_of(name), dtype), "AutocastPrivateUse1")
-    LIBRARIES.extend([anything, kernels])
-    torch.Generator = AnyGenerator  # type: ignore[assignment, misc]
-    for name in ("tensor", "as_tensor"):  # they switch Python dispatch off while they copy to the device
-        setattr(torch, name, made_on_cpu_first(getattr(torch, name)))
-    optimizer._foreach_supported_types.append(EmulatedTensor)
-    torch.utils.data._utils.pin_memory.pin_memory = lambda data, device=None: data  # pinned memory is memory
-    torch.serialization.register_package(5, location_of, refuse_to_load)
-
-
-def overload_of(op: Any) -> Any:
-    return op if isinstance(op, torch._ops.OpOverload) else op.default
-
-
-def operator_of(name: str) -> Any:
-    packet, _, overload = name.partition(".")
-    return getattr(getattr(aten, packet), overload or "default")
-
-
-def autocast_kernel(op: Any, dtype: torch.dtype | None, *args: Any, **kwargs: Any) -> Any:
-    """Run `op` with its floating-point operands cast to dtype, None for the type that autocast was entered with."""
-    to = dtype or torch.get_autocast_dtype(NAME)
-
-    def cast(t: torch.Tensor) -> torch.Tensor:
-        return t.to(to) if t.is_floating_point() and t.dtype != torch.float64 and t.device.type == NAME else t
-
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
-        return op(*tree_map_only(torch.Tensor, cast, args), **tree_map_only(torch.Tensor, cast, kwargs))
-
-
-def made_on_cpu_first(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Return torch.tensor or torch.as_tensor that also serves the device."""
-
-    def made(data: Any, *, device: Any = None, **kwargs: Any) -> torch.Tensor:
-        if isinstance(data, EmulatedTensor):
-            kept = data.to(device=data.device if device is None else device, dtype=kwargs.get("dtype") or data.dtype)
-            return kept if make.__name__ == "as_tensor" else kept.clone().detach()
-        if device is None or torch.device(device).type != NAME:
-            return make(data, **kwargs) if device is None else make(data, device=device, **kwargs)
-        grad = kwargs.pop("requires_grad", False)
-        WAITED.record("a tensor made from Python numbers")
-        return make(data, **kwargs).to(device).requires_grad_(grad)
-
-    return made
-
-
-def location_of(storage: Any) -> str | None:
-    return f"{NAME}:0" if storage in SAVED else None
-
-
-def refuse_to_load(storage: Any, location: str) -> None:
-    """Refuse what a file says was on the device: without map_location a machine without one could not load it."""
-    if location.startswith(NAME):
-        raise RuntimeError("Attempting to deserialize object on an emulated device: use map_location='cpu'")

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from tests.emulated import device
-from tests.emulated.device import MODULE, NAME, Kind
+from tests.emulated.registration import MODULE, enable
+from tests.emulated.rules import NAME, Kind
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = (
@@ -20,7 +21,7 @@ PLAIN = ("run_files.telemetry", "run_files.checks", "scripts.modal_app")  # they
 
 def prepare(kind: Kind) -> None:
     """Enable the device and disguise it as `kind`, for the rest of this process."""
-    device.enable(kind)
+    enable(kind)
     modules = [importlib.import_module(name) for name in module_names() if name not in PLAIN]
     for module in modules:
         rename(module, kind)

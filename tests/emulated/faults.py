@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from tests.emulated import device
 from tests.emulated.comparisons import (
     FEW_DRAWS,
     KIND,
@@ -23,6 +22,7 @@ from tests.emulated.comparisons import (
     scores_of,
     waits_of,
 )
+from tests.emulated.rules import NAME
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def planted_cases() -> Iterator[tuple[str, Callable[[], str]]]:
         after_step(run, values)
 
     def of_the_cpu(self: Any, count: int, generator: torch.Generator) -> torch.Tensor:
-        return torch.randn(count, *self.state_shape, generator=torch.Generator(), device=device.NAME)
+        return torch.randn(count, *self.state_shape, generator=torch.Generator(), device=NAME)
 
     def forgetting(self: Any, outer: list[torch.Tensor] | None) -> None:
         kept = self.kept or []

@@ -41,7 +41,7 @@ FULL = (
 )  # fmt: skip
 # Factories whose default kernel resizes an empty tensor, which a wrapper cannot follow.
 FACTORIES = ("arange", "arange.start", "arange.start_step", "eye", "eye.m")
-EMULATION = {Path(__file__), Path(__file__).with_name("device.py")}
+EMULATION = {Path(__file__).with_name(f"{name}.py") for name in ("rules", "device", "registration")}
 
 
 @dataclass

@@ -239,6 +239,7 @@ def test_the_augmentation_of_pictures_is_known_to_the_flow() -> None:
     assert [photos.altered for photos in made] == [None, None, "crop_padding=3", "augment=0.1"]
 
 
+@pytest.mark.slow
 def test_a_run_on_digits_says_whether_it_copies(small_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     node = "+evaluation.metrics.memorised={_target_: evaluation.metrics.empirical.Memorised, draws: 64, final_draws: 128}"
     words = ["dataloaders=digits", "model=cnn", "model.width=8", "dataloaders.epoch_size=1438", "conditional=true"]

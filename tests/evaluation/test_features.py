@@ -108,14 +108,9 @@ def test_scores_say_what_they_depend_on_and_reference_features_are_cached_by_it(
     first = scored(generation(digits, samples, weights="some weights", steps="50 steps"))[NAMES[0]]
     assert sorted(seen) == [100, 100, 200, 1438]  # samples, reference, the pool of the floor, the training set
     for word in (
-        "digits_classifier (weights ",
-        "no resize",
-        "100 samples",
-        "100 held-out images of data (data ",
-        "8 bits",
-        "seed 0 by some weights, 50 steps",
-        "floor: 100 against 100 real images, 20 times",
-    ):
+        "digits_classifier (weights ", "no resize", "100 samples", "100 held-out images of data (data ", "8 bits",
+        "seed 0 by some weights, 50 steps", "floor: 100 against 100 real images, 20 times",
+    ):  # fmt: skip
         assert word in first.provenance
     seen.clear()
     again = scored(generation(digits, samples, weights="some weights", steps="50 steps"))[NAMES[0]]
@@ -270,9 +265,11 @@ def test_a_file_that_is_no_classifier_is_one_sentence(content: bytes | None, tmp
         classifier_features(str(tmp_path / "nothing.pt"))
 
 
+@pytest.mark.slow
 def test_a_run_on_digits_is_judged_by_the_shipped_classifier(small_run, capsys) -> None:
     folder = small_run(
-        "x", "dataloaders=digits", "model=unet_small", "dataloaders.epoch_size=1438", "conditional=true", "max_steps=2",
+        "x", "dataloaders=digits", "model=unet_small", "model.width=8", "model.multipliers=[1,1]", "conditional=true",
+        "dataloaders.epoch_size=1438", "max_steps=2",
         "evaluation=generator", "evaluation.metrics.features.replicates=2", "loss=meanflow", "loss/weighting=adaptive",
     )  # fmt: skip
     status = json.loads((folder / "runs/x/status.json").read_text())["scores"]

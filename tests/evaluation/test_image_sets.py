@@ -74,6 +74,7 @@ def checkpoint(shared_run) -> Path:
     return shared_run("d", *DIGITS, "solver.steps=2") / "ckpts/cnn/d_last.pt"
 
 
+@pytest.mark.slow
 def test_a_checkpoints_samples_are_exported_and_score_as_it_does(checkpoint: Path, tmp_path: Path, capsys) -> None:
     """The same samples by way of the checkpoint, a folder of pictures and a .npz have the same distance to the same data."""
     common = [f"ckpt={checkpoint}", "n=40", "label=all", "solver=euler", "solver.steps=2"]

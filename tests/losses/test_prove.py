@@ -132,6 +132,7 @@ FAULTS: list[tuple[list[str], type | None, str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "kind", "world"), FAULTS, ids=[kind.__name__ if kind else words[-1] for words, kind, _ in FAULTS]
 )
@@ -215,6 +216,7 @@ def file(tmp_path, monkeypatch):
     return f"{tmp_path}/mine.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "status", "verdict"),
     [

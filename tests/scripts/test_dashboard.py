@@ -49,9 +49,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Look]:
     while not address and server.poll() is None:
         found = re.search(r"http://127\.0\.0\.1:\d+", told.readline())
         address = found[0] if found else ""
-    for _ in range(50):
+    while server.poll() is None:
         try:
-            urllib.request.urlopen(address, timeout=2).close()
+            urllib.request.urlopen(address, timeout=60).close()
             break
         except OSError:
             time.sleep(0.2)
@@ -67,13 +67,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Look]:
         ]
         target = f"{address}/{path}?{words}"
         command = [str(CHROMIUM), *flags, "--virtual-time-budget=20000", "--dump-dom", target]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
         text = re.sub(r"<(script|style)\b.*?</\1>", " ", shown, flags=re.DOTALL)
         return shown if dom else re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]*>", " ", text)))
 
     yield look
     server.terminate()
-    server.wait(20)
+    server.wait(600)
 
 
 @pytest.mark.browser
@@ -109,6 +109,7 @@ def test_a_runs_page_has_its_settings(pages: Look) -> None:
     assert "0.00123" in text and "kmeans" in text and "FlowMatchingLoss" in text
 
 
+@pytest.mark.slow
 def test_a_tracker_without_a_dashboard_says_where_to_look() -> None:
     with pytest.raises(UserError, match="tensorboard --logdir"):
         launcher.dashboard(["tracker=tensorboard"])

@@ -79,6 +79,7 @@ def names(commands: list[list[str]]) -> list[str]:
     return [next(word for word in words if word.startswith("run_name=")).removeprefix("run_name=") for words in commands]
 
 
+@pytest.mark.slow
 def test_everything_is_trained_once_teachers_first(command, tmp_path, capsys):
     objectives = {"mse": "loss=mse", "meanflow": "loss=meanflow"}
     assert command(objectives=objectives, seeds=(0, 1)) == 0
@@ -279,11 +280,11 @@ def test_stopping_saves_and_the_same_command_goes_on(tmp_path):
     while process.poll() is None and not log.exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=600)
     assert process.returncode == 130 and "waiting for 1 run(s) to save" in said and "the same command goes on" in said
     stopped = status(tmp_path, "mse")
     assert stopped["state"] == "interrupted" and 0 < stopped["step"] < 400
-    again = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(line, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0 and "1 of 1  mse gaussian seed 0:" in again.stdout, again.stderr
     assert status(tmp_path, "mse")["state"] == "finished"
     printed = (tmp_path / "out/leaderboard/leaderboard_mse_gaussian_seed=0.log").read_text()
@@ -301,6 +302,7 @@ def test_seconds_are_of_training_alone(command, tmp_path):
     assert command("table=only") == 0 and "| mse | not run |" in (tmp_path / "R.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_committed_table_composes():
     options, _ = board_script.read_words(["output_dir=/nowhere"])
     board = board_script.read_board(options.config)

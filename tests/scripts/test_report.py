@@ -232,7 +232,7 @@ def test_a_browser_shows_it_readable_and_without_scrolling_sideways(width: int, 
 def browse(folder: Path, *words: str) -> str:
     profile = f"--user-data-dir={folder / 'profile'}"
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", profile, *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
 
 
 @pytest.mark.parametrize(

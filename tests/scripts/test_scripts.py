@@ -162,6 +162,7 @@ def test_numbers_come_with_their_classes(of_classes, tmp_path):
     assert sample.main([f"ckpt={of_classes}", "n=10", "label=3", f"out={tmp_path / 's.png'}"]) == 0
 
 
+@pytest.mark.slow
 def test_pictures_of_a_latent_model_are_decoded_and_its_numbers_are_not(shared_run, tmp_path, monkeypatch):
     """A stand-in decoder: each state becomes a red image twice as large."""
     path = shared_run("d", *DIGITS) / "ckpts/cnn/d_last.pt"

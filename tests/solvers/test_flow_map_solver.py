@@ -187,6 +187,7 @@ def test_a_run_that_learns_no_map_is_refused_before_it_trains(small_run, tmp_pat
     assert not (tmp_path / "outputs/runs/x").exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_by_its_flow_map_and_by_its_renoising_variant(small_run, capsys) -> None:
     words = ("loss=meanflow", "evaluation=generator", "max_steps=2", "evaluation.samples=40", "evaluation.final_samples=40")
     folder = small_run("m", *words, "solver=flow_map", "solver.steps=3")

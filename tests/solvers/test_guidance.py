@@ -176,6 +176,7 @@ def scores(folder, name: str) -> dict[str, float]:
     return json.loads((folder / f"runs/{name}/status.json").read_text())["scores"]
 
 
+@pytest.mark.slow
 def test_a_guided_run_scores_guided_samples_and_the_plain_loss(small_run, capsys, tmp_path) -> None:
     folder = small_run("plain", "conditional=true", *SCORED)
     small_run("free", "conditional=true", "guidance=cfg", "guidance.scale=3", *SCORED)

@@ -88,6 +88,7 @@ def test_every_parameter_can_learn_and_dropout_is_of_training_alone(name: str) -
     assert torch.equal(model.eval()(x), model(x))
 
 
+@pytest.mark.slow
 @every_classifier
 def test_the_compiled_loss_is_the_eager_one(name: str) -> None:
     """Traced whole; no kernels are generated."""
@@ -304,6 +305,7 @@ def test_the_log_has_targets_and_the_difference_to_the_run_before(small_run) -> 
     assert log.count("| yes |") == 1 and log.count("| no |") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["cifar10_classifier", "cifar100_classifier"])
 def test_the_cifar_recipes_run_on_images_of_their_shape(recipe: str, tmp_path: Path) -> None:
     folder = tmp_path

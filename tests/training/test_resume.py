@@ -69,6 +69,7 @@ def test_a_run_stopped_and_resumed_equals_the_uninterrupted_one(small_run, extra
     assert json.loads((parts / "runs/x/status.json").read_text())["state"] == "finished"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [*OBJECTIVES, "shortcut loss.teacher"])
 def test_every_objective_resumes_in_mid_epoch_bit_for_bit(small_run, loss, monkeypatch):
     """Weights, metrics and samples; with accumulation, EMA, a schedule, labels and their dropout, minibatch OT."""

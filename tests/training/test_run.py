@@ -32,6 +32,7 @@ LOSSES = (Path(__file__).resolve().parents[2] / "configs/loss").glob("*.yaml")
 OBJECTIVES = sorted(path.stem for path in LOSSES if path.stem != "cross_entropy")  # that one: test_classifiers.py
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [*OBJECTIVES, "cross_entropy"])
 def test_every_objective_trains_in_bf16_and_compiled_as_in_fp32(small_run, shared_run, loss, monkeypatch):
     """From the same seed: in bf16 to within 5 % of fp32's held-out loss, compiled to within 1e-4 of eager.
