@@ -19,12 +19,14 @@ def identify(words: list[str]) -> int:
     return front(words, None, identity.carry_out)
 
 
+def places(folder: Path) -> tuple[str, str]:
+    return f"output_dir={folder}", f"log.file={folder / 'L.md'}"
+
+
 def check(folder: Path, name: str) -> None:
     """Resume the run in `folder` by one step, then load it and sample it, or hold a classifier to its accuracy."""
     before = RunFolder(folder / "runs" / name).status.read()
-    result = launcher.run(
-        f"run_name={name}", "resume=true", "max_steps=3", f"output_dir={folder}", f"log.file={folder / 'L.md'}"
-    )
+    result = launcher.run(f"run_name={name}", "resume=true", "max_steps=3", *places(folder))
     status = RunFolder(folder / "runs" / name).status.read()
     assert (before["step"], status["step"], result.state) == (2, 3, "finished")
     assert result.checkpoint is not None
@@ -52,10 +54,9 @@ def test_what_is_made_today_is_such_a_run(tmp_path: Path) -> None:
     assert identify(["--fixtures", str(made), "--only", "finetunable_flow"]) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.process
 def test_the_same_run_is_identical_and_a_changed_one_different(tmp_path, capsys, monkeypatch) -> None:
     file = tmp_path / "before.json"
+    monkeypatch.setattr(identity, "train", lambda words, place: launcher.run(*words, *places(place)))
     monkeypatch.setattr(identity, "RUNS", {"tiny": "dataloaders=gaussian max_steps=2 evaluation=loss_only model.width=8"})
     assert identify(["--write", str(file)]) == identify(["--compare", str(file)]) == 0
     monkeypatch.setitem(identity.RUNS, "tiny", identity.RUNS["tiny"] + " seed=1")
