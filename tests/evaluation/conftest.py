@@ -1,6 +1,6 @@
 """Samples as metrics see them, without a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import GaussianSource
 from evaluation.metrics.base_metric import Generation
+from evaluation.threads import one_thread
 
 
 @pytest.fixture
@@ -28,3 +29,9 @@ def generation(tmp_path: Path) -> Callable[..., Generation]:
         )  # fmt: skip
 
     return make
+
+
+@pytest.fixture
+def single_thread() -> Iterator[None]:
+    with one_thread():
+        yield
