@@ -58,11 +58,8 @@ def test_no_installed_package_hides_a_folder_of_ours(name):
 
 
 def test_house_rules():
-    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")] + [
-        ROOT / "launcher.py",
-        ROOT / "train.py",
-        ROOT / "helpers_cfg.py",
-    ]
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    files += [ROOT / "launcher.py", ROOT / "train.py", ROOT / "helpers_cfg.py"]
     assert not [
         path for folder in (*FOLDERS, "tests") for path in (ROOT / folder).rglob("__init__.py") if folder != "minigrad"
     ]
@@ -70,6 +67,8 @@ def test_house_rules():
         text = path.read_text()
         assert not re.search(r"\bhasattr\(|os\.path\.|import Protocol", text), path
         assert path.name == "trackers.py" or not re.search(r"except( Exception)?:", text), path
+    long = [path for path in [*files, *(ROOT / "tests").rglob("*.py")] if len(path.read_text().splitlines()) > 350]
+    assert not long, f"{long}: more than 350 lines; divide them by subject"
 
 
 def imports() -> dict[str, set[str]]:
