@@ -195,28 +195,27 @@ def test_runs_moved_aside_in_one_second_lose_nothing(small_run, monkeypatch):
     assert seeds == [3, 0, 1, 2] and len(list(folder.rglob("x.old-*.pt"))) == 9
 
 
-def test_a_sweep_names_each_job_and_skips_what_has_finished(tmp_path, monkeypatch, capfd):
-    words = ["run_name=s", "-m", "seed=0,1", f"output_dir={tmp_path}", f"log.file={tmp_path / 'L.md'}", *SMALL]
-    words += ["max_steps=2", "callbacks=none"]
-    words.remove("~callbacks.pictures")
-    monkeypatch.setattr(sys, "argv", ["launcher.py", *words])
-
-    def swept() -> str:
-        capfd.readouterr()
-        assert launcher.main(words) == 0
-        return capfd.readouterr().out
-
-    first = swept()
+@pytest.mark.process
+def test_a_sweep_names_each_job_and_skips_what_has_finished(tmp_path):
+    small = (
+        "trackio.enabled=false evaluation.samples=16 evaluation.final_samples=16 max_steps=2 model.width=8 callbacks=none"
+    )
+    command = [
+        sys.executable, "launcher.py", "run_name=s", "-m", "seed=0,1", f"output_dir={tmp_path}", *small.split(),
+        "evaluation=loss_only",
+    ]  # fmt: skip
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert names == ["s_seed=0", "s_seed=1"]
     status = tmp_path / "runs/s_seed=1/status.json"
     status.write_text(status.read_text().replace('"finished"', '"running"').replace('"step": 2', '"step": 1'))
-    assert swept().count("has finished") == 1  # the one that was killed is resumed
+    resumed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)  # of the one that was killed
+    assert resumed.stdout.count("has finished") == 1
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("status.json")}
-    again = swept()
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("status.json")}
-    assert again.count("has finished") == 2
-    tables = [said.partition("sweep: 2 jobs")[2].splitlines()[1:] for said in (first, again)]
+    assert again.stdout.count("has finished") == 2
+    tables = [said.stdout.partition("sweep: 2 jobs")[2].splitlines()[1:] for said in (first, again)]
     scores = [json.loads((tmp_path / f"runs/{name}/status.json").read_text())["scores"]["eval/loss"] for name in names]
     assert tables[0] == tables[1] and tables[0][0].split()[:3] == ["run", "seed", "state"]
     for name, row, score in zip(names, tables[0][1:], scores, strict=True):
