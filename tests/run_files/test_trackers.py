@@ -10,16 +10,15 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from PIL import Image
 
 from common.errors import UserError
 from run_files.run_folder import RunFolder
-from run_files.trackers import GuardedTracker, NullTracker, TensorboardTracker, Tracker, WandbTracker, tracker_from_config
+from run_files.trackers import GuardedTracker, NullTracker, TensorboardTracker, Tracker, WandbTracker
 from run_files.trackio_tracker import TrackioTracker, delete_run, run_names
 from scripts import trackio_delete
 
@@ -304,18 +303,6 @@ def raise_interrupt() -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    ("make", "module", "extra"),
-    [(TensorboardTracker, "torch.utils.tensorboard", "tensorboard"), (WandbTracker, "wandb", "wandb")],
-)
-def test_missing_package_names_its_extra(
-    make: Callable[[], Tracker], module: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=f"uv sync --extra {extra}"):
-        GuardedTracker(make()).start("x", {}, tmp_path, None)
-
-
 def test_tensorboard_shows_each_step_once_after_a_resume_and_pictures(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -337,19 +324,3 @@ def test_wandb_identity_survives_a_resume_and_not_a_fresh_start(tmp_path: Path) 
     first = WandbTracker.run_id(memo, resumed=False)
     assert WandbTracker.run_id(memo, resumed=True) == first
     assert WandbTracker.run_id(memo, resumed=False) != first
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/tracker").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_tracker_config_builds(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    settings = yaml.safe_load(text)
-    assert text.startswith("# @package trackio\n# python launcher.py ")
-    assert isinstance(tracker_from_config(settings), GuardedTracker)
-    assert isinstance(tracker_from_config(settings | {"enabled": False}), NullTracker)
-
-
-@pytest.mark.process
-def test_importing_the_trackers_imports_no_tracker() -> None:
-    script = "import sys, run_files.trackers, run_files.trackio_tracker; print(sorted(sys.modules))"
-    loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert not [name for name in ("trackio", "torch", "wandb", "tensorboard", "numpy") if f"'{name}'" in loaded]
