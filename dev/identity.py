@@ -44,6 +44,7 @@ TIMES = re.compile(r"seconds|per_second|^(gpu|mps|cuda)/|^provenance$")  # of a 
 
 IMAGES = "dataloaders=random_images dataloaders.epoch_size=56 batch_size=8 dataloaders.state_shape=[{},8,8]"
 UNET = "model.width=8 model.multipliers=[1] model.blocks=1 model.embedding=8"
+MLP = "model.width=8 model.depth=1"
 RESNET = "model.width=4 model.multipliers=[1,1] model.blocks=1 ~dataloaders.flip ~dataloaders.crop_padding"
 SHRUNK = {  # by experiment; the others are small once their network is
     "cifar10_meanflow": f"{IMAGES.format(3)} {UNET} ~dataloaders.flip ~dataloaders.augment",
@@ -54,9 +55,9 @@ SHRUNK = {  # by experiment; the others are small once their network is
     "digits_classifier": "model.width=8 model.multipliers=[1,1]",
     "digits_conditional": UNET,
     "digits_one_step": f"{UNET} model.attention_up_to=0",
+    "kmeans_one_step": f"{MLP} teacher='max_steps=2' loss.coupling.count=100",
     "photos": f"{UNET} dataloaders.crops=200 dataloaders.held_out_crops=50",
 }
-MLP = "model.width=8 model.depth=1"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
