@@ -15,8 +15,14 @@ from run_files.stored_values import as_object, is_number, json_number, note_once
 
 HIGHER_IS_BETTER = (  # in metric names
     "accuracy", "f1_macro", "inception_score", "mcc", "precision", "recall", "density", "coverage", "class_share_min",
+    "oracle/copying",
 )  # fmt: skip
 BY_TIME = tuple(f"_t{k}" for k in range(8))  # ends of the names of a score's values at eight times
+# Ends of the names of what stands beside a score.
+BESIDE = ("_floor", "_floor_sd", "_floor_q99", "_floor_q01", "_p", "_se", "_train", "_share", "/seconds", *BY_TIME)
+SIDE = (*BESIDE, "_exact_field", "_probes", "_median", "/nfe")  # and of what is no score of its own
+# Ends of the names of scores of which neither larger nor smaller is better.
+UNDIRECTED = ("nearest_distance_ratio", "empirical_excess_loss", *(f"class_share_{k}" for k in range(20)))
 COPIES = 0.5  # oracle/copying from which on down a network is said to copy its training rows
 
 

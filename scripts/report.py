@@ -30,7 +30,7 @@ from common.command_line import front, outputs, unknown
 from common.errors import UserError
 from common.files import write_atomically
 from common.ranges import NotNegative
-from run_files.metrics_file import BY_TIME, COPIES
+from run_files.metrics_file import BESIDE, BY_TIME, COPIES
 from run_files.run_folder import RunFolder
 from scripts.runs import find_run, flat, number, read_config, rows_that_differ, state
 from scripts.settings import known_settings
@@ -40,9 +40,6 @@ PICTURES = 4  # samples over time: the first, the last and what lies between at 
 UNINTERESTING = ("command", "overrides", "changed", "run_name", "output_dir", "resume", "overwrite", "show", "log")
 SHOWN_CHOICES = ("choices.show", "choices.log")
 LONGEST = 100  # letters of the names of runs in the name of a file
-NO_SCORES = (  # what stands beside a score
-    "_floor", "_floor_sd", "_floor_q99", "_floor_q01", "_se", "_train", "_share", "/seconds", *BY_TIME,
-)  # fmt: skip
 SHORT = 200  # optimizer steps in which hardly any network has learned its data
 FAR_ERROR = 3.0  # times the solver's own flow-map error that a network's may be before it is named
 FAR = 3.0  # standard deviations of its floor that a score may lie above one without an upper end, to differ from real
@@ -174,7 +171,7 @@ def score_rows(run: RunRecord) -> list[list[str]]:
     """Name, value, standard error, noise floor, distance from the floor, of every score."""
     rows = []
     for name, value in run.scores.items():
-        if value is None or name.endswith(NO_SCORES):
+        if value is None or name.endswith(BESIDE):
             continue
         error, floor, sd = (run.scores.get(f"{name}{suffix}") for suffix in ("_se", "_floor", "_floor_sd"))
         shown = floors([run], name)
@@ -304,7 +301,7 @@ def page(runs: list[RunRecord], price: float | None) -> str:
     )
     environment.filters["breakable"] = breakable
     environment.tests["numeric"] = NUMBER.fullmatch
-    names = [name for name in dict.fromkeys(n for run in runs for n in run.scores) if not name.endswith(NO_SCORES)]
+    names = [name for name in dict.fromkeys(n for run in runs for n in run.scores) if not name.endswith(BESIDE)]
     side_by_side = [
         [name, *(number(run.scores[name]) if name in run.scores else "-" for run in runs), floors(runs, name)]
         for name in names

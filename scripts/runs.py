@@ -3,6 +3,7 @@
 python scripts/runs.py list                      # every run: state, step, epoch, minutes, best scores
 python scripts/runs.py show my_experiment        # what it changed, how it stands, its last numbers, its files
 python scripts/runs.py compare first second      # the settings that differ and the last scores side by side
+python scripts/runs.py compare 'a_.*' 'b_.*'     # two sets of seeds: which scores differ by more than luck
 python scripts/runs.py delete old_one --dry-run  # what would go: its folder, its saves, its run of the dashboard
 """
 
@@ -18,13 +19,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import front, outputs
+from common.command_line import front, matching, outputs
 from common.errors import UserError
 from run_files.metrics_file import higher_is_better
 from run_files.result import table
 from run_files.run_folder import RunFolder
 
-NO_SCORE = re.compile(r"_floor\w*$|_se$|_ratio$|^eval/(nfe|seconds)$")  # of these none is the best
+NO_SCORE = re.compile(r"_floor\w*$|_se$|_p$|_ratio$|^eval/(nfe|seconds)$")  # of these none is the best
 HEADLINES = ("eval/energy_distance", "eval/fid", "eval/accuracy", "eval/kid", "eval/loss")  # in order of preference
 HEADLINES_SHOWN = 2
 NO_METRICS = ("step", "epoch", "elapsed_seconds", "provenance")  # keys of a row of metrics.jsonl
@@ -41,7 +42,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     reports: list[tuple[str, Callable[[argparse.Namespace], str], int | str | None, str]] = [
         ("list", list_runs, None, "every run in a line"),
         ("show", show_run, 1, "one run in full"),
-        ("compare", compare_runs, "+", "two runs or more, side by side"),
+        ("compare", compare_runs, "+", "two runs or more side by side, or two sets of seeds by expressions for their names"),
         ("delete", delete_runs, "+", "runs, with their saves and their dashboard rows"),
     ]
     for name, report, names, what in reports:
@@ -50,6 +51,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         command.set_defaults(report=report)
         if names:
             command.add_argument("names", nargs=names, metavar="NAME")
+        if name == "compare":
+            command.add_argument("--best", action="store_true", help="of sets: the evaluation of the best monitored value")
+            command.add_argument("--score", metavar="SCORE", help="of sets: this score alone, decided on beforehand")
         if name == "delete":
             command.add_argument("--dry-run", action="store_true", help="say what would be deleted")
     return parser.parse_args(arguments)
@@ -111,10 +115,17 @@ def show_run(options: argparse.Namespace) -> str:
 
 
 def compare_runs(options: argparse.Namespace) -> str:
-    """Return settings that differ between the runs, then their last scores."""
+    """Return settings that differ between the runs, then their last scores; of two sets of seeds, verdicts."""
     names = list(dict.fromkeys(options.names))
     if len(names) < 2:
         raise UserError("compare needs at least two different runs: python scripts/runs.py compare A B")
+    known = {folder.name: folder for folder in run_folders(options.output_dir)}
+    if len(names) == 2 and not {*names} <= {*known} and all(matching(name, known) for name in names):
+        from scripts.run_sets import compare_sets
+
+        return compare_sets(known, names, options.best, options.score)
+    if options.best or options.score:
+        raise UserError("--best and --score are for two sets of seeds: python scripts/runs.py compare 'a_.*' 'b_.*' --best")
     folders = [find_run(options.output_dir, name) for name in names]
     configs = [flat(read_config(folder)) for folder in folders]
     metrics = [last_metrics(folder) for folder in folders]

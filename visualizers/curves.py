@@ -27,7 +27,7 @@ import numpy as np
 from common.command_line import front, matching, outputs, split, unknown
 from common.errors import UserError
 from evaluation.pictures import INK, new_figure, save_figure
-from run_files.metrics_file import BY_TIME
+from run_files.metrics_file import SIDE
 from run_files.run_folder import RunFolder
 from visualizers.scene import outputs_of
 
@@ -45,11 +45,6 @@ BAND = (
     "what 99 % of real sets stay below (else 2 above). The last evaluation of a run has more samples, and so a "
     "floor of its own."
 )
-# What stands beside a score:
-SIDE = (
-    "_floor", "_floor_sd", "_floor_q99", "_floor_q01", "_train", "_se", "_exact_field", "_probes", "_median", "seconds",
-    "/nfe", "_share", *BY_TIME,
-)  # fmt: skip
 LINE = 15  # pixels of a line of the caption
 
 
