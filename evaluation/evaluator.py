@@ -15,9 +15,13 @@ from common.seeds import generator_for
 from dataloaders.base_dataloaders import Batch, FlowDataset
 from evaluation.generate import data_labels, fixed_noise, fresh_noise, generate_together, guidance_words, solver_words
 from evaluation.metrics.base_metric import Absent, EvaluationInputs, Generation, Metric, Score
+from losses.flow_matching_loss import FlowMatchingLoss
 from losses.objective import FlowObjective, Objective
 from losses.terms import named_terms
+from losses.weightings import UniformWeighting
 from solvers.base_solver import Sampler
+
+SQUARED_ERROR = "eval/squared_error"
 
 
 @dataclass
@@ -124,7 +128,7 @@ class GeneratorEvaluator(Evaluator):
         flow, count = (given.flow or objective).eval(), self.count(given.final)
         with watched(flow.network, f"evaluation, {count:,} samples", self.rows(flow, dataset, solver, given.final)):
             generation = self.sample(flow, given)
-            values = {"eval/loss": self.held_out_loss(objective, generation), "eval/nfe": float(solver.evaluations)}
+            values = self.held_out_loss(objective, generation) | {"eval/nfe": float(solver.evaluations)}
             results = [result for name, metric in self.metrics.items() for result in given_by(name, metric, generation)]
         scores = [result for result in results if isinstance(result, Score)]
         for score in scores:
@@ -152,17 +156,24 @@ class GeneratorEvaluator(Evaluator):
         made = {"objective": flow, "noise": noise, "samples": samples, "label": label}
         return Generation(**vars(given) | made, steps=solver_words(flow, given.solver))
 
-    def held_out_loss(self, objective: FlowObjective, generation: Generation) -> float:
-        """Return the training loss on held-out data with fixed draws, in fp32, in batches of training's size (couplings)."""
+    def held_out_loss(self, objective: FlowObjective, generation: Generation) -> dict[str, float]:
+        """Return the training loss on held-out data with fixed draws, in fp32, in batches of training's size (couplings).
+
+        Beside a loss that is not itself the squared error of the velocity: that error at the same states.
+        """
         generator = generator_for(0, "evaluation/loss", 0, generation.samples.device)
         states, labels = held_out_states(generation.dataset, self.loss_samples, generator)
-        total = 0.0
+        plain = type(objective) is FlowMatchingLoss and isinstance(objective.weighting, UniformWeighting)
+        total = error = 0.0
         for start in range(0, len(states), self.batch_size):
             rows = slice(start, start + self.batch_size)
             x1, label = states[rows], None if labels is None else labels[rows]
             batch = objective.draw(generation.source.sample(len(x1), generator), x1, label, generator, progress=1.0)
             total += len(x1) * float(named_terms(objective(batch, objective), self.loss_weights)["loss"])
-        return total / len(states)
+            if not plain:
+                v = objective.velocity(batch.input, batch.r, batch.label)
+                error += float((v - batch.conditional_velocity).square().sum())
+        return {"eval/loss": total / len(states)} | ({} if plain else {SQUARED_ERROR: error / len(states)})
 
 
 def held_out_states(dataset: FlowDataset, count: int, generator: torch.Generator) -> Batch:

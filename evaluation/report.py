@@ -12,7 +12,7 @@ import torch
 from dataloaders.base_dataloaders import Batch
 from dataloaders.tensor_dataset import TensorDataset
 from evaluation.classifier_evaluator import ClassifierEvaluation, by_class
-from evaluation.evaluator import Evaluation, GeneratorEvaluation
+from evaluation.evaluator import SQUARED_ERROR, Evaluation, GeneratorEvaluation
 from evaluation.metrics.base_metric import Absent, Decode, Score, as_images, number
 from evaluation.metrics.distances import nearest, squared_distances
 from losses.weightings import UniformWeighting
@@ -29,7 +29,8 @@ SHOWN_EXTRA = (
 def score_rows(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     """Return (name, value ± standard error, noise floor) of each score."""
     loss = number(evaluation.values["eval/loss"]) + per_dimension(evaluation)
-    return [("eval/loss", loss, ""), *rows_of(evaluation.scores)]
+    error = [(SQUARED_ERROR, number(evaluation.values[SQUARED_ERROR]), "")] if SQUARED_ERROR in evaluation.values else []
+    return [("eval/loss", loss, ""), *error, *rows_of(evaluation.scores)]
 
 
 def per_dimension(evaluation: Evaluation) -> str:
@@ -117,11 +118,16 @@ def print_table(scores: list[Score], absent: list[Absent], rows: list[tuple[str,
 
 def verdict_lines(scores: list[Score]) -> list[str]:
     """Return one line that says by which scores the samples differ from real data, and by which no difference is seen."""
-    measured = {score.name: score.beyond_floor for score in scores if score.beyond_floor is not None}
-    far = [f"{name} ({away:.0f} sd beyond its floor)" for name, away in measured.items() if away]
-    near = short_names([name for name, away in measured.items() if not away])
-    parts = [f"the samples differ from real data by {', '.join(far)}"] * bool(far)
-    parts += [f"no difference {'' if far else 'from real data '}is seen by {', '.join(near)}"] * bool(near)
+    judged = [score for score in scores if score.beyond_floor is not None]
+    near = [score for score in judged if not score.beyond_floor]
+    far = ", ".join(
+        f"{score.name} ({score.beyond_floor:.0f} sd beyond its floor{'' if score.p is None else f', p = {score.p:.2g}'})"
+        for score in judged if score.beyond_floor
+    )  # fmt: skip
+    names, rare = short_names([score.name for score in near]), [f"{score.p:.2g}" for score in near if score.p is not None]
+    parts = [f"the samples differ from real data by {far}"] * bool(far)
+    seen = f"no difference {'' if far else 'from real data '}is seen by {', '.join(names)}"
+    parts += [seen + f" (p = {', '.join(rare)})" * bool(rare)] * bool(near)
     return ["; ".join(parts)] * bool(parts)
 
 

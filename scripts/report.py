@@ -176,6 +176,8 @@ def score_rows(run: RunRecord) -> list[list[str]]:
         error, floor, sd = (run.scores.get(f"{name}{suffix}") for suffix in ("_se", "_floor", "_floor_sd"))
         shown = floors([run], name)
         far = "" if floor is None or not sd else f"{(value - floor) / sd:+.1f} sd"
+        rare = run.scores.get(f"{name}_p")
+        far += "" if rare is None else f", p = {rare:.2g}"
         upper, lower = (run.scores.get(f"{name}_floor_{end}") for end in ("q99", "q01"))
         far += "" if upper is None else f", {'above' if value > upper else 'not above'} it"
         far += "" if lower is None else f", {'below' if value < lower else 'not below'} it"

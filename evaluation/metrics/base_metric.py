@@ -38,6 +38,7 @@ class Score:
     extra: further numbers logged under their own full names. note: what the number was measured with, in a few words.
     provenance: all that the number depends on, for scores whose name does not say it; written beside them.
     floor_note: the counts of a floor that has others than the score ("of 30 against 30"), or why there is no floor.
+    p: share of splits of real states into two sets that lie as far apart; None of fewer than 100 splits, or of other counts.
     verdict: what the score says, in words for the end of the table.
     """
 
@@ -52,6 +53,7 @@ class Score:
     floor_note: str = ""
     floor_q99: float | None = None
     floor_q01: float | None = None
+    p: float | None = None
     verdict: str = ""
 
     @property
@@ -76,7 +78,7 @@ class Score:
         """Return the score as logged: its value, its floor and what else it carries, each under its own name."""
         parts = {
             "floor": self.floor, "floor_sd": self.floor_sd, "floor_q99": self.floor_q99, "floor_q01": self.floor_q01,
-            "se": self.spread,
+            "se": self.spread, "p": self.p,
         }  # fmt: skip
         beside = {f"{self.name}_{suffix}": value for suffix, value in parts.items() if value is not None}
         return {self.name: self.value, **(self.extra or {}), **beside}

@@ -15,6 +15,7 @@ from evaluation.metrics.cache import cached_numbers
 from evaluation.threads import side_by_side
 
 LEVEL, CONFIDENCE = 0.99, 0.9  # with this confidence, this share of real sets lies below a floor's upper end
+SPLITS = 100  # of real states from which on a p is given: of fewer, none could be small
 
 
 def not_finite(samples: Tensor) -> str | None:
@@ -35,6 +36,11 @@ def upper_end(replicates: list[float]) -> float:
         return values.sort(descending=True).values[rank - 1].item()
     factor = nctdtrit(count - 1, ndtri(LEVEL) * count**0.5, CONFIDENCE) / count**0.5
     return (values.mean() + factor * values.std()).item()
+
+
+def as_far(value: float, replicates: list[float]) -> float:
+    """Return the p of a permutation test: the share of distances between real sets, and of this one, that are as large."""
+    return (1 + sum(distance >= value for distance in replicates)) / (1 + len(replicates))
 
 
 class TwoSampleMetric(Metric):
@@ -85,7 +91,8 @@ class TwoSampleMetric(Metric):
         floor, used = torch.tensor(distances), self.counts(int(first), int(second))
         note = "" if used == own else f"of {used[0]:,} against {used[1]:,}"
         mean, sd, end = floor.mean().item(), floor.std().item(), upper_end(distances)
-        return [Score(self.name, value, floor=mean, floor_sd=sd, note=counts, floor_note=note, floor_q99=end)]
+        p = None if note or len(distances) < SPLITS else as_far(value, distances)
+        return [Score(self.name, value, floor=mean, floor_sd=sd, note=counts, floor_note=note, floor_q99=end, p=p)]
 
     def trial(self, generation: Generation) -> list[Score | Absent]:
         x, y = generation.samples.flatten(1)[: 2 * max(self.least, 2)].chunk(2)

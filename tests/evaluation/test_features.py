@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +333,11 @@ def test_a_line_says_by_which_scores_samples_differ_from_real_data() -> None:
         "no difference is seen by eval/fid"
     ]
     assert verdict_lines([near]) == ["no difference from real data is seen by eval/fid"]
+    rare = [replace(score, p=p) for score, p in ((far, 0.0043), (near, 0.5), (replace(near, name="eval/kid"), 0.25))]
+    assert verdict_lines(rare) == [
+        "the samples differ from real data by eval/w2 (6 sd beyond its floor, p = 0.0043); "
+        "no difference is seen by eval/fid, eval/kid (p = 0.5, 0.25)"
+    ]
     assert verdict_lines([unknown]) == []
 
 

@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from configuration.compose import compose_config, resolved
 from dataloaders.synthetic import Gaussian, KMeans
 from dataloaders.tensor_dataset import TensorDataset
+from evaluation.evaluator import GeneratorEvaluator
 from evaluation.metrics import distances
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
 from evaluation.metrics.cache import cached_numbers
@@ -24,8 +26,9 @@ from evaluation.metrics.distances import nearest
 from evaluation.metrics.energy_distance import EnergyDistance, energy_distance
 from evaluation.metrics.feature_scores import FeatureScores
 from evaluation.metrics.nearest import NearestTraining
-from evaluation.metrics.two_sample import TwoSampleMetric, upper_end
+from evaluation.metrics.two_sample import TwoSampleMetric, as_far, upper_end
 from evaluation.metrics.wasserstein import SlicedWasserstein, Wasserstein, sliced_wasserstein2, wasserstein2
+from evaluation.parts import build_objective
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -123,6 +126,7 @@ def test_floor_is_drawn_once_for_a_dataset_and_its_counts(
     assert first.floor_q99 is not None and first.floor_q99 > first.floor + first.floor_sd
     again = only(metric, generation(dataset, made.samples, seed=5))
     assert (again.floor, again.floor_sd, again.floor_q99) == (first.floor, first.floor_sd, first.floor_q99)
+    assert first.p is None  # of so few splits none could be small
     assert dataset.pairs == pools
     only(metric, generation(dataset, made.samples, key="kmeans std=0.2"))
     assert dataset.pairs == 2 * pools
@@ -186,10 +190,11 @@ def test_real_data_is_seldom_told_from_real_and_a_shift_is(generation: Callable[
     """The short form of dev/floor_check.py: at a true rate of 1 % more than 5 of 100 have a chance of .05 %."""
     dataset, metric = Gaussian(), EnergyDistance()
     score = only(metric, generation(dataset, dataset.held_out(300, torch.Generator().manual_seed(9))[0], key="gaussian"))
-    assert score.floor_q99 is not None
+    assert score.floor_q99 is not None and score.p is not None
     pairs = [dataset.real_pair(300, 300, torch.Generator().manual_seed(100 + i)) for i in range(100)]
     assert sum(metric.distance(x, y) > score.floor_q99 for x, y in pairs) <= 5
     assert sum(metric.distance(x + 0.3 * 0.4, y) > score.floor_q99 for x, y in pairs) >= 80
+    assert (as_far(2.0, [1.0, 2.0, 3.0, 0.0]), as_far(9.0, [0.0] * 999)) == (0.6, 0.001)
 
 
 def test_the_floor_of_many_samples_against_few_held_out_ones_is_of_their_counts(
@@ -239,6 +244,22 @@ def test_unscorable_samples_are_absent(generation: Callable[..., Generation]) ->
     digits = TensorDataset(normal(30, 1, 2, 2), None, torch.arange(10))
     (absent,) = Wasserstein().compute(generation(digits, normal(10, 1, 2, 2)))
     assert isinstance(absent, Absent) and "images" in absent.reason
+
+
+def test_a_weighted_loss_stands_beside_its_raw_squared_error(generation: Callable[..., Generation]) -> None:
+    """Of one network: what adaptive weighting with p = 1 makes about 1 is beside it what the plain loss is."""
+
+    def losses(*words: str) -> dict[str, float]:
+        config = resolved(compose_config(["run_name=x", "model.width=8", *words]))
+        data = KMeans()
+        made = generation(data, torch.zeros(2, 2))
+        objective = build_objective(config, torch.device("cpu"))
+        return GeneratorEvaluator(500, 500, {}).held_out_loss(objective, made)  # type: ignore[arg-type]
+
+    plain, weighted = losses(), losses("loss/weighting=adaptive")
+    assert [*plain] == ["eval/loss"] and weighted["eval/loss"] == pytest.approx(1, abs=0.05)
+    assert weighted["eval/squared_error"] == pytest.approx(plain["eval/loss"], rel=1e-6)
+    assert losses("loss=meanflow")["eval/squared_error"] > 2
 
 
 def finite_set(labelled: bool = True) -> TensorDataset:
