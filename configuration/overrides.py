@@ -1,5 +1,6 @@
 """A stored configuration with newly typed overrides laid over it, and what changed."""
 
+import re
 from typing import Any
 
 from hydra.core.override_parser.types import Override
@@ -9,6 +10,10 @@ from common.errors import UserError
 from configuration.checks import check_values
 from configuration.compose import compose_config, delete, is_group, resolved, typed_keys
 from configuration.nodes import lookup
+from configuration.values import NEUTRAL
+
+# What no result hangs on, or only by chance, or what follows from the data.
+MEANINGLESS = {*NEUTRAL, "run_name", "seed", "device", "standardized"} - {"guidance"}
 
 
 def laid_over(stored: dict[str, Any], config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
@@ -53,6 +58,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
     before, after = flat(old), flat(new)
     keys = [*before, *(key for key in after if key not in before)]
     return {k: (before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)}
+
+
+def meaningful(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that results hang on, by dotted key; a run's own seed in a text, as in a path, is left open."""
+    leaves = {key: value for key, value in flat(config).items() if not MEANINGLESS & {key, key.split(".")[0]}}
+    own = re.compile(rf"seed={config['seed']}(?!\d)")
+    return {key: own.sub("seed=*", value) if isinstance(value, str) else value for key, value in leaves.items()}
 
 
 def settings_from_overrides(words: list[str]) -> dict[str, Any]:

@@ -35,6 +35,11 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def made_with(device: str) -> dict[str, str]:
+    """Return what the numbers of a run may hang on beside its settings; device: its kind, such as cpu."""
+    return {"torch": package_versions()["torch"], "device": device}
+
+
 def weights_in_words(config: dict[str, Any], step: int) -> str:
     """Return what a run of this configuration keeps as its average after so many steps, for provenance."""
     settings = config.get("ema")

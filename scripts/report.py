@@ -10,7 +10,6 @@ the device, in your currency; adds the cost). The page needs no network, reads o
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
 import re
@@ -30,11 +29,12 @@ from common.command_line import front, outputs, unknown
 from common.errors import UserError
 from common.files import write_atomically
 from common.ranges import NotNegative
+from evaluation.milestones import Milestones, milestones_for, standing
 from run_files.metrics_file import BESIDE, BY_TIME, COPIES
-from run_files.run_folder import RunFolder
-from scripts.runs import find_run, flat, number, read_config, rows_that_differ, state
+from scripts.run_record import Figure, RunRecord, record_of
+from scripts.runs import flat, number, rows_that_differ, state
 from scripts.settings import known_settings
-from visualizers.curves import BAND
+from visualizers.curves import BAND, MILESTONES
 
 PICTURES = 4  # samples over time: the first, the last and what lies between at even spacing
 UNINTERESTING = ("command", "overrides", "changed", "run_name", "output_dir", "resume", "overwrite", "show", "log")
@@ -55,62 +55,6 @@ class Settings:
     price: NotNegative | None = None
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A picture of the page. kind: png or svg+xml."""
-
-    kind: str
-    content: bytes
-    alt: str
-    caption: str
-
-    @property
-    def data(self) -> str:
-        return base64.b64encode(self.content).decode()
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """What is known of one run."""
-
-    folder: RunFolder
-    status: dict[str, Any]
-    config: dict[str, Any]
-    rows: list[dict[str, Any]]
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
-    def scores(self) -> dict[str, float | None]:
-        return self.status.get("scores", {})
-
-    @property
-    def command(self) -> str:
-        return str(self.config.get("command", "python launcher.py " + " ".join(self.folder.read_overrides().split("\n"))))
-
-    def figures(self, kind: str, alt: str) -> list[Figure]:
-        """Return the run's own pictures of a kind, samples or neighbours, by step; one that cannot be read is left out."""
-        found = []
-        for name, path, step in self.folder.pictures():
-            if name == kind:
-                try:
-                    content = self.folder.read_picture(path)
-                except UserError as error:
-                    print(f"note: {error}; it is left out of the page", file=sys.stderr)
-                    continue
-                found.append(
-                    Figure("png", content, f"{alt.format(self.name)}, at step {step}", f"{self.name}, step {step:,}")
-                )
-        return found
-
-
-def record_of(output_dir: Path, name: str) -> RunRecord:
-    folder = find_run(output_dir, name)
-    return RunRecord(folder, folder.status.read(), read_config(folder), folder.metrics.read())
-
-
 def breakable(text: str) -> Markup:
     """Return HTML of a text whose names may go on in a new line after their parts; numbers stay whole."""
     return Markup(re.sub(r"(?<=[A-Za-z])([/_.=])(?=\w)", r"\1<wbr>", str(escape(text))).replace("± ", "±&nbsp;"))
@@ -121,7 +65,7 @@ def curve_figures(runs: list[RunRecord]) -> list[Figure]:
     from matplotlib import rc_context
 
     from evaluation.pictures import new_figure
-    from visualizers.curves import draw_metric, metrics_of, series
+    from visualizers.curves import draw_metric, draw_milestones, metrics_of, series
 
     by_name = {run.name: run.rows for run in runs}
     figures = []
@@ -129,6 +73,8 @@ def curve_figures(runs: list[RunRecord]) -> list[Figure]:
         drawing = new_figure(300, "", "", 420)
         axes = drawing.subplots()
         draw_metric(axes, metric, by_name)
+        for milestones in held_against(runs):
+            draw_milestones(axes, milestones.scores.get(metric, []))
         if len(runs) > 1:
             axes.legend(fontsize=8, frameon=False)
         drawing.subplots_adjust(left=0.15, right=0.97, bottom=0.16, top=0.9)
@@ -140,6 +86,12 @@ def curve_figures(runs: list[RunRecord]) -> list[Figure]:
         alt = f"{metric} over optimizer steps: {', '.join(ends)}"
         figures.append(Figure("svg+xml", file.getvalue(), alt, "; ".join(ends)))
     return figures
+
+
+def held_against(runs: list[RunRecord]) -> list[Milestones]:
+    """Return the milestones of the runs' recipes, each once."""
+    found = [milestones_for(run.config)[0] for run in runs]
+    return [one for i, one in enumerate(found) if one is not None and one not in found[:i]]
 
 
 def drawn_figures(run: RunRecord, visualizer: str) -> list[Figure]:
@@ -206,6 +158,8 @@ def fact_rows(run: RunRecord, price: float | None) -> list[list[str]]:
         ["seed", str(run.config.get("seed", "-"))],
         ["parts", ", ".join(f"{group}={choice}" for group, choice in choices.items() if choice)],
     ]
+    if words := standing(run.config, run.rows, run.made):
+        rows.append(["milestones", words])
     return rows + ([] if price is None else [["cost", f"{hours * price:.2f} ({hours:.2f} hours at {price:g})"]])
 
 
@@ -311,7 +265,8 @@ def page(runs: list[RunRecord], price: float | None) -> str:
     return environment.get_template("report.html").render(
         title=", ".join(run.name for run in runs), names=[run.name for run in runs],
         differing=telling(rows_that_differ([flat(run.config) for run in runs], str, ())), side_by_side=side_by_side,
-        runs=[section(run, price) for run in runs], curves=curve_figures(runs), band=BAND,
+        runs=[section(run, price) for run in runs], curves=curve_figures(runs),
+        band=BAND + MILESTONES * bool(held_against(runs)),
     )  # fmt: skip
 
 

@@ -1,19 +1,16 @@
 """Two sets of runs, each one configuration under several seeds, side by side; scripts/runs.py compare prints it."""
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from common.command_line import matching
 from common.errors import UserError
-from configuration.overrides import flat
-from configuration.values import NEUTRAL
+from configuration.overrides import meaningful
 from run_files.metrics_file import SIDE, UNDIRECTED, higher_is_better
 from run_files.result import table
 from run_files.run_folder import RunFolder
 
-WITHOUT_MEANING = {*NEUTRAL, "run_name", "seed", "standardized"} - {"guidance"}
 OF_TRAINING = ("training", "flip", "crop_padding", "augment", "balanced", "epoch_size")  # keys of data that no score sees
 OF_EVALUATION = ("dataloaders.", "evaluation.", "vae.", "conditional")
 ASIDE = ("evaluation.samples", "evaluation.batch_size", "evaluation.loss_weights")  # of which the last scores are free
@@ -35,7 +32,7 @@ class RunSet:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Return what the runs share and results hang on, by dotted key. UserError where they share it not."""
-        first, *others = [settings_of(config) for config in self.configs]
+        first, *others = [meaningful(config) for config in self.configs]
         for other in others:
             for key in dict.fromkeys([*first, *other]):
                 if first.get(key) != other.get(key):
@@ -51,15 +48,6 @@ class RunSet:
 
     def cell(self, mean: float, deviation: float) -> str:
         return f"{mean:.4g} ± {deviation:.2g}"
-
-
-def settings_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that results hang on; the run's own seed within a text, as in a teacher's path, is left open."""
-    leaves = {key: value for key, value in flat(config).items() if not WITHOUT_MEANING & {key, key.split(".")[0]}}
-    own = f"seed={config['seed']}"
-    return {
-        key: re.sub(rf"{own}(?!\d)", "seed=*", value) if isinstance(value, str) else value for key, value in leaves.items()
-    }
 
 
 def run_set(label: str, pattern: str, folders: dict[str, RunFolder], best: bool) -> RunSet:

@@ -14,6 +14,7 @@ from common.ranges import Count, CountOr0, Steps
 from evaluation.report import per_dimension
 from run_files.experiment_log import ExperimentLog
 from run_files.metrics_file import higher_is_better
+from run_files.provenance import made_with
 from run_files.run_folder import RunFolder
 from run_files.telemetry import Telemetry, telemetry_for
 from training.run import Callback
@@ -138,6 +139,20 @@ class ExperimentNotes(Callback):
             parts.append(target_table(run.evaluation.values, run.notes.targets))
         for log in self.logs:
             log.finish(run.notes.run_name, "\n\n".join(parts))
+
+
+class MilestoneNotes(Callback):
+    """Says at an evaluation that the run is behind what seeds of its recipe scored there (evaluation/milestones.py)."""
+
+    def evaluation_end(self, run: Run) -> None:
+        if run.evaluation is None or not run.state.step:
+            return
+        from evaluation.milestones import milestones_for
+
+        found, _ = milestones_for(run.records.config)
+        words = found and found.said(run.state.step, run.evaluation.values, made_with(run.device.type))
+        if words:
+            print(f"note: {words}", file=sys.stderr)
 
 
 def table(head: str, rows: Iterable[Sequence[str]]) -> str:

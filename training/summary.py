@@ -17,9 +17,11 @@ from dataloaders.stream import Rows, StreamDataset
 from dataloaders.tensor_dataset import TensorDataset
 from evaluation.evaluator import GeneratorEvaluator
 from evaluation.metrics.base_metric import number
+from evaluation.milestones import standing
 from evaluation.report import print_scores
 from losses.couplings import MinibatchOTCoupling
 from losses.objective import FlowObjective
+from run_files.provenance import made_with
 from run_files.run_folder import RunFolder, saves_of
 from training.run import Run
 from training.trial import RowSeconds
@@ -203,6 +205,8 @@ def end_lines(run: Run) -> list[tuple[str, str]]:
     files, lines = saves_of(saves.output_dir, name), []
     if records.config.get("teacher"):
         lines.append(("teacher", scores_of_teacher(RunFolder(folder.path.with_name(f"{name}_teacher")))))
+    if words := standing(records.config, folder.metrics.read(), made_with(run.device.type)):
+        lines.append(("milestones", words))
     if picture.exists():
         lines.append(("picture", str(picture)))
     if beside.exists():

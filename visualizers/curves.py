@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from evaluation.milestones import Milestone
+
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 STYLES = ("-", "--", ":", "-.")
 COLUMNS = 3
@@ -44,6 +46,10 @@ BAND = (
     "Band: noise floor of the score (real against real) at each evaluation, from 2 standard deviations below its mean to "
     "what 99 % of real sets stay below (else 2 above). The last evaluation of a run has more samples, and so a "
     "floor of its own."
+)
+MILESTONES = (
+    " Grey bars: what seeds of the recipe scored at each evaluation, mean and two standard deviations to both sides "
+    "(scripts/milestones.py)."
 )
 LINE = 15  # pixels of a line of the caption
 
@@ -112,6 +118,13 @@ def draw_floor(axes: Axes, metric: str, rows: list[dict[str, Any]], color: str, 
         steps = [0, *floor[:, 0], right]
         bottom, top = ([values[0], *values, values[-1]] for values in (low, high))
         axes.fill_between(steps, bottom, top, step="mid", color=color, alpha=0.15, linewidth=0)
+
+
+def draw_milestones(axes: Axes, milestones: list[Milestone]) -> None:
+    """Draw what seeds of a recipe scored, as bars of two standard deviations to both sides of the mean."""
+    if milestones:
+        steps, means, sds = np.array([(at.step, at.mean, at.sd) for at in milestones]).T
+        axes.errorbar(steps, means, 2 * sds, fmt="none", ecolor="#8a8a8a", elinewidth=3, alpha=0.6, capsize=3, zorder=0)
 
 
 def draw(words: list[str]) -> Path:
