@@ -1,6 +1,7 @@
 """The exact flow of a finite data set: what a network follows that has learned its training rows by heart."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +10,16 @@ from losses.paths import ProbabilityPath
 
 SMALL = 0.1  # sigma below which differences of large numbers want float64
 WEIGHTS, ROWS = 2**25, 2**22  # numbers in a matrix of weights, and in a chunk of rows
+
+
+class Posterior(NamedTuple):
+    """Of states (B, ...), all float64: mean E[x1 | z] (B, D); total log sum_i p_i exp(-|z - alpha x_i|^2 / (2 sigma^2 s^2))
+    (B,); nearest max_i w_i(z) (B,), the probability that the state was made of the row it most likely was made of.
+    """
+
+    mean: Tensor
+    total: Tensor
+    nearest: Tensor
 
 
 class EmpiricalFlow:
@@ -46,12 +57,12 @@ class EmpiricalFlow:
         without: for each state the index (B,) of a row that is left out with its mirror image. NaN where no row is left.
         """
         times = self.times(z, t)
-        return self.read(self.posterior(z, times, label, without)[0], z, times)
+        return self.read(self.posterior(z, times, label, without).mean, z, times)
 
     def velocity_with(self, z: Tensor, t: Tensor, row: Tensor, label: Tensor | None = None) -> Tensor:
         """Return v(z, t), as `velocity` does, of the rows and one more for each state: row (B, ...)."""
         times = self.times(z, t)
-        mean, total = self.posterior(z, times, label)
+        mean, total, _ = self.posterior(z, times, label)
         p = self.path.at(times)
         for more in [row, row.flip(-1)] if self.mirrored else [row]:
             flat = more.flatten(1).double()
@@ -70,20 +81,21 @@ class EmpiricalFlow:
         velocity = alpha_dot * mean + sigma_dot / sigma * (z.flatten(1).double() - alpha * mean)
         return velocity.to(z.dtype).reshape(z.shape)
 
-    def posterior(
-        self, z: Tensor, t: Tensor, label: Tensor | None = None, without: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return E[x1 | z] (B, D) and log sum_i p_i exp(-|z - alpha x_i|^2 / (2 sigma^2 s^2)) (B,), both float64."""
-        mean, total = z.new_empty(len(z), self.centre.numel(), dtype=torch.float64), torch.empty_like(t)
+    def posterior(self, z: Tensor, t: Tensor, label: Tensor | None = None, without: Tensor | None = None) -> Posterior:
+        """Return what is known of the rows that states z (B, ...) at times t (B,) were made of."""
+        found = Posterior(
+            z.new_empty(len(z), self.centre.numel(), dtype=torch.float64), torch.empty_like(t), torch.empty_like(t)
+        )
         precise = (self.path.at(t).sigma < SMALL) | (z.dtype == torch.float64)
         most = max(1, WEIGHTS // (len(self.rows) * (1 + self.mirrored)))
         for dtype, chosen in ((torch.float32, ~precise), (torch.float64, precise)):
             for part in chosen.nonzero()[:, 0].split(most):
                 of_part = (None if given is None else given[part] for given in (label, without))
-                mean[part], total[part] = self.posterior_of(z[part].to(dtype), t[part], *of_part)
-        return mean, total
+                for whole, values in zip(found, self.posterior_of(z[part].to(dtype), t[part], *of_part), strict=True):
+                    whole[part] = values
+        return found
 
-    def posterior_of(self, z: Tensor, t: Tensor, label: Tensor | None, without: Tensor | None) -> tuple[Tensor, Tensor]:
+    def posterior_of(self, z: Tensor, t: Tensor, label: Tensor | None, without: Tensor | None) -> Posterior:
         """Return `posterior` of a few states, computed in their dtype.
 
         A row's mirror image is as far from a state as the row is from the state's: no mirror images are stored.
@@ -104,7 +116,7 @@ class EmpiricalFlow:
             means += weights[..., place] @ rows
         seen = means.reshape(len(views), *z.shape)
         mean = seen[0] + seen[1].flip(-1) if self.mirrored else seen[0]
-        return mean.flatten(1).double(), total.double()
+        return Posterior(mean.flatten(1).double(), total.double(), weights.amax((0, 2)).double())
 
     def restrict(self, weights: Tensor, label: Tensor | None, without: Tensor | None) -> None:
         """Add the logarithms of the shares to log weights (1 or 2, B, N), and rule out other labels and rows left out."""

@@ -19,7 +19,9 @@ HIGHER_IS_BETTER = (  # in metric names
 )  # fmt: skip
 BY_TIME = tuple(f"_t{k}" for k in range(8))  # ends of the names of a score's values at eight times
 # Ends of the names of what stands beside a score.
-BESIDE = ("_floor", "_floor_sd", "_floor_q99", "_floor_q01", "_p", "_se", "_train", "_share", "/seconds", *BY_TIME)
+BESIDE = (
+    "_floor", "_floor_sd", "_floor_q99", "_floor_q01", "_p", "_se", "_train", "_share", "_subsample", "/seconds", *BY_TIME
+)  # fmt: skip
 SIDE = (*BESIDE, "_exact_field", "_probes", "_median", "/nfe")  # and of what is no score of its own
 # Ends of the names of scores of which neither larger nor smaller is better.
 UNDIRECTED = ("nearest_distance_ratio", "empirical_excess_loss", *(f"class_share_{k}" for k in range(20)))

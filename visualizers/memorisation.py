@@ -5,7 +5,8 @@
     python visualizers/memorisation.py ckpt=outputs/ckpts/cnn/digits_last.pt n=4096
 
 Writes memorisation.png: on the left the ratio of the distances to that flow with a row and without it, at states made of
-training rows and of rows never seen (docs/metrics.md); on the right losses, and the distance to the least possible one. n:
+training rows and of rows never seen (docs/metrics.md), with the probability that such a state was made of the training
+row nearest to it; on the right losses, and the distance to the least possible one. n:
 states of each kind, fewer where there are many rows.
 """
 
@@ -41,7 +42,9 @@ LINES = {  # of losses: what they are called, colour and style
 
 
 def picture(title: str, verdict: str, by_time: dict[str, np.ndarray]) -> Figure:
-    """Return the two panels; by_time: arrays (8,) as Memorisation.by_time has them."""
+    """Return the two panels; by_time: arrays (8,) as Memorisation.by_time has them; older runs have no
+    nearest_posterior.
+    """
     copying, held_out = by_time["copying"], by_time["copying_held_out"]
     figure = new_figure(430, title, verdict, 1000)
     left, right = figure.subplots(1, 2)
@@ -51,6 +54,8 @@ def picture(title: str, verdict: str, by_time: dict[str, np.ndarray]) -> Figure:
     left.plot(TIMES, held_out, "o-", color=GENERATED_COLOR, label="held-out rows")
     left.plot(TIMES, copying, "o-", color=REAL_COLOR, label="training rows")
     left.plot(TIMES, COPIES * held_out, ":", color=GENERATED_COLOR, label=f"{COPIES:g} of held-out rows: below it copies")
+    if "nearest_posterior" in by_time:
+        left.plot(TIMES, by_time["nearest_posterior"], "--", color="#7a7a7a", label="posterior of the nearest training row")
     left.set_ylim(0)
     panel(left, "distance to the flow with the row / without it", "median ratio")
     top = max(float(by_time[name].max()) for name in LINES)
@@ -80,7 +85,7 @@ def picture_of_scores(name: str, scores: Mapping[str, float | None]) -> tuple[Fi
     copying = scores.get("oracle/copying")
     if copying is None:
         return None
-    names = [*LINES, "copying", "copying_held_out"]
+    names = [*LINES, "copying", "copying_held_out", *["nearest_posterior"] * ("oracle/nearest_posterior_t0" in scores)]
     by_time = {line: np.array([scores[f"oracle/{line}{end}"] for end in BY_TIME], dtype=float) for line in names}
     caption = f"oracle/copying {copying:.4g}: it {'copies' if copying <= COPIES else 'does not copy'}"
     alt = f"distance ratios and losses of {name} by time, on training and held-out rows"

@@ -14,7 +14,7 @@ from dataloaders.sources import Source
 from dataloaders.tensor_dataset import TensorDataset
 from evaluation.empirical_flow import EmpiricalFlow
 from evaluation.metrics.base_metric import Absent, Generation, LongMetric, Score
-from evaluation.metrics.nearest import count_of, stored_rows
+from evaluation.metrics.nearest import count_of, is_part, stored_rows
 from evaluation.metrics.oracles import standard_error, why_unknown
 from helpers_cfg import Guidance
 from losses.objective import FlowObjective, expand_time
@@ -35,7 +35,10 @@ class Memorisation:
     t: the 8 times. v is the network's velocity, v_c the conditional one that it was fitted to, v_emp the exact velocity of
     the training rows. excess |v - v_emp|^2 and without |v - v_emp without row i|^2, at states made of training row i; loss
     and least |v - v_c|^2 and |v_emp - v_c|^2 there. held_out_loss, memoriser_loss: these two at states made of held-out
-    row j; of_memoriser |v - v_emp|^2 and with_row |v - v_emp with row j|^2 there. of: what was looked at, in words.
+    row j; of_memoriser |v - v_emp|^2 and with_row |v - v_emp with row j|^2 there. nearest: the posterior max_i w_i of the
+    row that a state most likely was made of, at states made of training rows. of: what was looked at, in words.
+    subsample_error: where a part of the rows is looked at, the root mean square distance of v_emp of half of them to v_emp,
+    at states made of held-out rows, over that of v_emp; None elsewhere.
     """
 
     t: Tensor
@@ -47,7 +50,9 @@ class Memorisation:
     memoriser_loss: Tensor
     of_memoriser: Tensor
     with_row: Tensor
+    nearest: Tensor
     of: str
+    subsample_error: float | None = None
 
     @cached_property
     def copying(self) -> Tensor:
@@ -69,20 +74,23 @@ class Memorisation:
         """Return what is logged at each time, as oracle/<name>_t<k>: (8,) each."""
         losses = {
             "empirical_excess_loss": self.excess, "train_loss": self.loss, "held_out_loss": self.held_out_loss,
-            "memoriser_loss": self.memoriser_loss,
+            "memoriser_loss": self.memoriser_loss, "nearest_posterior": self.nearest,
         }  # fmt: skip
         means = {name: values.mean(1) for name, values in losses.items()}
         return means | {"copying": self.copying, "copying_held_out": self.copying_held_out}
 
     @property
     def verdict(self) -> str:
-        """Return in words whether the network copies, and at which times."""
+        """Return in words whether the network copies, and at which times; of a part of the rows, how much hangs on it."""
         least, copied = self.quotient.min(), (self.quotient <= COPIES).nonzero()[:, 0].tolist()
+        part = (
+            "" if self.subsample_error is None else f"; half of the rows looked at move v_emp by {self.subsample_error:.0%}"
+        )
         if not copied:
-            return f"the network does not copy its training data ({least:.2f}; copying is {COPIES:g} or less)"
+            return f"the network does not copy its training data ({least:.2f}; copying is {COPIES:g} or less{part})"
         first, last = self.t[copied[0]], self.t[copied[-1]]
         when = f"t >= {first:.2f}" if copied[-1] == TIMES - 1 else f"t from {first:.2f} to {last:.2f}"
-        return f"the network copies its training data at {when} ({least:.2f}; copying is {COPIES:g} or less)"
+        return f"the network copies its training data at {when} ({least:.2f}; copying is {COPIES:g} or less{part})"
 
 
 def median_ratio(near: Tensor, far: Tensor) -> Tensor:
@@ -175,7 +183,9 @@ def memorisation(objective: FlowObjective, dataset: FlowDataset, source: Source,
     each = max(LEAST, min(draws, OPERATIONS // (rows.numel() * (1 + flow.mirrored))) // TIMES)
     a = states_of(objective, flow, rows, labels, odds, each, "training rows")
     b = states_of(objective, flow, unseen, unseen_labels, unseen_odds, each, "held-out rows")
-    exact, memoriser = flow(a.z, a.t, a.label), flow(b.z, b.t, b.label)
+    times = flow.times(a.z, a.t)
+    posterior = flow.posterior(a.z, times, a.label)
+    exact, memoriser = flow.read(posterior.mean, a.z, times), flow(b.z, b.t, b.label)
     return Memorisation(
         t=a.t[::each].cpu(),
         excess=distances(a.v, exact),
@@ -186,8 +196,18 @@ def memorisation(objective: FlowObjective, dataset: FlowDataset, source: Source,
         memoriser_loss=distances(memoriser, b.v_c),
         of_memoriser=distances(b.v, memoriser),
         with_row=distances(b.v, flow.velocity_with(b.z, b.t, b.x1, b.label)),
+        nearest=posterior.nearest.cpu().reshape(TIMES, -1),
         of=f"{TIMES * each:,} states of {TIMES} times, {count_of(dataset, len(rows))} training rows",
+        subsample_error=change_by_half(flow, b, memoriser) if is_part(dataset, len(rows)) else None,
     )
+
+
+def change_by_half(flow: EmpiricalFlow, at: States, whole: Tensor) -> float:
+    """Return how far the flow of every second row is from `whole`, that of all rows, over its size, at these states."""
+    labels, shares = (None if given is None else given[::2] for given in (flow.labels, flow.shares))
+    half = EmpiricalFlow(flow.rows[::2], flow.source_std, flow.path, labels, flow.mirrored, shares)
+    moved, size = (half(at.z, at.t, at.label) - whole).double(), whole.double()
+    return float((moved.square().nanmean() / size.square().mean()).sqrt())
 
 
 class Memorised(LongMetric):
@@ -197,7 +217,8 @@ class Memorised(LongMetric):
     parts of the path's time: the loss minus the least possible one, which only a memoriser reaches; by time as ..._t0 to
     ..._t7, with oracle/train_loss_t<k>, the network's loss on training rows, oracle/held_out_loss_t<k> and
     oracle/memoriser_loss_t<k>, its and v_emp's on held-out rows. oracle/copying_t<k> and oracle/copying_held_out_t<k>: see
-    Memorisation; oracle/copying: their least quotient.
+    Memorisation; oracle/copying: their least quotient. oracle/nearest_posterior_t<k>: mean of max_i w_i at states made of
+    training rows, which from some time on know what they were made of.
     draws, final_draws: states of each kind, during the run / at its end. Losses are those of standardised states.
     """
 
@@ -218,7 +239,8 @@ class Memorised(LongMetric):
             return self.absent(found)
         excess = found.excess.flatten()
         extra = {f"oracle/{name}_t{k}": float(v) for name, values in found.by_time.items() for k, v in enumerate(values)}
+        part = {} if found.subsample_error is None else {f"{EXCESS}_subsample": found.subsample_error}
         return [
-            Score(EXCESS, excess.mean().item(), standard_error(excess), note=found.of),
+            Score(EXCESS, excess.mean().item(), standard_error(excess), extra=part or None, note=found.of),
             Score(COPYING, found.quotient.min().item(), extra=extra, note=found.of, verdict=found.verdict),
         ]

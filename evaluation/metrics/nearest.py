@@ -30,8 +30,12 @@ def stored_rows(dataset: FlowDataset, points: int) -> Batch | str:
 
 def count_of(dataset: FlowDataset, count: int) -> str:
     """Return in words how many training rows are looked at, and of how many."""
-    few = not isinstance(dataset, TensorDataset) and count < dataset.epoch_size
-    return f"{count:,}" + (f" of {dataset.epoch_size:,}" if few else "")
+    return f"{count:,}" + (f" of {dataset.epoch_size:,}" if is_part(dataset, count) else "")
+
+
+def is_part(dataset: FlowDataset, count: int) -> bool:
+    """Return whether so many training rows are not all: of data read from disk."""
+    return not isinstance(dataset, TensorDataset) and count < dataset.epoch_size
 
 
 class NearestTraining(LongMetric):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal
 
 from dataloaders.augmentation import Augmentation
 from dataloaders.gaussian_mixture import GaussianMixture
@@ -84,6 +85,36 @@ def test_flow_is_the_definition(path: ProbabilityPath, case: str, dtype: torch.d
         truth = brute_force(path, [row for row, _ in known], [share for _, share in known], state, t[k])
         assert found.dtype == dtype and found.shape == z.shape
         assert (found[k].double() - truth).norm() <= 1e-5 * truth.norm()
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
+def test_the_posterior_of_the_nearest_row_is_bayes_rule(path: ProbabilityPath) -> None:
+    """By densities, pair by pair; a mirror image is a row of its own."""
+    rows, _, _, z, t, _ = drawn(path)
+    for mirrored in (False, True):
+        known = torch.cat([rows, rows.flip(-1)]) if mirrored else rows
+        flow = EmpiricalFlow(rows, STD, path, mirrored=mirrored)
+        found = flow.posterior(z, flow.times(z, t)).nearest
+        for k, state in enumerate(z.double()):
+            p = path.at(t[k].double())
+            logs = torch.stack([Normal(p.alpha * row, p.sigma * STD).log_prob(state).sum() for row in known.double()])
+            assert found[k].item() == pytest.approx(float((logs.max() - logs.logsumexp(0)).exp()), rel=1e-4)
+
+
+def test_how_much_hangs_on_the_rows_looked_at_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice as many rows move the flow less, and none moves it where every row is there twice over."""
+    monkeypatch.setattr("evaluation.metrics.empirical.is_part", lambda dataset, count: True)
+    errors = []
+    for rows in (20, 400):
+        found = memorisation(objective_of(FieldNetwork(lambda x, t: x)), GaussianRows(rows), source(), 400)
+        assert isinstance(found, Memorisation) and found.subsample_error is not None
+        assert f"half of the rows looked at move v_emp by {found.subsample_error:.0%}" in found.verdict
+        errors.append(found.subsample_error)
+    twice = GaussianRows(90)
+    twice.states[:90] = twice.states[:45].repeat_interleave(2, 0)
+    found = memorisation(objective_of(FieldNetwork(lambda x, t: x)), twice, source(), 400)
+    assert isinstance(found, Memorisation) and found.subsample_error is not None
+    assert found.subsample_error < 1e-5 < 0.5 * errors[1] < 0.5 * errors[0]
 
 
 def test_one_row_leaves_no_other_velocity() -> None:
@@ -247,8 +278,11 @@ def test_a_run_on_digits_says_whether_it_copies(small_run: Callable[..., Path], 
     printed, rows = capsys.readouterr().out, (folder / "runs/x/metrics.jsonl").read_text().splitlines()
     assert "oracle/copying: the network does not copy its training data" in printed
     scores = json.loads(rows[-1])
-    for name in ("empirical_excess_loss", "train_loss", "held_out_loss", "memoriser_loss", "copying", "copying_held_out"):
+    losses = ("empirical_excess_loss", "train_loss", "held_out_loss", "memoriser_loss", "copying", "copying_held_out")
+    for name in (*losses, "nearest_posterior"):
         assert all(scores[f"oracle/{name}_t{k}"] > 0 for k in range(8))
+    sure = [scores[f"oracle/nearest_posterior_t{k}"] for k in range(8)]
+    assert sure == sorted(sure) and sure[0] < 0.1 and sure[-1] > 0.99
     assert scores["oracle/empirical_excess_loss"] == pytest.approx(
         sum(scores[f"oracle/empirical_excess_loss_t{k}"] for k in range(8)) / 8, rel=1e-4
     )
