@@ -1,7 +1,7 @@
 """Milestones: what several seeds of a recipe scored at each evaluation, and where a run of it stands beside them."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -101,12 +101,18 @@ class Milestones:
         return f"on track at all {len(judged)} evaluations; at the last, behind by {last} of {len(self.seeds)} seeds"
 
     def write(self, path: Path) -> None:
-        """Write the file: a score in a line."""
-        parts = asdict(self) | {"scores": None}
-        rows = {name: [[at.step, at.mean, at.sd] for at in found] for name, found in self.scores.items()}
-        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
-        head = json.dumps(parts, indent=1).replace('"scores": null', '"scores": {\n' + lines + "\n }")
-        write_atomically(path, head + "\n")
+        """Write the file: a setting in a line, and a score."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        parts["scores"] = {name: [[at.step, at.mean, at.sd] for at in found] for name, found in self.scores.items()}
+        lines = ",\n".join(f" {json.dumps(key)}: {in_lines(value)}" for key, value in parts.items())
+        write_atomically(path, f"{{\n{lines}\n}}\n")
+
+
+def in_lines(value: Any) -> str:
+    """Return a value as JSON, a dict with each of its keys in a line."""
+    if not isinstance(value, dict):
+        return json.dumps(value)
+    return "{\n" + ",\n".join(f"  {json.dumps(key)}: {json.dumps(each)}" for key, each in value.items()) + "\n }"
 
 
 def plain(settings: dict[str, Any]) -> dict[str, Any]:

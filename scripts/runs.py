@@ -120,9 +120,12 @@ def compare_runs(options: argparse.Namespace) -> str:
     if len(names) < 2:
         raise UserError("compare needs at least two different runs: python scripts/runs.py compare A B")
     known = {folder.name: folder for folder in run_folders(options.output_dir)}
-    if len(names) == 2 and not {*names} <= {*known} and all(matching(name, known) for name in names):
+    if len(names) == 2 and not {*names} <= {*known}:
         from scripts.run_sets import compare_sets
 
+        for name in names:
+            if not matching(name, known):
+                find_run(options.output_dir, name)  # says which is the nearest
         return compare_sets(known, names, options.best, options.score)
     if options.best or options.score:
         raise UserError("--best and --score are for two sets of seeds: python scripts/runs.py compare 'a_.*' 'b_.*' --best")

@@ -102,19 +102,18 @@ def test_the_posterior_of_the_nearest_row_is_bayes_rule(path: ProbabilityPath) -
 
 
 def test_how_much_hangs_on_the_rows_looked_at_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice as many rows move the flow less, and none moves it where every row is there twice over."""
+    """Half of rows that are all there twice over is the same flow, half of others is not."""
     monkeypatch.setattr("evaluation.metrics.empirical.is_part", lambda dataset, count: True)
     errors = []
-    for rows in (20, 400):
-        found = memorisation(objective_of(FieldNetwork(lambda x, t: x)), GaussianRows(rows), source(), 400)
+    for twice in (False, True):
+        dataset = GaussianRows()
+        if twice:
+            dataset.states[:90] = dataset.states[:45].repeat_interleave(2, 0)
+        found = memorisation(objective_of(FieldNetwork(lambda x, t: x)), dataset, source(), 400)
         assert isinstance(found, Memorisation) and found.subsample_error is not None
         assert f"half of the rows looked at move v_emp by {found.subsample_error:.0%}" in found.verdict
         errors.append(found.subsample_error)
-    twice = GaussianRows(90)
-    twice.states[:90] = twice.states[:45].repeat_interleave(2, 0)
-    found = memorisation(objective_of(FieldNetwork(lambda x, t: x)), twice, source(), 400)
-    assert isinstance(found, Memorisation) and found.subsample_error is not None
-    assert found.subsample_error < 1e-5 < 0.5 * errors[1] < 0.5 * errors[0]
+    assert errors[1] < 1e-5 and 0.3 < errors[0] < 1.5
 
 
 def test_one_row_leaves_no_other_velocity() -> None:
