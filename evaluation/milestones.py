@@ -86,8 +86,7 @@ class Milestones:
         others = [
             f"{what} {here[what]} in the place of {old}" for what, old in self.made.items() if here.get(what, old) != old
         ]
-        usual = f"most often {', '.join(others)}, or " if others else "most often "
-        return f"{usual}code or data changed since, by chance 1 run in {1 / LEVEL:.0f}: try another seed"
+        return f"usual reasons: {'; '.join([*others, 'code or data changed since'])}; chance, in 1 run of {1 / LEVEL:.0f}"
 
     def verdict(self, rows: list[dict[str, Any]], here: dict[str, str]) -> str:
         """Return where a run stands by all its rows of metrics: on track, or the last step at which it was behind."""
@@ -97,8 +96,9 @@ class Milestones:
         said = [words for row in judged if (words := self.said(row["step"], row, here))]
         if said:
             return f"{said[-1]} ({len(said)} of {len(judged)} evaluations behind)"
-        last = ", ".join(f"{name} {far:+.1f} sd" for name, (far, _) in self.behind(judged[-1]["step"], judged[-1]).items())
-        return f"on track at all {len(judged)} evaluations; at the last, behind by {last} of {len(self.seeds)} seeds"
+        found = self.behind(judged[-1]["step"], judged[-1]).items()
+        last = ", ".join(f"{name} {abs(far):.1f} sd {'behind' if far > 0 else 'ahead'}" for name, (far, _) in found)
+        return f"on track at all {len(judged)} evaluations; at the last, {last} of the mean of {len(self.seeds)} seeds"
 
     def write(self, path: Path) -> None:
         """Write the file: a setting in a line, and a score."""
