@@ -98,7 +98,7 @@ class Milestones:
             return f"{said[-1]} ({len(said)} of {len(judged)} evaluations behind)"
         found = self.behind(judged[-1]["step"], judged[-1]).items()
         last = ", ".join(f"{name} {abs(far):.1f} sd {'behind' if far > 0 else 'ahead'}" for name, (far, _) in found)
-        return f"on track at all {len(judged)} evaluations; at the last, {last} of the mean of {len(self.seeds)} seeds"
+        return f"on track at all {len(judged)} evaluations; at the last, {last} (of the mean of {len(self.seeds)} seeds)"
 
     def write(self, path: Path) -> None:
         """Write the file: a setting in a line, and a score."""
