@@ -137,9 +137,10 @@ def read(path: Path) -> Milestones:
 
 def milestones_for(config: dict[str, Any]) -> tuple[Milestones | None, str]:
     """Return what a run of this configuration is held against, or None and why not; "" where there is nothing to say."""
-    experiment = (config.get("choices") or {}).get("experiment")
+    choices = config.get("choices")
+    experiment = choices and choices.get("experiment")
     path = path_of(experiment)
-    if not path.is_file():
+    if not choices or not path.is_file():
         return None, ""
     found = read(path)
     differing = found.differing(config)
