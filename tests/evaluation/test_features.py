@@ -4,7 +4,6 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from evaluation.metrics.few_step import FewStep
 from evaluation.metrics.nearest import NearestTraining
 from evaluation.metrics.wasserstein import SlicedWasserstein
 from evaluation.parts import dataset_key
-from evaluation.report import absent_line, print_table, provenance_lines, rows_of, verdict_lines
+from evaluation.report import absent_line, print_table, provenance_lines, rows_of
 from run_files.provenance import weights_in_words
 
 
@@ -322,23 +321,6 @@ def test_the_key_of_a_dataset_knows_the_weights_that_decode_it(tmp_path: Path) -
         (tmp_path / folder / "diffusion_pytorch_model.safetensors").write_bytes(content)
         keys.append(dataset_key(config | {"vae": {"path": str(tmp_path / folder)}}))
     assert len(set(keys)) == 4 and keys[-1] == dataset_key(config | {"vae": {"path": str(tmp_path / "b")}})
-
-
-def test_a_line_says_by_which_scores_samples_differ_from_real_data() -> None:
-    far = Score("eval/w2", 5.0, floor=2.0, floor_sd=0.5, floor_q99=3.0)
-    near, unknown = Score("eval/fid", 2.5, floor=2.0, floor_sd=0.5, floor_q99=3.0), Score("eval/loss", 1.0)
-    low = Score("eval/recall", 0.1, floor=0.9, floor_sd=0.1, floor_q01=0.6)
-    assert verdict_lines([far, near, low, unknown]) == [
-        "the samples differ from real data by eval/w2 (6 sd beyond its floor), eval/recall (8 sd beyond its floor); "
-        "no difference is seen by eval/fid"
-    ]
-    assert verdict_lines([near]) == ["no difference from real data is seen by eval/fid"]
-    rare = [replace(score, p=p) for score, p in ((far, 0.0043), (near, 0.5), (replace(near, name="eval/kid"), 0.25))]
-    assert verdict_lines(rare) == [
-        "the samples differ from real data by eval/w2 (6 sd beyond its floor, p = 0.0043); "
-        "no difference is seen by eval/fid, eval/kid (p = 0.5, 0.25)"
-    ]
-    assert verdict_lines([unknown]) == []
 
 
 @pytest.mark.parametrize("given", [3.0, {"eval/mine": 3.0}, [3.0], [Score("eval/mine", torch.tensor(3.0))]])  # type: ignore[arg-type]

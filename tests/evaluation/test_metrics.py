@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ from evaluation.metrics.nearest import NearestTraining
 from evaluation.metrics.two_sample import TwoSampleMetric, as_far, upper_end
 from evaluation.metrics.wasserstein import SlicedWasserstein, Wasserstein, sliced_wasserstein2, wasserstein2
 from evaluation.parts import build_objective
+from evaluation.report import verdict_lines
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -260,6 +262,23 @@ def test_a_weighted_loss_stands_beside_its_raw_squared_error(generation: Callabl
     assert [*plain] == ["eval/loss"] and weighted["eval/loss"] == pytest.approx(1, abs=0.05)
     assert weighted["eval/squared_error"] == pytest.approx(plain["eval/loss"], rel=1e-6)
     assert losses("loss=meanflow")["eval/squared_error"] > 2
+
+
+def test_a_line_says_by_which_scores_samples_differ_from_real_data() -> None:
+    far = Score("eval/w2", 5.0, floor=2.0, floor_sd=0.5, floor_q99=3.0)
+    near, unknown = Score("eval/fid", 2.5, floor=2.0, floor_sd=0.5, floor_q99=3.0), Score("eval/loss", 1.0)
+    low = Score("eval/recall", 0.1, floor=0.9, floor_sd=0.1, floor_q01=0.6)
+    assert verdict_lines([far, near, low, unknown]) == [
+        "the samples differ from real data by eval/w2 (6 sd beyond its floor), eval/recall (8 sd beyond its floor); "
+        "no difference is seen by eval/fid"
+    ]
+    assert verdict_lines([near]) == ["no difference from real data is seen by eval/fid"]
+    rare = [replace(score, p=p) for score, p in ((far, 0.0043), (near, 0.5), (replace(near, name="eval/kid"), 0.25))]
+    assert verdict_lines(rare) == [
+        "the samples differ from real data by eval/w2 (6 sd beyond its floor, p = 0.0043); "
+        "no difference is seen by eval/fid, eval/kid (p = 0.5, 0.25)"
+    ]
+    assert verdict_lines([unknown]) == []
 
 
 def finite_set(labelled: bool = True) -> TensorDataset:
