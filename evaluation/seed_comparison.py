@@ -32,6 +32,11 @@ class Difference:
     def told(self) -> bool:
         return self.p_all <= LEVEL
 
+    @property
+    def told_alone(self) -> bool:
+        """Return whether it would be told, had this score been decided on beforehand."""
+        return self.p <= LEVEL
+
 
 def least_p(first: int, second: int, paired: bool = False) -> float:
     """Return the smallest p that a test over so many seeds can give, paired or not."""

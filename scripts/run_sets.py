@@ -1,8 +1,10 @@
 """Two sets of runs, each one configuration under several seeds, side by side; scripts/runs.py compare prints it."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.command_line import matching
 from common.errors import UserError
@@ -10,6 +12,9 @@ from configuration.overrides import meaningful
 from run_files.metrics_file import SIDE, UNDIRECTED, higher_is_better
 from run_files.result import table
 from run_files.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from evaluation.seed_comparison import Difference
 
 OF_TRAINING = ("training", "flip", "crop_padding", "augment", "balanced", "epoch_size")  # keys of data that no score sees
 OF_EVALUATION = ("dataloaders.", "evaluation.", "vae.", "conditional")
@@ -45,9 +50,6 @@ class RunSet:
 
     def values(self, score: str) -> list[float]:
         return [scores[score] for scores in self.scores if score in scores]
-
-    def cell(self, mean: float, deviation: float) -> str:
-        return f"{mean:.4g} ± {deviation:.2g}"
 
 
 def run_set(label: str, pattern: str, folders: dict[str, RunFolder], best: bool) -> RunSet:
@@ -105,13 +107,14 @@ def other_floor(runs: list[dict[str, float]], score: str) -> bool:
 
 def comparable_scores(a: RunSet, b: RunSet) -> tuple[list[str], dict[str, str]]:
     """Return the scores to compare, and of others why not."""
-    runs, same_loss = [*a.scores, *b.scores], same(a, b, "loss")
-    left_out, scores = {}, []
+    runs, left_out, scores = [*a.scores, *b.scores], {}, []
+    same_loss = same(a, b, "loss.")
+    same_states = same_loss or same(a, b, "loss.path.", "loss.coupling.", "loss.time_sampler.")
     for name in dict.fromkeys(name for run in runs for name in run if not name.endswith(SIDE)):
         lacking = sum(name not in run for run in runs)
         if lacking:
             left_out[name] = f"{lacking} of the runs lack it"
-        elif name == "eval/loss" and not same_loss:
+        elif (name == "eval/loss" and not same_loss) or (name == "eval/squared_error" and not same_states):
             left_out[name] = "the losses differ"
         elif other_floor(runs, name):
             left_out[name] = "the noise floors differ: other counts of samples"
@@ -120,9 +123,9 @@ def comparable_scores(a: RunSet, b: RunSet) -> tuple[list[str], dict[str, str]]:
     return scores, left_out
 
 
-def same(a: RunSet, b: RunSet, group: str) -> bool:
-    """Return whether every setting of a group is the same in both sets."""
-    parts = [{k: v for k, v in part.settings.items() if k.split(".")[0] == group} for part in (a, b)]
+def same(a: RunSet, b: RunSet, *groups: str) -> bool:
+    """Return whether every setting whose key begins so is the same in both sets."""
+    parts = [{key: value for key, value in part.settings.items() if key.startswith(groups)} for part in (a, b)]
     return parts[0] == parts[1]
 
 
@@ -153,12 +156,12 @@ def compare_sets(folders: dict[str, RunFolder], patterns: list[str], best: bool,
     scores = [chosen] if chosen else scores
     if not scores:
         raise UserError("the two sets share no score: " + "; ".join(f"{name}: {why}" for name, why in left_out.items()))
-    paired = a.seeds == b.seeds and same(a, b, "source")
+    paired = a.seeds == b.seeds and same(a, b, "source.")
     found = compared(*(np.array([part.values(name) for name in scores]).T for part in (a, b)), paired)
     rows = [["score", "a", "b", "a - b, 95 % interval", "verdict"]]
     for name, one in zip(scores, found, strict=True):
         low, high = one.interval
-        cells = [part.cell(one.means[i], one.deviations[i]) for i, part in enumerate((a, b))]
+        cells = [f"{mean:.4g} ± {sd:.2g}" for mean, sd in zip(one.means, one.deviations, strict=True)]
         gap = f"{one.difference:+.3g} ({low:+.3g} to {high:+.3g})"
         rows.append([name, *cells, gap, verdict(one, direction(name, a.configs[0]), len(scores))])
     parts = [heading(a, b), differing(a, b), table(rows), limits(a, b, paired, len(scores))]
@@ -176,11 +179,11 @@ def differing(a: RunSet, b: RunSet) -> str:
     return table([["setting", "a", "b"], *rows]) if rows else "the settings are the same, seeds aside"
 
 
-def verdict(found: Any, larger: str, count: int) -> str:
+def verdict(found: Difference, larger: str, count: int) -> str:
     """Return what one score says, in words; larger: what a larger value is."""
     if not found.told:
         alone = f"{found.p:.2g} alone, {found.p_all:.2g} among {count} scores" if count > 1 else f"{found.p:.2g}"
-        return f"inconclusive (p = {alone if found.p <= 0.05 else f'{found.p:.2g}'})"
+        return f"inconclusive (p = {alone if found.told_alone else f'{found.p:.2g}'})"
     better = "a" if (found.difference > 0) == (larger != "worse") else "b"
     what = "larger" if larger == "larger" else "better"
     return f"{better} is {what} by {abs(found.difference):.2g} (p = {found.p_all:.2g})"
