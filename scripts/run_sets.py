@@ -110,7 +110,7 @@ def comparable_scores(a: RunSet, b: RunSet) -> tuple[list[str], dict[str, str]]:
     runs, left_out, scores = [*a.scores, *b.scores], {}, []
     same_loss = same(a, b, "loss.")
     same_states = same_loss or same(a, b, "loss.path.", "loss.coupling.", "loss.time_sampler.")
-    for name in dict.fromkeys(name for run in runs for name in run if not name.endswith(SIDE)):
+    for name in dict.fromkeys(name for run in runs for name in run if not name.endswith(SIDE) and "/budget_" not in name):
         lacking = sum(name not in run for run in runs)
         if lacking:
             left_out[name] = f"{lacking} of the runs lack it"
