@@ -45,7 +45,7 @@ def test_what_a_run_behind_is_told():
     made = of_seeds({"eval/loss": np.array([1.0, 2.0, 3.0]), "eval/w2": np.zeros(3)})
     words = made.said(100, {"eval/loss": 42.0, "eval/w2": 9.0}, HERE | {"torch": "2.1"})
     assert words is not None and words.startswith(
-        "40.0 sd behind at step 100: eval/loss 42, where 3 seeds had 2 ± 1; most often"
+        "40.0 sd behind at step 100: eval/loss 42, where 3 seeds had 2 ± 1; usual reasons: "
     )
     assert "torch 2.1 in the place of 2.0" in words and "in 1 run of 100" in words
     rows = [{"step": 50, "eval/loss": 99.0}, {"step": 100, "eval/loss": 2.5}]
