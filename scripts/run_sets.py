@@ -107,7 +107,8 @@ def other_floor(runs: list[dict[str, float]], score: str) -> bool:
 
 def comparable_scores(a: RunSet, b: RunSet) -> tuple[list[str], dict[str, str]]:
     """Return the scores to compare, and of others why not."""
-    runs, left_out, scores = [*a.scores, *b.scores], {}, []
+    runs, scores = [*a.scores, *b.scores], list[str]()
+    left_out: dict[str, str] = {}
     same_loss = same(a, b, "loss.")
     same_states = same_loss or same(a, b, "loss.path.", "loss.coupling.", "loss.time_sampler.")
     for name in dict.fromkeys(name for run in runs for name in run if not name.endswith(SIDE) and "/budget_" not in name):

@@ -256,7 +256,8 @@ def test_a_weighted_loss_stands_beside_its_raw_squared_error(generation: Callabl
         data = KMeans()
         made = generation(data, torch.zeros(2, 2))
         objective = build_objective(config, torch.device("cpu"))
-        return GeneratorEvaluator(500, 500, {}).held_out_loss(objective, made)  # type: ignore[arg-type]
+        with torch.no_grad():
+            return GeneratorEvaluator(500, 500, {}).held_out_loss(objective, made)  # type: ignore[arg-type]
 
     plain, weighted = losses(), losses("loss/weighting=adaptive")
     assert [*plain] == ["eval/loss"] and weighted["eval/loss"] == pytest.approx(1, abs=0.05)
