@@ -58,6 +58,15 @@ class FlowBatch:
         return replace(self, **first), replace(self, **rest)
 
 
+def check_labels(classes: int, given: Tensor | None, label: Tensor | None) -> None:
+    """Raise UserError when data of a conditional network have labels and the pairs made of them have none."""
+    if given is not None and label is None and classes:
+        raise UserError(
+            "conditional=true needs labels, and these pairs have none; train the teacher of loss/coupling=reflow with "
+            "conditional=true, or leave conditional out"
+        )
+
+
 class Objective(nn.Module, ABC):
     """A loss around a bare network. Instantiated with the network; compiled and DDP-wrapped as a whole, never the network.
 
@@ -139,7 +148,7 @@ class FlowObjective(Standardised, RepeatsDropout, Objective, ABC):
         """
         given, x1 = label, self.standardised(x1)
         x0, x1, label = self.coupling.pair(x0, x1, label, generator)
-        self.check_labels(given, label)
+        check_labels(self.network.num_classes, given, label)
         r, t = (self.path.last_time * time for time in self.time_sampler.sample(len(x1), generator))
         wide = expand_time(r, x1)
         z = self.path.state(x0, x1, wide)
@@ -149,14 +158,6 @@ class FlowObjective(Standardised, RepeatsDropout, Objective, ABC):
             self.unified(z, r, t),
             self.drop_labels(label, generator),
         )  # fmt: skip
-
-    def check_labels(self, given: Tensor | None, label: Tensor | None) -> None:
-        """Raise UserError when a conditional network's data have labels and the pairs made of them have none."""
-        if given is not None and label is None and self.network.num_classes:
-            raise UserError(
-                "conditional=true needs labels, and these pairs have none; train the teacher of loss/coupling=reflow with "
-                "conditional=true, or leave conditional out"
-            )
 
     def drop_labels(self, label: Tensor | None, generator: torch.Generator) -> Tensor | None:
         """Return labels the network may see: a share of the classes nulled for a conditional network, none for an
