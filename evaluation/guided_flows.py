@@ -1,13 +1,15 @@
 """The exact flow under guidance: two exact fields, and the rule by which guidance joins them."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from evaluation.closed_forms import Density, ExactFlow, Part, carried, linear
-from helpers_cfg import Autoguidance, ClassifierFreeGuidance, Guidance
+from evaluation.threads import one_thread
+from helpers_cfg import Autoguidance, ClassifierFreeGuidance, Guidance, ZeroStarGuidance
 from losses.meanflow_loss import MeanFlowLoss
 from losses.objective import FlowObjective
 from losses.paths import ProbabilityPath
@@ -15,6 +17,7 @@ from solvers.dopri5 import Dopri5
 from solvers.likelihood import log_likelihood
 
 LIKELIHOOD_TOLERANCE = 1e-7
+OF_PROJECTIONS = 1e-6  # tolerance: where the weak velocity passes by 0 they turn fast, and steps become short
 Rule = Callable[[Tensor, Tensor], Tensor]  # (weak, strong) velocities (B, ...) -> the guided one
 
 
@@ -22,14 +25,22 @@ class GuidedFlow:
     """The flow of the field that is rule(weak, strong) at times within the interval, and strong alone at others.
 
     strong: what the guided network learns; weak: what it is guided away from, for the classes where labelled, else of all.
-    rule: affine, its coefficients of sum 1, so that the field is the same along every path in that path's own clock.
+    rule: where affine, its coefficients of sum 1, the field is the same along every path in that path's own clock, and the
+    flow is integrated along the linear one; else along the path itself, its bounded sigma' included.
     Callable as a field, as ExactFlow is; of the label None the strong field is that of all classes.
     """
 
     def __init__(
-        self, strong: ExactFlow, weak: ExactFlow, scale: float, rule: Rule, interval: tuple[float, float], labelled: bool
+        self,
+        strong: ExactFlow,
+        weak: ExactFlow,
+        scale: float,
+        rule: Rule,
+        interval: tuple[float, float],
+        labelled: bool,
+        affine: bool = True,
     ):
-        self.strong, self.weak, self.scale, self.rule = strong, weak, scale, rule
+        self.strong, self.weak, self.scale, self.rule, self.affine = strong, weak, scale, rule, affine
         self.interval, self.labelled = interval, labelled
 
     @property
@@ -41,7 +52,15 @@ class GuidedFlow:
     def key(self) -> dict[str, object]:
         """Return what, besides the data and the path, its flow map depends on, as JSON values."""
         weak = [part.tolist() for part in (self.weak.mixture.weights, self.weak.mixture.means, self.weak.mixture.stds)]
-        guidance = [self.scale, *self.interval, self.labelled, self.weak.pairs.chances.tolist(), *weak, self.weak.key]
+        guidance = [
+            self.scale,
+            *self.interval,
+            self.labelled,
+            self.affine,
+            self.weak.pairs.chances.tolist(),
+            *weak,
+            self.weak.key,
+        ]
         return self.strong.key | {"guidance": guidance}
 
     @property
@@ -70,16 +89,22 @@ class GuidedFlow:
 
     def piece(self, z: Tensor, times: Tensor, label: Tensor | None, inside: bool) -> Tensor:
         """Return the states that z is carried to between two times that are all guided, or all not."""
-        part = Part(z, [linear(self.strong), linear(self.weak)])
+        kind = linear if self.affine else partial(ExactFlow.to, device="cpu", dtype=torch.float64)
+        part = Part(z, [kind(self.strong), kind(self.weak)])
         strong, weak = part.flows
-        inner = GuidedFlow(strong, weak, self.scale, self.rule, (0.0, 1.0), self.labelled)
+        inner = GuidedFlow(strong, weak, self.scale, self.rule, (0.0, 1.0), self.labelled, self.affine)
         field = inner if inside else strong
-        return part.back(carried(lambda states, t: field(states, t, label), part.states, self.path, times))
+        moved = lambda states, t: field(states, t, label)  # noqa: E731
+        if self.affine:
+            return part.back(carried(moved, part.states, self.path, times))
+        with one_thread():
+            return part.back(Dopri5(rtol=OF_PROJECTIONS, atol=OF_PROJECTIONS).solve(moved, part.states, times))
 
     def of_class(self, label: int) -> "GuidedFlow":
         """Return the guided flow to one class."""
         weak = self.weak.of_class(label) if self.labelled else self.weak
-        return GuidedFlow(self.strong.of_class(label), weak, self.scale, self.rule, self.interval, self.labelled)
+        strong = self.strong.of_class(label)
+        return GuidedFlow(strong, weak, self.scale, self.rule, self.interval, self.labelled, self.affine)
 
     def end_log_prob(self, x: Tensor, label: Tensor | None, source_log_prob: Density) -> Tensor:
         """Return log p_1(x) in nats of data x (B, ...), float64 on the CPU: (B,), by the change of variables."""
@@ -103,6 +128,8 @@ def with_guidance(flow: ExactFlow, objective: FlowObjective) -> ExactFlow | Guid
         return flow
     if type(network) is ClassifierFreeGuidance:
         return GuidedFlow(flow, flow, network.scale, network.extrapolated, network.interval, False)
+    if type(network) is ZeroStarGuidance and not network.zero_until:
+        return GuidedFlow(flow, flow, network.scale, network.extrapolated, network.interval, False, affine=False)
     if type(network) is not Autoguidance:
         return f"the exact flow under {type(network).__name__} is not known"
     if not isinstance(network.guide_flow, ExactFlow):

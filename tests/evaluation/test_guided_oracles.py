@@ -17,19 +17,19 @@ from evaluation.guided_flows import GuidedFlow
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score
 from evaluation.metrics.error_budget import ErrorBudget
 from evaluation.metrics.oracles import OracleFlowMapError, OracleLogProbError, OracleVelocity, known_flow
-from helpers_cfg import Autoguidance, ClassifierFreeGuidance, Guidance, guided
+from helpers_cfg import Autoguidance, ClassifierFreeGuidance, Guidance, ZeroStarGuidance, guided, unguided
 from losses.couplings import IndependentCoupling
 from losses.flow_matching_loss import FlowMatchingLoss
 from losses.meanflow_guidance import MeanFlowGuidance
 from losses.meanflow_loss import MeanFlowLoss
-from losses.paths import LinearPath
+from losses.paths import CosinePath, LinearPath
 from losses.predictions import DataPrediction, NoisePrediction, Prediction, VelocityPrediction
 from losses.time_samplers import UniformTimes
 from losses.weightings import UniformWeighting
 from models.inputs import split_unified_flow_matching_input
 from models.velocity_model import VelocityModel
-from solvers.runge_kutta import Midpoint
-from tests.evaluation.test_guided_flows import CLASSES, MEANS, S0, STDS, WEIGHTS, cfg, numbers, states
+from solvers.runge_kutta import RK4, Midpoint
+from tests.evaluation.test_guided_flows import CLASSES, MEANS, S0, STDS, WEIGHTS, by_label, cfg, from_score, numbers, states
 
 
 class ExactMap(FlowMatchingLoss):
@@ -181,6 +181,28 @@ def test_guidance_folded_into_training_is_the_guided_flow(tmp_path: Path) -> Non
     torch.testing.assert_close(flow(z, numbers(0.9), label), flow.strong(z, numbers(0.9), label))
     twice = replace(made, objective=guided(made.objective, ClassifierFreeGuidance(made.objective.network, 2.0)))
     assert "guided once more" in str(known_flow(twice.objective, made.dataset, made.source))
+
+
+def test_zero_star_projects_the_exact_fields_on_the_path_itself(tmp_path: Path) -> None:
+    path = CosinePath()
+    made = generation(tmp_path, DATA[0], GaussianSource([2], S0), guide=lambda network: ZeroStarGuidance(network, 3.0))
+    made.objective.path = path
+    flow = known_flow(made.objective, made.dataset, made.source)
+    assert isinstance(flow, GuidedFlow)
+    z, label = states(4), torch.arange(4) % 2
+    strong, null = by_label(path, label), from_score(path, [0, 1, 2])
+
+    def field(x: Tensor, t: Tensor) -> Tensor:
+        v, weak = strong(x, t), null(x, t)
+        part = (v * weak).sum(1, keepdim=True) / weak.square().sum(1, keepdim=True) * weak
+        return part + 3 * (v - part)
+
+    torch.testing.assert_close(flow(z, numbers(0.4), label), field(z, numbers(0.4)), atol=1e-6, rtol=0)
+    exact = RK4(30).solve(field, z, torch.linspace(0.1, 0.4, 31, dtype=torch.float64))
+    near = (flow.flow_map(z, 0.1, 0.4, label) - exact).abs().amax(1) < 1e-4
+    assert near.sum() >= 3  # of 4: where v_null passes by 0 the projection turns faster than fixed steps follow
+    early = guided(unguided(made.objective), ZeroStarGuidance(unguided(made.objective).network, 3.0, zero_until=0.1))
+    assert "ZeroStarGuidance is not known" in str(known_flow(early, made.dataset, made.source))
 
 
 def test_a_guide_of_unknown_data_has_no_oracle(tmp_path: Path) -> None:
