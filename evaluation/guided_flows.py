@@ -1,7 +1,6 @@
 """The exact flow under guidance: two exact fields, and the rule by which guidance joins them."""
 
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -89,8 +88,8 @@ class GuidedFlow:
 
     def piece(self, z: Tensor, times: Tensor, label: Tensor | None, inside: bool) -> Tensor:
         """Return the states that z is carried to between two times that are all guided, or all not."""
-        kind = linear if self.affine else partial(ExactFlow.to, device="cpu", dtype=torch.float64)
-        part = Part(z, [kind(self.strong), kind(self.weak)])
+        flows = (self.strong, self.weak)
+        part = Part(z, [linear(flow) if self.affine else flow.to("cpu", torch.float64) for flow in flows])
         strong, weak = part.flows
         inner = GuidedFlow(strong, weak, self.scale, self.rule, (0.0, 1.0), self.labelled, self.affine)
         field = inner if inside else strong
