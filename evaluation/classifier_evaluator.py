@@ -76,6 +76,7 @@ class ClassifierEvaluator(Evaluator):
         with watched(network, f"evaluation, {len(images):,} images", len(images)):
             logits = torch.cat([network(part) for part in images.split(self.batch_size)]).float()
         loss = objective.loss_of(logits, label).item()
+        logits, label = logits.cpu(), label.cpu()  # the scores count in float64, which MPS lacks
         confusion = confusion_matrix(label, logits.argmax(1), network.num_classes)
         scores = self.scores(logits, label, confusion)
         values = {"eval/loss": loss}
