@@ -226,6 +226,7 @@ def test_damaged_cache_is_computed_anew(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [f".{file.name}.lock", file.name]
 
 
+@pytest.mark.slow
 def test_floor_covers_real_samples_and_not_a_missing_blob(generation: Callable[..., Generation]) -> None:
     dataset = KMeans()
     real, label = dataset.held_out(2000, torch.Generator().manual_seed(4))

@@ -100,6 +100,7 @@ def test_plain_cross_entropy_draws_nothing():
     assert torch.equal(generator.get_state(), before)
 
 
+@pytest.mark.slow
 def test_all_together_compile_to_one_graph_and_equal_eager():
     words = {"focusing": 1.0, "superloss": 2.0, "mixup": 1.0}
     network = nn.Linear(5, 5)

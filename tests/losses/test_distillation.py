@@ -98,6 +98,7 @@ WORDS = ["loss=distillation", "loss.coupling.teacher=${run_name}_teacher", "loss
 WORDS += ["solver=flow_map", "solver.steps=1", 'teacher="loss=mse max_steps=3 batch_size=128 solver.steps=4"', "seed=3"]
 
 
+@pytest.mark.slow
 def test_teacher_pairs_and_student_are_one_command_which_goes_on_wherever_it_was_stopped(small_run, monkeypatch, capsys):
     whole = small_run("x", *WORDS, output="whole")
     assert load(whole / "ckpts/mlp/x_teacher_last.pt").config["seed"] == 3
