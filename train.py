@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.device import wait_for_device
+from common.device import own_turn
 from common.distributed import explained_lost_ranks, rank
 from common.errors import UserError
 from common.files import DISK_ERRORS, disk_sentence
@@ -60,8 +60,7 @@ def start_or_resume(run: Run) -> float | None:
     if resume and run.state.step >= run.total_steps:
         say_finished(run)
         return run.state.best
-    wait_for_device(run.device, records.config["wait"])
-    with handled_by(partial(ask_to_stop, run)), explained_disk_errors(records):
+    with own_turn(run.device, records.config["wait"]), handled_by(partial(ask_to_stop, run)), explained_disk_errors(records):
         row = try_parts(run)
         if run.rank == 0 and not resume:
             claim_run_name(records)
@@ -142,7 +141,8 @@ def ask_to_stop(run: Run, number: int, _: object) -> None:
     run.asked = run.asked or Stop(f"stopped by {name}", signal=number)
     alone = run.world == 1  # else torchrun sends SIGTERM also to those whose fellow has died
     if run.rank == 0 and (alone or number == signal.SIGINT):
-        print(f"\nstopping after this step and saving ({name} again leaves at once)", file=sys.stderr)
+        step = "this" if alone else "the next"
+        print(f"\nstopping after {step} step and saving ({name} again leaves at once)", file=sys.stderr)
 
 
 @contextmanager

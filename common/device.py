@@ -1,11 +1,14 @@
 """The device a run computes on, and the numerical switches that go with it."""
 
 import contextlib
+import fcntl
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 
@@ -58,6 +61,17 @@ def set_numerics(device: torch.device, deterministic: bool) -> None:
         torch.backends.cudnn.benchmark = not deterministic
 
 
+def tune_kernels(device: torch.device, usual: bool) -> None:
+    """Let cuDNN try kernels at shapes it has not seen, if they are the usual ones: others are too seldom to pay for it."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = usual and not torch.are_deterministic_algorithms_enabled()
+
+
+def weight_layout(device: torch.device) -> torch.memory_format | None:
+    """Return the layout of convolutions' weights: channels last on CUDA, whose kernels want it; on the CPU it is slower."""
+    return torch.channels_last if device.type == "cuda" else None
+
+
 @contextlib.contextmanager
 def full_products() -> Iterator[None]:
     """Compute matrix products and convolutions within in true fp32: no TF32, whose 10 bits of mantissa drown a difference
@@ -93,6 +107,37 @@ def wait_for_device(device: torch.device, wait: bool, pause: Callable[[float], N
     print(f"waiting: other processes hold {held:.0f} GiB of this GPU (wait=true)", flush=True)
     while memory_of_others(device) >= BUSY_GIB:
         pause(WAIT_SECONDS)
+
+
+@contextlib.contextmanager
+def own_turn(device: torch.device, wait: bool, place: Path | None = None) -> Iterator[None]:
+    """Surround a run on a device that others may use: one line says so; with `wait` it begins when they no longer do.
+
+    MPS does not say what others hold, so runs on it hold a lock in `place`, the folder of temporary files, which the system
+    releases when a process ends, however it ends.
+    """
+    if device.type != "mps":
+        wait_for_device(device, wait)
+        yield
+        return
+    with ((place or Path(tempfile.gettempdir())) / f"denoising-zoo-mps-{os.getuid()}.lock").open("a") as lock:
+        take_turn(lock, wait)
+        yield
+
+
+def take_turn(lock: TextIO, wait: bool) -> None:
+    """Lock the file: alone with `wait`, else beside others who do not wait, if those who hold it allow that."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if wait:
+            print("waiting: another run uses this GPU (wait=true)", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        else:
+            print("note: another run uses this GPU; it may be slow or not fit (wait=true waits for it)")
+    if not wait:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

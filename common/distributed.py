@@ -94,6 +94,32 @@ def any_rank(flag: bool) -> bool:
     return bool(some)
 
 
+class Ballot:
+    """Whether any rank says so, asked once a step and answered at the next: meanwhile no rank waits for another."""
+
+    def __init__(self) -> None:
+        self.open: tuple[Tensor, dist.Work] | None = None
+
+    def cast(self, flag: bool) -> bool:
+        """Return whether any rank said so at the call before; with one process, whether it says so now."""
+        if world() == 1:
+            return flag
+        some = self.close()
+        votes = torch.tensor([float(flag)])
+        work = dist.all_reduce(votes, async_op=True)
+        assert work is not None
+        self.open = votes, work
+        return some
+
+    def close(self) -> bool:
+        """Return whether any rank said so at the last call that was not answered."""
+        if self.open is None:
+            return False
+        (votes, work), self.open = self.open, None
+        work.wait()
+        return bool(votes)
+
+
 def all_reduce_mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return means over the ranks of scalars of the same names."""
     if world() == 1 or not values:
@@ -101,6 +127,13 @@ def all_reduce_mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     mean = torch.stack(list(values.values()))
     dist.all_reduce(mean)
     return dict(zip(values, mean / world(), strict=True))
+
+
+def all_reduce_max(value: Tensor) -> Tensor:
+    """Return the largest over the ranks, number by number. On the device of `value`: on CUDA no host waits."""
+    if world() > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
 
 
 def all_reduce_sum(parts: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.ranges import ShareBelow1
 
@@ -22,10 +22,14 @@ class ConstantEMA:
         return copy.deepcopy(network).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, average: nn.Module, network: nn.Module, step: int) -> None:
-        """Update number `step` (from 1)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+    def update(self, average: nn.Module, network: nn.Module, step: int, broken: Tensor | None = None) -> None:
+        """Update number `step` (from 1). broken: a scalar, 1 where the average must stay as it is, else 0."""
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        averages, weights = list[Tensor](average.parameters()), list[Tensor](network.parameters())
+        if broken is None:
+            torch._foreach_lerp_(averages, weights, share)
+        else:
+            torch._foreach_lerp_(averages, weights, [(1 - broken) * share] * len(averages))
         buffers = list(average.buffers())
         if buffers:
             torch._foreach_copy_(buffers, list(network.buffers()))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.device import autocast
+from common.device import autocast, tune_kernels
 from common.errors import UserError
 from common.seeds import generator_for, seed_network, stream_seed
 from dataloaders.base_dataloaders import Batch, EpochPlan
@@ -31,9 +31,10 @@ def fit(run: Run) -> None:
     while run.state.step < run.total_steps and run.agreed_stop() is None:
         run.notify("epoch_begin")
         for group in epoch_groups(run):
+            tune_kernels(run.device, all(len(batch) * run.world == run.settings.batch_size for batch in group))
             values = train_step(run, group)
             after_step(run, values)
-            if run.state.step >= run.total_steps or run.agreed_stop() is not None:
+            if run.state.step >= run.total_steps or run.must_stop():
                 break
         end_epoch(run)
     run.agreed_stop()
@@ -95,9 +96,9 @@ def train_step(run: Run, group: list[Any]) -> dict[str, Tensor]:
     state.step += 1
     if run.hook.accepts(state, values):
         state.scaler.step(state.optimizer)
-        # Update their average.
-        state.ema.update(state.ema_objective.network, state.objective.network, state.step)
         run.hook.end(state, values)
+        # Update their average.
+        state.ema.update(state.ema_objective.network, state.objective.network, state.step, run.hook.broken)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     return values
@@ -116,10 +117,9 @@ def all_finite(network: torch.nn.Module) -> bool:
 def after_step(run: Run, values: dict[str, Tensor]) -> None:
     """Count the step in the window; every log_every steps, write a line."""
     ratio = values.pop("update_ratio", None)
-    if values:
-        run.state.window.add(values)
+    run.state.window.add(values, run.hook.broken)
     if run.state.step % run.settings.log_every == 0:
-        log_window(run, {} if ratio is None else {"train/update_ratio": ratio.item()})
+        log_window(run, {} if ratio is None or ratio.isnan() else {"train/update_ratio": ratio.item()})
     run.notify("step_end")
 
 
@@ -151,8 +151,8 @@ def check_finite(run: Run, weights: bool = False) -> None:
     state = run.state
     state.window.all_reduce_mean()
     term = state.window.non_finite(overflows=state.scaler.is_enabled())
-    if state.skipped_in_a_row >= MAX_CONSECUTIVE_SKIPS:
-        term = f"loss (in each of the last {state.skipped_in_a_row} steps, all skipped)"
+    if (skipped := int(state.skipped_in_a_row)) >= MAX_CONSECUTIVE_SKIPS:
+        term = f"loss (in each of the last {skipped} steps, all skipped)"
     if weights and term is None:
         parts = (("weights", state.objective.network), ("EMA weights", state.ema_objective.network))
         term = next((name for name, network in parts if not all_finite(network)), None)
@@ -190,6 +190,7 @@ def end_epoch(run: Run) -> None:
 
 def evaluate(run: Run, final: bool) -> dict[str, float]:
     """Return the scores by name. What goes wrong with them is raised once the epoch is saved: it costs no training."""
+    tune_kernels(run.device, True)
     try:
         return run.evaluate(final)
     except BaseException:

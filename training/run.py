@@ -14,7 +14,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from common.device import device_name
-from common.distributed import broadcast_from_rank0, first_non_none, orphaned
+from common.distributed import Ballot, broadcast_from_rank0, first_non_none, orphaned
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
 from evaluation.evaluator import Evaluation, Evaluator
@@ -123,6 +123,7 @@ class Run:
     evaluation: Evaluation | None = None
     last_values: dict[str, float] = field(default_factory=dict)  # the newest value of every metric
     clock: Clock = field(default_factory=Clock)
+    ballot: Ballot = field(default_factory=Ballot)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -163,8 +164,14 @@ class Run:
         """Return why the run ends, if any rank has asked for it; all ranks ask at the same places."""
         if orphaned():
             self.asked = self.asked or Stop("the process that started this one is gone", signal=signal.SIGTERM)
+        self.ballot.close()
         self.stop = first_non_none(self.stop or self.asked)
         return self.stop
+
+    def must_stop(self) -> bool:
+        """Return whether the run ends after this step, the same on every rank: of several, by what was asked a step ago."""
+        asked = self.ballot.cast((self.stop or self.asked) is not None or orphaned())
+        return asked and self.agreed_stop() is not None
 
     def shares(self, group: list[Any]) -> list[float]:
         """Return what the mean loss of each batch of the coming step weighs here, so that the mean over ranks is that of all

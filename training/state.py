@@ -23,18 +23,27 @@ class Window:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
+        self.steps = 0
+        self.left_out: int | Tensor = 0  # of them, as on_nan=skip leaves out
         self.whole: int | Tensor = 0  # steps until a sum was no longer finite
 
+    @property
+    def count(self) -> int:
+        """Return the steps that were added. Waits for the device where some may have been left out."""
+        return self.steps - int(self.left_out)
+
     @torch.no_grad()
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add one step's scalars."""
+    def add(self, values: Mapping[str, Tensor], broken: Tensor | None = None) -> None:
+        """Add one step's scalars. broken: a scalar, 1 where the step is left out, else 0."""
         new = {name: value.float() for name, value in values.items()}
+        if broken is not None:
+            new = {name: torch.where(broken > 0, 0.0, value) for name, value in new.items()}
+            self.left_out = self.left_out + broken
         known = [name for name in new if name in self.sums]
         added = torch._foreach_add([self.sums[n] for n in known], [new[n] for n in known]) if known else []
         self.sums |= {name: value.clone() for name, value in new.items() if name not in self.sums}
         self.sums |= zip(known, added, strict=True)
-        self.count += 1
+        self.steps += 1
         largest = torch.linalg.vector_norm(torch.stack(list(self.sums.values())), math.inf)  # NaN where one of them is
         self.whole = self.whole + (largest < math.inf)
 
@@ -44,10 +53,11 @@ class Window:
 
     def means(self) -> dict[str, float]:
         """Return means over the window (one device synchronisation)."""
-        if not self.count:
+        count = self.count
+        if not count:
             return {}
         totals = torch.stack(list(self.sums.values())).tolist()
-        return {name: total / self.count for name, total in zip(self.sums, totals, strict=True)}
+        return {name: total / count for name, total in zip(self.sums, totals, strict=True)}
 
     def non_finite(self, overflows: bool = False) -> str | None:
         """Return the name of a value that was NaN or infinite; overflows: gradients may, as under fp16."""
@@ -56,17 +66,17 @@ class Window:
 
     def broken_step(self, step: int) -> int | None:
         """Return the first step whose values were not all finite, None if all were; the window ends with `step`."""
-        return step - self.count + int(self.whole) + 1 if int(self.whole) < self.count else None
+        return step - self.steps + int(self.whole) + 1 if int(self.whole) < self.steps else None
 
     def clear(self) -> None:
-        self.sums, self.count, self.whole = {}, 0, 0
+        self.sums, self.steps, self.left_out, self.whole = {}, 0, 0, 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": dict(self.sums), "count": self.count}
+        return {"sums": dict(self.sums) if self.count else {}, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self.count = self.whole = state["count"]  # nothing broken is saved
+        self.steps = self.whole = state["count"]  # nothing broken is saved
 
 
 @dataclass
@@ -75,7 +85,7 @@ class TrainState:
 
     step: optimizer steps done. Epoch and data position follow from it, and every random number from the seed and it, so
     neither is saved. best: monitored value; waited: evaluations since. elapsed: training seconds of earlier sittings.
-    skipped: steps left out by on_nan=skip; skipped_in_a_row: the newest of them.
+    skipped: steps left out by on_nan=skip; skipped_in_a_row: the newest of them; counted on the device.
     """
 
     objective: Objective
@@ -89,8 +99,8 @@ class TrainState:
     best: float = float("inf")
     waited: int = 0
     elapsed: float = 0.0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
+    skipped: int | Tensor = 0
+    skipped_in_a_row: int | Tensor = 0
 
     @property
     def teacher(self) -> Objective | None:
@@ -109,15 +119,27 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """Return plain values and tensors only."""
         parts = {name: part.state_dict() for name, part in self.parts().items()}
-        return parts | {"window": self.window.state_dict()} | {name: getattr(self, name) for name in COUNTS}
+        counts = {name: getattr(self, name) for name in COUNTS} | {"skipped": int(self.skipped)}
+        return parts | {"window": self.window.state_dict()} | counts
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state exactly."""
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
+        match_layout(self.optimizer)
         self.window.load_state_dict(state["window"], next(self.objective.network.parameters()).device)
         for name in COUNTS:
             setattr(self, name, state.get(name, 0))  # skipped is in no save of before it was counted
+
+
+def match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Lay out what the optimizer remembers as its weights are, which fused kernels go through as memory: a save of another
+    kind of device may have had them otherwise.
+    """
+    for weight, slots in optimizer.state.items():
+        for name, value in slots.items():
+            if isinstance(value, Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
+                slots[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def averaged_objective(objective: AnyObjective, ema: ConstantEMA) -> AnyObjective:

@@ -1,6 +1,11 @@
 """Numbers that are not finite, tangents that are lost, batches that are not the recipe's: noticed, said, and never saved."""
 
+import fcntl
 import json
+import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +13,11 @@ import pytest
 import torch
 
 from backends.submission import prepare
-from common.device import wait_for_device
+from common.device import own_turn, wait_for_device
 from common.errors import UserError
-from run_files.checkpoint import load_checkpoint
+from run_files.checkpoint import digest_of, load_checkpoint
 from training.assemble import assemble
-from training.loop import epoch_groups, train_step
+from training.loop import after_step, epoch_groups, train_step
 from training.run import Callback, Run
 from training.summary import recipe_batch
 
@@ -55,13 +60,38 @@ def test_a_skipped_step_is_counted_and_leaves_everything_as_it_was(tmp_path):
     ]  # fmt: skip
     forward = run.forward
     run.forward = lambda batch, teacher: {name: term * torch.inf for name, term in forward(batch, teacher).items()}
-    assert train_step(run, next(groups)) == {} and (state.step, state.skipped) == (2, 1)
+    after_step(run, train_step(run, next(groups)))
+    assert (state.step, state.skipped, state.window.count) == (2, 1, 0)
     after = [
         *state.objective.network.parameters(), *state.ema_objective.network.parameters(),
         *(v for slot in state.optimizer.state.values() for v in slot.values()),
     ]  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert all(p.grad is None for p in state.objective.network.parameters())
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["optimizer.fused=null"], ["optimizer=sgd"], ["optimizer=sgd", "optimizer.fused=null"]]
+)
+def test_a_run_with_broken_steps_is_the_run_without_them(tmp_path, words):
+    """Weights, average, optimizer and record are bit for bit those of a loop that never takes the first and fourth step."""
+
+    def trained(on_nan: str) -> Run:
+        run = assemble(config_of(tmp_path, f"on_nan={on_nan}", "dataloaders.epoch_size=512", "log_every=100", *words))
+        for group in epoch_groups(run):
+            if run.state.step not in (0, 3):
+                after_step(run, train_step(run, group))
+            elif on_nan == "stop":
+                run.state.step += 1
+            else:
+                group[0].unified_input[0] = torch.nan
+                after_step(run, train_step(run, group))
+        return run
+
+    skipping, without = trained("skip"), trained("stop")
+    ours, theirs = (run.state.state_dict() for run in (skipping, without))
+    assert ours.pop("skipped") == 2 and theirs.pop("skipped") == 0 and ours["window"]["count"] == 6
+    assert digest_of(ours) == digest_of(theirs)
 
 
 def test_skipping_is_logged_and_resumed(small_run, monkeypatch):
@@ -143,6 +173,33 @@ def test_a_busy_gpu_is_said_or_waited_for(monkeypatch, capsys):
     monkeypatch.undo()
     wait_for_device(torch.device("cpu"), wait=True, pause=pauses.append)
     assert capsys.readouterr().out == "" and len(pauses) == 1
+
+
+HOLDER = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, 2); print(1, flush=True); time.sleep(60)"
+
+
+def test_one_run_at_a_time_has_mps(tmp_path, capsys):
+    """Among those that wait; what a killed one held is free."""
+    place = tmp_path / f"denoising-zoo-mps-{os.getuid()}.lock"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(place)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        with own_turn(torch.device("mps"), wait=False, place=tmp_path):
+            assert capsys.readouterr().out.startswith(
+                "note: another run uses this GPU; it may be slow or not fit (wait=true"
+            )
+        threading.Timer(0.3, other.kill).start()
+        with own_turn(torch.device("mps"), wait=True, place=tmp_path):
+            assert other.wait(5) and capsys.readouterr().out == "waiting: another run uses this GPU (wait=true)\n"
+    for wait in (True, False, True):
+        with own_turn(torch.device("mps"), wait=wait, place=tmp_path), place.open() as another:
+            assert capsys.readouterr().out == ""
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(another, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with (
+        own_turn(torch.device("mps"), wait=False, place=tmp_path),
+        own_turn(torch.device("mps"), wait=False, place=tmp_path),
+    ):
+        assert capsys.readouterr().out.startswith("note: ")
 
 
 def test_another_batch_than_the_recipes_is_said_in_one_line(small_run, tmp_path, capsys):
