@@ -85,6 +85,37 @@ class ReadAhead:
             yield next(source)
 
 
+def uploaded(reads: Iterator[Read], device: torch.device) -> Iterator[Read]:
+    """Yield reads; on CUDA with their tensors there, each copied on a stream of its own while the one before is used."""
+    if device.type != "cuda":
+        yield from reads
+        return
+    stream, ahead = torch.cuda.Stream(device), list[tuple[Read, Any]]()
+    for read in reads:
+        with torch.cuda.stream(stream):
+            labels = None if read.labels is None else pinned_copy(read.labels, device)
+            ahead.append((read._replace(stored=pinned_copy(read.stored, device), labels=labels), stream.record_event()))
+        if len(ahead) > 1:
+            yield arrived(*ahead.pop(0))
+    for last in ahead:
+        yield arrived(*last)
+
+
+def pinned_copy(host: Tensor, device: torch.device) -> Tensor:
+    """Return a copy on CUDA that is still on its way."""
+    return (host if host.is_pinned() else host.pin_memory()).to(device, non_blocking=True)
+
+
+def arrived(read: Read, event: Any) -> Read:
+    """Let the stream that computes wait for a copy of another stream, and its memory for what that stream does with it."""
+    current = torch.cuda.current_stream()
+    current.wait_event(event)
+    for tensor in (read.stored, read.labels):
+        if tensor is not None:
+            tensor.record_stream(current)
+    return read
+
+
 def leave_signals_to_the_parent(worker: int) -> None:
     """Keep signals from a worker: Ctrl-C reaches every process of a terminal, and torchrun's a whole process group, but the
     run saves first, then ends its workers itself.
@@ -218,7 +249,7 @@ class StreamDataset(FlowDataset):
         rows = [Rows(batch[plan.rank :: plan.world].tolist(), seed) for batch in batches]
         known = len(self.unreadable)
         try:
-            for read in self.ahead.batches(rows):
+            for read in uploaded(self.ahead.batches(rows), self.device):
                 self.unreadable.update(read.unreadable)
                 require_readable(self, self.train, len(self.unreadable))
                 yield self.augmented(*self.batch_of(read.stored, read.labels, plan.generator), plan.generator)

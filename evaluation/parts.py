@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from common.device import weight_layout
 from common.errors import UserError
 from common.seeds import stream_seed
 from configuration.build import build
@@ -63,7 +64,7 @@ def build_objective(config: dict[str, Any], device: torch.device) -> Objective:
     torch.manual_seed(stream_seed(config["seed"], "weights"))
     network = build(config["model"])
     network.init_weights()
-    objective: Objective = build(config["loss"], network=network).to(device)
+    objective: Objective = build(config["loss"], network=network).to(device, memory_format=weight_layout(device))
     if config.get("standardized") and isinstance(objective, FlowObjective):
         objective.standardise_by(**config["standardized"], state_shape=config["dataloaders"]["state_shape"])
     return objective

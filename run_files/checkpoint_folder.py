@@ -24,12 +24,32 @@ def tensor_bytes(node: Any) -> int:
 
 
 def frozen(node: Any) -> Any:
-    """Return a copy of nested dicts and lists whose tensors, on the CPU, training cannot change any more."""
+    """Return a copy of nested dicts and lists whose tensors, on the CPU, training cannot change any more.
+
+    From CUDA they are copied to pinned memory, all on their way at once; the host waits at the end.
+    """
+    copy = copied(node)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return copy
+
+
+def copied(node: Any) -> Any:
     if isinstance(node, torch.Tensor):
-        return node.detach().to("cpu", copy=True)
+        on_cuda = node.device.type == "cuda"
+        place = torch.empty(node.shape, dtype=node.dtype, pin_memory=on_cuda)
+        return place.copy_(node.detach(), non_blocking=on_cuda)
     if isinstance(node, dict):
-        return {key: frozen(inner) for key, inner in node.items()}
-    return type(node)(map(frozen, node)) if isinstance(node, list | tuple) else node
+        return {key: copied(inner) for key, inner in node.items()}
+    return type(node)(map(copied, node)) if isinstance(node, list | tuple) else node
+
+
+def on_accelerator(node: Any) -> bool:
+    """Return whether a tensor of nested dicts and lists lies elsewhere than on the CPU."""
+    if isinstance(node, torch.Tensor):
+        return node.device.type != "cpu"
+    inner = node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ()
+    return any(map(on_accelerator, inner))
 
 
 class CheckpointFolder:
@@ -69,7 +89,7 @@ class CheckpointFolder:
         if large if self.in_background is None else self.in_background:
             self.pending = self.writer.submit(self.write, frozen(payload), epoch, best)
         else:
-            self.write(payload, epoch, best)
+            self.write(frozen(payload) if on_accelerator(payload) else payload, epoch, best)
 
     def settle(self) -> None:
         """Wait for the save that is being written, if any. Raises what stopped it, once."""

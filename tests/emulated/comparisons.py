@@ -21,6 +21,7 @@ from tests.emulated.rules import Kind
 torch.set_num_threads(1)
 KIND: Kind = sys.argv[1]  # type: ignore[assignment]
 PLACE = Path(tempfile.mkdtemp(prefix="emulated-"))
+tempfile.tempdir = str(PLACE)  # where a run on MPS holds its lock
 SHARED = Path(sys.argv[2])
 CONFIGS = disguise.ROOT / "configs"
 TINY = [f"output_dir={PLACE}", f"log.file={PLACE / 'LOG.md'}", "run_name=x", "trackio.enabled=false", "num_workers=0"]

@@ -41,6 +41,19 @@ from tests.emulated.comparisons import (
     weights_after,
 )
 from tests.emulated.faults import planted_cases
+from tests.emulated.surroundings import (
+    CNN,
+    PHOTOS,
+    STREAMED,
+    layouts,
+    left_out,
+    pictures,
+    pinned_saves,
+    read_by_this_process,
+    streamed,
+    tuned_shapes,
+    waits_its_turn,
+)
 
 CLASSIFIERS = {"small_cnn_classifier", "resnet9", "vit_tiny"}
 
@@ -71,12 +84,6 @@ def curve_of(loss: str, engine: str) -> str:
     return "; ".join(f"dropout {dropout}: {answer}" for dropout, answer in answers.items() if answer)
 
 
-PHOTOS = [
-    "dataloaders=photos", "dataloaders.crops=128", "dataloaders.held_out_crops=64", "batch_size=8", "model=unet_small",
-    *SMALL_MODELS["unet_small"], "dataloaders.augment=0.5", "dataloaders.flip=true", "dataloaders.crop_padding=2",
-]  # fmt: skip
-
-
 def model_cases() -> Iterator[tuple[str, Callable[[], str]]]:
     for name, words in SMALL_MODELS.items():
         if name != "mlp":
@@ -86,10 +93,11 @@ def model_cases() -> Iterator[tuple[str, Callable[[], str]]]:
             words = [*IMAGES, *TRAINING, *loss, f"model={name}", *words]
             yield name, lambda words=words: same_curve(config_of(*words), 1e-3)
     yield ("unet_small on augmented pictures", lambda: same_curve(config_of(*PHOTOS, *TRAINING), 1e-3))
+    for fused in ("true", "null"):
+        yield f"a step left out, fused={fused}", lambda fused=fused: left_out(f"optimizer.fused={fused}")
 
 
 FEATURES = ["evaluation.metrics.features.replicates=2", "evaluation.metrics.features.k=2"]
-CNN = [*IMAGES, "model=cnn", *SMALL_MODELS["cnn"]]
 CLASSIFIER = [*IMAGES, "model=small_cnn_classifier", "model.width=8", "loss=cross_entropy", "evaluation=classifier"]
 
 
@@ -133,21 +141,6 @@ def reflow() -> str:
     )
 
 
-def streamed() -> str:
-    """Pictures from disk, read ahead by a worker process."""
-    from PIL import Image
-
-    folder = PLACE / "pictures"
-    for i in range(40):
-        file = folder / f"class{i % 2}" / f"{i}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (16, 16), (6 * i, 90, 255 - 6 * i)).save(file)
-    return same_scores(
-        "dataloaders=image_folder", f"dataloaders.root={folder}", "dataloaders.size=16", "model=cnn", *SMALL_MODELS["cnn"],
-        "batch_size=8", *TRAINING, "max_steps=3", "num_workers=1",
-    )  # fmt: skip
-
-
 def latents() -> str:
     """Latents, and pictures of them through a small autoencoder."""
     import numpy as np
@@ -178,11 +171,17 @@ def samples_and_pictures() -> str:
 
 
 def other_cases() -> Iterator[tuple[str, Callable[[], str]]]:
+    if KIND == "mps":
+        yield "wait=true", waits_its_turn
     yield "resume from CPU to device and back", going_on
     yield "init_from", from_a_checkpoint
     yield "reflow", reflow
     yield "latents through an autoencoder", latents
     yield "streamed pictures with a worker", streamed
+    yield "streamed pictures without one", read_by_this_process
+    yield "layouts", layouts
+    yield "tuned shapes", tuned_shapes
+    yield "a save", pinned_saves
     yield "sample.py and pictures", samples_and_pictures
 
 
@@ -196,10 +195,12 @@ def wait_cases() -> Iterator[tuple[str, Callable[[], str]]]:
             *CLASSIFIER, "balanced=true"
         ],
         "augmentation": PHOTOS,
+        "a stream": ["dataloaders=image_folder", f"dataloaders.root={pictures()}", *STREAMED],
+        "on_nan=skip": [*POINTS, "on_nan=skip"],
+        "on_nan=skip, no fused optimizer": [*POINTS, "on_nan=skip", "optimizer=sgd", "optimizer.fused=null"],
     }  # fmt: skip
     for name, words in kinds.items():
         yield name, lambda words=words: waits_of(*words)
-    yield "on_nan=skip, once a step", lambda: "" if waits_of(*POINTS, "on_nan=skip").startswith("3 x") else "not once a step"
 
 
 def tf32_cases() -> Iterator[tuple[str, Callable[[], str]]]:

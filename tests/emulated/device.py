@@ -5,7 +5,9 @@ of another device, .numpy(), loading without map_location, float64 (MPS), operat
 deterministic=true (CUDA); it rounds the operands of products to TF32 where TF32 is on (CUDA); and it counts every wait of
 the host. Its generators draw the CPU's numbers, so that a run on it must equal the run on the CPU.
 
-It cannot compile, capture graphs, run collectives or overlap streams. The hooks are experimental and global to the process:
+Copies that nobody waits for, and those of another stream, arrive when they are waited for (memory.py).
+
+It cannot compile, capture graphs or run collectives. The hooks are experimental and global to the process:
 enable() it once, in a process of its own.
 """
 
@@ -18,7 +20,20 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
-from tests.emulated.rules import COPIES, INDEXING, NAME, NOT_DETERMINISTIC, PRODUCTS, RULES, WAITED, WAITS, as_tf32, aten
+from tests.emulated import memory
+from tests.emulated.rules import (
+    COPIES,
+    FUSED,
+    INDEXING,
+    NAME,
+    NOT_DETERMINISTIC,
+    PRODUCTS,
+    RULES,
+    WAITED,
+    WAITS,
+    as_tf32,
+    aten,
+)
 
 CPU_GENERATOR = torch.Generator
 SAVED: "weakref.WeakSet[torch.UntypedStorage]" = weakref.WeakSet()  # storages that torch.save took from the device
@@ -81,6 +96,9 @@ class EmulatedTensor(torch.Tensor):
             WAITED.record("index by a list")
             key = torch.tensor(key).to(NAME)
         return super().__getitem__(key)
+
+    def record_stream(self, stream: memory.Stream) -> None:
+        memory.FOREIGN.discard(self.inner.untyped_storage())
 
     def tolist(self) -> Any:
         WAITED.record("tolist")
@@ -153,11 +171,26 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         func = aten.zeros.default
     check_operands(func, flat)
     check_generators(flat, here)
-    count_waits(func, args, ours, here)
+    if memory.FOREIGN:
+        for leaf in flat:
+            if isinstance(leaf, EmulatedTensor):
+                memory.check_lent(leaf.inner)
+    asynchronous = is_asynchronous(func, args, kwargs)
+    if not asynchronous:
+        count_waits(func, args, ours, here)
+    if func is aten.copy_.default and not isinstance(args[0], EmulatedTensor):
+        return to_host(args[0], args[1].inner, asynchronous)
+    if func is aten.copy_.default and asynchronous and len(memory.STREAMS) > 1:
+        memory.copy_later(args[0].inner, args[1], memory.STREAMS[-1].begun)
+        return args[0]
     inner_args, inner_kwargs = each(unwrapped, tuple(args)), {key: each(unwrapped, value) for key, value in kwargs.items()}
     if here:
         if RULES.deterministic and func in NOT_DETERMINISTIC:
             raise RuntimeError(f"{func} does not have a deterministic implementation (torch.use_deterministic_algorithms)")
+        if RULES.kind == "mps" and func in FUSED:  # which ignore these
+            inner_kwargs |= {"grad_scale": None, "found_inf": None}
+        if func is aten.convolution.default and torch.backends.cudnn.benchmark:
+            RULES.tuned.add(len(inner_args[0]))
         if RULES.tf32 and func in PRODUCTS:
             inner_args = each(as_tf32, inner_args)
         if inner_kwargs.pop("pin_memory", None):
@@ -170,6 +203,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not here:
         same = isinstance(out, torch.Tensor) and any(out is leaf for leaf in leaves(inner_args, inner_kwargs))
         return out.clone() if same else out
+    if device is not None and not ours:
+        memory.made(out)
     result = rewrapped(func, args, kwargs, out) if changes_arguments(func) else each(wrapped, out)
     return return_and_correct_aliasing(func, args, kwargs, result) if ours and has_aliases(func) else result
 
@@ -197,10 +232,34 @@ def check_generators(flat: list[Any], here: bool) -> None:
             raise RuntimeError(f"Expected a '{NAME if here else 'cpu'}' device type for generator but found '{there}'")
 
 
+def is_asynchronous(func: Any, args: Any, kwargs: Any) -> bool:
+    """Return whether it copies between the device and pinned memory (MPS: from any), and is asked not to wait."""
+    if func is aten.copy_.default:
+        hosts = [a for a in args[:2] if not isinstance(a, EmulatedTensor)]
+        asked = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
+    elif func is aten._to_copy.default and not isinstance(args[0], EmulatedTensor):
+        hosts, asked = [args[0]], kwargs.get("non_blocking", False)
+    else:
+        return False
+    from_host = func is aten._to_copy.default or (len(hosts) == 1 and hosts[0] is args[1])
+    return bool(asked) and len(hosts) == 1 and (memory.is_pinned(hosts[0]) or (RULES.kind == "mps" and from_host))
+
+
+def to_host(target: torch.Tensor, source: torch.Tensor, asynchronous: bool) -> torch.Tensor:
+    """Copy to a tensor of the CPU, in the end."""
+    if not asynchronous:
+        return target.copy_(source)
+    memory.copy_later(target, source, memory.LATE)
+    return target
+
+
 def count_waits(func: Any, args: Any, ours: bool, here: bool) -> None:
     """Record an operation that makes the host wait for the device."""
     WAITED.operations += 1
+    WAITED.copies += func in (aten.clone.default, aten.contiguous.default)
     if not ours:
+        if here and func is aten._to_copy.default and args[0].dim() > 0:
+            WAITED.record("host to device")
         return
     if func in WAITS:
         WAITED.record(str(func))
@@ -241,4 +300,10 @@ class Watch(TorchDispatchMode):
         flat, device = leaves(args, kwargs), kwargs.get("device")
         ours = any(isinstance(leaf, EmulatedTensor) for leaf in flat)
         check_generators(flat, ours if device is None else torch.device(device).type == NAME)
-        return func(*args, **kwargs)
+        if func is aten.is_pinned.default:
+            return memory.is_pinned(args[0])
+        if func is aten._pin_memory.default:
+            return memory.pin(args[0].clone())
+        if not kwargs.get("pin_memory"):
+            return func(*args, **kwargs)
+        return memory.pin(func(*args, **{name: value for name, value in kwargs.items() if name != "pin_memory"}))

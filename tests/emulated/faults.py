@@ -19,10 +19,10 @@ from tests.emulated.comparisons import (
     difference_under_tf32,
     same_curve,
     same_scores,
-    scores_of,
     waits_of,
 )
 from tests.emulated.rules import NAME
+from tests.emulated.surroundings import pinned_saves, read_by_this_process
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def planted_cases() -> Iterator[tuple[str, Callable[[], str]]]:
     from evaluation.metrics.wasserstein import SlicedWasserstein
     from losses.paths import ProbabilityPath
     from losses.total_derivative import DerivativeObjective
-    from run_files.checkpoint import read_archive
+    from run_files.checkpoint import read_archive, write_checkpoint
     from solvers.dopri5 import Dopri5
 
     after_step, torch_load, distance = training.loop.after_step, torch.load, SlicedWasserstein.distance
@@ -74,8 +74,8 @@ def planted_cases() -> Iterator[tuple[str, Callable[[], str]]]:
         self.left, self.kept = [mask for mask in kept if mask.device.type == "cpu"], outer
 
     def read_back() -> str:
-        scores_of(KIND, [*simple, "max_steps=1"], "read-back")
-        return str(read_archive(PLACE / "read-back/ckpts/mlp/x_last.pt", "cpu"))
+        write_checkpoint(PLACE / "of-the-device.pt", {"weights": torch.zeros(2).to(NAME)})
+        return str(read_archive(PLACE / "of-the-device.pt", "cpu"))
 
     def in_double(self: Any, x: torch.Tensor, y: torch.Tensor) -> float:
         return distance(self, x.double(), y)
@@ -108,6 +108,14 @@ def planted_cases() -> Iterator[tuple[str, Callable[[], str]]]:
         derivative, solver = "losses.total_derivative:DerivativeObjective", "solvers.dopri5:Dopri5"
         rounded = DerivativeObjective.central_difference.__wrapped__  # type: ignore[attr-defined]
         solve = Dopri5.solve.__wrapped__  # type: ignore[attr-defined]
+        seen["a save that nobody waits for"] = (pinned_saves, "0 waits", "torch.cuda", "synchronize", lambda: None)
+        seen["a batch used before it has arrived"] = (
+            read_by_this_process, "on the device", "tests.emulated.memory:Stream", "wait_event", lambda self, event: None
+        )  # fmt: skip
+        seen["memory of another stream, given away too early"] = (
+            read_by_this_process, "record_stream", "tests.emulated.device:EmulatedTensor", "record_stream",
+            lambda self, stream: None,
+        )  # fmt: skip
         seen["TF32 left on in the difference"] = (
             difference_under_tf32, "the derivative is off", derivative, "central_difference", rounded
         )  # fmt: skip

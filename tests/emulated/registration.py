@@ -5,7 +5,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
+from tests.emulated import memory
 from tests.emulated.device import DEFAULT, SAVED, AnyGenerator, EmulatedTensor, each, run
 from tests.emulated.rules import FACTORIES, FULL, LOWER, NAME, RULES, WAITED, Kind, aten
 
@@ -46,6 +48,12 @@ class DeviceModule:
     def synchronize(self, device: Any = None) -> None:
         WAITED.record("synchronize")
 
+    Stream = memory.Stream
+    stream = staticmethod(memory.stream)
+
+    def current_stream(self, device: Any = None) -> memory.Stream:
+        return memory.STREAMS[-1]
+
     def get_device_name(self, device: Any = None) -> str:
         return "an emulated device"
 
@@ -84,7 +92,7 @@ def enable(kind: Kind) -> None:
     for name in ("tensor", "as_tensor"):  # they switch Python dispatch off while they copy to the device
         setattr(torch, name, made_on_cpu_first(getattr(torch, name)))
     optimizer._foreach_supported_types.append(EmulatedTensor)
-    torch.utils.data._utils.pin_memory.pin_memory = lambda data, device=None: data  # pinned memory is memory
+    torch.utils.data._utils.pin_memory.pin_memory = lambda data, device=None: tree_map_only(torch.Tensor, memory.pin, data)
     torch.serialization.register_package(5, location_of, refuse_to_load)
 
 

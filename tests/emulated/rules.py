@@ -4,11 +4,13 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+from tests.emulated import memory
 
 NAME = "emu"
 TESTED = ("2.14", "2.15")  # versions of torch whose hooks this was written for
@@ -39,6 +41,7 @@ FULL = (
     "exp", "log", "pow.Tensor_Scalar", "rsqrt", "layer_norm", "group_norm", "softmax.int", "log_softmax.int", "mse_loss",
     "cross_entropy_loss", "sum",
 )  # fmt: skip
+FUSED = {aten._fused_adam_.default, aten._fused_adamw_.default, aten._fused_sgd_.default}
 # Factories whose default kernel resizes an empty tensor, which a wrapper cannot follow.
 FACTORIES = ("arange", "arange.start", "arange.start_step", "eye", "eye.m")
 EMULATION = {Path(__file__).with_name(f"{name}.py") for name in ("rules", "device", "registration")}
@@ -46,10 +49,11 @@ EMULATION = {Path(__file__).with_name(f"{name}.py") for name in ("rules", "devic
 
 @dataclass
 class Rules:
-    """What the device refuses and rounds."""
+    """What the device refuses, rounds and tunes."""
 
     kind: Kind = "cuda"
     rounds: bool = True  # False: no TF32, to compare with the CPU
+    tuned: set[int] = field(default_factory=set)  # rows of convolutions that kernels were tried for (cudnn.benchmark)
 
     @property
     def float64(self) -> bool:
@@ -68,10 +72,11 @@ class Waits:
     """Counts the times the host waited for the device, by cause, and where in the project's code, while traced() is open."""
 
     def __init__(self) -> None:
-        self.causes, self.places, self.operations = Counter[str](), Counter[str](), 0
+        self.causes, self.places, self.operations, self.copies = Counter[str](), Counter[str](), 0, 0
         self.tracing = False
 
     def record(self, cause: str) -> None:
+        memory.arrive(memory.LATE)
         self.causes[cause] += 1
         if self.tracing:
             frames = [frame for frame in traceback.extract_stack() if "site-packages" not in frame.filename]
@@ -83,7 +88,7 @@ class Waits:
         """Start from nothing, and note the place of every wait within."""
         self.causes.clear()
         self.places.clear()
-        self.operations, self.tracing = 0, True
+        self.operations, self.copies, self.tracing = 0, 0, True
         yield
         self.tracing = False
 
