@@ -48,6 +48,7 @@ SETTINGS: dict[str, Setting] = {
     "compile": Setting(bool, free=True),
     "compile_mode": Setting(Literal["default", "reduce-overhead", "max-autotune"], free=True, neutral=True),
     "deterministic": Setting(bool),
+    "checkpoint_activations": Setting(bool, free=True),
     "wait": Setting(bool, free=True, neutral=True),
     "grad_clip": Setting(Positive | None),
     "on_nan": Setting(Literal["stop", "skip"], free=True, neutral=True),

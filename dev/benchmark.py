@@ -17,7 +17,8 @@
 Each argument is one row: launcher overrides in quotes. Rounds are interleaved (row 1, row 2, row 1, ...), so a machine that
 slows down slows all rows; figures are medians over rounds. gflop: floating-point operations of a step (matrix products and
 convolutions, forward and backward). The last columns are the ratios of step time and of gflop to the first row; a preset
-compares each model with its own first row. peak_memory_mb is the whole process's: all rows stay loaded side by side.
+compares each model with its own first row. peak_memory_mb is the whole process's: all rows stay loaded side by side;
+live_mb is what the tensors of one uncompiled step, forward and backward, hold at once.
 """
 
 import argparse
@@ -42,7 +43,16 @@ from dev.operations_benchmark import operations_rows
 from dev.peers_benchmark import peer_tables
 from dev.saves_benchmark import SAVED_RUN, saves_seconds
 
-COLUMNS = ("step_ms", "data_ms", "data_share", "train_samples_per_second", "generated_per_second", "peak_memory_mb", "gflop")
+COLUMNS = (
+    "step_ms",
+    "data_ms",
+    "data_share",
+    "train_samples_per_second",
+    "generated_per_second",
+    "peak_memory_mb",
+    "live_mb",
+    "gflop",
+)
 JVP_MODELS = {
     "unet_small, batch 32": "dataloaders=random_images dataloaders.state_shape=[1,8,8] model=unet_small batch_size=32",
     "dit_s, batch 8": "dataloaders=random_images model=dit_s batch_size=8",

@@ -3,10 +3,17 @@
 import copy
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
 from common.errors import UserError
+
+NOT_ON_POINTS = ("cross_entropy", "reflow", "distillation")  # a classifier's loss, and two on the pairs of a teacher
 
 
 def wait(device: Any) -> None:
@@ -17,6 +24,28 @@ def wait(device: Any) -> None:
         torch.cuda.synchronize()
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors made within that live at once; most: their largest sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known = weakref.WeakSet[Any]()
+        self.live = self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.known:
+                self.known.add(storage)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self.freed, storage.nbytes())
+        self.most = max(self.most, self.live)
+        return out
+
+    def freed(self, size: int) -> None:
+        self.live -= size
 
 
 class Contestant:
@@ -32,18 +61,22 @@ class Contestant:
         self.config = config or prepare([*fixed, *overrides.split()])
         self.run = assemble(copy.deepcopy(self.config))
         self.groups = self.endless_groups()
-        self.gflop = self.count_operations()
+        self.gflop, self.live_mb = self.count()
 
-    def count_operations(self) -> float:
-        """1e9 floating-point operations of one uncompiled step, forward and backward."""
+    def count(self) -> tuple[float, float]:
+        """Return, of one uncompiled step, forward and backward, the 1e9 floating-point operations, and the MiB of its own
+        tensors that live at once, gradients included.
+        """
         from torch.utils.flop_counter import FlopCounterMode
 
         objective, batch = self.run.state.objective, next(self.groups)[0]
         objective.train()
-        with FlopCounterMode(display=False) as counter:
-            objective(batch, self.run.state.teacher)["loss"].backward()
-        objective.zero_grad(set_to_none=True)
-        return counter.get_total_flops() / 1e9
+        counter, memory = FlopCounterMode(display=False), LiveBytes()
+        for mode in (counter, memory):  # one by one, as the first keeps tensors
+            with mode:
+                objective(batch, self.run.state.teacher)["loss"].backward()
+            objective.zero_grad(set_to_none=True)
+        return counter.get_total_flops() / 1e9, memory.most / 2**20
 
     def endless_groups(self) -> Iterator[Any]:
         from training.loop import epoch_groups
@@ -93,6 +126,7 @@ class Contestant:
             "train_samples_per_second": rows / total,
             "generated_per_second": len(noise) / sample_seconds,
             "peak_memory_mb": memory,
+            "live_mb": self.live_mb,
             "gflop": self.gflop,
         }
 

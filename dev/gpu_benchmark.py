@@ -17,15 +17,15 @@ from torch import Tensor
 from common.device import device_name, full_products, pick_device
 from common.errors import UserError
 from configuration.compose import groups
-from dev.contestant import Contestant, wait
+from dev.contestant import NOT_ON_POINTS, Contestant, wait
 
 Table = tuple[str, list[dict[str, Any]]]
 UNABLE = (RuntimeError, NotImplementedError, TypeError, AssertionError, UserError)  # how a device says that it cannot
-NOT_ON_POINTS = ("cross_entropy", "reflow", "distillation")
 STEPS, AGREES = 4, 1e-3  # steps compared with the CPU's, and the largest relative difference of a loss
 MODES = {"eager": "", "bf16": "precision=bf16", "compiled": "compile=true",
          "reduce-overhead": "compile=true compile_mode=reduce-overhead",
-         "bf16, compiled": "precision=bf16 compile=true"}  # fmt: skip
+         "bf16, compiled": "precision=bf16 compile=true",
+         "bf16, recomputed": "precision=bf16 checkpoint_activations=true"}  # fmt: skip
 SHORT = "solver=euler solver.steps=1"  # where samplers are not what is measured
 PRODUCTS = {kind: kind for kind in ("float32", "bfloat16")}
 
@@ -71,7 +71,12 @@ def gpu_tables(common: str, quick: bool) -> Iterator[Table]:
         best = max(best, *(row["gflop_per_second"] for row in found), 0)
         yield title, found
     trained = {name: f"{words} {SHORT}" for name, words in models.items()}
-    rows = {f"{name}, {mode}": f"{words} {MODES[mode]}" for name, words in trained.items() for mode in sizes.modes}
+    rows = {
+        f"{name}, {mode}": f"{words} {MODES[mode]}"
+        for name, words in trained.items()
+        for mode in sizes.modes
+        if name != "mlp" or "recomputed" not in mode  # which has no blocks
+    }
     yield from attempted("training steps", rows, lambda words: training_figures(words, sizes, best))
     for name in list(trained)[-2:]:
         yield from derivatives(name, trained[name], sizes)

@@ -10,9 +10,8 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configuration.compose import groups
-from dev.contestant import Contestant
+from dev.contestant import NOT_ON_POINTS, Contestant
 
-NOT_ON_POINTS = ("cross_entropy", "reflow", "distillation")  # a classifier's, and two on the pairs of a teacher
 WARM_UP = 3  # steps: the optimizer has its state, and no step counted is the first of its window
 
 

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from common.device import full_products
 from losses.flow_map_objective import FlowMapObjective
 from losses.objective import FlowBatch
+from models.layers import Recomputed, in_forward_mode
 
 Engine = Literal["auto", "func", "separate", "finite_difference"]
 STEP = 2e-3  # of the central difference: in fp32 its rounding (3e-5) and its truncation (4e-6 u''') are both small
@@ -30,7 +31,7 @@ def forward_derivative(function: Callable[..., Any], at: tuple[Tensor, ...], alo
     """Return the value at some tensors and its derivative along others, by torch.func.jvp, attention being computed in the
     one form that has a forward derivative.
     """
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), in_forward_mode():
         at = tuple(place.clone() for place in at)  # compiled forward mode refuses views
         value, derivative = torch.func.jvp(function, at, along)  # type: ignore[misc]
     return value, derivative
@@ -41,7 +42,8 @@ class DerivativeObjective(FlowMapObjective):
 
     jvp chooses how, all without a graph through the derivative, with the same dropout mask as u's own evaluation, and in
     fp32 whatever the autocast (bf16 drowns the difference of two times):
-    func: forward mode, u and D_v u in one pass (the least work: 4/3 of a plain step);
+    func: forward mode, u and D_v u in one pass (the least work: 4/3 of a plain step); with blocks that compute their
+        activations again as separate, since forward mode keeps them;
     separate: forward mode without a graph, then u by itself (5/3, but the activations of the derivative are never kept);
     finite_difference: (u(+e) - u(-e)) / 2e, then u by itself (5/3, of fast kernels, works on every device);
     auto: see picked_engine.
@@ -57,7 +59,8 @@ class DerivativeObjective(FlowMapObjective):
         if rows == 0:
             return self.mean_velocities(batch, rows), direction
         interval, instant = batch.split(rows)
-        if picked_engine(self.jvp, direction.device) == "func":
+        recomputed = any(isinstance(part, Recomputed) and part.recomputed for part in self.network.modules())
+        if picked_engine(self.jvp, direction.device) == "func" and not recomputed:
             with torch.autocast(direction.device.type, enabled=False):
                 u, derivative = self.forward_mode(interval, direction)
             self.check_tangent(u, derivative)

@@ -1,9 +1,16 @@
 """Layers that several models share; each works under jvp, channels_last, autocast and torch.compile of the whole loss."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
+from common.errors import UserError
 from models.inputs import split_label
 
 
@@ -81,6 +88,114 @@ def replace_dropout(network: nn.Module) -> None:
                 setattr(module, name, ReplayedDropout(child))
 
 
+class Recomputed(nn.Module):
+    """A block of a network, its `body`, that can compute its activations again in the backward pass instead of keeping them.
+
+    The masks of dropout are kept, a byte a number, so that what is computed again is the same. In forward mode, whose
+    backward pass cannot compute again, everything is kept.
+    """
+
+    recomputed = False
+    in_forward_mode = False
+
+    def body(self, *inputs: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        if not self.recomputed or Recomputed.in_forward_mode or not torch.is_grad_enabled():
+            return self.body(*inputs)
+        dropouts = [part for part in self.modules() if isinstance(part, ReplayedDropout) and part.training and part.p > 0]
+        body = same_masks(self.body, dropouts) if dropouts else self.body
+        return checkpoint(body, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def same_masks(body: Callable[..., Tensor], dropouts: list[ReplayedDropout]) -> Callable[..., Tensor]:
+    """Return body, each call of which but the first uses the first one's masks, and leaves no trace in the dropouts."""
+    masks: list[list[Tensor]] = []
+
+    def first(*inputs: Tensor) -> Tensor:
+        outer = [part.keep() for part in dropouts]
+        out = body(*inputs)
+        for part, wanted in zip(dropouts, outer, strict=True):
+            own, part.kept = part.kept or [], wanted
+            masks.append([mask > 0 for mask in own])
+            if wanted is not None:
+                wanted.extend(own)
+        return out
+
+    def again(*inputs: Tensor) -> Tensor:
+        before = [(part.left, part.kept) for part in dropouts]
+        for part, own in zip(dropouts, masks, strict=True):
+            part.left, part.kept = [mask.float().div(1 - part.p) for mask in own], None
+        out = body(*inputs)
+        for part, (left, kept) in zip(dropouts, before, strict=True):
+            part.left, part.kept = left, kept
+        return out
+
+    return lambda *inputs: again(*inputs) if masks else first(*inputs)
+
+
+@contextmanager
+def in_forward_mode() -> Iterator[None]:
+    """Surround a derivative in forward mode."""
+    before, Recomputed.in_forward_mode = Recomputed.in_forward_mode, True
+    try:
+        yield
+    finally:
+        Recomputed.in_forward_mode = before
+
+
+class ForwardAttention(torch.autograd.Function):
+    """Attention in forward mode: its value by a fused kernel, which has no forward derivative, and that by hand.
+
+    Of y = P v, P = softmax(S), S = q k' / sqrt(d): dy = (P * dS) v - rowsum(P * dS) y + P dv. q, k, v (B, heads, N, d).
+    """
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            inputs = [saved.detach().requires_grad_() for saved in ctx.saved_tensors]
+            output = F.scaled_dot_product_attention(*inputs)
+        return torch.autograd.grad(output, inputs, gradient)
+
+    @staticmethod
+    def jvp(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
+        q, k, v, y = ctx.saved_tensors
+        scale = q.shape[-1] ** -0.5
+        p = (scale * q @ k.mT).softmax(-1)
+        weighed = p * (scale * (dq @ k.mT + q @ dk.mT))
+        return weighed @ v - weighed.sum(-1, keepdim=True) * y + p @ dv
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return softmax(q k' / sqrt(d)) v of q, k, v (B, heads, N, d), by a form that has the derivatives asked for."""
+    if Recomputed.in_forward_mode and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return ForwardAttention.apply(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def recompute_blocks(network: nn.Module) -> None:
+    """Let each block of the network compute its activations again. UserError for a network that has no such blocks."""
+    blocks = [part for part in network.modules() if isinstance(part, Recomputed)]
+    if not blocks:
+        raise UserError(
+            "checkpoint_activations=true computes the blocks of a U-Net or a transformer again, and "
+            f"{type(network).__name__} has none; leave it out"
+        )
+    for block in blocks:
+        block.recomputed = True
+
+
 class GroupNorm(nn.Module):
     """Group normalisation written as a layer norm over each flattened group, with explicit scale and shift.
 
@@ -100,9 +215,19 @@ class GroupNorm(nn.Module):
 
 
 def group_norm(x: Tensor, groups: int) -> Tensor:
-    """Return x (B, C, ...) with each of its groups of channels at mean 0 and variance 1, row by row."""
+    """Return x (B, C, ...) with each of its groups of channels at mean 0 and variance 1, row by row, in the layout of x."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return group_norm_channels_last(x, groups)
     grouped = x.reshape(x.shape[0], groups, -1)
     return F.layer_norm(grouped, grouped.shape[-1:]).reshape(x.shape)
+
+
+def group_norm_channels_last(x: Tensor, groups: int) -> Tensor:
+    """Do the same by moments over strided dimensions, as a layer norm would copy x there and its result back."""
+    grouped = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (groups, -1))
+    variance, mean = torch.var_mean(grouped, dim=(2, 3, 4), correction=0, keepdim=True)
+    scale = (variance + 1e-5).rsqrt()
+    return torch.addcmul(-mean * scale, grouped, scale).flatten(1, 2)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from evaluation.metrics.base_metric import EvaluationInputs
 from evaluation.teacher import give_teacher
 from helpers_cfg import Guidance
 from losses.objective import FlowObjective, Objective
+from models.layers import recompute_blocks
 from run_files.checkpoint import load_checkpoint
 from run_files.checkpoint_folder import CheckpointFolder
 from run_files.run_folder import run_folder_of, saves_of
@@ -78,6 +79,15 @@ def adopt_model(config: dict[str, Any], path: Path) -> None:
             config["model"][key] = value
 
 
+def check_compiles_recomputed(config: dict[str, Any]) -> None:
+    """Raise UserError for blocks whose dropout torch cannot compile, as what is computed again must find its masks."""
+    if config["compile"] and config["model"].get("dropout"):
+        raise UserError(
+            f"compile=true cannot compute blocks with model.dropout={config['model']['dropout']} again; leave one of "
+            "checkpoint_activations and compile out, or set model.dropout=0"
+        )
+
+
 def assemble(config: dict[str, Any]) -> Run:
     """Return every part of the run, on its device, at its start or where its newest save left it. Writes nothing."""
     device = pick_device(config["device"])
@@ -91,6 +101,9 @@ def assemble(config: dict[str, Any]) -> Run:
     evaluator.check(objective)
     if isinstance(objective, FlowObjective):
         solver.check(objective)
+    if config.get("checkpoint_activations"):  # which is in no configuration of before it
+        recompute_blocks(objective.network)
+        check_compiles_recomputed(config)
     records, loop = assemble_records(config), settings_of(LoopSettings, config)
     state = assemble_state(objective, records.checkpoints, config, device)
     dataset, source = assemble_data(state, config, device), parts.build_source(config, device)
@@ -137,6 +150,8 @@ def assemble_state(
     optimizer = build(config["optimizer"], params=[p for p in objective.network.parameters() if p.requires_grad])
     for settings in optimizer.param_groups:
         settings["initial_lr"] = settings["lr"]
+    if device.type == "mps":  # its fused kernels ignore what loss scaling tells them: then it asks before each step
+        optimizer._step_supports_amp_scaling = False
     state = TrainState(
         objective, averaged_objective(objective, ema), ema, optimizer, build(config["schedule"]),
         gradient_scaler(device, config["precision"]),
@@ -258,7 +273,12 @@ def resume_state(state: TrainState, path: Path, payload: dict[str, Any], config:
 def forward_of(objective: Objective, config: dict[str, Any]) -> Any:
     """Return the objective, or its compiled form: the whole loss is compiled, never the network alone.
 
-    With several ranks their gradients are averaged in its backward pass; all ranks wait here for each other.
+    With several ranks their gradients are averaged in its backward pass; all ranks wait here for each other. Buffers
+    that a save holds may change in training, as a batch norm's statistics do: then rank 0's are every rank's at each step.
     """
     forward = torch.compile(objective, mode=config["compile_mode"]) if config["compile"] else objective
-    return forward if world() == 1 else DistributedDataParallel(forward, gradient_as_bucket_view=True)
+    if world() == 1:
+        return forward
+    saved = objective.state_dict().keys()
+    changing = any(name in saved for name, _ in objective.named_buffers())
+    return DistributedDataParallel(forward, broadcast_buffers=changing, gradient_as_bucket_view=True)

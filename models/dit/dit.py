@@ -1,13 +1,12 @@
 """The diffusion transformer, for latents and small images."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
 from common.ranges import Count, Depth, ShareBelow1, Size, SizeOr0
 from models.inputs import split_unified_flow_matching_input
-from models.layers import Conditioning, RMSNorm, layer_norm, modulate, zero_
+from models.layers import Conditioning, Recomputed, RMSNorm, attention, layer_norm, modulate, zero_
 from models.velocity_model import VelocityModel
 
 
@@ -34,11 +33,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(self.query_norm(q), self.key_norm(k), v)
+        attended = attention(self.query_norm(q), self.key_norm(k), v)
         return self.project(attended.transpose(1, 2).flatten(2))
 
 
-class DiTBlock(nn.Module):
+class DiTBlock(Recomputed):
     """Attention, then a perceptron, each on a normalised input that the embedding scales and shifts, and gated by it."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: int, qk_norm: bool, dropout: float):
@@ -52,7 +51,7 @@ class DiTBlock(nn.Module):
         )
         self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def body(self, x: Tensor, embedding: Tensor) -> Tensor:  # type: ignore[override]
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(embedding)[:, None].chunk(6, dim=2)
         x = torch.addcmul(x, gate1, self.attention(modulate(layer_norm(x), scale1, shift1)))
         return torch.addcmul(x, gate2, self.mlp(modulate(layer_norm(x), scale2, shift2)))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.ranges import Count, Depth, ShareBelow1, Size, SizeOr0
 from models.inputs import split_unified_flow_matching_input
-from models.layers import Conditioning, GroupNorm, group_norm, modulate, zero_
+from models.layers import Conditioning, GroupNorm, Recomputed, attention, group_norm, modulate, zero_
 from models.velocity_model import VelocityModel
 
 GROUP_CHANNELS = 8  # channels that are normalised together
@@ -28,11 +28,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pixels = self.norm(x).flatten(2).transpose(1, 2)
         q, k, v = self.qkv(pixels).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        attended = attention(q, k, v).transpose(1, 2).flatten(2)
         return x + self.project(attended).transpose(1, 2).reshape(x.shape)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Recomputed):
     """Two 3x3 convolutions, then attention if asked; the embedding scales and shifts the second normalisation.
 
     x (B, inputs, H, W), embedding (B, E) -> (B, outputs, H, W).
@@ -48,7 +48,7 @@ class ResidualBlock(nn.Module):
         self.attention = Attention(outputs) if attention else nn.Identity()
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def body(self, x: Tensor, embedding: Tensor) -> Tensor:  # type: ignore[override]
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         h = group_norm(self.conv1(F.silu(self.norm(x))), scale.shape[1] // GROUP_CHANNELS)
         h = modulate(h, scale, shift)

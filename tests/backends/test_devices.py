@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 import launcher
 from backends.submission import prepare
 from backends.workers import run_distributed
-from common.distributed import first_non_none, rank, world
+from common.distributed import Ballot, first_non_none, rank, world
 from common.errors import UserError
 from dataloaders.base_dataloaders import EpochPlan
 from losses.objective import FlowBatch
@@ -29,13 +30,14 @@ from run_files.checkpoint import load_checkpoint
 from train import carry_out
 from training import loop
 from training.assemble import assemble
-from training.loop import epoch_groups, train_step
+from training.loop import after_step, epoch_groups, train_step
 from training.run import Callback, Run, Stop
 
 ROOT = Path(__file__).resolve().parents[2]
+PLAIN = ["trackio.enabled=false", "device=cpu", "callbacks=none", "output_dir=."]
 SMALL = [
-    "trackio.enabled=false", "device=cpu", "evaluation=loss_only", "evaluation.samples=64", "evaluation.final_samples=64",
-    "model.width=16", "model.depth=2", "solver.steps=4", "callbacks=none", "output_dir=.",
+    *PLAIN, "evaluation=loss_only", "evaluation.samples=64", "evaluation.final_samples=64",
+    "model.width=16", "model.depth=2", "solver.steps=4",
 ]  # fmt: skip
 LOSSES = {
     "flow matching": ["loss=mse"],
@@ -44,7 +46,9 @@ LOSSES = {
     "improved MeanFlow": ["loss=improved_meanflow", "loss.time_sampler.ratio=0.5"],
     "shortcut, with a teacher": ["loss=shortcut", "loss.time_sampler.ratio=0.25"],
     "with labels": ["loss=meanflow", "conditional=true"],
+    "compiled": ["loss=meanflow", "compile=true"],
 }
+RESNET = ["model=resnet18", "model.width=4", "dataloaders=digits", "loss=cross_entropy", "evaluation=classifier"]
 pytestmark = [pytest.mark.slow, pytest.mark.process]
 ERROR_FILE_ENV = "what every rank finds is said once"
 
@@ -72,7 +76,12 @@ def own_rows(batch: FlowBatch, intervals: int) -> FlowBatch:
 
 
 def trained(words: list[str]) -> dict[str, torch.Tensor]:
-    """Gradient of the first step, then weights, average and mean loss after four, each of two batches of 32 rows."""
+    """Gradient of the first step, then weights, average and mean loss after four, each of two batches of 32 rows.
+
+    One process is never compiled.
+    """
+    if world() == 1:
+        words = [word for word in words if word != "compile=true"]
     run = assembled("batch_size=32", "gradient_accumulation_steps=2", "log_every=1000", "grad_clip=0.5", *words)
     parameters = list(run.state.objective.network.parameters())
     start = [p.detach().clone() for p in parameters]
@@ -120,27 +129,55 @@ def skipped() -> dict[str, Any]:
         group[0].unified_input[0] = float("nan")
     values = train_step(run, group)
     same = all(torch.equal(b, p) for b, p in zip(before, run.state.objective.network.parameters(), strict=True))
-    return {"skipped": run.state.skipped, "same": same, "values": len(values)}
+    after_step(run, values)
+    return {"skipped": int(run.state.skipped), "same": same, "counted": run.state.window.count}
 
 
-def ragged() -> list[str]:
-    """Two runs whose epochs end in a batch of one row: undisturbed, and stopped by rank 0 within an epoch and resumed."""
+def broadcasts() -> dict[str, Any]:
+    """Whether a step makes buffers those of rank 0, and whether they are: of a perceptron, and where norms count batches."""
+    found = {}
+    for name, words in {"mlp": [], "resnet18": RESNET}.items():
+        run = assemble(prepare(["run_name=x", *PLAIN, f"devices={world()}", "batch_size=8", *words]))
+        buffers = [b for b in run.state.objective.buffers() if b.is_floating_point()]
+        with torch.no_grad():
+            buffers[-1].add_(rank())
+        train_step(run, next(epoch_groups(run)))
+        found[name] = (run.forward.broadcast_buffers, float(buffers[-1].sum()))
+    return found
+
+
+def ragged() -> int:
+    """Two runs whose epochs end in a batch of one row: undisturbed, and stopped by rank 0 within an epoch and resumed.
+
+    Returns the step at which it was stopped.
+    """
     words = [*SMALL, f"devices={world()}", "batch_size=50", "dataloaders.epoch_size=101", "epochs=3", "model.dropout=0.2"]
     carry_out(prepare(["run_name=whole", *words]))
     try:
         carry_out(prepare(["run_name=parts", *words, f"+callbacks.stop={{_target_: {__name__}.StopAt, step: 4}}"]))
     except SystemExit as stop:
         assert stop.code == 143
+    stopped_at = load_checkpoint(Path("ckpts/mlp/parts_last.pt"))["step"]
     carry_out(prepare(["run_name=parts", "resume=true", "callbacks=none", "output_dir=.", f"trust={__name__}"]))
-    return ["whole", "parts"]
+    return stopped_at
 
 
 def part(place: Path) -> None:
     """What one rank of the job does; the last is a mistake that all ranks find."""
+    torch.compile = partial(torch.compile, backend="aot_eager", fullgraph=True)
     found: dict[str, Any] = {name: trained(words) for name, words in LOSSES.items()}
     found |= {"drawn": drawn(), "judged": judged(), "adaptive": judged("solver=dopri5"), "skipped": skipped()}
+    ballot = Ballot()
+    found["ballot"] = [
+        ballot.cast(rank() == 1),
+        ballot.cast(False),
+        ballot.cast(rank() == 0),
+        ballot.close(),
+        ballot.close(),
+    ]
+    found["broadcasts"] = broadcasts()
     found["agreed"] = [first_non_none("second" if rank() else None), first_non_none(None), first_non_none(f"rank {rank()}")]
-    ragged()
+    found["stopped_at"] = ragged()
     torch.save(found, place / f"rank{rank()}.pt")
     raise UserError(ERROR_FILE_ENV)
 
@@ -212,11 +249,22 @@ def test_evaluation_samples_are_those_of_one_process(job, name, words, tmp_path,
 
 
 def test_a_batch_that_breaks_one_rank_is_left_out_by_all(job):
-    assert job[1][0]["skipped"] == job[1][1]["skipped"] == {"skipped": 1, "same": True, "values": 0}
+    assert job[1][0]["skipped"] == job[1][1]["skipped"] == {"skipped": 1, "same": True, "counted": 0}
 
 
 def test_ranks_agree_on_what_one_of_them_says(job):
     assert job[1][0]["agreed"] == job[1][1]["agreed"] == ["second", None, "rank 0"]
+
+
+def test_a_rank_that_asks_is_heard_by_all_one_step_later(job):
+    for found in job[1]:
+        assert found["ballot"] == [False, True, False, True, False] and found["stopped_at"] == 5
+
+
+def test_only_buffers_that_change_are_those_of_the_first_rank(job):
+    first, second = (found["broadcasts"] for found in job[1])
+    assert first["resnet18"][0] and abs(first["resnet18"][1] - second["resnet18"][1]) < 1  # by what each rank's rows add
+    assert not first["mlp"][0] and abs(first["mlp"][1] - second["mlp"][1]) > 1
 
 
 def test_epochs_end_raggedly_and_a_stopped_run_goes_on_bit_for_bit(job):

@@ -1,16 +1,29 @@
 """The layers that models share, and what is particular to the DiT and the UNet."""
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from configuration.build import build
 from models.dit.dit import Attention as DiTAttention
 from models.dit.dit import DiT, sincos_positions
-from models.layers import ClassEmbedding, Conditioning, GroupNorm, RMSNorm, TimeFeatures, modulate
+from models.layers import (
+    ClassEmbedding,
+    Conditioning,
+    GroupNorm,
+    RMSNorm,
+    TimeFeatures,
+    attention,
+    in_forward_mode,
+    modulate,
+)
 from models.unet.unet import Attention, ResidualBlock
 from tests.models.configured import all_in_double, fresh_model, model_node
 
@@ -197,3 +210,37 @@ def test_group_norm_has_a_forward_derivative_in_either_layout(layout: torch.memo
     assert torch.allclose(value, theirs(x))
     assert tangent.abs().max() > 0.1
     assert torch.allclose(tangent, (theirs(x + h * v) - theirs(x - h * v)) / (2 * h), rtol=1e-5, atol=1e-6)
+
+
+SHAPES = [(2, 2, 5, 8), (2, 2, 5, 8), (3, 8, 8)]
+
+
+class Dispatched(TorchDispatchMode):
+    """The names of the operations within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_attention_in_forward_mode_is_fused_and_exact() -> None:
+    """Value, derivative, and the gradients of both, are those of the form that torch differentiates by itself."""
+    x, dx, weights = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(SHAPES))
+
+    def found(form: Any) -> list[torch.Tensor]:
+        own = weights.clone().requires_grad_()
+        y, dy = torch.func.jvp(lambda x: form(*(x @ weight for weight in own)), (x,), (dx,))
+        gradients = (torch.autograd.grad(part.square().sum(), own, retain_graph=True)[0] for part in (y, dy))
+        return [y.detach(), dy.detach(), *gradients]
+
+    with sdpa_kernel(SDPBackend.MATH):
+        theirs = found(F.scaled_dot_product_attention)
+    with in_forward_mode(), sdpa_kernel(SDPBackend.MATH), Dispatched() as dispatched:
+        ours = found(attention)
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).norm() < 1e-5 * other.norm()
+    assert "aten._scaled_dot_product_flash_attention_for_cpu.default" in dispatched.names
