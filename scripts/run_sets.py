@@ -158,7 +158,8 @@ def compare_sets(folders: dict[str, RunFolder], patterns: list[str], best: bool,
     if not scores:
         raise UserError("the two sets share no score: " + "; ".join(f"{name}: {why}" for name, why in left_out.items()))
     paired = a.seeds == b.seeds and same(a, b, "source.")
-    found = compared(*(np.array([part.values(name) for name in scores]).T for part in (a, b)), paired)
+    first, second = (np.array([part.values(name) for name in scores]).T for part in (a, b))
+    found = compared(first, second, paired)
     rows = [["score", "a", "b", "a - b, 95 % interval", "verdict"]]
     for name, one in zip(scores, found, strict=True):
         low, high = one.interval
