@@ -46,7 +46,7 @@ HELP = """DenoisingZoo: flow-matching experiments from one command, scored again
 flags (anywhere on the line)
   --device auto|cpu|cuda|mps   short for device=
   --devices N                  N processes, each with its share of every batch: GPUs of this machine, or CPU cores
-  --backend local|modal        where it runs, short for backend=
+  --backend local|modal|slurm  where it runs, short for backend=
   --gpu H100                   the GPU to rent, H100:4 for four, short for backend.gpu=
   --no-detach                  wait for a rented GPU and show what it prints, short for backend.detach=false
   -m                           one run for every combination of a=1,2 b=x,y; run again, it skips what has finished
@@ -128,7 +128,11 @@ def dry_run(words: list[str]) -> None:
     other = [flag for flag in flags if flag not in ("-m", "--multirun")]
     if other or os.environ.keys() >= RANK_VARIABLES:
         raise UserError(f"--dry-run goes with a run or a sweep, not with {other[0] if other else 'torchrun'}")
-    print(Sweep(overrides).describe() if {"-m", "--multirun"} & set(flags) else describe(prepare(overrides)))
+    if {"-m", "--multirun"} & set(flags):
+        print(Sweep(overrides).describe())
+    else:
+        config = prepare(overrides)
+        print(describe([config], config["run_name"]))
 
 
 def run(*overrides: str) -> "RunResult":
@@ -154,6 +158,9 @@ def through_hydra(arguments: list[str]) -> None:
     register_resolvers()
     words = [word for word in arguments if not word.startswith("-")]
     sweep = Sweep(words) if {"-m", "--multirun"} & set(arguments) else None
+    only_sweep = all(word in ("-m", "--multirun") for word in arguments if word.startswith("-"))
+    if sweep is not None and only_sweep and sweep.submit_all():
+        return
 
     @hydra.main(version_base=None, config_path="configs", config_name="train")
     def job(_: Any) -> "RunResult":

@@ -8,6 +8,7 @@ class Backend(ABC):
     """Carries out runs somewhere. A new place is one subclass and one YAML in configs/backend."""
 
     elsewhere = False  # True: on a machine with other files and memory, where what hangs on them is checked
+    queues = False  # True: runs wait in a queue; a teacher is trained there, and sweeps go by submit_all
 
     @abstractmethod
     def submit(self, overrides: list[str], config: dict[str, Any]) -> float | None:
@@ -23,3 +24,10 @@ class Backend(ABC):
 
         UserError for all that `submit` would refuse at once. Starts, writes and sends nothing.
         """
+
+    def submit_all(self, configs: list[dict[str, Any]], name: str) -> None:
+        """Submit the jobs of a sweep at once, under one name; called where `queues`."""
+
+    def script(self, configs: list[dict[str, Any]], name: str) -> str:
+        """Return the text that would be submitted for these runs; empty where there is none. UserError as in describe."""
+        return ""

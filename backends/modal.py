@@ -8,11 +8,11 @@ import os
 import platform
 import re
 import shlex
-import tomllib
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from backends.base_backend import Backend
+from backends.checkout import NOT_SENT, ROOT, project, shipped
 from backends.modal_volume import (
     CHECKPOINTS,
     check_device,
@@ -31,7 +31,6 @@ from configuration.compose import nearest, typed_keys, without
 from run_files.provenance import COMMIT_VARIABLE, git_commit
 from run_files.run_folder import timestamp
 
-ROOT = Path(__file__).resolve().parents[1]
 CODE = PurePosixPath("/root")  # there: where modal looks for the modules of functions
 MOUNT = PurePosixPath("/volume")  # there: the working folder of runs
 MOST = {
@@ -39,7 +38,6 @@ MOST = {
     "H100!": 8, "H200": 8, "B200": 8, "B200+": 8,
 }  # fmt: skip   # how many of a GPU one container can have: Modal's GPU guide, November 2026
 PYTHON = ".".join(platform.python_version_tuple()[:2])
-NOT_SENT = ["**/__pycache__", "**/.*"]
 
 
 def on_modal(overrides: list[str], call_settings: dict[str, Any]) -> dict[str, Any]:
@@ -217,14 +215,6 @@ def best_of(name: str, outcome: dict[str, Any]) -> float | None:
     return best
 
 
-def project() -> dict[str, Any]:
-    """Return pyproject.toml. UserError where the project is installed without it."""
-    path = ROOT / "pyproject.toml"
-    if not path.is_file():
-        raise UserError(f"backend=modal sends the source tree, and {ROOT} has no pyproject.toml; run from a checkout")
-    return tomllib.loads(path.read_text(encoding="utf-8"))
-
-
 def packages(extras: list[str]) -> list[str]:
     """Return what the image installs: those of the project and of these extras. UserError for an unknown extra."""
     table = project()["project"]
@@ -233,12 +223,6 @@ def packages(extras: list[str]) -> list[str]:
         if extra not in optional:
             raise UserError(f"backend.extras: pyproject.toml has no extra {extra}; it has {', '.join(optional)}")
     return sorted({*table["dependencies"], *(package for extra in extras for package in optional[extra])})
-
-
-def shipped() -> list[str]:
-    """Return what is sent of this folder: the project's modules and the folders of its packages."""
-    tools = project()["tool"]["setuptools"]
-    return sorted({name.partition(".")[0] for name in tools["packages"]}) + [f"{name}.py" for name in tools["py-modules"]]
 
 
 def image(extras: list[str]) -> Any:

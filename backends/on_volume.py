@@ -37,15 +37,10 @@ def carry_out_on(
     """
     volume, config = volume.absolute(), compose_config(overrides)
     folder = RunFolder(volume / config["output_dir"] / "runs" / config["run_name"])
-    note, words = volume / "calls" / f"{call}.json", overrides
-    if note.is_file():
-        if identity(folder) not in (None, json.loads(note.read_text(encoding="utf-8"))["found"]):
-            if folder.status.read().get("state") == "finished":
-                return outcome(folder, 0)
-            words = [*without(overrides, DROPPED_WHEN_RESUMED), "resume=true"]
-    else:
-        write_atomically(note, json.dumps({"overrides": overrides, "found": identity(folder)}) + "\n")
-        commit()
+    words = words_of_attempt(volume / "calls" / f"{call}.json", overrides, folder)
+    if words is None:
+        return outcome(folder, 0)
+    commit()
     environment = os.environ | {"TRACKIO_DIR": str(volume / "trackio" / folder.name), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([sys.executable, str(LAUNCHER), *words], cwd=volume, env=environment)
     status = wait_for(process, commit, commit_seconds)
@@ -55,6 +50,22 @@ def carry_out_on(
         number = signal.Signals(-status if status < 0 else status - 128)
         raise ChildProcessError(f"the run was ended by {number.name}; carried out again, it goes on from its newest save")
     return outcome(folder, status)
+
+
+def words_of_attempt(note: Path, overrides: list[str], folder: RunFolder) -> list[str] | None:
+    """Return what the launcher is given this time: to go on with the run that an earlier attempt began, `overrides` where
+    none has; None where that run has finished.
+
+    note: a file of this call alone, which its first attempt writes.
+    """
+    if not note.is_file():
+        write_atomically(note, json.dumps({"overrides": overrides, "found": identity(folder)}) + "\n")
+        return overrides
+    if identity(folder) in (None, json.loads(note.read_text(encoding="utf-8"))["found"]):
+        return overrides
+    if folder.status.read().get("state") == "finished":
+        return None
+    return [*without(overrides, DROPPED_WHEN_RESUMED), "resume=true"]
 
 
 def identity(folder: RunFolder) -> str | None:

@@ -48,7 +48,7 @@ WRITTEN = ("run_name", "dataloaders", "model", "loss", "optimizer", "choices", "
 def submit(config: dict[str, Any]) -> RunResult:
     """Hand a prepared configuration to its backend, its teacher's first; returns what came of it."""
     backend: Backend = build(config["backend"])
-    if config.get("teacher") and not (backend.elsewhere or config["resume"] or config["eval_checkpoint"]):
+    if config.get("teacher") and not (backend.elsewhere or backend.queues or config["resume"] or config["eval_checkpoint"]):
         train_teacher(config)
     return result_of(config, backend.submit(config["overrides"], config))
 
@@ -93,8 +93,17 @@ def train_teacher(config: dict[str, Any]) -> None:
         print(f"its teacher {made.name} has been trained", flush=True)
 
 
-def describe(config: dict[str, Any]) -> str:
-    """Return what `submit` would do with a prepared configuration, in a few lines. UserError for what it refuses."""
+def describe(configs: list[dict[str, Any]], name: str) -> str:
+    """Return what `submit` would do with prepared configurations, in a few lines each, and the script that would be sent.
+
+    name: of all of them together. UserError for what it refuses.
+    """
+    backend: Backend = build(configs[0]["backend"])
+    return "\n".join([*map(described, configs), *filter(None, [backend.script(configs, name)])])
+
+
+def described(config: dict[str, Any]) -> str:
+    """Return the lines of one run."""
     backend: Backend = build(config["backend"])
     name, choices, folder = config["run_name"], config["choices"], run_folder_of(config)
     what = f"{choices['model']} learns {choices['dataloaders']} by {choices['loss']}"

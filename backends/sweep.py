@@ -9,8 +9,10 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Glob
 from hydra.errors import CompactHydraException
 
+from backends.base_backend import Backend
 from backends.submission import begun_job, describe, prepare, submit, sweep_job
 from common.errors import UserError
+from configuration.build import build
 from configuration.compose import parse_overrides
 from run_files.result import OF_ANOTHER, RunResult, result_of, table
 
@@ -34,6 +36,8 @@ class Sweep:
 
     def __init__(self, words: list[str]) -> None:
         overrides = parse_overrides(words)
+        named = [str(o.value()) for o in overrides if o.key_or_group == "run_name" and not o.is_sweep_override()]
+        self.name = named[-1] if named else "sweep"
         self.results: dict[tuple[str, ...], RunResult] = {}
         self.swept = {o.key_or_group for o in overrides if o.is_sweep_override()}
         self.prepared: dict[tuple[str, ...], dict[str, Any] | RunResult] = {}
@@ -62,10 +66,33 @@ class Sweep:
         """Return what the sweep would do, job by job. UserError for a sweeper that chooses its jobs as it goes."""
         if not self.prepared:
             raise UserError("--dry-run lists a sweep's jobs, and this hydra/sweeper chooses them as it goes; leave it out")
-        return "\n".join(
-            f"{' '.join(job)}: {in_words(config)}, would be skipped" if isinstance(config, RunResult) else describe(config)
-            for job, config in self.prepared.items()
-        )
+        skipped = [
+            f"{' '.join(job)}: {in_words(made)}, would be skipped"
+            for job, made in self.prepared.items()
+            if isinstance(made, RunResult)
+        ]
+        return "\n".join([*skipped, *([describe(self.left(), self.name)] if self.left() else [])])
+
+    def left(self) -> list[dict[str, Any]]:
+        """Return the jobs that are this sweep's to do. UserError where a backend that takes them at once cannot."""
+        configs = [made for made in self.prepared.values() if isinstance(made, dict)]
+        varied = next((key for key in sorted(self.swept) if key.split(".")[0] in ("backend", "output_dir")), None)
+        if varied is not None and configs and build(configs[0]["backend"]).queues:
+            raise UserError(f"the runs of an array share their place, and {varied} varies; submit a sweep for each value")
+        return configs
+
+    def submit_all(self) -> bool:
+        """Hand all jobs at once to a backend that takes them so; returns whether it has."""
+        configs = self.left()
+        backend: Backend | None = build(configs[0]["backend"]) if configs else None
+        if backend is None or not backend.queues:
+            return False
+        for job, made in self.prepared.items():
+            if isinstance(made, RunResult):
+                self.skip(job, made)
+        self.results.clear()  # no closing table
+        backend.submit_all(configs, self.name)
+        return True
 
     def as_it_stands(self, job: Sequence[str]) -> dict[str, Any] | RunResult:
         """Return a job as it was prepared, or prepared again where another process has begun or finished it since."""

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from backends.base_backend import Backend
 from common.errors import UserError
-from common.signals import handled_by
+from common.signals import handled_by, when_asked_again
 from configuration.checks import check_devices
 from run_files.run_folder import run_folder_of
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+NODES = "DENOISING_ZOO_NODES"  # where several nodes meet: {"addresses": of each, "port": of the first, "id": of the run}
 LAUNCHER = Path(__file__).resolve().parents[1] / "launcher.py"
 GRACE = 24 * 3600  # seconds a signalled run has for its step, evaluation and save; a second signal ends it at once
 
@@ -47,9 +48,8 @@ class TorchrunBackend(Backend):
 
         with TemporaryDirectory(prefix="torchrun-") as name, environment(config, Path(name)), own_signals(Path(name)):
             settings = LaunchConfig(
-                min_nodes=1, max_nodes=1, nproc_per_node=config["devices"], max_restarts=0, run_id=uuid.uuid4().hex,
-                rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
-                logs_specs=DefaultLogsSpecs(log_dir=name), signals_to_handle="none",
+                nproc_per_node=config["devices"] // nodes(), max_restarts=0, logs_specs=DefaultLogsSpecs(log_dir=name),
+                signals_to_handle="none", **meeting(),
             )  # fmt: skip
             try:
                 elastic_launch(settings, sys.executable)(str(LAUNCHER), *overrides)
@@ -67,13 +67,31 @@ class TorchrunBackend(Backend):
         }
 
 
+def nodes() -> int:
+    """Return how many nodes a run has, each with a launcher of its own."""
+    return len(json.loads(os.environ[NODES])["addresses"]) if NODES in os.environ else 1
+
+
+def meeting() -> dict[str, Any]:
+    """Return the settings of LaunchConfig by which the agents of all nodes find each other."""
+    here: dict[str, Any] = {"addresses": ["localhost"], "port": 0, "id": uuid.uuid4().hex}
+    place = json.loads(os.environ[NODES]) if NODES in os.environ else here
+    addresses = place["addresses"]
+    own = int(os.environ["SLURM_NODEID"]) if len(addresses) > 1 else 0
+    return {
+        "min_nodes": len(addresses), "max_nodes": len(addresses), "run_id": place["id"], "rdzv_backend": "c10d",
+        "rdzv_endpoint": f"{addresses[0]}:{place['port']}", "local_addr": addresses[own],
+        "rdzv_configs": {"is_host": str(own == 0).lower()} if len(addresses) > 1 else {},
+    }  # fmt: skip
+
+
 def check_devices_here(config: dict[str, Any]) -> None:
     """Raise UserError when this machine has not so many devices."""
     import torch
 
     from common.device import pick_device
 
-    kind, devices = pick_device(config["device"]).type, config["devices"]
+    kind, devices = pick_device(config["device"]).type, config["devices"] // nodes()
     check_devices(config | {"device": kind})
     if kind == "cuda" and devices > torch.cuda.device_count():
         raise UserError(
@@ -87,7 +105,7 @@ def environment(config: dict[str, Any], place: Path) -> Iterator[None]:
     from backends.workers import ERROR_FILE_ENV, PREPARED
     from common.distributed import AGENT
 
-    threads = max(1, (os.cpu_count() or 1) // config["devices"])
+    threads = max(1, (os.cpu_count() or 1) // (config["devices"] // nodes()))
     before = dict(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ |= {
@@ -114,6 +132,8 @@ def own_signals(place: Path) -> Iterator[None]:
     came: list[int] = []
 
     def handle(number: int, _: object) -> None:
+        if came and when_asked_again() == signal.SIG_IGN:
+            return
         if came:
             for path in place.glob("process-*"):
                 with suppress(ProcessLookupError):
@@ -157,6 +177,8 @@ def mark_failed(config: dict[str, Any], why: str) -> None:
 
     folder = run_folder_of(config)
     status = folder.status.read()
+    if nodes() > 1 and folder.lock.is_held():  # by its rank 0, on another node, which says so itself
+        return
     if not config["eval_checkpoint"] and (status.get("state") == "running" or status.get("why") == DIED):
         folder.lock.acquire()
         folder.status.write("failed", status["step"], status["epoch"], status["seconds"], why=why)

@@ -1,8 +1,16 @@
 """The signals that ask a run to end."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+ONCE = "DENOISING_ZOO_ONE_REQUEST"  # set where one request to end comes to a process several times, as in a cluster's job
+
+
+def when_asked_again() -> signal.Handlers:
+    """Return what a second request to end does: it ends the process, but nothing where it may be the first one again."""
+    return signal.SIG_IGN if ONCE in os.environ else signal.SIG_DFL
 
 
 def heeded() -> list[signal.Signals]:

@@ -24,6 +24,7 @@ from common.errors import UserError
 from run_files.metrics_file import higher_is_better
 from run_files.result import table
 from run_files.run_folder import RunFolder
+from run_files.stored_values import note_once
 
 NO_SCORE = re.compile(r"_floor\w*$|_se$|_p$|_ratio$|^eval/(nfe|seconds)$")  # of these none is the best
 HEADLINES = ("eval/energy_distance", "eval/fid", "eval/accuracy", "eval/kid", "eval/loss")  # in order of preference
@@ -71,10 +72,24 @@ def main(words: list[str]) -> int:
 def list_runs(options: argparse.Namespace) -> str:
     """Return one line a run, the latest last."""
     folders = sorted(run_folders(options.output_dir), key=lambda folder: folder.status.read().get("started", ""))
-    if not folders:
+    queued = queued_states(options.output_dir)
+    if not folders and not queued:
         return f"no runs under {options.output_dir}: python launcher.py run_name=my_experiment makes one"
     header = ["run", "state", "step", "epochs", "minutes", "best scores"]
-    return table([header, *map(list_row_or_why, folders)])
+    rows = [list_row_or_why(folder) for folder in folders]
+    rows = [[name, queued.pop(name, state), *rest] for name, state, *rest in rows]
+    return table([header, *rows, *([name, state, "-", "-", "-", "-"] for name, state in queued.items())])
+
+
+def queued_states(output_dir: Path) -> dict[str, str]:
+    """Return how the runs stand that wait or run on Slurm; where it does not answer, a line says so, and runs are listed."""
+    from backends.slurm_queue import queued_runs
+
+    try:
+        return {name: job.words() for name, job in queued_runs(output_dir).items()}
+    except UserError as error:
+        note_once(f"jobs are not shown: {error}")
+        return {}
 
 
 def list_row_or_why(folder: RunFolder) -> list[str]:

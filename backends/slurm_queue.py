@@ -1,0 +1,114 @@
+"""Slurm's commands, and which runs of an output folder they know of. No torch here."""
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import UserError
+from common.files import write_atomically
+from run_files.run_folder import timestamp
+from run_files.stored_values import as_object
+
+COLUMNS = "JobArrayID:|,State:|,RestartCnt:|,Name:200"  # of squeue, which cuts them where no width is given
+SECONDS = 60  # that a command of Slurm's may take
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job that has not ended. number: as scancel takes it, 12 or 12_3; restarts: how often it went back to the queue."""
+
+    number: str
+    state: str
+    restarts: int
+
+    def words(self) -> str:
+        """Return how the job stands: pending, running, requeued (waiting again), or Slurm's own word."""
+        waits_again = self.state == "PENDING" and self.restarts > 0
+        return f"{'requeued' if waits_again else self.state.lower()} (job {self.number})"
+
+
+def lacking_slurm() -> str | None:
+    """Return why jobs cannot be submitted from this machine, in a sentence; None where they can."""
+    if shutil.which("sbatch") is None or shutil.which("squeue") is None:
+        return (
+            "there is no Slurm on this machine (no sbatch); submit on a cluster's login node, or leave --backend slurm out"
+        )
+    return None
+
+
+def asked(command: list[str], given: str | None = None, environment: dict[str, str] | None = None) -> str:
+    """Return what a command of Slurm's prints, `sbatch --test-only` on stderr. UserError, one sentence, for what it refuses,
+    or when it does not answer."""
+    try:
+        done = subprocess.run(
+            command, input=given, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"Slurm's {command[0]} does not answer within {SECONDS} seconds; try again later") from None
+    if done.returncode:
+        raise UserError(explained(command[0], done.stderr))
+    return done.stderr if "--test-only" in command else done.stdout
+
+
+def explained(command: str, said: str) -> str:
+    """Return what an error of Slurm's means for the user."""
+    lines = [re.sub(r"^\w+: (error: |fatal: )?", "", line) for line in said.splitlines() if line.strip()]
+    lines = lines or ["no reason given"]
+    why = re.sub("Batch job submission failed: |allocation failure: ", "", lines[-1])
+    if "munge" in said.lower():
+        return f"munge does not answer, so Slurm cannot tell who you are ({why}); have munged started on this machine"
+    if re.search(r"Unable to contact slurm controller|configuration source|Connection refused", said):
+        return f"Slurm's controller does not answer ({why}); see `scontrol ping`, and try again when it does"
+    for words, keys in REFUSED.items():
+        if words.lower() in said.lower():
+            return f"Slurm refuses the job ({why}); see {keys}"
+    return f"Slurm's {command} refuses: {why}"
+
+
+REFUSED = {
+    "invalid partition": "backend.partition; `sinfo` lists the partitions",
+    "invalid account": "backend.account; `sacctmgr show associations user=$USER` lists yours",
+    "feature": "backend.constraint; `sinfo -o %f` lists what nodes have",
+    "time limit": "backend.time_minutes; `sinfo -o '%P %l'` lists the limits",
+    "node count": "backend.nodes; `sinfo` lists the nodes",
+    "node configuration": "backend.nodes, gpus_per_node, cpus_per_node and memory_gb beside `sinfo -N -o '%N %c %m %G'`",
+    "more processors": "backend.nodes and cpus_per_node; `sinfo -N -o '%N %c'` lists what nodes have",
+    "memory": "backend.memory_gb; `sinfo -N -o '%N %m'` lists what nodes have",
+    "gres": "backend.gpus_per_node; `sinfo -o '%P %G'` lists the GPUs, 0 asks for none",
+}
+
+
+def note_submission(output_dir: Path, number: str, name: str, runs: dict[str, list[str]]) -> None:
+    """Keep which runs a job carries out, those of an array in the order of its tasks: name -> what was typed."""
+    note = {"job": number, "name": name, "runs": runs, "array": len(runs) > 1, "submitted": timestamp()}
+    write_atomically(jobs_folder(output_dir) / f"{number}.json", json.dumps(note, indent=2) + "\n")
+
+
+def jobs_folder(output_dir: Path) -> Path:
+    return output_dir / "submitted" / "jobs"
+
+
+def queued_runs(output_dir: Path) -> dict[str, QueuedJob]:
+    """Return your jobs that wait or run, by the runs of this output folder that they carry out; empty where none was ever
+    submitted, or this machine has no Slurm.
+
+    A number that Slurm has given again, to a job of another name, is not counted.
+    """
+    notes = sorted(jobs_folder(output_dir).glob("*.json"))
+    if not notes or lacking_slurm():
+        return {}
+    listed = asked(["squeue", "--me", "--noheader", "--array", f"--Format={COLUMNS}"])
+    jobs = {
+        (number, name.strip()): QueuedJob(number, state, int(restarts or 0))
+        for number, state, restarts, name in (line.split("|", 3) for line in listed.splitlines())
+    }
+    found = {}
+    for note in [as_object(path.read_text(encoding="utf-8")) or {} for path in notes]:
+        for task, run in enumerate(note.get("runs", {})):
+            job = jobs.get((f"{note['job']}_{task}" if note["array"] else str(note["job"]), note["name"]))
+            if job is not None:
+                found[run] = job
+    return found
