@@ -281,4 +281,4 @@ def forward_of(objective: Objective, config: dict[str, Any]) -> Any:
         return forward
     saved = objective.state_dict().keys()
     changing = any(name in saved for name, _ in objective.named_buffers())
-    return DistributedDataParallel(forward, broadcast_buffers=changing, gradient_as_bucket_view=True)
+    return DistributedDataParallel(forward, forward_sync_buffers=changing, gradient_as_bucket_view=True)

@@ -142,7 +142,7 @@ def broadcasts() -> dict[str, Any]:
         with torch.no_grad():
             buffers[-1].add_(rank())
         train_step(run, next(epoch_groups(run)))
-        found[name] = (run.forward.broadcast_buffers, float(buffers[-1].sum()))
+        found[name] = (run.forward.forward_sync_buffers, float(buffers[-1].sum()))
     return found
 
 

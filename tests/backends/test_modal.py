@@ -121,7 +121,7 @@ def test_app_image_and_volume_build_and_the_dry_run_tells_of_them(monkeypatch: p
     words = ["run_name=x", "dataloaders=celeba", "model=cnn", "seed=3", "devices=4"]
     assert told["command"] == f"python /root/launcher.py {' '.join(words)}" and "H100!:4" in told["where"]
     assert "Volume denoising-zoo" in told["in"] and told["tracker"] == "/volume/trackio/x"
-    assert all(package in told["image"] for package in ("torch>=2.11", "trackio>=", "nvidia-ml-py>="))
+    assert all(package in told["image"] for package in ("torch>=2.13", "trackio>=", "nvidia-ml-py>="))
     assert "24 h" in told["timeout"] and told["retries"].startswith("10") and "modal token new" in told["token"]
     app, function = service.app("H100!:4")
     assert (
