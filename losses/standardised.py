@@ -18,9 +18,11 @@ class Standardised(nn.Module):
 
     def standardise_by(self, mean: list[float] | None, std: list[float] | None, state_shape: Sequence[int] = ()) -> None:
         """Set mean and standard deviation: numbers for each channel of images, for each dimension of vectors."""
-        shape, device = (-1, *(1,) * (len(state_shape) - 1)), next(self.network.parameters()).device
+        shape = (-1, *(1,) * (len(state_shape) - 1))
         for name, numbers in (("data_mean", mean), ("data_std", std)):
-            value = None if numbers is None else torch.tensor(numbers, device=device).reshape(shape)
+            value = (
+                None if numbers is None else torch.tensor(numbers).reshape(shape).to(next(self.network.parameters()).device)
+            )
             self.register_buffer(name, value, persistent=False)
 
     def standardised(self, x1: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def test_scripts_run_from_any_folder_and_all_at_once(
     fast = ["n=8", "frames=2", "format=png", "solver=euler", "solver.steps=2"]
     assert vis_all.main([str(checkpoints["points"]), f"out={tmp_path}", *fast]) == 0
     said = capsys.readouterr()
-    assert "8 of 10 drawings" in said.out and "see particles.py" in said.err
+    assert "9 of 11 drawings" in said.out and "see particles.py" in said.err
     assert {path.stem for path in tmp_path.glob("*.png")} == {*POINTS, "curves"}
 
 
@@ -209,6 +209,7 @@ def test_the_expected_data_is_the_exact_posterior_mean() -> None:
 
     class Flow:
         path = LinearPath()
+        check_learns_velocity = staticmethod(lambda: None)
         velocity = staticmethod(lambda z, t, label: ExactFlow(mixture, 1.0, LinearPath())(z, t))
 
     class Model:
