@@ -61,10 +61,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
 
 
 def meaningful(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that results hang on, by dotted key; a run's own seed in a text, as in a path, is left open."""
+    """Return the settings that results hang on, by dotted key; a run's own seed in a text, as in a path, is left open, and
+    so is its name in that of the teacher it trains.
+    """
     leaves = {key: value for key, value in flat(config).items() if not MEANINGLESS & {key, key.split(".")[0]}}
-    own = re.compile(rf"seed={config['seed']}(?!\d)")
-    return {key: own.sub("seed=*", value) if isinstance(value, str) else value for key, value in leaves.items()}
+    own, teacher = re.compile(rf"seed={config['seed']}(?!\d)"), f"{config.get('run_name')}_teacher"
+    opened = lambda text: own.sub("seed=*", text.replace(teacher, "*_teacher"))  # noqa: E731
+    return {key: opened(value) if isinstance(value, str) else value for key, value in leaves.items()}
 
 
 def settings_from_overrides(words: list[str]) -> dict[str, Any]:

@@ -29,12 +29,12 @@ class Difference:
     p_all: float
 
     @property
-    def told(self) -> bool:
+    def significant(self) -> bool:
         return self.p_all <= LEVEL
 
     @property
-    def told_alone(self) -> bool:
-        """Return whether it would be told, had this score been decided on beforehand."""
+    def significant_alone(self) -> bool:
+        """Return whether it would be significant, had this score been decided on beforehand."""
         return self.p <= LEVEL
 
 
@@ -46,7 +46,7 @@ def least_p(first: int, second: int, paired: bool = False) -> float:
 
 
 def least_seeds() -> int:
-    """Return how many seeds a side a difference takes at least to be told."""
+    """Return the fewest seeds a side with which a difference can be significant."""
     return next(n for n in range(2, 100) if least_p(n, n) <= LEVEL)
 
 
@@ -78,8 +78,9 @@ def compared(first: Array, second: Array, paired: bool) -> list[Difference]:
     """Return the difference in each of S scores between sets of seeds (N, S) and (M, S).
 
     paired: row i of both has the same seed and so the same noise of evaluation; intervals are then of the differences within
-    pairs, and from 8 pairs on the test turns their signs. Otherwise it splits all seeds anew (Fisher 1935). p_all by the
-    largest standardised difference over the scores in each arrangement (Westfall & Young 1993): all verdicts hold together.
+    pairs, and from 8 pairs on the test turns their signs. Otherwise it is over all splits of the seeds (Fisher 1935). p_all
+    by the largest standardised difference over the scores in each arrangement (Westfall & Young 1993): all verdicts hold
+    together.
     """
     within = first - second if paired else None
     if within is not None and len(within) >= PAIRS:

@@ -11,8 +11,9 @@ from dataloaders.sources import Source
 from evaluation.metrics.oracles import known_flow
 from evaluation.parts import meaning
 from evaluation.sample import load
-from losses.flow_map_objective import EXACT, FlowMapObjective, Velocity
+from losses.flow_map_objective import FlowMapObjective, Velocity
 from losses.objective import FlowObjective, Objective
+from losses.world import EXACT
 
 
 def give_teacher(

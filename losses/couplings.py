@@ -11,7 +11,6 @@ from torch import Tensor
 from common.ranges import Count, CountFrom2
 
 PRICED_FROM, SINKHORN_STEPS = 128, 40  # rows from which prices save more than they cost
-EXACT = "exact"  # as the name of a teacher: the exact flow of data whose flow is known
 Pairs = tuple[Tensor, Tensor, Tensor | None]
 
 

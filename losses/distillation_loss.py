@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from losses.couplings import EXACT, ReflowCoupling
+from losses.couplings import ReflowCoupling
 from losses.objective import FlowBatch, FlowObjective, SecondTime, check_labels, expand_time
-from losses.world import Field, World
+from losses.world import EXACT, Field, World
 
 
 class DistillationLoss(FlowObjective):

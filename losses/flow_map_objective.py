@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from losses.objective import FlowBatch, FlowObjective, Learns, SecondTime
-from losses.world import Field, World
+from losses.world import EXACT, Field, World
 
-EXACT = "exact"
 Velocity = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # at states z (B, ...) of times r (B,), for labels or None
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+EXACT = "exact"  # as the name of a teacher: the flow of data whose flow is known
 Field = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # of states z at times r, headed to t, and labels
 
 

@@ -1,5 +1,6 @@
 """Layers that several models share; each works under jvp, channels_last, autocast and torch.compile of the whole loss."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -88,7 +89,7 @@ def replace_dropout(network: nn.Module) -> None:
                 setattr(module, name, ReplayedDropout(child))
 
 
-class Recomputed(nn.Module):
+class Recomputed(nn.Module, ABC):
     """A block of a network, its `body`, that can compute its activations again in the backward pass instead of keeping them.
 
     The masks of dropout are kept, a byte a number, so that what is computed again is the same. In forward mode, whose
@@ -98,8 +99,9 @@ class Recomputed(nn.Module):
     recomputed = False
     in_forward_mode = False
 
+    @abstractmethod
     def body(self, *inputs: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Return the block's output."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
         if not self.recomputed or Recomputed.in_forward_mode or not torch.is_grad_enabled():

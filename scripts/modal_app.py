@@ -162,7 +162,7 @@ def is_newer(fetched: RunFolder, here: RunFolder) -> bool:
     then, now = moment(ours["updated"]), moment(theirs["updated"])
     if then is None or now is None:
         raise UserError(
-            f"{here.status.path} does not say when the run {name} was updated, and it was left alone; mend or move it"
+            f"{here.status.path} does not say when the run {name} was updated, and it was left alone; correct or move it"
         )
     if then > now:
         raise UserError(

@@ -183,9 +183,9 @@ def differing(a: RunSet, b: RunSet) -> str:
 
 def verdict(found: Difference, larger: str, count: int) -> str:
     """Return what one score says, in words; larger: what a larger value is."""
-    if not found.told:
+    if not found.significant:
         alone = f"{found.p:.2g} alone, {found.p_all:.2g} among {count} scores" if count > 1 else f"{found.p:.2g}"
-        return f"inconclusive (p = {alone if found.told_alone else f'{found.p:.2g}'})"
+        return f"inconclusive (p = {alone if found.significant_alone else f'{found.p:.2g}'})"
     better = "a" if (found.difference > 0) == (larger != "worse") else "b"
     what = "larger" if larger == "larger" else "better"
     return f"{better} is {what} by {abs(found.difference):.2g} (p = {found.p_all:.2g})"
@@ -199,11 +199,11 @@ def limits(a: RunSet, b: RunSet, paired: bool, count: int) -> str:
     least = least_p(n, m, paired)
     lines = [f"{n} + {m} seeds: least possible p = {least:.2g}"]
     if least > LEVEL:
-        lines[0] += f", so that no difference can be told; {least_seeds()} + {least_seeds()} is the least that can"
+        lines[0] += f", so that no difference can be significant; {least_seeds()} + {least_seeds()} are the fewest that can"
     flips = paired and n >= PAIRS
     how = "signs of the differences within pairs of a seed" if flips else "splits of the seeds into two such sets"
     held = f", for all {count} scores together (--score NAME for the one you decided on beforehand)" if count > 1 else ""
-    lines.append(f"p: share of all {how} that differ as much{held}; told from p = {LEVEL:g} on down")
+    lines.append(f"p: share of all {how} that differ as much{held}; significant at p <= {LEVEL:g}")
     if paired:
         lines.append(
             "the seeds are the same, and so is the noise of the evaluations: intervals are of differences within pairs"

@@ -24,7 +24,7 @@ import numpy as np
 from common.errors import UserError
 from evaluation.pictures import GENERATED_COLOR, INK, REAL_COLOR, new_figure, save_figure
 from run_files.metrics_file import BY_TIME
-from visualizers.memorisation import TIMES
+from visualizers.memorisation import TIMES, panel
 from visualizers.scene import Scene, main
 
 if TYPE_CHECKING:
@@ -105,12 +105,17 @@ def picture(title: str, scores: Mapping[str, float | None]) -> Figure:
     bars, velocity, path = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
     draw_bars(bars, scores)
     lines(velocity, "velocity", "relative error", {"v against v*": by_time(scores, "oracle/velocity_error")})
-    lines(path, "path from the same noise", "distance", {"X(x₀, 0, t) from the exact one": by_time(scores, MAP)})
+    lines(
+        path,
+        "path from the same noise",
+        "distance; excess loss: squared",
+        {"X(x₀, 0, t) from the exact one": by_time(scores, MAP)},
+    )
     excess = by_time(scores, "oracle/excess_loss")
     if np.isfinite(excess).any():
         path.plot(TIMES, excess, "s--", color=GENERATED_COLOR, label="excess loss", markersize=4, linewidth=1.3)
     path.legend(fontsize=8, frameon=False)
-    figure.subplots_adjust(left=0.14, right=0.985, bottom=0.12, top=0.8, wspace=0.27)
+    figure.subplots_adjust(left=0.13, right=0.985, bottom=0.12, top=0.8, wspace=0.34)
     return figure
 
 
@@ -133,12 +138,7 @@ def lines(axes: Axes, title: str, unit: str, shown: dict[str, np.ndarray]) -> No
     for name, values in shown.items():
         axes.plot(TIMES, values, "o-", color=REAL_COLOR, label=name, markersize=4, linewidth=1.3)
     axes.set_yscale("log")
-    axes.set_title(title, color=INK, fontsize=10, pad=4)
-    axes.set_xlabel("time of the state: 0 noise, 1 data", fontsize=9, color=INK)
-    axes.set_ylabel(unit, fontsize=9, color=INK)
-    axes.set_xlim(0, 1)
-    axes.grid(color="#e5e5e5", linewidth=0.6)
-    axes.tick_params(colors=INK, labelsize=8)
+    panel(axes, title, unit)
 
 
 def scores_of(scene: Scene) -> dict[str, float]:

@@ -57,6 +57,7 @@ def picture(title: str, verdict: str, by_time: dict[str, np.ndarray]) -> Figure:
     if "nearest_posterior" in by_time:
         left.plot(TIMES, by_time["nearest_posterior"], "--", color="#7a7a7a", label="posterior of the nearest training row")
     left.set_ylim(0)
+    left.legend(fontsize=8, frameon=False)
     panel(left, "distance to the flow with the row / without it", "median ratio")
     top = max(float(by_time[name].max()) for name in LINES)
     for name, (words, color, style) in LINES.items():
@@ -64,6 +65,7 @@ def picture(title: str, verdict: str, by_time: dict[str, np.ndarray]) -> Figure:
         right.plot(TIMES, shown, style, color=color, label=words, markersize=4, linewidth=1.3)
     right.set_yscale("log")
     right.set_ylim(top=50 * top)  # room for the legend
+    right.legend(fontsize=8, frameon=False)
     panel(right, "flow-matching loss", "sum over dimensions")
     figure.subplots_adjust(left=0.07, right=0.985, bottom=0.12, top=0.8, wspace=0.2)
     return figure
@@ -77,7 +79,6 @@ def panel(axes: Axes, title: str, unit: str) -> None:
     axes.set_xlim(0, 1)
     axes.grid(color="#e5e5e5", linewidth=0.6)
     axes.tick_params(colors=INK, labelsize=8)
-    axes.legend(fontsize=8, frameon=False)
 
 
 def picture_of_scores(name: str, scores: Mapping[str, float | None]) -> tuple[Figure, str, str] | None:

@@ -71,7 +71,7 @@ def test_ten_seeds_of_one_configuration_are_inconclusive_in_95_of_100_splits():
     values = np.random.default_rng(2).normal(size=(10, 6)) + np.random.default_rng(3).normal(size=(10, 1))
     values[:, 2] **= 3
     chosen = [list(first) for first in combinations(range(10), 5)]
-    told = [any(one.told for one in compared(values[f], np.delete(values, f, 0), False)) for f in chosen]
+    told = [any(one.significant for one in compared(values[f], np.delete(values, f, 0), False)) for f in chosen]
     assert len(told) == 252 and 0 < sum(told) <= 12
 
 
@@ -81,7 +81,7 @@ def test_one_of_six_scores_three_deviations_apart_is_told_in_80_of_100_sets(pair
     for _ in range(100):
         seeds = 0.7 * rng.normal(size=(2, count, 1)) + 0.7 * rng.normal(size=(2, count, 6))
         seeds[1, :, 0] += 3.0
-        told += compared(*seeds, paired)[0].told
+        told += compared(*seeds, paired)[0].significant
     assert told >= 80, told
 
 
@@ -95,7 +95,7 @@ def test_a_difference_is_told_with_its_setting_and_the_rest_is_inconclusive(sets
     _, out, _ = compare(capsys, sets, "a_seed=.*", "b_seed=.*", "--score", "eval/w2")
     assert "eval/w2" in out and "eval/energy_distance" not in out
     _, out, _ = compare(capsys, sets, "a_seed=[012]", "b_seed=[567]")
-    assert "is better" not in out and "no difference can be told; 4 + 4 is the least" in out
+    assert "is better" not in out and "no difference can be significant; 4 + 4 are the fewest" in out
     _, out, _ = compare(capsys, sets, "a_seed=.*", "b_seed=.*", "--best", "--score", "eval/energy_distance")
     assert "-1 ± 0" in out and "inconclusive (p = 1)" in out
 
@@ -108,6 +108,17 @@ def test_equal_seeds_are_pairs_and_a_larger_accuracy_is_better(tmp_path, capsys)
             )
     _, out, _ = compare(capsys, tmp_path, "a.*", "b.*")
     assert "b is better by 0.01 (p = 0.0078)" in out and "signs of the differences within pairs" in out
+
+
+def test_runs_that_each_train_a_teacher_of_their_own_are_one_configuration(tmp_path, capsys):
+    for seed in range(4):
+        for name, shift in (("first", 0.0), ("other", 5.0)):
+            own = {"teacher": "loss=mse", "loss__teacher": f"ckpts/mlp/{name}{seed}_teacher_last.pt", "optimizer__lr": shift}
+            write_run(tmp_path, f"{name}{seed}", seed, {"eval/accuracy": seed / 10 + shift}, **own)
+    code, out, err = compare(capsys, tmp_path, "first.*", "other.*")
+    assert code == 0 and "b is better by 5 " in out and "loss.teacher" not in out, err
+    write_run(tmp_path, "other0", 0, {"eval/accuracy": 1.0}, loss__teacher="ckpts/mlp/shared_last.pt", teacher="loss=mse")
+    assert "differ in" in compare(capsys, tmp_path, "first.*", "other.*")[2]
 
 
 @pytest.mark.parametrize(
