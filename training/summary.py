@@ -26,6 +26,7 @@ from run_files.run_folder import RunFolder, saves_of
 from training.run import Run
 from training.trial import RowSeconds
 
+USUAL = (0.2, 5.0)  # sizes of data that are learned well from noise of standard deviation 1
 BESIDE = ("eval/energy_distance", "eval/between_clusters", "oracle/flow_map_error")  # of a teacher, beside its student
 READ = 16  # pictures that are read to see how long it takes
 COPIED = 10**7  # weights, at most, that are copied to see how long an update takes
@@ -70,7 +71,7 @@ def print_notes(run: Run) -> None:
         return
     scale = dataset.train_states.square().mean().sqrt().item()
     plain = config["dataloaders"].get("standardize") is False and isinstance(run.state.objective, FlowObjective)
-    if plain and scale and not 0.2 <= scale <= 5:
+    if plain and scale and not USUAL[0] <= scale <= USUAL[1]:
         print(
             f"note: the data's root mean square is {scale:.3g}, and flows from standard noise learn best near 1; add "
             "dataloaders.standardize=true: samples and scores stay in the data's units"

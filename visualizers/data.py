@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 TIMES = (0.0, 1 / 3, 2 / 3, 1.0)  # in parts of the path's time
 SHOWN, LINES = 16, 100  # images, and pairs of points that a line joins
-LARGE, SMALL = 5.0, 0.1  # standard deviations beyond which data are far from noise of 1
 MOST_CLASSES = 20  # that are counted one by one
 
 
@@ -104,6 +103,8 @@ def shown_labels(label: Tensor, classes: int) -> str:
 
 def advice(data: FlowDataset, x1: Tensor) -> str:
     """Return a sentence on what is unusual in the scale of the data beside noise of standard deviation 1, or nothing."""
+    from training.summary import USUAL
+
     if data.value_range is not None:
         low, high = data.value_range
         if x1.min() < low - 1e-3 or x1.max() > high + 1e-3:
@@ -111,7 +112,8 @@ def advice(data: FlowDataset, x1: Tensor) -> str:
     channels = x1.transpose(0, 1).flatten(1).double()
     mean, std = channels.mean(1).abs().max().item(), channels.std(1)
     widest, narrowest = std.max().item(), std.min().item()
-    if narrowest >= SMALL and widest <= LARGE and mean <= LARGE:
+    low, high = USUAL
+    if low <= narrowest <= widest <= high and mean <= high:
         return ""
     what = "dimension" if x1.ndim == 2 else "channel"
     return (
@@ -122,15 +124,8 @@ def advice(data: FlowDataset, x1: Tensor) -> str:
 
 def picture(run: Run, batch: Any, path: Path, title: str) -> bool:
     """Draw the states at TIMES; returns whether states of this shape have a picture."""
-    from losses.objective import FlowObjective
-
-    objective, x1 = run.state.objective, served(run, batch)
-    if isinstance(objective, FlowObjective):
-        last = objective.path.last_time
-        states = {f"t = {last * t:.2g}": at_time(objective, batch.raw_source, x1, last * t) for t in TIMES}
-    else:
-        states = {"images": x1.cpu().numpy()}
-    shape = tuple(x1.shape[1:])
+    states = on_the_way(run, batch)
+    shape = next(iter(states.values())).shape[1:]
     if len(shape) == 3 and shape[0] in (1, 3):
         draw_images(path, states, run.dataset.value_range or (-1.0, 1.0), title)
     elif len(shape) == 1:
@@ -140,12 +135,17 @@ def picture(run: Run, batch: Any, path: Path, title: str) -> bool:
     return True
 
 
-def at_time(objective: Any, x0: Tensor, x1: Tensor, t: float) -> np.ndarray:
-    """Return the path's states (B, ...) at time t."""
+def on_the_way(run: Run, batch: Any) -> dict[str, np.ndarray]:
+    """Return by name the states (B, ...) of the batch's pairs at TIMES; of a classifier's batch the images."""
     import torch
 
-    states: Tensor = objective.path.state(x0, x1, torch.tensor(t, device=x1.device))
-    return states.cpu().numpy()
+    from losses.objective import FlowObjective
+
+    objective, x1 = run.state.objective, served(run, batch)
+    if not isinstance(objective, FlowObjective):
+        return {"images": x1.cpu().numpy()}
+    path, times = objective.path, torch.tensor(TIMES, device=x1.device) * objective.path.last_time
+    return {f"t = {t:.2g}": path.state(batch.raw_source, x1, t).cpu().numpy() for t in times}
 
 
 def labels_of(batch: Any) -> np.ndarray | None:

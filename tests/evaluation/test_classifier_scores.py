@@ -8,7 +8,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from evaluation.classifier_evaluator import by_class, calibration_error, confusion_matrix, macro, matthews
 
 
-@pytest.mark.parametrize("classes", [2, 7])
+@pytest.mark.parametrize("classes", [2, 7, 40])
 @pytest.mark.parametrize("sure", [0.0, 2.0, 50.0])
 def test_scores_are_those_of_scikit_learn(classes, sure):
     generator = torch.Generator().manual_seed(classes)

@@ -49,6 +49,13 @@ def test_adams_bashforth_is_of_order_two(grid: TimeGrid) -> None:
     assert abs(order(errors) - 2) < 0.1
 
 
+def test_adams_bashforth_is_exact_for_slopes_linear_in_time_whatever_its_steps() -> None:
+    times = torch.tensor([0.0, 0.1, 0.4, 0.5, 1.0], dtype=torch.float64)
+    x = torch.zeros(1, 1, dtype=torch.float64)
+    end = AdamsBashforth(4).solve(lambda x, t: (1 + 2 * t) * torch.ones_like(x), x, times)
+    assert end.item() == pytest.approx(0.1 + (1 + 1) - (0.1 + 0.1**2), abs=1e-12)  # Euler's step, then the integral
+
+
 @pytest.mark.parametrize("path", [LinearPath(), CosinePath()], ids=["linear", "cosine"])
 def test_dpm_solver_2m_is_of_order_two_between_the_ends(path: ProbabilityPath) -> None:
     """On t in [.05, .95], uniform in the log-ratio of signal and noise; the last step is of lower order."""

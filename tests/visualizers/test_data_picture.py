@@ -44,10 +44,10 @@ def test_the_batch_is_the_first_of_the_run(tmp_path):
 
 def test_states_go_from_noise_to_data_along_the_path():
     run, batch, _ = data.looked_at(["dataloaders=moons", "loss/coupling=minibatch_ot", *ENOUGH])
-    path = run.state.objective
-    np.testing.assert_allclose(data.at_time(path, batch.raw_source, batch.raw_target, 0.0), batch.raw_source)
-    half = data.at_time(path, batch.raw_source, batch.raw_target, 0.5)
-    np.testing.assert_allclose(half, (batch.raw_source + batch.raw_target) / 2, atol=1e-6)
+    states = data.on_the_way(run, batch)
+    assert list(states) == ["t = 0", "t = 0.33", "t = 0.67", "t = 1"]
+    for share, found in zip((0, 1 / 3, 2 / 3, 1), states.values(), strict=True):
+        np.testing.assert_allclose(found, (1 - share) * batch.raw_source + share * batch.raw_target, atol=1e-6)
 
 
 def test_scales_that_are_learned_badly_are_said(tmp_path, capsys):
