@@ -6,13 +6,15 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
-from common.files import write_atomically
+from common.files import read_own, write_atomically
 from run_files.run_folder import timestamp
 from run_files.stored_values import as_object
 
 COLUMNS = "JobArrayID:|,State:|,RestartCnt:|,Name:200"  # of squeue, which cuts them where no width is given
+MOST_BYTES = 2**22  # of a note
 SECONDS = 60  # that a command of Slurm's may take
 
 
@@ -91,6 +93,14 @@ def jobs_folder(output_dir: Path) -> Path:
     return output_dir / "submitted" / "jobs"
 
 
+def read_note(path: Path) -> dict[str, Any]:
+    """Return what note_submission kept; no runs where the file holds something else. UserError for what read_own refuses."""
+    content = read_own(path, path.parent, MOST_BYTES)
+    note = as_object((content or b"").decode(errors="replace")) or {}
+    whole = isinstance(note.get("runs"), dict) and note.keys() >= {"job", "name", "array"}
+    return note if whole else {"runs": {}}
+
+
 def queued_runs(output_dir: Path) -> dict[str, QueuedJob]:
     """Return your jobs that wait or run, by the runs of this output folder that they carry out; empty where none was ever
     submitted, or this machine has no Slurm.
@@ -106,8 +116,8 @@ def queued_runs(output_dir: Path) -> dict[str, QueuedJob]:
         for number, state, restarts, name in (line.split("|", 3) for line in listed.splitlines())
     }
     found = {}
-    for note in [as_object(path.read_text(encoding="utf-8")) or {} for path in notes]:
-        for task, run in enumerate(note.get("runs", {})):
+    for note in map(read_note, notes):
+        for task, run in enumerate(note["runs"]):
             job = jobs.get((f"{note['job']}_{task}" if note["array"] else str(note["job"]), note["name"]))
             if job is not None:
                 found[run] = job

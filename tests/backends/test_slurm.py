@@ -1,6 +1,7 @@
 """Runs are sent to Slurm, without Slurm: what is submitted, what is listed, and what is refused."""
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -139,6 +140,24 @@ def test_runs_list_shows_what_waits_and_runs(cluster, tmp_path, capsys, monkeypa
     assert (
         "jobs are not shown: Slurm's controller" in said.err and "s_b  interrupted" in said.out and "alone" not in said.out
     )
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "no object", "runs a number", "no job"])
+def test_notes_of_jobs_may_be_anything(kind, cluster, tmp_path, capsys):
+    slurm_queue.note_submission(tmp_path / "outputs", "11", "alone", {"alone": []})
+    other = tmp_path / "outputs/submitted/jobs/12.json"
+    if kind == "pipe":
+        os.mkfifo(other)
+    elif kind == "link":
+        (tmp_path / "note").write_text('{"runs": {"secret": []}, "job": "9", "name": "another", "array": false}')
+        other.symlink_to(tmp_path / "note")
+    else:
+        other.write_text({"no object": "[", "runs a number": '{"runs": 3}', "no job": '{"runs": {"x": []}}'}[kind])
+    assert runs.main(["list"]) == 0
+    said = capsys.readouterr()
+    refused = kind in ("pipe", "link")
+    assert "secret" not in said.out and ("jobs are not shown" in said.err) == refused
+    assert ("alone  pending (job 11)" in said.out) == (not refused)
 
 
 MISTAKES = [
