@@ -24,6 +24,7 @@ from evaluation.report import class_table, draw_picture, print_scores
 from evaluation.sample import load
 from losses.cross_entropy_loss import CrossEntropyLoss, LabelledBatch
 from models.classifier.classifier import Classifier
+from models.classifier.resnet9 import Residual
 from models.flow_matching.mlp import MLP
 from run_files.checkpoint import load_checkpoint
 from scripts import sample
@@ -89,6 +90,15 @@ def test_every_parameter_can_learn_and_dropout_is_of_training_alone(name: str) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_a_residual_pair_of_nothing_passes_its_input_on(norm: str) -> None:
+    pair, x = Residual(8, norm), torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    for part in pair.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.zeros_(part.weight)
+    assert torch.equal(pair(x), x)
+
+
 @every_classifier
 def test_the_compiled_loss_is_the_eager_one(name: str) -> None:
     """Traced whole; no kernels are generated."""
