@@ -125,7 +125,7 @@ def test_the_trial_leaves_weights_and_random_numbers_as_they_are(small_run, monk
         "loss=cross_entropy",
         "evaluation=classifier",
     ]
-    words += ["model=small_cnn_classifier", "model.width=8", "model.dropout=0.3"]  # with a batch norm and dropout
+    words += ["model=small_cnn_classifier", "model.width=8", "model.dropout=0.3", "model.norm=batch"]
     with_trial = small_run("x", *words, output="with")
     monkeypatch.setattr("train.try_parts", lambda run: RowSeconds(1e-3, 1e-3))
     without = small_run("x", *words, output="without")
