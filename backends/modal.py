@@ -27,7 +27,8 @@ from backends.on_volume import carry_out_on
 from common.errors import UserError
 from common.ranges import Positive, Range
 from configuration.checks import check_devices
-from configuration.compose import nearest, typed_keys, without
+from configuration.compose import typed_keys, without
+from configuration.nodes import nearest
 from run_files.provenance import COMMIT_VARIABLE, git_commit
 from run_files.run_folder import timestamp
 

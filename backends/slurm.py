@@ -20,7 +20,8 @@ from backends.slurm_queue import asked, lacking_slurm, note_submission, queued_r
 from common.errors import UserError
 from common.ranges import Positive, Range
 from configuration.checks import check_devices
-from configuration.compose import nearest, typed_keys, without
+from configuration.compose import typed_keys, without
+from configuration.nodes import nearest
 from run_files.provenance import COMMIT_VARIABLE, git_commit
 
 EARLY_SECONDS = 60  # by which Slurm may send its warning too soon, in its own words

@@ -6,9 +6,11 @@ and draws count up from it.
 """
 
 import hashlib
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 SEED_SPACE = 2**32  # the CPU generator (mt19937) looks at 32 bits of its seed
@@ -51,3 +53,18 @@ def fork_generators(device: torch.device) -> Iterator[None]:
 def generator_for(seed: int, stream: str, index: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a new generator on `device`, seeded for draw `index` of the named stream."""
     return torch.Generator(device=device).manual_seed(stream_seed(seed, stream, index))
+
+
+@contextmanager
+def seeded(number: int) -> Iterator[None]:
+    """Seed the default generators of Python, NumPy and torch's CPU within; afterwards they are as before."""
+    python, arrays = random.getstate(), np.random.get_state()
+    with fork_generators(torch.device("cpu")):
+        random.seed(number)
+        np.random.seed(number % SEED_SPACE)
+        torch.default_generator.manual_seed(number % SEED_SPACE)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)

@@ -1,5 +1,7 @@
 """Objects from configuration nodes."""
 
+import inspect
+import pkgutil
 import re
 from typing import Any
 
@@ -7,8 +9,7 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 
 from common.errors import UserError
-from configuration.compose import RECOMMENDATIONS, nearest
-from configuration.nodes import interpolation_in, nodes_in, rebuilt
+from configuration.nodes import RECOMMENDATIONS, interpolation_in, named_in_configs, nearest, nodes_in, rebuilt
 from configuration.signatures import parameters
 from configuration.values import check_all
 
@@ -36,9 +37,34 @@ def build(node: dict[str, Any], **parts: Any) -> Any:
             raise cause from None
         if isinstance(cause, (TypeError, ValueError)):
             raise UserError(refused(node, str(error), str(cause))) from error
+        own_class = own_failure(error)
+        if own_class is not None and "memory" not in str(cause):
+            raise own_class from error
         if cause is not None:
             raise cause from error
         raise
+
+
+def own_failure(error: HydraException) -> UserError | None:
+    """Return what went wrong in a class that no file of configs/ names, a user's own, in a sentence; None for another."""
+    said = re.search(r"(?:call to|locating) target '([^']+)'", str(error))
+    if said is None or said[1] in named_in_configs("_target_"):
+        return None
+    cause = error.__cause__ or error
+    return UserError(f"{said[1]} cannot be made: {type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}")
+
+
+def found_class(key: str, path: str) -> type:
+    """Return the class at a dotted path. UserError, naming the key that asks for it, where there is none."""
+    try:
+        found = pkgutil.resolve_name(path)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{key}._target_={path} cannot be imported ({error}); give module.Class, importable from here"
+        ) from error
+    if not inspect.isclass(found):
+        raise UserError(f"{key}._target_={path} is not a class; give module.Class")
+    return found
 
 
 def refused(node: dict[str, Any], said: str, cause: str) -> str:

@@ -5,6 +5,7 @@ unknown key, a wrong type or a value out of range becomes one sentence that name
 """
 
 import difflib
+import json
 import re
 from collections.abc import Collection
 from copy import deepcopy
@@ -22,13 +23,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from common.errors import UserError
-from configuration.nodes import CONFIG_DIR, groups, lookup
+from configuration.build import build, found_class
+from configuration.nodes import CONFIG_DIR, groups, lookup, named_in_configs, nearest
 from configuration.values import as_typed, check_run_name, check_value, declared
 from dataloaders.array_header import array_classes, array_shape
 from dataloaders.picture_files import attribute_classes, folder_classes, imagenet_classes, latent_classes, latent_shape
 
 AUGMENT_PARAMETERS = 9  # of dataloaders.augmentation.parameters
-RECOMMENDATIONS = "training"  # a group's node of settings that other parts take from it; no constructor sees it
 
 
 def vector_shape(shape: Any) -> Any:
@@ -74,6 +75,22 @@ def augment_dim(probability: float) -> int:
     return AUGMENT_PARAMETERS if probability else 0
 
 
+def torch_fact(name: str, dataset: Any, keys: Any) -> Any:
+    """Return what `name` says of the data set that a node names: it is made, and some of its rows are read."""
+    node, fields = (json.dumps(OmegaConf.to_container(part, resolve=True), sort_keys=True) for part in (dataset, keys))
+    found = torch_facts(node, fields)[name]
+    return OmegaConf.create(list(found)) if isinstance(found, tuple) else found
+
+
+@cache
+def torch_facts(node: str, keys: str) -> dict[str, Any]:
+    """Return the settings that a torch data set itself has. UserError where it cannot be made, or served."""
+    found_class("dataloaders.dataset", str(json.loads(node)["_target_"]))
+    from dataloaders.torch_dataset import described  # needs torch
+
+    return described(build(json.loads(node)), json.loads(keys))
+
+
 def label_classes(num_classes: int) -> int:
     """Return how many classes a classifier tells apart. UserError for data without labels."""
     if not num_classes:
@@ -88,19 +105,13 @@ def register_resolvers() -> None:
     """The functions that configs/ calls as ${name:argument}."""
     for function in (
         vector_shape, image_shape, conditional_classes, label_classes, array_classes, augment_dim, folder_classes,
-        imagenet_classes, attribute_classes, latent_classes, mixture_shape, mixture_classes,
+        imagenet_classes, attribute_classes, latent_classes, mixture_shape, mixture_classes, torch_fact,
     ):  # fmt: skip
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)
     for shape in (array_shape, latent_shape):  # whose results are lists as configurations hold them
         OmegaConf.register_new_resolver(
             shape.__name__, lambda path, shape=shape: OmegaConf.create(shape(path)), replace=True
         )
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """' (did you mean x?)' or nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def parse_overrides(overrides: list[str]) -> list[Override]:
@@ -234,6 +245,9 @@ def unknown_setting(cfg: DictConfig, key: str) -> str:
         return f"there is no setting {key}; a tracker's settings are those of trackio: trackio.{rest}"
     if choices and group not in cfg:
         return f"{key} is a setting of a chosen {group}; add {group}={choices[0]} or another choice"
+    owner = held(cfg, f"{key.rpartition('.')[0]}._target_")
+    if owner is not None and owner not in named_in_configs("_target_"):
+        return f"{key} is in no file of configs/; write +{key}=... for what the constructor of {owner} takes"
     owners = [choice for choice in choices if has_setting(group, choice, key)]
     if owners:
         return f"{key} is a setting of {group}={' or '.join(owners)}, which is not chosen here; add it"

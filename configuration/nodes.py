@@ -1,5 +1,6 @@
 """Walks through configs/, and through nested configurations: dicts, lists and plain values."""
 
+import difflib
 import re
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -9,6 +10,7 @@ from typing import Any, TypeVar, cast
 T = TypeVar("T")
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+RECOMMENDATIONS = "training"  # a group's node of settings that other parts take from it; no constructor sees it
 
 
 def groups() -> dict[str, list[str]]:
@@ -50,6 +52,12 @@ def lookup(config: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         node = node.get(part) if isinstance(node, dict) else None
     return node
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """' (did you mean x?)' or nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def interpolation_in(node: Any) -> str | None:

@@ -3,14 +3,13 @@
 No torch here: the launcher's checks use it.
 """
 
-import inspect
-import pkgutil
 import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from configuration.build import found_class
 from configuration.compose import parse_overrides
 from configuration.nodes import CONFIG_DIR, interpolation_in, named_in_configs, rebuilt, targets_in
 from configuration.signatures import derives
@@ -163,19 +162,6 @@ def targets_of(key: str) -> set[str]:
     parts = {"trackio": "tracker"}.get(key, key).split(".")
     own = "/".join(parts)
     return named_in_configs("_target_", f"{own if (CONFIG_DIR / own).is_dir() else parts[0]}/*.yaml")
-
-
-def found_class(key: str, path: str) -> type:
-    """Return the class at a dotted path. UserError, naming the key that asks for it, where there is none."""
-    try:
-        found = pkgutil.resolve_name(path)
-    except (ImportError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{key}._target_={path} cannot be imported ({error}); give module.Class, importable from here"
-        ) from error
-    if not inspect.isclass(found):
-        raise UserError(f"{key}._target_={path} is not a class; give module.Class")
-    return found
 
 
 def places_of(path: Path, config: dict[str, Any]) -> list[Path]:

@@ -27,11 +27,21 @@ class Rows(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What a worker hands back: stored (B, ...), labels (B,) or None, and unreadable rows, which others stand in for."""
+    """What a worker hands back: stored (B, ...), labels (B,) or None, and unreadable rows, which others stand in for.
+
+    error: what is wrong with a row, where that ends the run.
+    """
 
     stored: Tensor
     labels: Tensor | None
     unreadable: list[int]
+    error: str | None = None
+
+    def sound(self) -> "Read":
+        """Return the same. UserError where a row is wrong: raised in a worker, its traceback would be part of the words."""
+        if self.error is not None:
+            raise UserError(self.error)
+        return self
 
 
 class Reader(Dataset[Read], ABC):
@@ -82,7 +92,7 @@ class ReadAhead:
         source = map(self.reader.__getitem__, list(self.plan)) if self.loader is None else iter(self.loader)
         for _ in range(len(self.plan)):
             assert turn == self.turn, "a newer plan has taken the workers"
-            yield next(source)
+            yield next(source).sound()
 
 
 def uploaded(reads: Iterator[Read], device: torch.device) -> Iterator[Read]:
@@ -263,7 +273,8 @@ class StreamDataset(FlowDataset):
         return x, None if labels is None else labels.to(self.device, non_blocking=True)
 
     def trial_rows(self, count: int, generator: torch.Generator) -> Batch:
-        read = self.train[Rows(self.numbers(range(min(count, self.epoch_size))), 0)]  # by this process: workers take seconds
+        rows = Rows(self.numbers(range(min(count, self.epoch_size))), 0)
+        read = self.train[rows].sound()  # by this process: workers take seconds
         return self.batch_of(read.stored, read.labels, generator)
 
     @property

@@ -13,7 +13,8 @@ import yaml
 
 from common.errors import UserError
 from configuration.build import build
-from configuration.compose import compose_config, groups, nearest, resolved
+from configuration.compose import compose_config, groups, resolved
+from configuration.nodes import nearest
 from configuration.overrides import differences, flat
 from configuration.values import NEUTRAL
 from evaluation.leaderboard_table import SECONDS, TAUGHT

@@ -25,7 +25,7 @@ def read_settings(words: list[str], kind: type[T], groups: Sequence[str] = (), o
     for word in rest:
         key, equals, _ = word.partition("=")
         if not equals or re.split(r"[./]", key)[0] not in groups:
-            from configuration.compose import nearest  # slow to import
+            from configuration.nodes import nearest
 
             hint = nearest(key, allowed) if equals else ""
             raise UserError(f"cannot use {word!r}{hint}; the keys are {', '.join(allowed)}, as key=value{others}")

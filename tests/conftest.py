@@ -232,6 +232,7 @@ WRITERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "imagenet_encoded": write_encoded,
     "imagenet": write_latents,
     "celeba": write_celeba,
+    "torch": lambda place: {"dataset._target_": "tests.dataloaders.user_sets.Points"},
 }
 
 

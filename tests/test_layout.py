@@ -121,6 +121,8 @@ def companions(group: str, choice: str, tmp_path: Path, settings: dict[str, Any]
 
         np.save(tmp_path / "x.npy", np.zeros((20, 2), dtype="float32"))
         return [f"dataloaders.path={tmp_path / 'x.npy'}"]
+    if (group, choice) == ("dataloaders", "torch"):
+        return [f"dataloaders.{key}={value}" for key, value in (settings or {}).items()]
     if (group, choice) == ("evaluation", "fid"):
         pytest.importorskip("cleanfid")
         (tmp_path / "inception-2015-12-05.pt").touch()
@@ -199,7 +201,7 @@ def test_every_dataset_trains_two_steps_and_is_sampled(dataset, small_run, tmp_p
     words = [f"dataloaders={dataset}", *extra, "max_steps=2"]
     if "model=cnn" in extra:
         words += ["model.width=8", "model.inner_width=8", "model.inner_blocks=1", "model.embedding=8"]
-    if dataset == "array":
+    if dataset in ("array", "torch"):
         words.append("dataloaders.epoch_size=null")
     if dataset in IMAGE_SETS:  # finite: an epoch is all of it
         size = OmegaConf.load(CONFIG_DIR / f"dataloaders/{dataset}.yaml").epoch_size

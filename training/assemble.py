@@ -13,7 +13,8 @@ from common.device import gradient_scaler, pick_device, set_numerics
 from common.distributed import rank, rank0_first, world
 from common.errors import UserError
 from configuration.build import build
-from configuration.compose import RECOMMENDATIONS, typed_keys
+from configuration.compose import typed_keys
+from configuration.nodes import RECOMMENDATIONS
 from configuration.stored import stored_config
 from dataloaders.base_dataloaders import FlowDataset
 from evaluation import parts
