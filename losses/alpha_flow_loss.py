@@ -27,6 +27,9 @@ class AlphaFlowLoss(MeanFlowLoss):
     a = 1 regresses u to v_c over the whole interval, a -> 0 is MeanFlow; `alpha` lowers it over the run, and once it is
     below `switch` the loss is MeanFlow's own. With any a > 0 the exact mean velocity is stationary only up to O(a). Both
     evaluations draw one dropout mask.
+
+    With t = 1 throughout (time_sampler.to_data) this is consistency training: on the linear path the residual is
+    (X(z_r, r, 1) - sg X(z_s, s, 1)) / (1 - r) (Song et al. 2023, arXiv 2303.01469).
     """
 
     def __init__(self, alpha: AlphaSchedule, switch: float = 0.005, **parts: Any) -> None:
@@ -37,9 +40,9 @@ class AlphaFlowLoss(MeanFlowLoss):
         self, x0: Tensor, x1: Tensor, label: Tensor | None, generator: torch.Generator, progress: float = 0.0
     ) -> AlphaBatch:
         batch = super().draw(x0, x1, label, generator, progress)
-        share = self.alpha.share(progress)
         interval = torch.arange(len(batch), device=batch.r.device) < self.time_sampler.interval_rows(len(batch))
-        return AlphaBatch(**vars(batch), a=torch.where(interval, share, 1.0), by_derivative=share < self.switch)
+        a = torch.where(interval, self.alpha.shares(progress, batch.r), 1.0)
+        return AlphaBatch(**vars(batch), a=a, by_derivative=self.alpha.share(progress) < self.switch)
 
     def forward(self, batch: FlowBatch, teacher: FlowObjective | None = None) -> dict[str, Tensor]:
         assert isinstance(batch, AlphaBatch) and batch.a is not None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from losses.objective import FlowBatch, FlowObjective, Learns, SecondTime
 from losses.world import EXACT, Field, World
 
@@ -20,13 +21,22 @@ class FlowMapObjective(FlowObjective, ABC):
     teacher: None, or whose velocity v_T takes the place of v_c: "exact" (of data whose flow is known), or a checkpoint's.
     The minimiser is then the mean velocity of v_T, and v_c's variance is gone from the loss. Where a loss takes an
     instantaneous velocity from its own network, it takes v_T's, too. `follow` gives the velocity itself.
+    between: whether its targets are maps that end before t. Raises UserError for one of these whose times all end at 1.
     """
 
     second_time: SecondTime = "state"
     learns: Learns = "flow_map"
+    between: bool = False
 
     def __init__(self, teacher: str | None = None, **parts: Any) -> None:
         super().__init__(**parts)
+        if self.time_sampler.to_data:
+            self.learns = "endpoint_map"
+        if self.time_sampler.to_data and self.between:
+            raise UserError(
+                f"{type(self).__name__} makes its targets of maps that end before the data, and with "
+                "loss.time_sampler.to_data=true no such map is trained; leave it out, or use loss=consistency"
+            )
         self.teacher = teacher
         self.teacher_velocity: Velocity | None = None
 

@@ -25,6 +25,8 @@ class SplitMeanFlowLoss(FlowMapObjective):
     with a share of intervals from 0 to 1 (loss.time_sampler.whole), where random pairs are rare.
     """
 
+    between = True
+
     def draw(
         self, x0: Tensor, x1: Tensor, label: Tensor | None, generator: torch.Generator, progress: float = 0.0
     ) -> SplitBatch:

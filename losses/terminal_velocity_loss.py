@@ -21,6 +21,8 @@ class TerminalVelocityLoss(FlowMapObjective):
     finite_difference (auto's choice where there is no CUDA). UserError for one without a graph: it changes the gradient.
     """
 
+    between = True
+
     def __init__(self, jvp: Engine = "auto", **parts: Any) -> None:
         super().__init__(**parts)
         if jvp not in ("auto", "func", "finite_difference"):

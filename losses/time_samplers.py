@@ -13,11 +13,11 @@ class TimeSampler:
 
     ratio: share of rows with r != t, the first round(ratio n) of the batch, so that shapes are static; 0 for plain flow
     matching. whole: share of those rows, the very first, that go the whole way from 0 to 1, as one-step samples do; of
-    random pairs next to none come near.
+    random pairs next to none come near. to_data: t = 1 on all those rows, r being a single time, as consistency models have.
     """
 
-    def __init__(self, ratio: Share = 0.0, whole: Share = 0.0):
-        self.ratio, self.whole = ratio, whole
+    def __init__(self, ratio: Share = 0.0, whole: Share = 0.0, to_data: bool = False):
+        self.ratio, self.whole, self.to_data = ratio, whole, to_data
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Return independent times of the given shape on the generator's device, uniform on [0, 1] by default."""
@@ -38,6 +38,9 @@ class TimeSampler:
 
     def intervals(self, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return random r and t, (rows,) each, r < t."""
+        if self.to_data:
+            r = self.draw((rows,), generator)
+            return r, torch.ones_like(r)
         pairs = self.draw((2, rows), generator)
         return pairs.amin(0), pairs.amax(0)
 
@@ -49,8 +52,10 @@ class UniformTimes(TimeSampler):
 class LogitNormalTimes(TimeSampler):
     """sigmoid(N(mean, std^2)) (Esser et al. 2024, arXiv 2403.03206). Papers with t = 1 as noise use -mean for our mean."""
 
-    def __init__(self, mean: float = 0.0, std: Positive = 1.0, ratio: Share = 0.0, whole: Share = 0.0):
-        super().__init__(ratio, whole)
+    def __init__(
+        self, mean: float = 0.0, std: Positive = 1.0, ratio: Share = 0.0, whole: Share = 0.0, to_data: bool = False
+    ):
+        super().__init__(ratio, whole, to_data)
         self.mean, self.std = mean, std
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from evaluation.generate import few_steps
-from losses.alpha_schedules import ExponentialAlpha, SigmoidAlpha
+from losses.alpha_schedules import EasyConsistencyAlpha, ExponentialAlpha, SigmoidAlpha
 from losses.couplings import ReflowCoupling
 from losses.meanflow_guidance import MeanFlowGuidance
 from losses.objective import FlowBatch, FlowObjective
@@ -58,6 +58,42 @@ def test_alpha_flow_hands_over_to_the_derivative_below_the_switch():
     drawn = [loss.draw(x, x + 1, None, torch.Generator().manual_seed(0), progress) for progress in (0.1, 0.25, 0.5)]
     assert [batch.by_derivative for batch in drawn] == [False, False, True]
     assert float(drawn[1].a[0]) == pytest.approx(0.5)
+
+
+class Rotates(Exact):
+    """u(z, r, t) of a map that is no flow, so that no two parts of a loss are equal by accident."""
+
+    def forward(self, unified_input: Tensor, label: Tensor | None = None) -> Tensor:
+        z, r, t = unified_input[:, :-2], unified_input[:, -2:-1], unified_input[:, -1:]
+        return (2 * z + r).sin() * t + self.shift[0]
+
+
+@pytest.mark.parametrize("progress", [0.05, 0.95])
+def test_consistency_is_the_distance_of_two_maps_to_data_at_easy_consistency_tunings_noise_levels(progress):
+    """Written as the papers have it: f(z, sigma) = X at two noise levels of one pair, sigma = (1 - r) / r, stage k."""
+    sampler, ect = UniformTimes(1.0, to_data=True), EasyConsistencyAlpha(2.0, stages=4)
+    loss = objective("alpha_flow", Rotates(), alpha=ect, switch=0.0, time_sampler=sampler).double()
+    x0, x1 = torch.randn(2, 64, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    batch = loss.draw(x0, x1, None, torch.Generator().manual_seed(1), progress)
+    r, k = batch.r.double()[:, None], {0.05: 1, 0.95: 4}[progress]
+    sigma = (1 - r) / r
+    later = (sigma * (1 - (1 + 8 / (1 + sigma.exp())) / 2**k)).clamp(min=0)
+    s = 1 / (1 + later)
+
+    def to_data(time: Tensor) -> Tensor:
+        z, ones = time * x1 + (1 - time) * x0, torch.ones_like(time)
+        return z + (1 - time) * loss.network(torch.cat([z, time, ones], dim=1))
+
+    assert loss.learns == "endpoint_map" and ((s == 1).any() if k == 1 else (s < 1).all())
+    expected = ((to_data(r) - to_data(s)).square() / (1 - r) / (s - r)).mean()
+    torch.testing.assert_close(loss(batch)["loss"], expected, rtol=1e-4, atol=0)
+
+
+def test_what_consistency_training_cannot_serve_is_said():
+    with pytest.raises(UserError, match="SplitMeanFlowLoss makes its targets of maps that end before the data"):
+        objective("split_meanflow", Exact(), time_sampler=UniformTimes(1.0, to_data=True))
+    with pytest.raises(UserError, match="does not shorten"):
+        EasyConsistencyAlpha(q=1.0)
 
 
 def test_one_evaluation_of_the_exact_map_makes_the_data():

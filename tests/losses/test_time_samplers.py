@@ -79,6 +79,13 @@ def test_the_first_rows_have_an_interval_and_the_rest_have_none(name: str, n: in
     assert r.min() >= 0 and t.max() <= 1
 
 
+@pytest.mark.parametrize("sampler, cdf", [(UniformTimes(0.5, to_data=True), CASES[0][1]),
+                                          (LogitNormalTimes(2.0, 0.5, 0.5, to_data=True), CASES[3][1])])  # fmt: skip
+def test_to_data_every_interval_ends_at_one_and_its_state_has_a_single_time(sampler: TimeSampler, cdf: Distribution) -> None:
+    r, t = sampler.sample(2 * N, seeded())
+    assert torch.equal(t[:N], torch.ones(N)) and torch.equal(r[N:], t[N:]) and agrees(r[:N], cdf)
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.75])
 @pytest.mark.parametrize("name", NAMES)
 def test_times_come_from_the_given_generator_alone(name: str, ratio: float) -> None:
