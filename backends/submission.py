@@ -11,9 +11,10 @@ from hydra.core.override_parser.types import Override
 from backends.base_backend import Backend
 from common.errors import UserError
 from common.files import in_working_folder
+from common.own_objects import is_own
 from configuration.build import build
 from configuration.checks import check_contradictions, check_devices, check_memory, check_values
-from configuration.compose import compose_config, parse_overrides, resolved, typed_keys, without
+from configuration.compose import Own, compose_config, parse_overrides, resolved, typed_keys, without
 from configuration.nodes import rebuilt
 from configuration.overrides import differences, laid_over
 from configuration.stored import (
@@ -40,6 +41,7 @@ OF_ONE_RUN = (
     "batch_size", "gradient_accumulation_steps", "log", "resume", "overwrite", "init_from", "eval_checkpoint",
 )  # fmt: skip
 NOT_THE_TEACHERS = ("run_name", "teacher", "resume", "overwrite", "eval_checkpoint")
+OF_OBJECT = {"_target_", "run", "part", "name", "digest"}  # of a node: which object given from Python it stands for
 SHARED = ("dataloaders", "source", "model")  # groups whose choices it has from the run it is for, typed or not
 # Of a whole config.yaml, from its first keys to its last.
 WRITTEN = ("run_name", "dataloaders", "model", "loss", "optimizer", "choices", "overrides", "changed")
@@ -124,14 +126,14 @@ def described(config: dict[str, Any]) -> str:
     return "\n".join([f"{name}: {what}", *(f"  {line:<{width}}  {value}" for line, value in lines.items())])
 
 
-def prepare(overrides: list[str]) -> dict[str, Any]:
+def prepare(overrides: list[str], own: Own | None = None) -> dict[str, Any]:
     """Return the resolved configuration of a run, with `command`, `overrides` and `changed` (key -> (old, new)) beside its
     keys.
 
     UserError for anything that is wrong with it. Nothing is written. For a backend elsewhere what hangs on a machine's
-    files, such as a run to resume, is left to that machine.
+    files, such as a run to resume, is left to that machine. own: parts given from Python, see compose_config.
     """
-    config = resolved(compose_config(overrides))
+    config = resolved(compose_config(overrides, own))
     check_values(config)
     check_contradictions(config)
     config |= {
@@ -187,7 +189,7 @@ def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
             "leave resume=true out to start it, or see `python scripts/runs.py list`"
         )
     before = stored_settings(folder, config, typed)
-    merged = laid_over(without_downloads(before), config, typed)
+    merged = given_again(laid_over(without_downloads(before), config, typed), config)
     check_targets(merged, folder.config_path, set(merged) - set(AS_TYPED))
     check_log(merged["log"], folder, typed)
     changed = {k: pair for k, pair in differences(before, merged).items() if k.split(".")[-1] not in ("download", "url")}
@@ -199,6 +201,19 @@ def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
             "or say resume=force"
         )
     return merged | {"changed": hard | {key: pair for key, pair in changed.items() if key.split(".")[0] in NOTED}}
+
+
+def given_again(stored: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored configuration with the parts that this command gives from Python; callbacks of an earlier one, which
+    only watched, are left out.
+    """
+    own = {key: node for key, node in config.items() if is_own(node)}
+    same = {key: stored[key] | {name: node[name] for name in OF_OBJECT & node.keys()} for key, node in own.items()
+            if is_own(stored[key])}  # fmt: skip
+    called = {key: config["choices"][key] for key in own}
+    watching = {key: node for key, node in stored["callbacks"].items() if not is_own(node)}
+    watching |= {key: node for key, node in config["callbacks"].items() if is_own(node)}
+    return stored | own | same | {"callbacks": watching, "choices": stored["choices"] | called}
 
 
 def stored_settings(folder: RunFolder, config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:

@@ -38,7 +38,8 @@ def place_of(error: Exception, part: object) -> str:
     own = [frame for frame in frames if frame.filename != frames[0].filename]
     if own:
         return f"in {own[-1].filename}, line {own[-1].lineno}: {(own[-1].line or '')[:SHOWN]}"
-    return f"{type(part).__name__} being defined in {sys.modules[type(part).__module__].__file__}"
+    module = type(part).__module__
+    return f"{type(part).__name__} being defined in {sys.modules[module].__dict__.get('__file__', module)}"
 
 
 def in_words(value: Any) -> str:

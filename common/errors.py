@@ -23,6 +23,10 @@ class UserError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
+    def _render_traceback_(self) -> list[str]:
+        """Return what a notebook shows of it: the sentence alone."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 LIBRARIES = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib"))
 FRAMES = 6  # of a bug that are shown

@@ -1,8 +1,10 @@
 """How long things take: said before those of more than ten seconds, and shown while they go on, on stderr."""
 
+import importlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -33,14 +35,23 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 86_400:,.0f} days"
 
 
-def bar(**settings: Any) -> Any:
-    """Return a tqdm bar on stderr, for a terminal alone; one of unknown size, as over some links, counts as 80 x 24."""
-    from tqdm import tqdm
+def in_notebook() -> bool:
+    """Whether stderr is shown below a cell of a notebook."""
+    return type(sys.stderr).__module__.startswith("ipykernel.")
 
+
+def bar(**settings: Any) -> Any:
+    """Return a tqdm bar on stderr, for a terminal or a notebook; a terminal of unknown size, as over some links, counts as
+    80 x 24.
+    """
+    with warnings.catch_warnings(action="ignore"):  # that a notebook has no widgets: then the bar is text
+        tqdm = importlib.import_module("tqdm.auto" if in_notebook() else "tqdm").tqdm
     if on_terminal():
         known = min(os.get_terminal_size(sys.stderr.fileno())) > 0
         settings |= {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
-    return tqdm(disable=not on_terminal(), **settings)
+    elif in_notebook():
+        settings |= {"ncols": 80}
+    return tqdm(disable=not (on_terminal() or in_notebook()), **settings)
 
 
 class Progress:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from common.errors import UserError
+from common.own_objects import is_own
 from configuration.nodes import lookup
 from configuration.values import check_all, check_run_name
 
@@ -46,6 +47,13 @@ def of_any_run(config: dict[str, Any]) -> Iterator[tuple[bool, str]]:
         bool(config["resume"] and config["init_from"]),
         "resume and init_from contradict each other: a resumed run has its own weights; give one of them",
     )
+    own = [key for key, node in config.items() if is_own(node)]
+    alone = config["devices"] == 1 and config["choices"]["backend"] == "local" and not config["teacher"]
+    yield (
+        bool(own and not alone),
+        "objects given from Python are in this process alone; leave out devices=, backend= and teacher=, or write files of "
+        "configs/ for them (docs/architecture.md says how)",
+    )
     yield (
         bool(lookup(config, "dataloaders.augment")) and lookup(config, "model.augment_dim") is None,
         "dataloaders.augment turns and stretches pictures, and this model has no input that says so and would draw them "
@@ -56,7 +64,7 @@ def of_any_run(config: dict[str, Any]) -> Iterator[tuple[bool, str]]:
 def of_new_runs(config: dict[str, Any]) -> Iterator[tuple[bool, str]]:
     """Yield each contradiction of the parts of a new run: whether it has it, and the sentence."""
     choices, guidance = config["choices"], lookup(config, "guidance._target_")
-    classifies = config["model"]["_target_"].startswith("models.classifier.")
+    classifies = config["model"]["_target_"].startswith("models.classifier.") or choices["loss"] == "cross_entropy"
     what = "a classifier" if classifies else "loss/coupling=reflow, whose pairs its teacher makes,"
     yield (
         bool(config["dataloaders"].get("standardize") and (classifies or lookup(config, "loss.coupling.teacher"))),

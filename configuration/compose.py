@@ -7,7 +7,7 @@ unknown key, a wrong type or a value out of range becomes one sentence that name
 import difflib
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,7 @@ from configuration.values import as_typed, check_run_name, check_value, declared
 from dataloaders.array_header import array_classes, array_shape
 from dataloaders.picture_files import attribute_classes, folder_classes, imagenet_classes, latent_classes, latent_shape
 
+Own = Mapping[str, tuple[str, dict[str, Any]]]  # key of a configuration -> what stands there is called, and its node
 AUGMENT_PARAMETERS = 9  # of dataloaders.augmentation.parameters
 
 
@@ -184,8 +185,11 @@ def composed(configs: Path, *words: str) -> DictConfig:
     return cfg
 
 
-def compose_config(overrides: list[str]) -> DictConfig:
-    """Return the configuration a command line means, its choices under `choices`. UserError where it means none."""
+def compose_config(overrides: list[str], own: Own | None = None) -> DictConfig:
+    """Return the configuration a command line means, its choices under `choices`. UserError where it means none.
+
+    own: parts that were given from Python, in the place of those that are chosen.
+    """
     register_resolvers()
     parsed = [override for override in parse_overrides(overrides) if not override.key_or_group.startswith("hydra")]
     for override in parsed:
@@ -199,6 +203,9 @@ def compose_config(overrides: list[str]) -> DictConfig:
     for override in chosen:
         if override.value() is None and cfg.choices.get(override.key_or_group) is not None:
             raise UserError(f"{override.input_line}: a run cannot do without it; choose one of its files, see --help")
+    for key, (choice, node) in (own or {}).items():
+        OmegaConf.update(cfg, key, node, merge=False, force_add=True)
+        cfg.choices[key] = choice
     for override in parsed:
         if override not in chosen:
             lay_over(cfg, override)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.own_objects import TARGET, is_own
 from configuration.build import found_class
 from configuration.compose import parse_overrides
 from configuration.nodes import CONFIG_DIR, interpolation_in, named_in_configs, rebuilt, targets_in
@@ -94,7 +95,7 @@ def upgraded_node(node: dict[str, Any]) -> dict[str, Any]:
 
 def check_targets(config: dict[str, Any], where: Path, parts: Any) -> None:
     """Raise UserError for a stored `_target_` under one of the keys `parts` that neither configs/ nor this command names."""
-    known = named_in_configs("_target_")
+    known = {*named_in_configs("_target_"), TARGET}
     found = [(part, target) for part in parts for target in targets_in(config.get(part))
              if target not in known and not any(f"{target}.".startswith(f"{name}.") for name in allowed)]  # fmt: skip
     if found:
@@ -135,7 +136,7 @@ def check_new_parts(config: dict[str, Any]) -> None:
     for key, base in BASES.items():
         for name, node in nodes_at(config, key):
             target = node.get("_target_") if isinstance(node, dict) else None
-            if target is None or derives(str(target), base):
+            if target is None or is_own(node) or derives(str(target), base):
                 continue
             asked, wanted = found_class(name, str(target)), found_class(name, base)
             if not issubclass(asked, wanted):

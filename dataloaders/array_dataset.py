@@ -1,4 +1,4 @@
-"""A user's own data from a NumPy file."""
+"""A user's own data, from a NumPy file or from memory."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,28 @@ from dataloaders.base_dataloaders import Described
 from dataloaders.tensor_dataset import TensorDataset, stratified_rows
 
 
-class ArrayDataset(TensorDataset):
+class OwnTensors(TensorDataset):
+    """States and optional labels in memory; a share of the rows is held out, always the same."""
+
+    def __init__(
+        self,
+        states: torch.Tensor,
+        labels: torch.Tensor | None,
+        held_out_fraction: Inside = 0.1,
+        standardize: bool = False,
+        **described: Unpack[Described],
+    ):
+        """states (N, *state_shape), fp32, or uint8 of pixels; labels (N,) from 0 up.
+
+        UserError for a state_shape, epoch_size or num_classes that contradict them.
+        """
+        held_out = stratified_rows(labels, len(states), held_out_fraction, seed=0)
+        classes, value_range = 0 if labels is None else 1 + int(labels.max()), described.get("value_range")
+        super().__init__(states, labels, held_out, num_classes=classes, value_range=value_range, described=described)
+        self.standardize = standardize
+
+
+class ArrayDataset(OwnTensors):
     """States of a .npy, or `x` and optional labels `y` of a .npz; a share of the rows is held out, always the same."""
 
     def __init__(
@@ -33,10 +54,7 @@ class ArrayDataset(TensorDataset):
         states, found = load_states(file), read_labels(file)
         require_values_in(states, value_range, file)
         labels = None if found is None else torch.from_numpy(found.astype(np.int64))
-        held_out = stratified_rows(labels, len(states), held_out_fraction, seed=0)
-        classes = 0 if labels is None else 1 + int(labels.max())
-        super().__init__(states, labels, held_out, num_classes=classes, value_range=value_range, described=described)
-        self.standardize = standardize
+        super().__init__(states, labels, held_out_fraction, standardize, **described)
 
 
 def load_states(file: Path) -> torch.Tensor:

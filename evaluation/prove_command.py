@@ -3,74 +3,22 @@
 import ast
 import re
 import runpy
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
 from hydra.utils import get_class
-from torch import Tensor
 
 from common.command_line import split
 from common.errors import UserError
 from configuration.build import build
 from configuration.compose import compose_config, resolved
 from evaluation.prove import CHANCE, WORLDS, Builder, Plan, Stage, prove
-from losses.couplings import IndependentCoupling
 from losses.objective import FlowObjective
 from losses.paths import ProbabilityPath
-from losses.predictions import VelocityPrediction
-from losses.terms import LossOutput
-from losses.time_samplers import UniformTimes
-from losses.weightings import UniformWeighting
-from models.velocity_model import VelocityModel
+from losses.plain_loss import Function, PlainLoss
 
 STATUS = {"stationary": 0, "biased": 3, "undecided": 4}
 CONVENTIONS = ("forward", "reversed")
 USAGE = "python launcher.py --prove loss=NAME, or --prove path/to/file.py:function convention=forward|reversed"
-Function = Callable[[Callable[..., Tensor], Tensor, Tensor], LossOutput]
-
-
-class PlainLoss(FlowObjective):
-    """A function(network, x0, x1) -> loss as an objective; it draws its times and makes its states by itself.
-
-    x0 and x1 (B, 1) are what is at time 0 and 1 of the function's own convention: noise and data, or, reversed, data and
-    noise. There network(z, t) is the velocity dz/dt at z of time t, and network(z, r, t), r <= t, the mean velocity
-    between r and t: of the state at r, or, reversed, of the state at t. Times may be numbers, (B,) or (B, 1).
-    """
-
-    second_time = "state"
-
-    def __init__(self, network: VelocityModel, function: Function, is_reversed: bool, path: ProbabilityPath):
-        parts = (IndependentCoupling(), UniformTimes(1.0), VelocityPrediction(), UniformWeighting())
-        super().__init__(network, path, *parts)
-        self.function, self.is_reversed = function, is_reversed
-        self.called(self.count_times, *torch.randn(2, 64, 1))
-
-    def count_times(self, z: Tensor, *times: Any) -> Tensor:
-        """Stand for a network and note whether two times are asked for."""
-        self.learns = "flow_map" if len(times) == 2 else self.learns
-        return torch.zeros_like(z)
-
-    def batch(self, source: Any, x1: Tensor, label: Tensor | None, generator: torch.Generator, progress: float) -> Any:
-        return source.sample(len(x1), generator), x1
-
-    def forward(self, batch: Any, teacher: FlowObjective | None = None) -> Any:
-        return self.called(self.read, *(reversed(batch) if self.is_reversed else batch))
-
-    def called(self, network: Callable[..., Tensor], x0: Tensor, x1: Tensor) -> LossOutput:
-        """Return what the function gives. UserError for whatever goes wrong in it."""
-        try:
-            return self.function(network, x0, x1)
-        except Exception as error:
-            raise UserError(
-                f"the loss fails with {type(error).__name__}: {error}; it is called as f(network, x0, x1)"
-            ) from error
-
-    def read(self, z: Tensor, *times: Any) -> Tensor:
-        """Return the network's velocity (B, 1) at one time, or its mean velocity between two, as the function means it."""
-        r, t = (torch.as_tensor(time, dtype=z.dtype).reshape(-1).expand(len(z)) for time in (times[0], times[-1]))
-        return -self.mean_velocity(z, 1 - t, 1 - r) if self.is_reversed else self.mean_velocity(z, r, t)
 
 
 def function_in(word: str) -> Function:

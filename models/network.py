@@ -8,6 +8,11 @@ class Network(nn.Module):
 
     num_classes: int = 0
 
+    @property
+    def named(self) -> nn.Module:
+        """Return the module whose class people know the network by."""
+        return self
+
     def init_weights(self) -> None:
         """Start values of the parameters; torch's own unless a model says otherwise."""
 

@@ -37,11 +37,12 @@ FLOORS = (
     "train",
     "backends",
     "launcher",
+    "experiment",
     "visualizers",
     "scripts",
     "dev",
 )  # each imports only from those before it
-FOLDERS = tuple(name for name in FLOORS if name not in ("helpers_cfg", "train", "launcher"))
+FOLDERS = tuple(name for name in FLOORS if name not in ("helpers_cfg", "train", "launcher", "experiment"))
 IMAGE_SETS = (
     "digits", "random_images", "photos", "cifar10", "cifar100", "image_folder", "celeba", "imagenet", "imagenet_pixels",
     "imagenet_encoded",
@@ -49,7 +50,7 @@ IMAGE_SETS = (
 META_ABOVE = 20_000_000
 
 
-@pytest.mark.parametrize("name", [*FOLDERS, "launcher", "train", "helpers_cfg"])
+@pytest.mark.parametrize("name", [*FOLDERS, "launcher", "experiment", "train", "helpers_cfg"])
 def test_no_installed_package_hides_a_folder_of_ours(name):
     spec = importlib.util.find_spec(name)
     assert spec is not None
@@ -59,7 +60,7 @@ def test_no_installed_package_hides_a_folder_of_ours(name):
 
 def test_house_rules():
     files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
-    files += [ROOT / "launcher.py", ROOT / "train.py", ROOT / "helpers_cfg.py"]
+    files += [ROOT / "launcher.py", ROOT / "experiment.py", ROOT / "train.py", ROOT / "helpers_cfg.py"]
     assert not [
         path for folder in (*FOLDERS, "tests") for path in (ROOT / folder).rglob("__init__.py") if folder != "minigrad"
     ]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
+import experiment
 import launcher
 from configuration.checks import check_contradictions, check_values
 from configuration.compose import compose_config, groups, parse_overrides, resolved
@@ -114,8 +115,9 @@ def test_the_python_shown_runs(page, heading, tmp_path, monkeypatch):
         "evaluation.final_samples=50",
         "device=cpu",
     )
-    run = launcher.run
+    run, prepare = launcher.run, experiment.prepare
     monkeypatch.setattr(launcher, "run", lambda *words: run(*words, *small))
+    monkeypatch.setattr(experiment, "prepare", lambda words, own: prepare([*words, *small], own))
     space: dict[str, Any] = {}
     exec(code, space)
     assert space["samples"].shape == torch.Size([1000, 2])

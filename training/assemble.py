@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common.device import gradient_scaler, pick_device, set_numerics
 from common.distributed import rank, rank0_first, world
 from common.errors import UserError
+from common.own_objects import is_own
 from configuration.build import build
 from configuration.compose import typed_keys
 from configuration.nodes import RECOMMENDATIONS
@@ -73,7 +74,7 @@ def adopt_model(config: dict[str, Any], path: Path) -> None:
             f"{'' if ours else 'un'}standardized; dataloaders.standardize={str(theirs).lower()} is the better start"
         )
     typed = typed_keys(config["overrides"])
-    for key, value in stored["model"].items():
+    for key, value in () if is_own(config["model"]) else stored["model"].items():
         free = key in config["model"] and key not in (RECOMMENDATIONS, "state_shape", "num_classes", "augment_dim")
         if free and f"model.{key}" not in typed and config["model"][key] != value:
             print(f"note: model.{key}={value}, as in {path} (the default here is {config['model'][key]})")

@@ -218,7 +218,13 @@ def end_lines(run: Run) -> list[tuple[str, str]]:
         lines.append(("dashboard", f"{RUNNER}trackio show --project {records.config['trackio']['project']}"))
     place = "" if output_dir == "outputs" else f" output_dir={shlex.quote(output_dir)}"
     longer = "" if run.interrupted else f" {twice_as_long(records.config)}"
-    lines.append(("go on", f"{LAUNCH} run_name={name} resume=true{longer}{place}"))
+    from_python = not run.notes.command.startswith("python ")
+    go_on = (
+        f'fit("{longer.strip()}")'.replace('""', "")
+        if from_python
+        else f"{LAUNCH} run_name={name} resume=true{longer}{place}"
+    )
+    lines.append(("go on", go_on))
     if not run.interrupted and isinstance(run.state.objective, FlowObjective):
-        lines.append(("sample", f"{SAMPLE} ckpt={saves.last} n=1000"))
+        lines.append(("sample", "sample(1000)" if from_python else f"{SAMPLE} ckpt={saves.last} n=1000"))
     return lines

@@ -120,11 +120,11 @@ def try_network(run: Run, x1: Tensor, label: Tensor | None, generator: torch.Gen
     objective, network = run.state.objective, run.state.objective.network
     batch = tried("the objective's batch", objective, lambda: objective.batch(run.source, x1, label, generator, 0.0))
     if isinstance(batch, FlowBatch):
-        answer = tried("the model", network, lambda: network(batch.unified_input, batch.label))
-        check_tensor("the model", network, answer, x1.shape, "a velocity of the state's shape")
+        answer = tried("the model", network.named, lambda: network(batch.unified_input, batch.label))
+        check_tensor("the model", network.named, answer, x1.shape, "a velocity of the state's shape")
     elif isinstance(batch, LabelledBatch):
-        answer = tried("the model", network, lambda: network(batch.images))
-        check_tensor("the model", network, answer, (len(x1), network.num_classes), "a number for each class")
+        answer = tried("the model", network.named, lambda: network(batch.images))
+        check_tensor("the model", network.named, answer, (len(x1), network.num_classes), "a number for each class")
 
 
 def labels_of(rows: int, classes: int, device: torch.device) -> Tensor | None:
