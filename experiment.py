@@ -6,10 +6,10 @@ samples = experiment.sample(1000)
 """
 
 import copy
-import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,18 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from backends.submission import prepare, submit
 from common.errors import UserError
 from common.own_objects import TARGET, makers
+from common.seeds import seeded
 from configuration.compose import compose_config, resolved, typed_keys
 from configuration.stored import stored_config
 from dataloaders.array_dataset import OwnTensors
+from dataloaders.array_header import MAX_CLASSES, MIN_ROWS
+from dataloaders.base_dataloaders import FlowDataset
+from dataloaders.torch_dataset import TorchDataset, TorchReader, described
 from evaluation.sample import Label, TrainedModel, load, trained_objective
 from losses.objective import FlowObjective, Objective
 from losses.plain_loss import PlainLoss
@@ -34,8 +39,8 @@ from solvers.base_solver import Sampler
 from training.run import Callback
 
 KEYS = {"network": "model", "data": "dataloaders", "loss": "loss", "solver": "solver"}  # of a configuration, by argument
-FEWEST, MOST_CLASSES = 10, 1_000_000
-OF_DATA = {"epochs": 100, "batch_size": 128, "evaluation_samples": 2000, "final_evaluation_samples": 10000}
+ITEM, SAMPLED = {"x": "x", "label": "label"}, 16  # names in items that are dictionaries; items that a data set is known by
+OF_DATA = {"epochs": 100, "batch_size": 128, "evaluation_samples": 2000, "final_evaluation_samples": 10000, "num_workers": 0}
 
 
 class Experiment:
@@ -43,7 +48,8 @@ class Experiment:
 
     network: an nn.Module whose forward(unified_input, label=None) returns a velocity of the state's shape (VelocityModel
     says what it sees), or with loss="cross_entropy" one of images to logits. Copies of it are trained: it stays as it is.
-    data: states (N, D) or (N, C, H, W) as tensor or array, uint8 being pixels, or a tuple of these and labels (N,).
+    data: states (N, D) or (N, C, H, W) as tensor or array, uint8 being pixels, or a tuple of these and labels (N,);
+    or a map-style torch Dataset of x, (x, label) or dictionaries with these, read as training goes on.
     loss: a class of FlowObjective or a functools.partial of one, an objective around your network, or a plain function
     (network, x0, x1) -> loss, see PlainLoss. solver: a Sampler. callbacks: they observe, see Callback. Each may be the name
     of a configuration's choice instead: network="mlp", data="digits".
@@ -142,7 +148,7 @@ Form = tuple[str, Callable[..., Any], dict[str, Any]]  # what a part is called, 
 
 def called(thing: Any) -> str:
     """Return the name of a class, a function, or the class of an object, fit for a file name."""
-    thing = thing.func if isinstance(thing, functools.partial) else thing
+    thing = thing.func if isinstance(thing, partial) else thing
     name = thing.__name__ if inspect.isclass(thing) or inspect.isroutine(thing) else type(thing).__name__
     return "".join(c for c in name if c.isalnum() or c == "_") or "object"
 
@@ -160,24 +166,34 @@ def own_network(network: Any, cfg: Any) -> Form:
 
 
 def own_data(data: Any, cfg: Any) -> Form:
-    """UserError for what is no tensor or array of rows."""
+    """UserError for data that cannot be served."""
+    if isinstance(data, Dataset) and not isinstance(data, torch.utils.data.TensorDataset):
+        facts, some = described(data, ITEM), TorchReader(data, ITEM)
+        with seeded(0):
+            sample = torch.stack([some.item(len(some) * k // SAMPLED).x for k in range(SAMPLED)])
+        settings = facts | {"value_range": facts["value_range"] and list(facts["value_range"])}
+        return data_form(data, f"{len(some)}-{digest_of(sample)}", settings, partial(TorchDataset, data))
     states, labels = rows_of(data)
     pixels = states.dtype == torch.uint8 and states.ndim == 4
     states = states if pixels else states.float()
     check_rows(states, labels)
-    content = digest_of(states, labels)
-    node = {
-        "digest": content, "state_shape": list(states.shape[1:]),
-        "num_classes": 0 if labels is None else 1 + int(labels.max()), "value_range": [-1.0, 1.0] if pixels else None,
-        "held_out_fraction": 0.1, "standardize": False, "epoch_size": None, "training": OF_DATA,
+    settings = {
+        "state_shape": states.shape[1:], "num_classes": 0 if labels is None else 1 + int(labels.max()),
+        "value_range": [-1.0, 1.0] if pixels else None,
     }  # fmt: skip
+    return data_form(data, digest_of(states, labels), settings, partial(OwnTensors, states, labels))
 
-    def make(digest: str, **settings: Any) -> OwnTensors:
+
+def data_form(data: Any, content: str, settings: dict[str, Any], build: Callable[..., FlowDataset]) -> Form:
+    """Return the form of data with this content, which it must have wherever it is given again."""
+
+    def make(digest: str, **chosen: Any) -> FlowDataset:
         if digest != content:
             raise UserError("the data given are others than the run was made with; give the same, or another run_name")
-        return OwnTensors(states, labels, **settings)
+        return build(**chosen)
 
-    return called(data), make, node
+    own = {"digest": content, "state_shape": list(settings["state_shape"]), "training": OF_DATA, "epoch_size": None}
+    return called(data), make, settings | own | {"held_out_fraction": 0.1, "standardize": False}
 
 
 def rows_of(data: Any) -> tuple[Tensor, Tensor | None]:
@@ -198,20 +214,20 @@ def rows_of(data: Any) -> tuple[Tensor, Tensor | None]:
 def check_rows(states: Tensor, labels: Tensor | None) -> None:
     """Raise UserError for states or labels that are no data to learn from."""
     shape, rows = list(states.shape), len(states) if states.ndim else 0
-    if states.ndim not in (2, 4) or rows < FEWEST or 0 in shape or states.is_complex():
-        raise UserError(f"data takes states of shape (N, D) or (N, C, H, W), N being {FEWEST} or more, not {shape}")
+    if states.ndim not in (2, 4) or rows < MIN_ROWS or 0 in shape or states.is_complex():
+        raise UserError(f"data takes states of shape (N, D) or (N, C, H, W), N being {MIN_ROWS} or more, not {shape}")
     if bad := int((~states.flatten(1).isfinite().all(1)).sum()):
         raise UserError(f"{bad} of the {rows} rows of data are not finite in fp32; remove or rescale them")
     if labels is None:
         return
-    if labels.shape != (rows,) or labels.is_floating_point() or not 0 <= labels.min() <= labels.max() < MOST_CLASSES:
+    if labels.shape != (rows,) or labels.is_floating_point() or not 0 <= labels.min() <= labels.max() < MAX_CLASSES:
         raise UserError(f"the labels of data take one whole number from 0 up for each of its {rows} rows")
 
 
-def digest_of(states: Tensor, labels: Tensor | None) -> str:
+def digest_of(*parts: Tensor | None) -> str:
     """Return a hash of the data's content: a run goes on with the same."""
     digest = hashlib.blake2s(digest_size=8)
-    for part in (states, labels):
+    for part in parts:
         if part is not None:
             digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
             digest.update(part.contiguous().flatten().view(torch.uint8).numpy().data)
@@ -222,7 +238,7 @@ def own_loss(loss: Any, cfg: Any) -> Form:
     """UserError for a class of another kind, or what cannot be called."""
     plain: Any = OmegaConf.to_container(cfg.loss)
     base = {key: node for key, node in plain.items() if key not in ("second_time", "_target_")}
-    kind = loss.func if isinstance(loss, functools.partial) else loss if inspect.isclass(loss) else type(loss)
+    kind = loss.func if isinstance(loss, partial) else loss if inspect.isclass(loss) else type(loss)
     if isinstance(kind, type) and issubclass(kind, FlowObjective):
         base["training"] = base["training"] | {"learns": kind.learns}
         if isinstance(loss, FlowObjective):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import launcher
 from common.own_objects import makers
@@ -49,6 +50,19 @@ class Net(nn.Module):
     def forward(self, unified: Tensor) -> Tensor:
         x, times = split_unified_flow_matching_input(unified)
         return self.layers(torch.cat([x, times], 1))
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """A data set as a user has it, items being dictionaries."""
+
+    def __init__(self, shift: float = 0.0):
+        self.shift = shift
+
+    def __len__(self) -> int:
+        return 120
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"x": torch.full((2,), index / 60) + self.shift + torch.rand(2), "label": index % 3}
 
 
 class Stop(Callback):
@@ -115,6 +129,15 @@ def test_an_interrupted_run_goes_on_in_another_session_that_is_given_the_same_ob
     again.fit()
     assert "has done its 12 steps already" in capsys.readouterr().out
     assert again.fit("epochs=3").state == "finished" and load_checkpoint(again.checkpoint())["step"] == 18
+
+
+def test_a_data_set_streams_and_goes_on(tmp_path):
+    straight = experiment(tmp_path, name="straight", data=Rows()).fit()
+    own = experiment(tmp_path, data=Rows(), epochs=1)
+    own.fit()
+    assert equal(weights(own.fit("epochs=2").checkpoint), weights(straight.checkpoint))
+    with pytest.raises(Exception, match="the data given are others than the run was made with"):
+        experiment(tmp_path, data=Rows(1.0)).evaluate()
 
 
 class Late(FlowObjective):
