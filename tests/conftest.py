@@ -1,4 +1,5 @@
 """Before any test imports trackio: its files go to a temporary folder, never to the user's dashboard."""
+# ruff: noqa: E402
 
 import io
 import os
@@ -6,6 +7,7 @@ import pickle
 import random
 import signal
 import struct
+import sys
 import tarfile
 import tempfile
 from collections import Counter
@@ -15,9 +17,15 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+BYTECODE = tempfile.TemporaryDirectory(prefix="bytecode-tests-", ignore_cleanup_errors=True)
+if sys.dont_write_bytecode:  # every process that the tests start would compile torch's sources again, seconds each
+    sys.dont_write_bytecode, sys.pycache_prefix = False, BYTECODE.name
+    os.environ["PYTHONPYCACHEPREFIX"] = BYTECODE.name
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 import numpy as np
 import pytest
-import torch
+import torch  # compiled once, here
 from PIL import Image
 
 TRACKIO_FOLDER = tempfile.TemporaryDirectory(prefix="trackio-tests-", ignore_cleanup_errors=True)
