@@ -84,7 +84,7 @@ def report_error(error: Exception) -> None:
     elif ERROR_FILE_ENV in os.environ:
         Path(os.environ[ERROR_FILE_ENV]).write_text(str(error))
     else:
-        print(f"launcher.py: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
 
 
 def is_first_to_fail(why: str) -> bool:

@@ -50,6 +50,13 @@ def split(words: list[str], settings: dict[str, str]) -> tuple[dict[str, str], l
     return settings | said, [word for word, (key, equals, _) in pairs if not (equals and key in settings)]
 
 
+def place_sentence(error: OSError) -> str:
+    """Return what is wrong with a place that cannot be written. Raises the error where it is another."""
+    if error.errno not in (*DISK_ERRORS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST):
+        raise error
+    return f"{printable(disk_sentence(error))}; make room there, or choose another place (most often by out=)"
+
+
 def front(words: list[str], doc: str | None, carry_out: Callable[[list[str]], object]) -> int:
     """Carry out a command line; the exit status. A text or path that it returns is printed, a whole number is the status.
 
@@ -67,10 +74,7 @@ def front(words: list[str], doc: str | None, carry_out: Callable[[list[str]], ob
     except UserError as error:
         sentence, status = str(error), 1
     except OSError as error:
-        if error.errno not in (*DISK_ERRORS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST):
-            raise
-        place = printable(disk_sentence(error))
-        sentence, status = f"{place}; make room there, or choose another place (most often by out=)", 1
+        sentence, status = place_sentence(error), 1
     else:
         if isinstance(outcome, str | Path):
             print(printable(str(outcome)))

@@ -1,7 +1,7 @@
 """Collectives over the processes of a run; with one process each answers at once."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
@@ -141,6 +141,20 @@ def all_reduce_sum(parts: Tensor) -> Tensor:
     if world() > 1:
         dist.all_reduce(parts)
     return parts
+
+
+def shared_out(parts: Sequence[T], work: Callable[[T], Tensor]) -> Tensor:
+    """Return what `work` gives for all parts, one after another, on the CPU; each rank, all of which call this, does some.
+
+    Rank 0 does the last part, so that what counts calls has counted what it would have counted alone.
+    """
+    count = len(parts)
+    own = {k: work(parts[k]).cpu() for k in range((count - 1 - rank()) % world(), count, world())}
+    if world() > 1:
+        done: list[dict[int, Tensor]] = [{}] * world()
+        dist.all_gather_object(done, own)
+        own = {k: values for some in done for k, values in some.items()}
+    return torch.cat([own[k] for k in range(count)])
 
 
 def orphaned() -> bool:

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from common.distributed import rank
+
 LONG = 10.0  # seconds from which on an estimate is printed
 BETWEEN = 30.0  # seconds at least between two lines, and a tenth of the whole
 FORM = {
@@ -51,7 +53,7 @@ def bar(**settings: Any) -> Any:
         settings |= {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
     elif in_notebook():
         settings |= {"ncols": 80}
-    return tqdm(disable=not (on_terminal() or in_notebook()), **settings)
+    return tqdm(disable=rank() > 0 or not (on_terminal() or in_notebook()), **settings)
 
 
 class Progress:
@@ -71,7 +73,7 @@ class Progress:
         self.bar.update(done)
         if first and 10 * done < self.total - self.initial:  # one of many, which also prepares: no measure of the others
             self.begun, self.initial = time.perf_counter(), self.done
-        elif self.bar.disable:
+        elif self.bar.disable and rank() == 0:
             self.speak(time.perf_counter())
 
     def speak(self, now: float) -> None:

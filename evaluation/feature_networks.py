@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.distributed import shared_out, world
 from common.errors import UserError
-from common.progress import each
+from common.progress import progress
 from configuration.build import build
 from configuration.stored import stored_config
 from dataloaders.array_header import reading
@@ -20,7 +21,6 @@ from models.classifier.classifier import Classifier
 from run_files.checkpoint import load_checkpoint
 
 SHIPPED = Path(__file__).resolve().parents[1] / "models" / "classifier"  # <name>.safetensors, beside the code
-CHUNK, INCEPTION_CHUNK = 500, 50  # images seen at once
 INCEPTION_FILE = "inception-2015-12-05.pt"
 INCEPTION_SOURCE = "stylegan2-ada-pytorch/pretrained/metrics of NVIDIA's research downloads"
 
@@ -29,21 +29,37 @@ class FeatureNetwork(ABC):
     """Maps images to features. Sees bytes, as a file holds them, so that samples and their files score alike.
 
     name: in metric names. weights: hash of its weights. resize: what is done to an image before it is seen.
-    num_classes: of its answers, 0 where it gives none.
+    num_classes: of its answers, 0 where it gives none. chunk: images seen at once. together: every rank asks for the same
+    features, and computes a share of them.
     """
 
     name: str
     weights: str
     resize: str
     num_classes: int = 0
+    chunk: int
+    together: bool = False
 
     @abstractmethod
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         """Return why it cannot see images of this shape (C, H, W); None if it can."""
 
     @abstractmethod
+    def chunk_features(self, images: Tensor, device: torch.device) -> Tensor:
+        """Return features (B, F) fp32 of at most `chunk` images, bytes (B, C, H, W)."""
+
+    @torch.no_grad()
     def features(self, images: Tensor, device: torch.device) -> Tensor:
         """Return features (N, F) fp32 on `device` of bytes (N, C, H, W)."""
+        parts, sharing = images.split(self.chunk), world() if self.together else 1
+        with progress(f"features by {self.name}", len(parts)) as shown:
+
+            def of(part: Tensor) -> Tensor:
+                found = self.chunk_features(part, device)
+                shown.advance(sharing)
+                return found
+
+            return (shared_out(parts, of) if self.together else torch.cat([of(part) for part in parts])).to(device)
 
     def metric(self, score: str) -> str:
         """Return the metric's full name for a score: "frechet_distance", "kernel_distance", "precision", ..."""
@@ -58,6 +74,7 @@ class ClassifierFeatures(FeatureNetwork):
     as RGB to a classifier of RGB images."""
 
     resize = "no resize"
+    chunk = 500
 
     def __init__(self, classifier: Classifier, name: str, shape: list[int], value_range: tuple[float, float]):
         self.classifier, self.name, self.shape, self.value_range = classifier, name, tuple(shape), value_range
@@ -69,13 +86,10 @@ class ClassifierFeatures(FeatureNetwork):
             return None
         return f"{self.name} sees images of shape {list(self.shape)}, not {list(shape)}"
 
-    @torch.no_grad()
-    def features(self, images: Tensor, device: torch.device) -> Tensor:
-        self.classifier.to(device)
+    def chunk_features(self, images: Tensor, device: torch.device) -> Tensor:
         low, high = self.value_range
-        shown = images.expand(-1, self.shape[0], -1, -1)
-        parts = each(shown.split(CHUNK), f"features by {self.name}")
-        return torch.cat([self.classifier.features(low + (high - low) * part.to(device).float() / 255) for part in parts])
+        shown = images.expand(-1, self.shape[0], -1, -1).to(device)
+        return self.classifier.to(device).features(low + (high - low) * shown.float() / 255)
 
     def answers(self, features: Tensor) -> Tensor:
         """Return the classes (N,) that features (N, F) are taken for."""
@@ -91,6 +105,7 @@ class InceptionFeatures(FeatureNetwork):
 
     name = "inception"
     resize = "clean-fid's resize to 299x299"
+    chunk = 50
     names = {"frechet_distance": "eval/fid", "kernel_distance": "eval/kid"}
 
     def __init__(self, path: str):
@@ -108,16 +123,13 @@ class InceptionFeatures(FeatureNetwork):
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         return None if shape[0] in (1, 3) else f"Inception sees gray or RGB images, not {shape[0]} channels"
 
-    @torch.no_grad()
-    def features(self, images: Tensor, device: torch.device) -> Tensor:
+    def chunk_features(self, images: Tensor, device: torch.device) -> Tensor:
         from cleanfid.resize import build_resizer
 
         resizer, network = build_resizer("clean"), load_inception(str(self.file.parent)).to(device)
-        colored, found = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu(), []
-        for part in each(colored.split(INCEPTION_CHUNK), "features by Inception"):
-            resized = np.stack([resizer(image).transpose(2, 0, 1) for image in part.numpy()])
-            found.append(network(torch.from_numpy(resized).to(device)))
-        return torch.cat(found)
+        colored = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu()
+        resized = np.stack([resizer(image).transpose(2, 0, 1) for image in colored.numpy()])
+        return network(torch.from_numpy(resized).to(device))
 
     def metric(self, score: str) -> str:
         return self.names.get(score, f"eval/{score}")

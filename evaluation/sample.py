@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.device import pick_device
+from common.distributed import shared_out, world
 from common.errors import UserError
 from common.progress import watched
 from common.ranges import Count
@@ -53,11 +54,13 @@ class TrainedModel:
         solver: Sampler | None = None,
         evaluations: int | None = None,
         guidance: Guidance | float | None = None,
+        together: bool = False,
     ) -> Tensor:
         """Return n samples (n, *state_shape) on the CPU, latents of a latent model; sample i depends on label, seed and i.
 
         label: as in `labels`. solver, guidance: instead of the run's own; a number is a scale of classifier-free guidance,
         and 1 is none. evaluations: so many equal steps of one evaluation each instead of a solver, see few_steps.
+        together: every rank calls this, and makes a share of the samples.
         UserError for more samples than this machine's memory holds.
         """
         check_value("n", n, Setting(Count))
@@ -66,13 +69,16 @@ class TrainedModel:
         if evaluations is not None:
             check_guides_a_step(flow, evaluations)
             solver = generate.few_step_solver(flow, evaluations)
-        solver, fresh, samples = solver or parts.build_solver(self.config), generate.fresh_noise(source, seed), []
-        with watched(flow.network, f"{n:,} samples", n * solver.evaluations_ahead):
-            for first in range(0, n, generate.CHUNK):
-                noise = generate.fixed_noise(source, min(generate.CHUNK, n - first), seed, first=first).to(self.device)
-                own = None if labels is None else labels[first : first + generate.CHUNK].to(self.device)
-                samples.append(generate.sample_chunk(flow, solver, noise, own, fresh, first).cpu())
-        return torch.cat(samples)
+        solver, fresh = solver or parts.build_solver(self.config), generate.fresh_noise(source, seed)
+
+        def chunk(first: int) -> Tensor:
+            noise = generate.fixed_noise(source, min(generate.CHUNK, n - first), seed, first=first).to(self.device)
+            own = None if labels is None else labels[first : first + generate.CHUNK].to(self.device)
+            return generate.sample_chunk(flow, solver, noise, own, fresh, first).cpu()
+
+        firsts, sharing = range(0, n, generate.CHUNK), world() if together else 1
+        with watched(flow.network, f"{n:,} samples", n * solver.evaluations_ahead // sharing):
+            return shared_out(firsts, chunk) if together else torch.cat([chunk(first) for first in firsts])
 
     def labels(self, n: int, label: Label) -> Tensor | None:
         """Return the labels (n,) of n samples, None for an unconditional model.
@@ -214,12 +220,16 @@ def trained_objective(payload: dict[str, Any], config: dict[str, Any], path: Pat
 
 @torch.no_grad()
 def generation_of(model: TrainedModel, n: int, seed: int, label: Label, evaluations: int | None, cache: Path) -> Generation:
-    """Return n samples as metrics see them, beside the data the model learned; as TrainedModel.sample makes them."""
+    """Return n samples as metrics see them, beside the data the model learned; as TrainedModel.sample makes them.
+
+    Every rank, all of which call this, makes a share of them.
+    """
     device, weights = model.device, weights_in_words(model.config, model.step)
     given = parts.evaluation_inputs(model.objective, model.config, device, cache, weights)
     flow, labels = given.flow or model.objective, model.labels(n, label)
+    samples = model.sample(n, seed, label, given.solver, evaluations, together=True)
     made = {
-        "objective": flow, "seed": seed, "samples": model.sample(n, seed, label, given.solver, evaluations).to(device),
+        "objective": flow, "seed": seed, "samples": samples.to(device),
         "noise": generate.fixed_noise(parts.build_source(model.config, CPU), n, seed).to(device),
         "label": None if labels is None else labels.to(device),
     }  # fmt: skip

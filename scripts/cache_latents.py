@@ -4,13 +4,15 @@
     python scripts/cache_latents.py out=data/imagenet_latents dataloaders=imagenet_pixels vae.path=sd-vae-ft-ema
     python scripts/cache_latents.py out=data/mine dataloaders=image_folder dataloaders.root=pictures dataloaders.size=256
     python scripts/cache_latents.py out=data/imagenet_latents verify=true     # every checksum again
+    torchrun --nproc-per-node 8 scripts/cache_latents.py out=data/imagenet_latents dataloaders=imagenet_pixels   # eight GPUs
     python launcher.py run_name=x dataloaders=imagenet dataloaders.path=data/mine model=dit_s
 
 Writes shards of `shard_rows` pictures: <part>-00000.npy, moments (rows, 2, 2, C, h, w) in fp16, of each picture the mean and
 standard deviation of its latent, then those of its mirror image; <part>-00000-labels.npy; and manifest.json with a checksum
 for each file. A file appears only once it is whole. Killed, the same command goes on at the shard it was at, and its files
-are the same as if nothing had happened; files that are missing or cut short are made again,
-damaged ones once they are deleted. It refuses when the pictures have changed since: a cache is of one set of them.
+are the same as if nothing had happened; so are those of several processes of torchrun, which share the shards. Files that
+are missing or cut short are made again, damaged ones once they are deleted. It refuses when the pictures have changed since:
+a cache is of one set of them.
 
 How long the encoding will take is said on stderr, measured on its first batch.
 
@@ -29,12 +31,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import front
 from common.errors import UserError
-from common.files import remove_temporaries, replacing, write_atomically
+from common.files import locked, remove_temporaries, replacing, write_atomically
 from common.ranges import Range
 from dataloaders.picture_files import MANIFEST
-from scripts.settings import read_settings
+from scripts.settings import front_of_ranks, read_settings
 
 if TYPE_CHECKING:
     from torch import device
@@ -78,7 +79,9 @@ class Cache:
         self.folder, self.file = folder, folder / MANIFEST
         self.manifest: dict[str, Any] = {"format": FORMAT, "finished": False, "made_from": made_from, "shards": []}
         if not self.file.exists():
-            if folder.exists() and any(path.suffix not in (".partial", ".npy", ".tmp") for path in folder.iterdir()):
+            if folder.exists() and any(
+                path.suffix not in (".partial", ".npy", ".tmp", ".lock") for path in folder.iterdir()
+            ):
                 raise UserError(f"out={folder} holds other things than cached latents; give a new folder")
             folder.mkdir(parents=True, exist_ok=True)
             return
@@ -110,21 +113,28 @@ class Cache:
             with replacing(path) as stream:
                 np.save(stream, array, allow_pickle=False)
             shard |= {key: file, f"{key}_bytes": path.stat().st_size, f"{key}_blake2b": checksum(path)}
-        others = [other for other in self.manifest["shards"] if other["file"] != name]
-        self.manifest["shards"] = sorted([*others, shard], key=lambda entry: str(entry["file"]))
-        self.write()
+        with locked(self.file):  # other ranks list theirs
+            self.reread()
+            others = [other for other in self.manifest["shards"] if other["file"] != name]
+            self.manifest["shards"] = sorted([*others, shard], key=lambda entry: str(entry["file"]))
+            self.write()
+
+    def reread(self) -> None:
+        if self.file.exists():
+            self.manifest = read_manifest(self.folder)
 
     def write(self) -> None:
         write_atomically(self.file, json.dumps(self.manifest, indent=1) + "\n")
 
     def finish(self, shape: list[int], num_classes: int) -> None:
-        """Say that every shard is there, and remove what killed processes left half-written."""
+        """Say that every shard is there, and remove what processes leave: locks, and of killed ones what is half-written."""
+        self.reread()
         shards = self.manifest["shards"]
         parts = {part: sum(s["rows"] for s in shards if s["part"] == part) for part in ("train", "held_out")}
         self.manifest |= {"finished": True, "shape": shape, "num_classes": num_classes, "parts": parts}
         self.write()
         remove_temporaries(self.folder)
-        for left in self.folder.glob("*.partial"):  # as older versions named them
+        for left in (*self.folder.glob("*.partial"), *self.folder.glob(".*.lock")):  # .partial: of older versions
             left.unlink()
 
 
@@ -212,6 +222,7 @@ def files_of(dataset: "ImageStream") -> dict[str, Any]:
 def encode(settings: Settings, overrides: list[str]) -> str:
     """Encode every shard that is not there yet, of both parts, and return what the folder holds then."""
     from common.device import pick_device
+    from common.distributed import barrier, rank
     from common.progress import watched
     from models.vae.stable_diffusion_vae import WEIGHTS_FILE, StableDiffusionVAE
 
@@ -232,6 +243,9 @@ def encode(settings: Settings, overrides: list[str]) -> str:
             encode_part(cache, part, reader, plans[part], vae, settings.num_workers)
     height, width = dataset.state_shape[1:]
     shape = [vae.latent_channels, height // vae.factor, width // vae.factor]
+    barrier()
+    if rank():
+        return ""
     cache.finish(shape, dataset.num_classes)
     lost = [name for shard in cache.manifest["shards"] for name in shard["unreadable"]]
     named = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
@@ -240,9 +254,12 @@ def encode(settings: Settings, overrides: list[str]) -> str:
 
 
 def missing(cache: Cache, part: str, pictures: int, settings: Settings) -> dict[str, list[list[int]]]:
-    """Return the shards of one part that are not there, by name: the numbers of their pictures, in batches."""
+    """Return the shards of one part that are not there and this rank makes, by name: the numbers of their pictures, in
+    batches."""
+    from common.distributed import rank, world
+
     rows, step, plan = settings.shard_rows, settings.batch_size, dict[str, list[list[int]]]()
-    for first in range(0, pictures, rows):
+    for first in range(rank() * rows, pictures, world() * rows):
         name, numbers = f"{part}-{first // rows:05d}.npy", list(range(first, min(first + rows, pictures)))
         if not cache.holds(name):
             plan[name] = [numbers[begin : begin + step] for begin in range(0, len(numbers), step)]
@@ -302,7 +319,7 @@ def cache_latents(words: list[str]) -> str:
 
 
 def main(words: list[str]) -> int:
-    return front(words or ["--help"], __doc__, cache_latents)
+    return front_of_ranks(words or ["--help"], __doc__, cache_latents)
 
 
 if __name__ == "__main__":

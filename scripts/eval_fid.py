@@ -5,6 +5,9 @@
     python scripts/eval_fid.py ckpt=outputs/ckpts/unet_small/x_last.pt nfe=1 label=all      # by its data's own network
     python scripts/eval_fid.py samples=my_pictures reference=other_pictures network=weights/inception
     python scripts/eval_fid.py samples=samples.npz reference=cifar10_statistics.npz network=weights/inception
+    torchrun --nproc-per-node 2 scripts/eval_fid.py ckpt=outputs/ckpts/unet/x_last.pt n=50000 network=weights/inception
+
+Processes that torchrun has started, on one node or several, share the samples and the features; the scores are the same.
 
 Keys: ckpt or samples (a folder of pictures, or a .npz with arr_0); network (the folder of inception-2015-12-05.pt for FID;
 the name of a shipped classifier such as digits_classifier, or the checkpoint of one, for Frechet distances in its features);
@@ -23,12 +26,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import front
 from common.errors import UserError
 from common.files import end_of, write_atomically
 from common.ranges import CountFrom2, Replicates, Seed, Steps
 from run_files.checks import check_writable
-from scripts.settings import read_settings
+from scripts.settings import front_of_ranks, read_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,6 +73,7 @@ def read_words(words: list[str]) -> tuple[Settings, list[str]]:
 def evaluate(words: list[str]) -> "list[Score | Absent]":
     """Carry out the command; prints the scores and returns them."""
     settings, overrides = read_words(words)
+    from common.distributed import rank
     from configuration.stored import allow
     from evaluation.metrics.base_metric import Absent, Score
     from evaluation.report import print_table
@@ -78,17 +81,19 @@ def evaluate(words: list[str]) -> "list[Score | Absent]":
     allow(settings.trust)
     results = of_files(settings) if settings.samples else of_checkpoint(settings, overrides)
     print_table([r for r in results if isinstance(r, Score)], [r for r in results if isinstance(r, Absent)])
-    if settings.out:
+    if settings.out and rank() == 0:
         write_atomically(settings.out, json.dumps([vars(result) for result in results], indent=1) + "\n")
     return results
 
 
 def network_of(spec: str) -> "FeatureNetwork":
-    """Inception where its weights lie in that folder, else a classifier."""
+    """Inception where its weights lie in that folder, else a classifier; the ranks share its work."""
     from evaluation.feature_networks import InceptionFeatures, classifier_features
 
     path = Path(spec)
-    return InceptionFeatures(spec) if path.is_dir() or path.name.startswith("inception") else classifier_features(spec)
+    network = InceptionFeatures(spec) if path.is_dir() or path.name.startswith("inception") else classifier_features(spec)
+    network.together = True
+    return network
 
 
 def replicates_of(settings: Settings, network: "FeatureNetwork") -> int:
@@ -148,7 +153,7 @@ def between(
 
 
 def main(words: list[str]) -> int:
-    return front(words or ["--help"], __doc__, evaluate)
+    return front_of_ranks(words or ["--help"], __doc__, evaluate)
 
 
 if __name__ == "__main__":

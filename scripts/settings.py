@@ -1,16 +1,36 @@
 """The key=value words of a script, read into a dataclass of its settings and checked as the settings of runs are."""
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, TypeVar, Union, get_type_hints
 
-from common.errors import UserError
+from common.command_line import front, place_sentence
+from common.errors import UserError, printable
 from configuration.values import FilePath, Setting, check_value, options_of, range_in
+from launcher import RANK_VARIABLES
 
 T = TypeVar("T")
+
+
+def front_of_ranks(words: list[str], doc: str | None, carry_out: Callable[[list[str]], object]) -> int:
+    """Carry out a command line as `front` does; where torchrun has started several processes, this one's part in it."""
+    if not os.environ.keys() >= RANK_VARIABLES:
+        return front(words, doc, carry_out)
+    from backends.workers import run_distributed
+
+    def own_part() -> None:
+        try:
+            outcome = carry_out(words)
+        except OSError as error:
+            raise UserError(place_sentence(error)) from error
+        if isinstance(outcome, str):
+            print(printable(outcome))
+
+    run_distributed(own_part)
 
 
 def read_settings(words: list[str], kind: type[T], groups: Sequence[str] = (), others: str = "") -> tuple[T, list[str]]:

@@ -93,7 +93,7 @@ cache_latents.Cache.add = once
 cache_latents.main({words!r})
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == -9
-    assert {path.suffix for path in out.iterdir()} == {".npy", ".json", ".tmp"}
+    assert {path.suffix for path in out.iterdir()} == {".npy", ".json", ".tmp", ".lock"}
     assert "is not finished; give the command that began it again" in refusal("imagenet", {"path": out})
     before = (out / "train-00000.npy").stat().st_mtime_ns
     assert cache_latents.main(words) == 0
