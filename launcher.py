@@ -50,6 +50,7 @@ flags (anywhere on the line)
   --gpu H100                   the GPU to rent, H100:4 for four, short for backend.gpu=
   --no-detach                  wait for a rented GPU and show what it prints, short for backend.detach=false
   -m                           one run for every combination of a=1,2 b=x,y; run again, it skips what has finished
+  --search optuna              try n=40 runs of a=interval(1,2) b=choice(x,y); run again, it goes on (docs/searches.md)
   --dry-run                    print what would run, and where; nothing is started or written
   --prove loss=NAME            is the exact field where this loss is least? Exit status 0 yes, 3 no, 4 undecided
   --prove FILE.py:FUNCTION     the same of a plain loss of (network, x0, x1); convention=reversed: t = 0 is data
@@ -176,6 +177,26 @@ def through_hydra(arguments: list[str]) -> None:
             print(sweep.closing_table())
 
 
+def without_search(arguments: list[str]) -> tuple[list[str], str | None]:
+    """Return the words without --search KIND, and the kind; None where it is not among them."""
+    place = next((k for k, word in enumerate(arguments) if word.partition("=")[0] == "--search"), None)
+    if place is None:
+        return arguments, None
+    kind, rest = arguments[place].partition("=")[2], arguments[:place] + arguments[place + 1 :]
+    return (rest, kind) if "=" in arguments[place] else (rest[:place] + rest[place + 1 :], "".join(rest[place : place + 1]))
+
+
+def searched(kind: str, words: list[str], dry_run: bool) -> int:
+    """Carry out a search; returns the exit status. UserError for a flag that it does not take."""
+    from common.errors import UserError
+    from searches.command import command
+
+    flags = [word for word in words if word.startswith("-")]
+    if flags or os.environ.keys() >= RANK_VARIABLES:
+        raise UserError(f"--search chooses its runs itself; leave {flags[0] if flags else 'torchrun'} out")
+    return command(kind, words, dry_run)
+
+
 def dashboard(words: list[str]) -> None:
     """Serve the tracker's dashboard on the configured project, and open a browser at it where there is one.
 
@@ -221,10 +242,13 @@ def carry_out(arguments: list[str]) -> int:
         from evaluation.prove_command import command
 
         return command([word for word in arguments if word != "--prove"])
+    arguments, search = without_search(arguments)
     words = [word for word in with_flags_as_overrides(arguments) if word != "--dry-run"]
     flag = unknown_flag(words)
     if flag is not None:
         raise UserError(f"there is no flag {flag}; `python launcher.py --help` lists them")
+    if search is not None:
+        return searched(search, words, "--dry-run" in arguments)
     if "--dry-run" in arguments:
         dry_run(words)
     elif any(word.split("=")[0] in HYDRA_FLAGS for word in words):

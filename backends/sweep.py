@@ -44,9 +44,12 @@ class Sweep:
         if not any(word.startswith("hydra/sweeper") for word in words):
             for override in overrides:
                 if override.is_interval_sweep() or isinstance(override.value(), Glob):
+                    search = (
+                        f", and `--search optuna {override.input_line}` searches" if override.is_interval_sweep() else ""
+                    )
                     raise UserError(
-                        f"{override.input_line} lists no values; a sweep tries those it is given, as in "
-                        f"{override.key_or_group}=FIRST,SECOND (it does not search an interval yet)"
+                        f"{override.input_line} lists no values; a sweep tries those it is given, as in -m "
+                        f"{override.key_or_group}=FIRST,SECOND{search}"
                     )
             (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
             self.prepared = {tuple(job): self.prepare(job) for job in jobs}

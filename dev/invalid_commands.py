@@ -140,6 +140,23 @@ EXTREMES_OF_CHOICES = [
     ["-m", "optimizer.lr=interval(1e-4,1e-2)"], ["-m", "seed=glob(*)"], ["-m", "seed=interval(1,3)"],
     ["model=unet", "dataloaders=digits", "model.multipliers=[]"],
 ]  # fmt: skip
+RATE = "optimizer.lr=interval(1e-4,1e-2)"
+SEARCHES = [
+    [], ["n=0", RATE], ["n=-3", RATE], ["n=two", RATE], ["n=1.5", RATE], ["n=", "jobs=", RATE], [f"n={10**30}", RATE],
+    ["jobs=0", RATE], ["jobs=x", RATE], ["sampler=simplex", RATE], ["pruner=axe", RATE], ["metric=nothing", RATE],
+    ["metric=train/loss", RATE], ["metric=eval/", RATE], ["sampler=grid", RATE], ["sampler=cmaes", RATE],
+    ["sampler=grid", "n=99", "seed=1,2"], ["optimizer.lr=interval(1e-2,1e-4)"], ["optimizer.lr=interval(1e-2,1e-2)"],
+    ["optimizer.lr=interval(0,inf)"], ["optimizer.lr=interval(nan,1)"], ["optimizer.lr=interval(-1,1)"],
+    ["optimizer.lr=interval(1e-4)"], ["optimizer.lr=interval(a,b)"], ["optimizer.lr=tag(log,interval(0,1))"],
+    ["optimizer.lr=tag(log,linear,interval(1,2))"], ["optimizer.lr=tag(cube,interval(1,2))"],
+    ["model.width=interval(1.5,8)"],
+    ["model.width=interval(0,8)"], ["model.width=choice(0,64)"], ["model.width=choice(64,64)"], ["seed=range(0,1e9)"],
+    ["seed=range(5,1)"], ["seed=glob(*)"], ["run_name=choice(a,b)"], ["output_dir=a,b"], ["device=cpu,cuda"],
+    ["resume=true", RATE], ["overwrite=true", RATE], ["eval_checkpoint=x.pt", RATE], ["model.colour=interval(0,1)"],
+    ["model=choice(mlp,cnn)"], ["model=interval(0,1)"], ["solver=choice(euler,nothing)"], ["-m", RATE],
+    [RATE, "--cfg", "job"], [RATE, "optimizer.lr=1e-3"],
+    ["--backend", "slurm", RATE], ["--backend", "modal", RATE], [RATE, RATE], ["lr=interval(0,1)"],
+]  # fmt: skip
 mistakes: dict[str, st.SearchStrategy[Command]] = {
     "an unknown key": st.tuples(made_up, st.sampled_from(["1", "true", "x", "[1]"])).map(lambda p: [f"{p[0]}={p[1]}"]),
     "an unknown key of a group": st.tuples(st.sampled_from(["model", "optimizer", "solver", "loss"]), made_up).map(
@@ -175,6 +192,8 @@ mistakes: dict[str, st.SearchStrategy[Command]] = {
     "a part's value among others": st.sampled_from(PARTS).map(lambda p: [*p[0], f"{p[1]}={p[2]}"]),
     "a value that a key may not have": st.sampled_from(OWN).map(lambda p: [f"{p[0]}={p[1]}"]),
     "an extreme": st.sampled_from(EXTREMES).map(lambda word: [word]),
+    "a wrong search": st.sampled_from(SEARCHES).map(lambda words: ["--search", "optuna", *words]),
+    "no kind of search": st.sampled_from([["--search"], ["--search", "golf"], ["--search="]]).map(lambda w: [*w, RATE]),
     "an extreme of a choice": st.sampled_from(EXTREMES_OF_CHOICES),
 }  # fmt: skip
 

@@ -164,9 +164,9 @@ def words_for(folder: Path, epochs: int, more: Sequence[str] = ()) -> list[str]:
     return [*place, "resume=true"] if begun else [*place, *SMALL, f"epochs={epochs}", *more]
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
-    """Return metrics.jsonl without its timings."""
-    lines = (folder / "runs/x/metrics.jsonl").read_text().splitlines()
+def rows(folder: Path, name: str = "x") -> list[dict[str, Any]]:
+    """Return metrics.jsonl of a run without its timings."""
+    lines = (folder / f"runs/{name}/metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if not any(word in k for word in TIMING)} for line in lines]
 
 

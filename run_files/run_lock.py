@@ -11,10 +11,13 @@ from common.files import own_file
 
 
 class RunLock:
-    """A lock on <folder>/.lock, which the system releases when its process ends, however it ends."""
+    """A lock on <folder>/.lock, which the system releases when its process ends, however it ends.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / ".lock"
+    doing: what its holder does, in words, {} standing for the folder's name.
+    """
+
+    def __init__(self, folder: Path, doing: str = "run {} is being trained") -> None:
+        self.folder, self.path, self.doing = folder, folder / ".lock", doing
         self.file: TextIO | None = None
 
     def acquire(self) -> None:
@@ -34,7 +37,7 @@ class RunLock:
         except BlockingIOError as error:
             who = self.path.read_text(errors="replace")[:100] or "another process"
             raise UserError(
-                f"run {self.folder.name} is being trained by another process right now ({who}); wait for it, or choose "
+                f"{self.doing.format(self.folder.name)} by another process right now ({who}); wait for it, or choose "
                 "another run_name"
             ) from error
         except OSError as error:

@@ -3,14 +3,12 @@
 import json
 import math
 import os
-import signal
 import statistics
 import subprocess
-import sys
 import time
 from importlib.metadata import version
 
-from common.command_line import ROOT
+from backends.processes import last_line, started, stop_all, threads_each
 from common.files import write_atomically
 from evaluation.leaderboard_table import ENERGY, SECONDS
 from scripts.leaderboard_runs import Entry
@@ -22,7 +20,7 @@ class JobPool:
     def __init__(self, queue: list[Entry], jobs: int, seconds: list[float]):
         """seconds: what runs of the table have taken so far, for the estimate of the time left."""
         self.queue, self.jobs, self.seconds = queue, jobs, seconds
-        self.threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.threads = threads_each(jobs)
         self.waiting = list(queue)
         self.live: dict[Entry, subprocess.Popen[bytes]] = {}
         self.failed: list[Entry] = []
@@ -42,7 +40,7 @@ class JobPool:
                     self.end(entry, self.live.pop(entry).returncode)
                 time.sleep(0.1)
         except KeyboardInterrupt:
-            self.stop()
+            stop_all(self.live.values())
             raise
 
     def must_wait(self, entry: Entry) -> bool:
@@ -64,13 +62,8 @@ class JobPool:
         if state != "begun":
             write_atomically(entry.facts, json.dumps({"hardware": self.hardware(), "torch": version("torch")}) + "\n")
         self.report(entry, "goes on" if state == "begun" else "begins")
-        with entry.printed.open("ab" if state == "begun" else "wb") as printed:
-            # A session of its own: Ctrl-C reaches this process alone, which asks each run to stop once.
-            self.live[entry] = subprocess.Popen(
-                [sys.executable, str(ROOT / "launcher.py"), f"run_name={entry.name}", *entry.words, *how],
-                stdin=subprocess.DEVNULL, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
-            )  # fmt: skip
+        words = [f"run_name={entry.name}", *entry.words, *how]
+        self.live[entry] = started(words, entry.printed, state == "begun", self.threads)
 
     def hardware(self) -> str:
         cores, threads = os.cpu_count() or 1, self.threads
@@ -80,8 +73,7 @@ class JobPool:
         """Report a run whose process has ended."""
         status = entry.folder.status.read()
         if exit_status or status.get("state") != "finished":
-            lines = entry.printed.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            self.fail(entry, f"{lines[-1] if lines else f'status {exit_status}'} ({entry.printed})")
+            self.fail(entry, f"{last_line(entry.printed) or f'status {exit_status}'} ({entry.printed})")
             return
         self.seconds.append(status["seconds"])
         scores = entry.scores()
@@ -104,11 +96,3 @@ class JobPool:
 
     def report(self, entry: Entry, words: str) -> None:
         print(f"{self.queue.index(entry) + 1} of {len(self.queue)}  {entry.title}: {words}", flush=True)
-
-    def stop(self) -> None:
-        """Ask the runs at work to save, and wait until they have."""
-        print(f"waiting for {len(self.live)} run(s) to save; the same command goes on", file=sys.stderr, flush=True)
-        for process in self.live.values():
-            process.send_signal(signal.SIGTERM)  # SIGINT is ignored by children of a background shell until they train
-        for process in self.live.values():
-            process.wait()

@@ -36,6 +36,7 @@ FLOORS = (
     "training",
     "train",
     "backends",
+    "searches",
     "launcher",
     "experiment",
     "visualizers",

@@ -20,6 +20,7 @@ from configuration.compose import compose_config, groups, parse_overrides, resol
 from dataloaders.picture_files import MANIFEST
 from evaluation.prove_command import prepared
 from scripts import cache_latents, eval_fid, export, leaderboard, modal_app, runs, sample, trackio_delete, trackio_rebuild
+from searches.plan import plan_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs/experiment").glob("*.yaml"))]
@@ -64,6 +65,10 @@ def check_launch(arguments: list[str]) -> None:
     if "--prove" in arguments:
         words = [word for word in arguments if word != "--prove"]
         assert any(".py:" in word for word in words) or prepared(words)
+        return
+    arguments, search = launcher.without_search(arguments)
+    if search == "optuna":
+        plan_of(arguments)
         return
     words = [word for word in launcher.with_flags_as_overrides(arguments) if word not in ("--dry-run", "...")]
     assert launcher.unknown_flag(words) is None

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 import launcher
+from backends import processes
 from run_files.run_folder import RunFolder
 from scripts import job_pool
 from scripts import leaderboard as board_script
@@ -51,7 +52,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., in
     """run(*words, objectives=..., seeds=..., datasets=..., common=...) in tmp_path, its runs in this process."""
     InProcess.commands = []
     fake = SimpleNamespace(Popen=InProcess, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
-    monkeypatch.setattr(job_pool, "subprocess", fake)
+    monkeypatch.setattr(processes, "subprocess", fake)
     monkeypatch.setattr(job_pool, "time", SimpleNamespace(sleep=lambda _: None))
 
     def run(*words: str, objectives=None, seeds=(0,), datasets=("gaussian",), common=TINY) -> int:
@@ -264,7 +265,7 @@ def test_as_many_runs_at_once_as_asked_for(command, monkeypatch):
             live.discard(id(self))
             return self.returncode
 
-    monkeypatch.setattr(job_pool.subprocess, "Popen", Slow)
+    monkeypatch.setattr(processes.subprocess, "Popen", Slow)
     assert command("jobs=2", "table=false", "only=mse", seeds=(0, 1, 2)) == 0
     assert max(most) == 2 and names(InProcess.commands)[:2] == [f"leaderboard_mse_gaussian_seed={s}" for s in (0, 1)]
 

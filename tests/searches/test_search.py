@@ -1,0 +1,168 @@
+"""A search chooses, carries out, judges and goes on: with fake runs, whose scores are a formula of their parameters."""
+
+import csv
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from common.errors import UserError
+from run_files.run_folder import RunFolder
+from searches.report import outcome
+from searches.samplers import generation_size
+from tests.searches.fake_runs import Crash, carried_out, moved
+
+QUADRATIC = "model.depth=interval(2,5)"
+
+
+def values(search) -> list[tuple]:
+    return [(trial.number, trial.state, trial.params, trial.values) for trial in search.trials()]
+
+
+def test_random_parameters_are_uniform_in_log_and_hang_on_seed_and_number_alone(planned, runs):
+    first = carried_out(planned("n=40", "sampler=random"))
+    more = carried_out(planned("n=60", "jobs=3", "sampler=random", folder="b"))
+    other = carried_out(planned("n=4", "sampler=random", "seed=1", folder="c"))
+    assert values(more)[:40] == values(first) and values(other) != values(first)[:4]
+    rates = np.log10([trial.params["optimizer.lr"] for trial in more.trials()])
+    assert abs(rates.mean() + 3) < 3 * 2 / math.sqrt(12 * 60) and rates.min() < -3.8 and rates.max() > -2.2
+    depths = Counter(trial.params["model.depth"] for trial in more.trials())
+    assert sorted(depths) == [2, 3, 4, 5] and min(depths.values()) > 4
+
+
+def test_a_grid_has_every_combination_once(planned, runs):
+    search = carried_out(planned("sampler=grid", "optimizer.lr=choice(1e-3,2e-3)", "model.depth=2,3", "jobs=2"))
+    found = {tuple(trial.params.values()) for trial in search.trials()}
+    assert len(search.trials()) == len(found) == 12
+    assert search.study.best_params["optimizer.lr"] == "0.002" and search.study.best_params["model.depth"] == "3"
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
+def test_samplers_that_learn_find_the_minimum_more_closely_than_chance(planned, runs, sampler):
+    plan = planned(
+        "n=60", "sampler=random", "space=own", "optimizer.lr=interval(1e-4,1e-2)", "model.dropout=interval(0,0.9)"
+    )
+    chance, learned = (carried_out(moved(replace(plan, sampler=kind), kind)) for kind in ("random", sampler))
+    late, all_by_chance = ([trial.values[0] for trial in search.trials()] for search in (learned, chance))
+    assert np.median(late[-15:]) < 0.3 * np.median(all_by_chance)
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "cmaes"])
+def test_a_search_killed_at_any_operation_loses_nothing_and_repeats_nothing(planned, runs, sampler):
+    """One job at a time: then TPE, too, is a function of the seed and what came before."""
+    plan = planned("n=8", f"sampler={sampler}", folder="alone")
+    alone = carried_out(plan)
+    assert runs.endings == dict.fromkeys([f"s_{number:04d}" for number in range(8)], 1)
+    for at in range(1, runs.operations + 1, 5):
+        runs.endings.clear()
+        runs.operations, runs.until = 0, at
+        killed = moved(plan, f"killed_{at}")
+        with pytest.raises(Crash):
+            carried_out(killed)
+        runs.until = -1
+        again = carried_out(killed)
+        assert values(again) == values(alone)
+        assert set(runs.endings.values()) == {1} and len(runs.endings) == 8
+
+
+def test_a_journal_torn_at_any_byte_goes_on(planned, runs):
+    plan = planned("n=3", "sampler=random")
+    whole = carried_out(plan)
+    journal = plan.folder / "journal.jsonl"
+    content = journal.read_bytes()
+    for cut in range(0, len(content), 337):
+        journal.write_bytes(content[:cut])
+        assert values(carried_out(plan)) == values(whole)
+    assert runs.endings == dict.fromkeys(["s_0000", "s_0001", "s_0002"], 1)
+
+
+def test_generations_of_cmaes_wait_for_the_one_before(planned, runs):
+    plan = planned("n=14", "sampler=cmaes")
+    one, many = (carried_out(moved(replace(plan, jobs=jobs), str(jobs))) for jobs in (1, 5))
+    assert values(one) == values(many) and generation_size(plan.space) == 6
+
+
+def test_failed_trials_are_told_once_another_has_ended_well_and_are_not_begun_again(planned, runs, capsys):
+    runs.fails = lambda name: name in ("s_0000", "s_0002")
+    plan = planned("n=5", "sampler=random")
+    search = carried_out(plan)
+    states = [trial.state.name for trial in search.trials()]
+    assert states == ["FAIL", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert "failed (it diverged)" in outcome(plan, search.study)
+    before = runs.operations
+    carried_out(plan)
+    assert runs.operations == before
+
+
+def test_a_search_whose_first_trials_fail_stops_and_tries_them_again(planned, runs):
+    runs.fails = lambda name: True
+    plan = planned("n=5", "sampler=random")
+    with pytest.raises(UserError, match=r"first 3 trial.*same command tries them again.*it diverged"):
+        carried_out(plan)
+    runs.fails = lambda name: False
+    assert all(trial.state == TrialState.COMPLETE for trial in carried_out(plan).trials())
+    runs.fails = lambda name: True
+    with pytest.raises(UserError, match="first 2 trial"):
+        carried_out(moved(replace(plan, count=2), "two"))
+
+
+def test_the_table_is_sorted_and_the_best_command_gives_the_best_trial(planned, runs):
+    plan = planned("n=25", "sampler=random", "jobs=2")
+    search = carried_out(plan)
+    text = outcome(plan, search.study)
+    lines = text.splitlines()
+    scores = [float(line.split()[-1]) for line in lines[2:22]]
+    best = min(trial.values[0] for trial in search.trials())
+    assert scores == sorted(scores) and scores[0] == float(f"{best:.4g}") and lines[2].startswith("*")
+    with (plan.folder / "trials.csv").open() as file:
+        assert len(list(csv.reader(file))) == 26
+    assert "25 trials" in lines[0] and (plan.folder / "search.png").read_bytes().startswith(b"\x89PNG")
+    command = lines[-1].removeprefix("best: python launcher.py ")
+    assert command.startswith("run_name=s_best ") and f"optimizer.lr={search.study.best_params['optimizer.lr']!r}" in command
+    shares = {key: float(share.rstrip("%")) for key, share in (part.rsplit(" ", 1) for part in lines[-3][15:].split(", "))}
+    assert shares["model.width"] < min(shares["optimizer.lr"], shares["model.depth"])
+
+
+def test_a_worse_run_is_pruned_and_stays_so(planned, runs, monkeypatch):
+    class Reported(type(runs.start([], Path("x")))):
+        """A run that logs its lr at every look, and ends at the twentieth."""
+
+        def poll(self):
+            said = dict(word.split("=", 1) for word in self.words)
+            folder = RunFolder(Path(said["output_dir"]) / "runs" / said["run_name"])
+            if self.looks < 20:
+                self.looks += 1
+                folder.metrics.append(self.looks, 0, 1.0, {"eval/loss": float(said["optimizer.lr"])})
+                folder.metrics.close()
+                return None
+            return super().poll()
+
+        def terminate(self):
+            ended.append(self.words[0])
+
+    ended = []
+    monkeypatch.setattr("searches.search.started", lambda words, printed, *_: Reported(runs, words, printed))
+    plan = planned("n=10", "sampler=random", "pruner=median", "space=own", "optimizer.lr=interval(1e-4,1e-2)")
+    search = carried_out(plan)
+    pruned = [trial.number for trial in search.trials() if trial.state == TrialState.PRUNED]
+    rates = [trial.params["optimizer.lr"] for trial in search.trials()]
+    whole: list[float] = []
+    for number, rate in enumerate(rates):
+        worse = len(whole) >= 5 and rate > np.median(whole)
+        assert worse == (number in pruned)
+        whole += [] if worse else [rate]
+    assert pruned and ended == [f"run_name=s_{number:04d}" for number in pruned]
+    assert values(carried_out(plan)) == values(search)
+
+
+def test_the_journal_can_be_read_by_optuna_alone(planned, runs):
+    plan = planned("n=3", "sampler=tpe")
+    search = carried_out(plan)
+    backend = optuna.storages.journal.JournalFileBackend(str(plan.folder / "journal.jsonl"))
+    study = optuna.load_study(study_name="s", storage=optuna.storages.JournalStorage(backend))
+    assert [trial.params for trial in study.trials] == [trial.params for trial in search.trials()]
