@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.ranges import Share
 from dataloaders.sources import Source
-from losses.couplings import Coupling, IndependentCoupling
+from losses.couplings import Coupling, IndependentCoupling, Pairs
 from losses.paths import ProbabilityPath, expand_time
 from losses.predictions import Prediction
 from losses.repeated_dropout import RepeatsDropout
@@ -67,6 +67,15 @@ def check_labels(classes: int, given: Tensor | None, label: Tensor | None) -> No
         )
 
 
+def check_plain(label: Tensor | None) -> Tensor | None:
+    """Return labels (B,), for losses that compare the rows of a label. UserError for those of augmented pictures."""
+    if label is not None and label.ndim > 1:
+        raise UserError(
+            "this loss compares pictures of one label, and an augmented one is alone with its own; use dataloaders.augment=0"
+        )
+    return label
+
+
 class Objective(nn.Module, ABC):
     """A loss around a bare network. Instantiated with the network; compiled and DDP-wrapped as a whole, never the network.
 
@@ -103,6 +112,7 @@ class FlowObjective(Standardised, RepeatsDropout, Objective, ABC):
     learns: what of u the network is trained for. "velocity": u(z, r, r) alone. "flow_map": u(z, r, t) for every r <= t.
     "endpoint_map": u(z, r, 1), the map to data, from any time, so that u(z, r, r) means nothing. "generator": u(x0, 0, 1).
     marginals_only: whether any map is as good that carries noise to data, so that no sample has one true end.
+    pairwise: whether every row of a batch is compared with every other, so that its cost grows with the square of them.
     label_dropout: share of rows whose label becomes the null label num_classes, for classifier-free guidance.
     Raises UserError around a network that is no velocity model.
     """
@@ -111,6 +121,7 @@ class FlowObjective(Standardised, RepeatsDropout, Objective, ABC):
     second_time: SecondTime = "end"
     learns: Learns = "velocity"
     marginals_only: bool = False
+    pairwise: bool = False
 
     def __init__(
         self,
@@ -146,9 +157,7 @@ class FlowObjective(Standardised, RepeatsDropout, Objective, ABC):
 
         x0, x1 (B, ...) noise and data; label (B,) or None; progress in [0, 1] is the share of the run that is done.
         """
-        given, x1 = label, self.standardised(x1)
-        x0, x1, label = self.coupling.pair(x0, x1, label, generator)
-        check_labels(self.network.num_classes, given, label)
+        x0, x1, label = self.pairs(x0, x1, label, generator)
         r, t = (self.path.last_time * time for time in self.time_sampler.sample(len(x1), generator))
         wide = expand_time(r, x1)
         z = self.path.state(x0, x1, wide)
@@ -158,6 +167,13 @@ class FlowObjective(Standardised, RepeatsDropout, Objective, ABC):
             self.unified(z, r, t),
             self.drop_labels(label, generator),
         )  # fmt: skip
+
+    def pairs(self, x0: Tensor, x1: Tensor, label: Tensor | None, generator: torch.Generator) -> Pairs:
+        """Return noise, data as the flow has them, and labels, paired by the coupling."""
+        given = label
+        x0, x1, label = self.coupling.pair(x0, self.standardised(x1), label, generator)
+        check_labels(self.network.num_classes, given, label)
+        return x0, x1, label
 
     def drop_labels(self, label: Tensor | None, generator: torch.Generator) -> Tensor | None:
         """Return labels the network may see: a share of the classes nulled for a conditional network, none for an
@@ -216,9 +232,14 @@ class FlowObjective(Standardised, RepeatsDropout, Objective, ABC):
                 "sample it with an ODE solver, or train one with loss=meanflow"
             )
 
+    @property
+    def learns_velocity(self) -> bool:
+        """Whether the network is taught the velocity at an instant, by itself or as the limit of the one flow map."""
+        return self.learns == "velocity" or (self.learns == "flow_map" and not self.marginals_only)
+
     def check_learns_velocity(self) -> None:
         """Raise UserError when the objective does not teach the network the velocity at an instant."""
-        if self.learns in ("endpoint_map", "generator"):
+        if not self.learns_velocity:
             raise UserError(
                 "this model knows only where a state is carried to, not its velocity at an instant; sample it with "
                 "solver=flow_map solver.steps=1"
@@ -228,6 +249,10 @@ class FlowObjective(Standardised, RepeatsDropout, Objective, ABC):
         """Return the velocity, or where maps are learned the mean velocity, of independent pairs."""
         if self.marginals_only:
             return f"{type(self).__name__} is least at every map that carries noise to data, not at one alone"
+        return self.stationary(world)
+
+    def stationary(self, world: World) -> Field | str:
+        """Return a field where the gradient is zero, or why none is known: of several, that of independent pairs."""
         if not isinstance(self.coupling, IndependentCoupling):
             return f"the pairs of {type(self.coupling).__name__} have another flow than independent ones, not known exactly"
         return world.velocity if self.learns == "velocity" else world.mean_velocity

@@ -61,7 +61,7 @@ class Sampler(ABC):
 
     def check(self, flow: FlowObjective) -> None:
         """Raise UserError when this sampler cannot use what the objective learns; called before a run trains."""
-        if flow.learns in ("endpoint_map", "generator"):
+        if not flow.learns_velocity:
             raise UserError(
                 "this loss teaches where a state is carried to, not its velocity at an instant; use solver=flow_map "
                 "solver.steps=1"

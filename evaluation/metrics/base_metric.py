@@ -192,8 +192,8 @@ class Metric(ABC):
 
     def results(self, generation: Generation) -> list[Score | Absent]:
         """Return what `compute` gives, or why this objective has no such scores."""
-        if self.needs == "velocity" and generation.objective.learns in ("endpoint_map", "generator"):
-            return self.absent("this objective learns maps to data, not the velocity at an instant")
+        if self.needs == "velocity" and not generation.objective.learns_velocity:
+            return self.absent("this objective learns maps, not the velocity at an instant")
         if self.needs == "ends" and generation.objective.marginals_only:
             return self.absent("this objective matches the data as a whole, so that no sample has one true end")
         return self.compute(generation)

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import torch
 
+from configuration.nodes import CONFIG_DIR
 from run_files.checkpoint import load_checkpoint
 
+ONE_STEP = [path.stem for path in (CONFIG_DIR / "loss").glob("*.yaml") if "learns: generator" in path.read_text()]
 TIMING = ("second", "elapsed")
 
 
