@@ -68,10 +68,15 @@ def start_or_resume(run: Run) -> float | None:
 
 
 def claim_run_name(records: Records) -> None:
-    """Hold the folder of a new run. UserError when another process has begun it meanwhile."""
+    """Hold the folder of a new run; one that failed before its first save is moved aside, as by overwrite=true.
+
+    UserError when another process has begun it meanwhile.
+    """
     folder = records.folder
     folder.lock.acquire()
     check_run_is_new(records.config, folder.path)
+    if folder.status.read().get("step"):
+        records.config["overwrite"] = records.config["overwrite"] or "unsaved"
     if records.config["overwrite"]:
         move_aside(records)
         folder.lock.acquire()

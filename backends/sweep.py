@@ -1,9 +1,8 @@
 """A sweep is checked whole before its first job, and its jobs fail one by one without ending it."""
 
-import math
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Glob
@@ -14,13 +13,10 @@ from backends.submission import begun_job, describe, prepare, submit, sweep_job
 from common.errors import UserError
 from configuration.build import build
 from configuration.compose import parse_overrides
-from run_files.result import OF_ANOTHER, RunResult, result_of, table
+from run_files.result import OF_ANOTHER, RunResult, result_of
 
-SHOWN = 3  # scores in the closing table, beside the monitored one
-HEADLINES = (
-    "eval/energy_distance_1nfe", "eval/energy_distance", "eval/fid", "eval/accuracy", "oracle/velocity_error",
-    "eval/nearest_distance_ratio", "eval/loss",
-)  # fmt: skip
+if TYPE_CHECKING:
+    from evaluation.run_table import RunOfTable
 
 
 class JobFailedError(CompactHydraException):
@@ -134,22 +130,21 @@ class Sweep:
         return result
 
     def closing_table(self) -> str:
-        """Return a line for each job begun or skipped: run, what varies, state, scores; the best is marked."""
-        results = list(self.results.values())
-        shown = [name for name in HEADLINES if any(name in result.scores for result in results)][:SHOWN]
-        keys = sorted(self.swept)
-        rows = [["", "run", *keys, "state", f"best {results[0].monitor}", *shown]]
-        higher = results[0].higher
-        known = [result for result in results if result.state == "finished" and math.isfinite(result)]
-        best = (max if higher else min)(known, default=math.inf)
-        for job, result in self.results.items():
-            values = dict(word.partition("=")[::2] for word in job)
-            scores = [f"{result.scores[name]:.4g}" if result.scores.get(name) is not None else "-" for name in shown]
-            monitored = f"{float(result):.4g}" if math.isfinite(result) else "-"
-            mark = "*" if result == best and math.isfinite(best) else ""
-            rows.append([mark, result.name, *(values.get(key, "-") for key in keys), result.state, monitored, *scores])
-        which = "highest" if higher else "lowest"
-        return f"sweep: {len(results)} jobs, * the {which} {results[0].monitor} of those that finished\n{table(rows)}"
+        """Return a row for each configuration begun or skipped, its seeds together; see evaluation/run_table.py."""
+        from evaluation.run_table import closing_table
+
+        runs = [self.of_table(job, result) for job, result in self.results.items()]
+        return closing_table(runs, f"sweep: {len(runs)} jobs", f"{self.name}_best")
+
+    def of_table(self, job: tuple[str, ...], result: RunResult) -> "RunOfTable":
+        from evaluation.run_table import RunOfTable
+
+        values = dict(word.partition("=")[::2] for word in job)
+        seed = values.get("seed", "")
+        return RunOfTable(
+            result, {key: values.get(key, "-") for key in sorted(self.swept - {"seed"})},
+            int(seed) if seed.isdecimal() else 0, job,
+        )  # fmt: skip
 
 
 def in_words(result: RunResult) -> str:

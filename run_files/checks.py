@@ -76,8 +76,8 @@ def check_run_is_new(config: dict[str, Any], run_folder: Path) -> None:
 def taken(config: dict[str, Any], folder: RunFolder) -> str | None:
     """Return what of an earlier run a new one would overwrite, and what to do about it; None for nothing."""
     left, status = saves_of(Path(config["output_dir"]), folder.name), folder.status.read()
-    ended = status.get("state") in ("failed", "interrupted") and status.get("step") == 0
-    unbegun = ended or config["overwrite"] == "unsaved"
+    failed, interrupted = (status.get("state") == state for state in ("failed", "interrupted"))
+    unbegun = failed or (interrupted and status.get("step") == 0) or config["overwrite"] == "unsaved"
     if folder.config_path.exists() and (left or not unbegun):
         return (
             f"exists already in {folder.path}; go on with it by resume=true, replace it (the old run is moved aside) by "

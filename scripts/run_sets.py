@@ -1,4 +1,4 @@
-"""Two sets of runs, each one configuration under several seeds, side by side; scripts/runs.py compare prints it."""
+"""Runs as sets, each one configuration under several seeds: two side by side, or many in a table; for scripts/runs.py."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from common.command_line import matching
 from common.errors import UserError
+from configuration.compose import without
 from configuration.overrides import meaningful
+from configuration.values import NEUTRAL
 from run_files.metrics_file import SIDE, UNDIRECTED, higher_is_better
-from run_files.result import table
+from run_files.result import result_of, table
 from run_files.run_folder import RunFolder
+from run_files.stored_values import CONFIG_REMEDY
 
 if TYPE_CHECKING:
     from evaluation.seed_comparison import Difference
@@ -209,3 +212,39 @@ def limits(a: RunSet, b: RunSet, paired: bool, count: int) -> str:
             "the seeds are the same, and so is the noise of the evaluations: intervals are of differences within pairs"
         )
     return "\n".join(lines)
+
+
+def table_of(folders: list[RunFolder]) -> str:
+    """Return the runs as a table, see evaluation/run_table.py. UserError for runs that do not monitor one score."""
+    from evaluation.run_table import RunOfTable, closing_table
+
+    configs = [whole_config(folder) for folder in folders]
+    monitors = sorted({config["monitor"] for config in configs})
+    if len(monitors) > 1:
+        raise UserError(f"these runs monitor {' and '.join(monitors)}; write an expression that matches runs of one")
+    typed = [settings_by_key(config) for config in configs]
+    keys = [key for key in dict.fromkeys(key for words in typed for key in words) if len({w.get(key) for w in typed}) > 1]
+    runs = [
+        RunOfTable(
+            result_of(config), {key: words.get(key, "-") for key in keys}, config["seed"], config["overrides"],
+            str(sorted(meaningful(config).items())),
+        )
+        for config, words in zip(configs, typed, strict=True)
+    ]  # fmt: skip
+    return closing_table(runs, f"{len(runs)} runs", "best")
+
+
+def whole_config(folder: RunFolder) -> dict[str, Any]:
+    """Return what a run was made with, in the folder where it is now. UserError where that is cut."""
+    config = folder.read_config()
+    lacking = [key for key in ("monitor", "choices", "seed", "overrides") if key not in config]
+    if lacking or "model" not in config["choices"]:
+        raise UserError(f"{folder.config_path} is cut: it lacks {', '.join(lacking) or 'choices.model'}; {CONFIG_REMEDY}")
+    place = str(folder.path.parents[1])
+    return config | {"output_dir": place, "run_name": folder.name, "eval_checkpoint": None}
+
+
+def settings_by_key(config: dict[str, Any]) -> dict[str, str]:
+    """Return what was typed and results hang on, by key, the seed aside."""
+    words = without(config["overrides"], {*(NEUTRAL - {"guidance"}), "run_name", "seed"})
+    return {word.partition("=")[0]: word.partition("=")[2] for word in words}

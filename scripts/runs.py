@@ -4,6 +4,7 @@ python scripts/runs.py list                      # every run: state, step, epoch
 python scripts/runs.py show my_experiment        # what it changed, how it stands, its last numbers, its files
 python scripts/runs.py compare first second      # the settings that differ and the last scores side by side
 python scripts/runs.py compare 'a_.*' 'b_.*'     # two sets of seeds: which scores differ by more than luck
+python scripts/runs.py table 'lr_.*'              # the best first, seeds of one configuration in one row, verdicts
 python scripts/runs.py delete old_one --dry-run  # what would go: its folder, its saves, its run of the dashboard
 """
 
@@ -35,15 +36,16 @@ NO_METRICS = ("step", "epoch", "elapsed_seconds", "provenance")  # keys of a row
 def parse(arguments: list[str]) -> argparse.Namespace:
     place: dict[str, Any] = {"type": Path, "metavar": "FOLDER", "help": "of the runs (outputs/ here or the repository's)"}
     parser = argparse.ArgumentParser(
-        usage="runs.py [-h] [--output-dir FOLDER] (list | show NAME | compare A B ... | delete NAME ...)",
+        usage="runs.py [-h] [--output-dir FOLDER] (list | show NAME | compare A B ... | table NAMES | delete NAME ...)",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--output-dir", default=outputs(), **place)
-    commands = parser.add_subparsers(required=True, metavar="list, show, compare or delete", prog="runs.py")
+    commands = parser.add_subparsers(required=True, metavar="list, show, compare, table or delete", prog="runs.py")
     reports: list[tuple[str, Callable[[argparse.Namespace], str], int | str | None, str]] = [
         ("list", list_runs, None, "every run in a line"),
         ("show", show_run, 1, "one run in full"),
         ("compare", compare_runs, "+", "two runs or more side by side, or two sets of seeds by expressions for their names"),
+        ("table", table_of_runs, 1, "runs by an expression for their names, the best first, their seeds together"),
         ("delete", delete_runs, "+", "runs, with their saves and their dashboard rows"),
     ]
     for name, report, names, what in reports:
@@ -154,6 +156,16 @@ def compare_runs(options: argparse.Namespace) -> str:
         table([["last value", *names], *scores]) if scores else "no metrics yet",
     ]
     return "\n\n".join(parts)
+
+
+def table_of_runs(options: argparse.Namespace) -> str:
+    """Return the table that closes a sweep, of the runs whose names an expression matches."""
+    from scripts.run_sets import table_of
+
+    known = {folder.name: folder for folder in run_folders(options.output_dir)}
+    if not matching(options.names[0], known):
+        find_run(options.output_dir, options.names[0])  # says which is the nearest
+    return table_of([known[name] for name in matching(options.names[0], known)])
 
 
 def delete_runs(options: argparse.Namespace) -> str:

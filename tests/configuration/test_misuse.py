@@ -134,7 +134,13 @@ def test_a_run_that_failed_before_its_first_step_leaves_its_name_free(
     small_run("x", *words)
     assert folder.status.read()["state"] == "finished" and "stale" not in folder.metrics.path.read_text()
     assert [path.name for path in folder.path.parent.iterdir()] == ["x"]
-    folder.status.write("failed", 0, 0, 0.0)  # but saves are never written over
+    for save in (tmp_path / "outputs/ckpts").rglob("x_*.pt"):
+        save.unlink()
+    folder.status.write("failed", 3, 0, 0.0)  # before its first save: the name is free, and what was logged is kept
+    small_run("x", *words)
+    names = sorted(path.name for path in folder.path.parent.iterdir())
+    assert len(names) == 2 and names[0] == "x" and names[1].startswith("x.old-")
+    folder.status.write("failed", 3, 0, 0.0)  # but saves are never written over
     with pytest.raises(UserError, match="run_name=x exists already"):
         small_run("x", *words)
 

@@ -159,3 +159,27 @@ def test_scores_that_stand_beside_other_floors_or_other_losses_are_left_out(sets
     code, out, _ = compare(capsys, sets, "a_seed=.*", "b_seed=.*")
     assert code == 0 and "eval/loss (the losses differ)" in out
     assert "eval/energy_distance (the noise floors differ: other counts of samples)" in out
+
+
+def test_table_has_a_row_for_each_configuration(sets, capsys):
+    for folder in (sets / "runs").iterdir():
+        run = RunFolder(folder)
+        config = run.read_config()
+        words = [f"optimizer.lr={config['optimizer']['lr']}", f"seed={config['seed']}", "device=cpu"]
+        run.write_config(
+            OmegaConf.to_yaml(OmegaConf.create(config | {"overrides": words, "choices": {"model": "mlp"}})), words
+        )
+    assert runs.main(["table", "[ab]_.*", "--output-dir", str(sets)]) == 0
+    out = capsys.readouterr().out
+    assert (
+        out.startswith("10 runs, * the lowest eval/loss") and "optimizer.lr" in out and "device" not in out.splitlines()[1]
+    )
+    assert (
+        "a_seed=*  0.001" in out
+        and "b_seed=*  0.002" in out
+        and "best: python launcher.py run_name=best optimizer.lr=" in out
+    )
+    assert runs.main(["table", "c_.*", "--output-dir", str(sets)]) == 1
+    (sets / "runs/a_seed=0/config.yaml").write_text("seed: 0\n")
+    assert runs.main(["table", "a.*", "--output-dir", str(sets)]) == 1
+    assert "config.yaml is cut: it lacks monitor, choices, overrides" in capsys.readouterr().err
