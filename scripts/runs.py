@@ -2,6 +2,7 @@
 
 python scripts/runs.py list                      # every run: state, step, epoch, minutes, best scores
 python scripts/runs.py show my_experiment        # what it changed, how it stands, its last numbers, its files
+python scripts/runs.py show my_experiment csv=metrics.csv   # all its numbers, a row for each step that has some
 python scripts/runs.py compare first second      # the settings that differ and the last scores side by side
 python scripts/runs.py compare 'a_.*' 'b_.*'     # two sets of seeds: which scores differ by more than luck
 python scripts/runs.py table 'lr_.*'              # the best first, seeds of one configuration in one row, verdicts
@@ -9,7 +10,9 @@ python scripts/runs.py delete old_one --dry-run  # what would go: its folder, it
 """
 
 import argparse
+import csv
 import difflib
+import io
 import platform
 import re
 import shutil
@@ -20,8 +23,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import front, matching, outputs
+from common.command_line import front, matching, outputs, split, unknown
 from common.errors import UserError
+from common.files import write_atomically
 from run_files.metrics_file import higher_is_better
 from run_files.result import table
 from run_files.run_folder import RunFolder
@@ -36,7 +40,8 @@ NO_METRICS = ("step", "epoch", "elapsed_seconds", "provenance")  # keys of a row
 def parse(arguments: list[str]) -> argparse.Namespace:
     place: dict[str, Any] = {"type": Path, "metavar": "FOLDER", "help": "of the runs (outputs/ here or the repository's)"}
     parser = argparse.ArgumentParser(
-        usage="runs.py [-h] [--output-dir FOLDER] (list | show NAME | compare A B ... | table NAMES | delete NAME ...)",
+        usage="runs.py [-h] [--output-dir FOLDER] "
+        "(list | show NAME [csv=FILE] | compare A B ... | table NAMES | delete NAME ...)",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--output-dir", default=outputs(), **place)
@@ -54,6 +59,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         command.set_defaults(report=report)
         if names:
             command.add_argument("names", nargs=names, metavar="NAME")
+        if name == "show":
+            command.add_argument("words", nargs="*", metavar="csv=FILE", help="write all its metrics to this file")
         if name == "compare":
             command.add_argument("--best", action="store_true", help="of sets: the evaluation of the best monitored value")
             command.add_argument("--score", metavar="SCORE", help="of sets: this score alone, decided on beforehand")
@@ -112,8 +119,13 @@ def list_row(folder: RunFolder) -> list[str]:
 
 
 def show_run(options: argparse.Namespace) -> str:
-    """Overrides, status, last metrics and files of one run."""
+    """Overrides, status, last metrics and files of one run; where it is to write a table of them, what it wrote."""
     folder = find_run(options.output_dir, options.names[0])
+    settings, others = split(options.words, {"csv": ""})
+    if others:
+        raise UserError(unknown(others[0], settings))
+    if options.words:
+        return write_csv(folder, Path(settings["csv"]))
     status = folder.status.read()
     best, last = best_scores(folder), last_metrics(folder)
     files = sorted(path for path in folder.path.rglob("*") if path.is_file() and not path.name.startswith("."))
@@ -129,6 +141,35 @@ def show_run(options: argparse.Namespace) -> str:
         "files": "\n".join(f"{path}  ({path.stat().st_size / 1024:,.1f} KiB)" for path in files),
     }
     return "\n\n".join(f"{title}\n{indent(text)}" if title else text for title, text in parts.items())
+
+
+def write_csv(folder: RunFolder, path: Path) -> str:
+    """Write every row of a run's metrics as comma-separated values, whole or not at all; return what was written, in words.
+
+    A number that was not finite is nan, one that a row does not have is empty. UserError for a path that is no .csv in a
+    folder that exists, and for a run without metrics.
+    """
+    if path.suffix != ".csv":
+        raise UserError(f"csv={path} must end in .csv")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"csv={path} lies in a folder that does not exist; make it or choose another")
+    rows = folder.metrics.read()
+    if not rows:
+        raise UserError(f"the run {folder.name} has no metrics yet, so there is nothing to write to {path}")
+    first = [name for name in NO_METRICS if name != "provenance"]
+    names = [*first, *sorted(set().union(*rows) - {*NO_METRICS})]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(map(cell, names))
+    table.writerows(["nan" if row.get(name, 0) is None else row.get(name, "") for name in names] for row in rows)
+    write_atomically(path, text.getvalue())
+    return f"{path}: {len(rows)} rows of {len(names)} columns"
+
+
+def cell(name: str) -> str:
+    """Return a name as a cell that no spreadsheet takes for a formula."""
+    name = " ".join(name.split())
+    return f"'{name}" if name.startswith(("=", "+", "-", "@")) else name
 
 
 def compare_runs(options: argparse.Namespace) -> str:

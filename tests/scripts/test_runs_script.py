@@ -1,6 +1,7 @@
 """scripts/runs.py and scripts/trackio_delete.py: what they print, what they refuse, and from where they run."""
 
 import contextlib
+import csv
 import io
 import os
 import platform
@@ -51,6 +52,45 @@ def test_list_tells_state_and_best_scores(output_dir: Path, capsys: pytest.Captu
     row = ["moons_mlp", "finished", "200", "2/10", "1.5", "energy_distance", "0.011,", "accuracy", "0.9"]
     assert cells(lines, "moons_mlp") == row
     assert cells(lines, "moons_cnn") == ["moons_cnn", "failed", "50", "1", "0.5", "-"]
+
+
+def test_metrics_as_comma_separated_values(output_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = '=HYPERLINK("x"),\n\x1b[2J'
+    RunFolder(output_dir / "runs" / "moons_mlp").metrics.append(300, 3, 3.0, {hostile: 1e-300, "train/loss": float("inf")})
+    out = tmp_path / "a, b.csv"
+    out.write_text("old")
+    code, lines, _ = run_main(capsys, "show", "moons_mlp", f"csv={out}", "--output-dir", output_dir)
+    assert (code, lines) == (0, [f"{out}: 3 rows of 7 columns"])
+    with out.open(newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head[:3] == ["step", "epoch", "elapsed_seconds"] and head[3] == '\'=HYPERLINK("x"), \\x1b[2J'
+    assert head[4:] == ["eval/accuracy", "eval/energy_distance", "train/loss"]
+    assert rows[0] == ["100", "1", "1.0", "", "0.9", "0.011", "0.9"] and rows[2] == [
+        "300",
+        "3",
+        "3.0",
+        "1e-300",
+        "",
+        "",
+        "nan",
+    ]
+
+
+@pytest.mark.parametrize("name, words, sentence", [
+    ("moons_mlp", ["csv=x.txt"], "csv=x.txt must end in .csv"),
+    ("moons_mlp", ["csv="], "must end in .csv"),
+    ("moons_mlp", ["cvs=x.csv"], "unknown key in 'cvs=x.csv'; the keys are csv"),
+    ("moons_mlp", ["csv=no/x.csv"], "lies in a folder that does not exist"),
+    ("moons_mlp", ["csv=folder.csv"], "folder.csv is not a regular file"),
+    ("moons_none", ["csv=x.csv"], "no run named moons_none"),
+    ("empty", ["csv=x.csv"], "the run empty has no metrics yet"),
+])  # fmt: skip
+def test_a_table_that_cannot_be_written_is_one_sentence(name, words, sentence, output_dir, tmp_path, monkeypatch, capsys):
+    RunFolder(output_dir / "runs" / "empty").status.write("failed", 0, 0, 0.0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.csv").mkdir()
+    code, _, err = run_main(capsys, "show", name, *words, "--output-dir", output_dir)
+    assert code == 1 and sentence in err and not (tmp_path / "x.csv").exists()
 
 
 def test_list_of_nothing_says_how_to_begin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
