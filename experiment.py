@@ -171,7 +171,7 @@ def own_data(data: Any, cfg: Any) -> Form:
         facts, some = described(data, ITEM), TorchReader(data, ITEM)
         with seeded(0):
             sample = torch.stack([some.item(len(some) * k // SAMPLED).x for k in range(SAMPLED)])
-        settings = facts | {"value_range": facts["value_range"] and list(facts["value_range"])}
+        settings = {key: list(fact) if isinstance(fact, tuple) else fact for key, fact in facts.items()}
         return data_form(data, f"{len(some)}-{digest_of(sample)}", settings, partial(TorchDataset, data))
     states, labels = rows_of(data)
     pixels = states.dtype == torch.uint8 and states.ndim == 4

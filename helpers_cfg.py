@@ -31,8 +31,11 @@ class Guidance(VelocityModel, ABC):
             raise UserError(f"guidance.scale takes a number of at least 0 (1 is no guidance), not {scale}")
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
             raise UserError(f"guidance.interval takes two times [low, high], 0 (noise) to 1 (data), not {list(interval)}")
-        self.network, self.num_classes = network, network.num_classes
+        self.network, self.num_classes, self.condition_shape = network, network.num_classes, network.condition_shape
         self.scale, self.interval = float(scale), (float(interval[0]), float(interval[1]))
+
+    def null_label(self, label: Tensor) -> Tensor:
+        return self.network.null_label(label)
 
     @abstractmethod
     def forward(self, unified_input: Tensor, label: Tensor | None = None) -> Tensor: ...
@@ -65,7 +68,7 @@ class ClassifierFreeGuidance(Guidance):
 
     def __init__(self, network: VelocityModel, scale: NotNegative, interval: Interval = (0.0, 1.0)):
         super().__init__(network, scale, interval)
-        if not network.num_classes:
+        if not network.is_conditional:
             raise UserError(
                 "guidance=cfg requires a class-conditional model, and this one is not; train it with conditional=true, "
                 "or use guidance=autoguidance"
@@ -74,9 +77,9 @@ class ClassifierFreeGuidance(Guidance):
     def forward(self, unified_input: Tensor, label: Tensor | None = None) -> Tensor:
         if label is None or self.scale == 1:
             return self.network(unified_input, label)
-        null = torch.full_like(label, self.num_classes)
+        null = self.network.null_label(label)
         strong, weak = self.network(torch.cat([unified_input] * 2), torch.cat([label, null])).chunk(2)
-        return self.combine(unified_input, weak, strong, label != null)
+        return self.combine(unified_input, weak, strong, (label != null).reshape(len(label), -1).any(1))
 
     def check(self, objective: FlowObjective) -> None:
         if objective.label_dropout == 0:
@@ -144,6 +147,11 @@ class Autoguidance(Guidance):
     ):
         super().__init__(network, scale, interval)
         self.guide_flow = guide_flow
+        if guide.is_conditional and guide.condition_shape != network.condition_shape:
+            raise UserError(
+                f"the model that guides takes conditions of shape {guide.condition_shape}, the guided one "
+                f"{network.condition_shape}; guidance.checkpoint takes a model of the same, or an unconditional one"
+            )
         if guide.num_classes not in (0, network.num_classes):
             raise UserError(
                 f"the model that guides knows {guide.num_classes} classes, the guided one {network.num_classes}; "
@@ -155,7 +163,7 @@ class Autoguidance(Guidance):
         strong = self.network(unified_input, label)
         if self.scale == 1:
             return strong
-        weak = self.guide(unified_input, label if self.guide.num_classes else None)
+        weak = self.guide(unified_input, label if self.guide.is_conditional else None)
         return self.combine(unified_input, weak, strong)
 
 

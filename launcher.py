@@ -152,7 +152,7 @@ def through_hydra(arguments: list[str]) -> None:
 
     from backends.sweep import Sweep
     from common.errors import UserError
-    from configuration.compose import register_resolvers
+    from configuration.resolvers import register_resolvers
 
     if os.environ.keys() >= RANK_VARIABLES:
         raise UserError("torchrun carries out one run; for a sweep leave it out, and say devices=N")

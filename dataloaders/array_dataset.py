@@ -9,7 +9,7 @@ import torch
 
 from common.errors import UserError
 from common.ranges import Inside
-from dataloaders.array_header import read_labels, reading, state_shape
+from dataloaders.array_header import array_condition, read_labels, reading, state_shape
 from dataloaders.base_dataloaders import Described
 from dataloaders.tensor_dataset import TensorDataset, stratified_rows
 
@@ -23,20 +23,31 @@ class OwnTensors(TensorDataset):
         labels: torch.Tensor | None,
         held_out_fraction: Inside = 0.1,
         standardize: bool = False,
+        conditions: torch.Tensor | None = None,
         **described: Unpack[Described],
     ):
-        """states (N, *state_shape), fp32, or uint8 of pixels; labels (N,) from 0 up.
+        """states (N, *state_shape), fp32, or uint8 of pixels; labels (N,) from 0 up; conditions (N, *condition_shape).
 
         UserError for a state_shape, epoch_size or num_classes that contradict them.
         """
         held_out = stratified_rows(labels, len(states), held_out_fraction, seed=0)
         classes, value_range = 0 if labels is None else 1 + int(labels.max()), described.get("value_range")
-        super().__init__(states, labels, held_out, num_classes=classes, value_range=value_range, described=described)
+        super().__init__(
+            states,
+            labels,
+            held_out,
+            num_classes=classes,
+            value_range=value_range,
+            described=described,
+            conditions=conditions,
+        )
         self.standardize = standardize
 
 
 class ArrayDataset(OwnTensors):
-    """States of a .npy, or `x` and optional labels `y` of a .npz; a share of the rows is held out, always the same."""
+    """States of a .npy, or `x` of a .npz with labels `y` and conditions `condition`, if any; a share of the rows is held
+    out, always the same.
+    """
 
     def __init__(
         self,
@@ -48,27 +59,33 @@ class ArrayDataset(OwnTensors):
         """path: the file, with states (N, D) or (N, C, H, W), 10 rows or more.
 
         UserError for a file that is missing or unfit, for values that are not finite or lie outside value_range, and
-        for a state_shape, epoch_size or num_classes that contradict the file.
+        for a state_shape, epoch_size, num_classes or condition_shape that contradict the file.
         """
         file, value_range = Path(path), described.get("value_range")
         states, found = load_states(file), read_labels(file)
+        conditions = None if array_condition(path) is None else load_numbers(file, "condition")
         require_values_in(states, value_range, file)
         labels = None if found is None else torch.from_numpy(found.astype(np.int64))
-        super().__init__(states, labels, held_out_fraction, standardize, **described)
+        super().__init__(states, labels, held_out_fraction, standardize, conditions, **described)
 
 
 def load_states(file: Path) -> torch.Tensor:
     """Return states (N, D) or (N, C, H, W) in fp32. UserError when the file is unfit or a value is not finite in fp32."""
     state_shape(file)
+    return load_numbers(file, "x")
+
+
+def load_numbers(file: Path, member: str) -> torch.Tensor:
+    """Return a .npy, or one array of a .npz, (N, ...) in fp32. UserError where a row is not finite in fp32."""
     with reading(file):
         loaded = np.load(file, allow_pickle=False)
-        array = loaded if file.suffix == ".npy" else loaded["x"]
+        array = loaded if file.suffix == ".npy" else loaded[member]
     with np.errstate(over="ignore"):  # too large for fp32: infinite, and refused below
-        states = torch.from_numpy(array.astype(np.float32))
-    bad = int((~states.flatten(1).isfinite().all(dim=1)).sum())
+        numbers = torch.from_numpy(array.astype(np.float32))
+    bad = int((~numbers.flatten(1).isfinite().all(dim=1)).sum())
     if bad:
-        raise UserError(f"{bad} of the {len(states)} rows in {file} are not finite in fp32; remove or rescale them")
-    return states
+        raise UserError(f"{bad} of the {len(numbers)} rows in {file} are not finite in fp32; remove or rescale them")
+    return numbers
 
 
 def require_values_in(states: torch.Tensor, value_range: Sequence[float] | None, file: Path) -> None:

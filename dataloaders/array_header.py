@@ -50,6 +50,20 @@ def array_classes(path: str) -> int:
     return 0 if labels is None else 1 + int(labels.max())
 
 
+def array_condition(path: str) -> list[int] | None:
+    """Return the shape of one condition, [P] or [C, H, W], in a .npz; None where it has none. UserError when unfit."""
+    file, rows = Path(path), state_shape(Path(path))[0]
+    if file.suffix == ".npy" or "condition" not in member_names(file):
+        return None
+    shape, dtype = read_header(file, "condition")
+    if shape[:1] != (rows,) or len(shape) not in (2, 4) or min(shape) <= 0 or dtype.kind not in "iuf":
+        raise UserError(
+            f"the conditions in {file} are of type {dtype} and shape {shape}; save numbers of shape ({rows}, P) or "
+            f"({rows}, C, H, W), one condition for each row of x"
+        )
+    return list(shape[1:])
+
+
 def state_shape(file: Path) -> tuple[int, ...]:
     """Return the shape (N, ...) of all states. UserError when the file is missing, of another kind or unfit."""
     if file.suffix not in (".npy", ".npz"):

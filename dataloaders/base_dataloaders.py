@@ -15,9 +15,10 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.ranges import Count, EpochSize, SizeOr0
-from dataloaders.gaussian_mixture import GaussianMixture
+from dataloaders.gaussian_mixture import ConditionalMixture, GaussianMixture
 
-# States (B, *state_shape) and labels: classes (B,) int64, None without; (B, 1 + A) if an augmentation says what it did.
+# States (B, *state_shape) and labels: classes (B,) int64, None without; (B, 1 + A) if an augmentation says what it did, and
+# (B, 2 + P) of data with conditions, see models/inputs.py.
 Batch = tuple[Tensor, Tensor | None]
 
 
@@ -43,6 +44,7 @@ class Described(TypedDict, total=False):
     state_shape: Sequence[Count]
     num_classes: SizeOr0
     value_range: Sequence[float] | None
+    condition_shape: Sequence[Count] | None
     epoch_size: EpochSize | None
 
 
@@ -54,8 +56,10 @@ class FlowDataset(ABC):
     num_classes: number of labels, 0 when unlabelled.
     class_names: what people call the labels, in order; None where they are only numbers.
     value_range: (low, high) of image values, None for vectors.
+    condition_shape: shape of what is known of each row beside its class, (P,) or (C, H, W); None where there is nothing.
     epoch_size: training draws in an epoch, over all ranks.
     mixture: the closed-form density of the data where it is known (oracles need it), else None.
+    conditional_mixture: that of the data beside their conditions, likewise.
     num_workers: processes that read ahead, for data that streams from disk; set before the first epoch.
     standardize: whether a flow shall learn them with mean 0 and standard deviation 1; they are served as they are.
     mirrored: whether training mirrors half of its rows, left to right.
@@ -63,6 +67,7 @@ class FlowDataset(ABC):
     """
 
     mixture: GaussianMixture | None = None
+    conditional_mixture: ConditionalMixture | None = None
     class_names: list[str] | None = None
     num_workers: int = 0
     standardize: bool = False
@@ -76,11 +81,13 @@ class FlowDataset(ABC):
         num_classes: int = 0,
         value_range: Sequence[float] | None = None,
         described: Mapping[str, object] | None = None,
+        condition_shape: Sequence[int] | None = None,
     ):
         """described: what the configuration says of the same. UserError where it is something else."""
         self.state_shape: tuple[int, ...] = tuple(state_shape)
         self.epoch_size, self.num_classes = epoch_size, num_classes
         self.value_range: tuple[float, float] | None = None if value_range is None else (value_range[0], value_range[1])
+        self.condition_shape = None if condition_shape is None else tuple(condition_shape)
         self.check_described(described or {})
 
     def check_described(self, described: Mapping[str, object]) -> None:

@@ -1,7 +1,7 @@
-"""Isotropic Gaussian mixtures: the data whose flow is known in closed form."""
+"""Isotropic Gaussian mixtures, and mixtures of regressions on a condition: data whose flow is known in closed form."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,3 +59,51 @@ class GaussianMixture:
     def log_prob(self, x: Tensor) -> Tensor:
         """Log density in nats at x (B, D): (B,)."""
         return self.component_log_probs(x).logsumexp(dim=1)
+
+
+@dataclass(frozen=True)
+class ConditionalMixture:
+    """Pairs of a condition y = c_k + q_k e and a state x = m_k + a (y - c_k) + s_k e', with k drawn by weight.
+
+    weights, stds s, condition_stds q (K,); means m, condition_means c (K, D); slope a. Given y, x - a y is a mixture of
+    components N(m_k - a c_k, s_k^2 I) with weights p(k | y); over all y, x is one of N(m_k, (s_k^2 + a^2 q_k^2) I).
+    """
+
+    weights: Tensor
+    means: Tensor
+    stds: Tensor
+    condition_means: Tensor
+    condition_stds: Tensor
+    slope: float
+
+    @property
+    def residual(self) -> GaussianMixture:
+        """Return the mixture of x - a y, with the weights of no y."""
+        return GaussianMixture(self.weights, self.means - self.slope * self.condition_means, self.stds)
+
+    @property
+    def conditions(self) -> GaussianMixture:
+        """Return the mixture of y."""
+        return GaussianMixture(self.weights, self.condition_means, self.condition_stds)
+
+    @property
+    def marginal(self) -> GaussianMixture:
+        """Return the mixture of x, over all y, as one class."""
+        stds = (self.stds.square() + (self.slope * self.condition_stds).square()).sqrt()
+        return GaussianMixture(self.weights, self.means, stds)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "ConditionalMixture":
+        """Return the same law on another device or in another precision."""
+        numbers = {name: value.to(device=device, dtype=dtype) for name, value in vars(self).items() if name != "slope"}
+        return replace(self, **numbers)
+
+    def chances(self, y: Tensor) -> Tensor:
+        """Return p(k | y) (B, K) for conditions y (B, D)."""
+        return self.conditions.to(y.device, y.dtype).component_log_probs(y).softmax(1)
+
+    def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return `count` states and their conditions, (count, D) each, fp32, on the generator's device."""
+        conditions, residual = (law.to(generator.device, torch.float32) for law in (self.conditions, self.residual))
+        y, k = conditions.sample(count, generator)
+        noise = torch.randn(y.shape, generator=generator, device=y.device)
+        return self.slope * y + residual.means[k] + residual.stds[k, None] * noise, y

@@ -48,13 +48,20 @@ class ImageFolder(ImageStream):
             unseen = labelled(other, classes, size, crop, channels)
             rows = np.arange(len(unseen))
         else:
-            if len(train) < FEWEST:
-                raise UserError(f"of {len(train)} pictures none can be held out; put {FEWEST} pictures or more into {place}")
-            rows = stratified_rows(train.labels, len(train), held_out_fraction, seed=0).numpy()
+            rows = held_out_rows(train, held_out_fraction)
             train = train.subset(np.setdiff1d(np.arange(len(train)), rows))
         chosen = rows[some_rows(len(rows), held_out_most)]
         super().__init__(train, unseen.subset(chosen), len(classes), **options)
         self.standardize, self.class_names = standardize, classes or None
+
+
+def held_out_rows(pictures: PictureReader, fraction: float) -> np.ndarray:
+    """Return the rows that are held out, a share of each class. UserError where there are too few to hold out any."""
+    if len(pictures) < FEWEST:
+        raise UserError(
+            f"of {len(pictures)} pictures none can be held out; put {FEWEST} pictures or more into {pictures.root}"
+        )
+    return stratified_rows(pictures.labels, len(pictures), fraction, seed=0).numpy()
 
 
 class ImageNet(ImageFolder):

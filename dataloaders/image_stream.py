@@ -3,7 +3,7 @@
 import os
 import random
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, Unpack
 
@@ -56,17 +56,8 @@ class PictureReader(Reader):
         return PictureReader(self.root, names, labels, self.size, self.crop, self.channels, self.centre)
 
     def __getitem__(self, rows: Rows) -> Read:
-        pictures = torch.empty(len(rows.numbers), self.channels, self.size, self.size, dtype=torch.uint8)
-        taken, unreadable = list(rows.numbers), set[int]()
-        for place, row in enumerate(rows.numbers):
-            while len(unreadable) < len(self):
-                picture = self.read(row, rows.seed)
-                if picture is not None:
-                    pictures[place], taken[place] = picture, row
-                    break
-                unreadable.add(row)
-                row = (row + 1) % len(self)
-        return Read(pictures, None if self.labels is None else self.labels[taken], sorted(unreadable))
+        pictures, taken, unreadable = read_each(rows, len(self), (self.channels, self.size, self.size), self.read)
+        return Read(pictures, None if self.labels is None else self.labels[taken], unreadable)
 
     def read(self, row: int, seed: int) -> Tensor | None:
         """Return one picture (C, size, size) uint8, its random crop a function of (seed, row); None if it cannot be read."""
@@ -91,6 +82,23 @@ class PictureReader(Reader):
         box = (0, 0, *image.size) if self.crop == "whole" else middle(image.size, min(image.size))
         image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box)
         return torch.from_numpy(np.array(image)).reshape(self.size, self.size, self.channels).permute(2, 0, 1)
+
+
+def read_each(
+    rows: Rows, count: int, shape: tuple[int, ...], read: Callable[[int, int], Tensor | None]
+) -> tuple[Tensor, list[int], list[int]]:
+    """Return pictures (B, *shape) uint8, the rows of `count` they are of, and the rows that `read` gives None for."""
+    pictures = torch.empty(len(rows.numbers), *shape, dtype=torch.uint8)
+    taken, unreadable = list(rows.numbers), set[int]()
+    for place, row in enumerate(rows.numbers):
+        while len(unreadable) < count:
+            picture = read(row, rows.seed)
+            if picture is not None:
+                pictures[place], taken[place] = picture, row
+                break
+            unreadable.add(row)
+            row = (row + 1) % count
+    return pictures, taken, sorted(unreadable)
 
 
 def middle(sides: tuple[int, int], length: int) -> tuple[int, int, int, int]:

@@ -212,6 +212,7 @@ class StreamDataset(FlowDataset):
         num_classes: int,
         value_range: Sequence[float] | None,
         described: Mapping[str, object] | None = None,
+        condition_shape: Sequence[int] | None = None,
     ):
         """train, unseen: readers of the training part and of the part held out. described: see FlowDataset.
 
@@ -222,7 +223,7 @@ class StreamDataset(FlowDataset):
                 f"{type(self).__name__} has {len(unseen)} held out to evaluate on, and the scores take {LEAST} or more; "
                 "add to them, or hold out a larger share"
             )
-        super().__init__(state_shape, len(train), num_classes, value_range, described)
+        super().__init__(state_shape, len(train), num_classes, value_range, described, condition_shape)
         self.train, self.unseen = train, unseen
         self.device = torch.device("cpu")
         self.ahead: ReadAhead | None = None

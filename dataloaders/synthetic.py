@@ -11,7 +11,8 @@ from torch import Tensor
 from common.errors import UserError
 from common.ranges import Count, CountOr0, EpochSize, Positive, SizeOr0
 from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset, typed
-from dataloaders.gaussian_mixture import GaussianMixture
+from dataloaders.gaussian_mixture import ConditionalMixture, GaussianMixture
+from models.inputs import join_condition
 
 KMEANS_CENTROIDS = ((1.5, 2.0), (-2.0, 1.0), (-1.5, -2.0), (2.0, -1.5), (0.5, 0.5))
 
@@ -23,6 +24,7 @@ class CommonOptions(TypedDict, total=False):
     num_classes: SizeOr0
     epoch_size: EpochSize
     value_range: Sequence[float] | None
+    condition_shape: Sequence[Count] | None
 
 
 class SyntheticDataset(FlowDataset):
@@ -31,13 +33,16 @@ class SyntheticDataset(FlowDataset):
     Randomness comes only from the generator a method is given, so ranks and epochs differ as their seeds do.
     """
 
-    def __init__(self, shape: Sequence[int], classes: int, **common: Unpack[CommonOptions]):
-        """shape, classes: what the data have. UserError where the configuration says otherwise."""
-        super().__init__(shape, common.get("epoch_size", 200_000), classes, common.get("value_range"), common)
+    def __init__(
+        self, shape: Sequence[int], classes: int, condition: Sequence[int] | None = None, **common: Unpack[CommonOptions]
+    ):
+        """shape, classes, condition: what the data have. UserError where the configuration says otherwise."""
+        size = common.get("epoch_size", 200_000)
+        super().__init__(shape, size, classes, common.get("value_range"), common, condition)
 
     @abstractmethod
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return `count` states (count, *state_shape) fp32 and labels (count,) int64, on the generator's device."""
+        """Return `count` states (count, *state_shape) fp32 and labels, as a batch has them, on the generator's device."""
 
     def to(self, device: torch.device | str) -> Self:
         if self.mixture is not None:
@@ -110,6 +115,44 @@ class Mixture(MixtureDataset):
                 f"for all of dataloaders.state_shape, such as [1,-1], not {typed(means)}"
             )
         super().__init__(torch.tensor(points, dtype=torch.float32), std, weights, classes, **common)
+
+
+class MixtureRegression(SyntheticDataset):
+    """States beside a condition of as many dimensions, y -> x by several regressions: see ConditionalMixture."""
+
+    def __init__(
+        self,
+        means: Sequence[Sequence[float]],
+        condition_means: Sequence[Sequence[float]],
+        slope: float = 0.5,
+        std: Positive | Sequence[Positive] = 0.3,
+        condition_std: Positive | Sequence[Positive] = 0.5,
+        weights: Sequence[Positive] | None = None,
+        **common: Unpack[CommonOptions],
+    ):
+        """means, condition_means: K points each, of one dimension. std, condition_std: of every component, or one for each.
+
+        UserError for points that do not go together.
+        """
+        points = [torch.tensor(of, dtype=torch.float32) for of in (means, condition_means)]
+        if points[0].ndim != 2 or points[0].shape != points[1].shape:
+            raise UserError(
+                "dataloaders.means and dataloaders.condition_means take as many points of one dimension, not "
+                f"{typed(means)} and {typed(condition_means)}"
+            )
+        count, shape = points[0].shape[0], points[0].shape[1:]
+        super().__init__(shape, 0, shape, **common)
+        shares = for_each("weights", 1.0 if weights is None else weights, count)
+        stds, condition_stds = for_each("std", std, count), for_each("condition_std", condition_std, count)
+        self.conditional_mixture = ConditionalMixture(
+            shares / shares.sum(), points[0], stds, points[1], condition_stds, slope
+        )
+        self.mixture = self.conditional_mixture.marginal
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        assert self.conditional_mixture is not None
+        x, y = self.conditional_mixture.sample(count, generator)
+        return x, join_condition(None, y)
 
 
 class KMeans(MixtureDataset):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dataloaders.base_dataloaders import Batch, EpochPlan, FlowDataset, pair_sizes
+from models.inputs import join_condition, split_label
 
 
 class TensorDataset(FlowDataset):
@@ -16,7 +17,7 @@ class TensorDataset(FlowDataset):
     Attributes
     states: (N, *state_shape) as stored: fp32, or uint8 for pictures, a quarter of the memory.
     train_states, held_out_states: (N, *state_shape) fp32.
-    train_labels, held_out_labels: (N,) int64, or None when unlabelled.
+    train_labels, held_out_labels: as a batch has them, (N,) or (N, 2 + P), or None when unlabelled.
     """
 
     def __init__(
@@ -28,17 +29,22 @@ class TensorDataset(FlowDataset):
         num_classes: int = 0,
         value_range: Sequence[float] | None = None,
         described: Mapping[str, object] | None = None,
+        conditions: Tensor | None = None,
     ):
-        """states: (N, *state_shape), uint8 being pixels. labels: (N,). held_out_rows: indices never trained on.
+        """states: (N, *state_shape), uint8 being pixels. labels: (N,). held_out_rows: indices never trained on. conditions:
+        (N, *condition_shape), which become part of the labels.
 
         described: what the configuration says; UserError where the data are something else.
         """
         training = torch.ones(len(states), dtype=torch.bool).index_fill(0, held_out_rows, False)
         rows = torch.cat([training.nonzero()[:, 0], held_out_rows])
         self.train_size = len(rows) - len(held_out_rows)
-        super().__init__(states.shape[1:], self.train_size, num_classes, value_range, described)
+        condition_shape = None if conditions is None else conditions.shape[1:]
+        super().__init__(states.shape[1:], self.train_size, num_classes, value_range, described, condition_shape)
         self.states = (states if states.dtype == torch.uint8 else states.float())[rows].contiguous()
         self.labels = None if labels is None else labels[rows].long()
+        if conditions is not None:
+            self.labels = join_condition(self.labels, conditions[rows])
         self.balanced = False
 
     @property
@@ -63,7 +69,7 @@ class TensorDataset(FlowDataset):
         return self
 
     def balance(self) -> None:
-        if self.labels is None:
+        if not self.num_classes:
             super().balance()
         self.balanced = True
 
@@ -73,7 +79,7 @@ class TensorDataset(FlowDataset):
 
     def epoch(self, plan: EpochPlan) -> Iterator[Batch]:
         """Yield each training row once, shuffled by plan.order, unless balanced. plan.generator is unused."""
-        labels = self.train_labels if self.balanced else None
+        labels = split_label(self.train_labels)[0] if self.balanced else None
         order = plan.order
         shuffled = (
             torch.randperm(self.train_size, generator=order) if labels is None else balanced_order(labels.cpu(), order)

@@ -17,20 +17,28 @@ from dataloaders.array_header import MAX_CLASSES, MIN_ROWS
 from dataloaders.base_dataloaders import Described, typed
 from dataloaders.stream import Read, Reader, Rows, StreamDataset, some_rows
 from dataloaders.tensor_dataset import as_states, stratified_rows
+from models.inputs import join_condition
 
 SCANNED = 10_000  # rows that are read to learn what all of them are, evenly spaced
-KEYS = {"x": "x", "label": "label"}
+KEYS = {"x": "x", "label": "label", "condition": "condition"}
 
 
 class Item(NamedTuple):
-    """One row: x (D,) or (C, H, W), fp32 or pixels in uint8, and its class or None."""
+    """One row: x (D,) or (C, H, W), fp32 or pixels in uint8, its class and its condition, of such a shape, or None."""
 
     x: Tensor
     label: int | None
+    condition: Tensor | None
+
+    def kind(self) -> dict[str, str]:
+        """Return in words what each part is: what all rows have in common."""
+        label = "none" if self.label is None else "a number"
+        return {"x": of_kind(self.x), "label": label, "condition": of_kind(self.condition)}
 
 
 class TorchReader(Reader):
-    """Reads rows of a data set whose items are x, (x, label), or dictionaries with entries of the names in `keys`.
+    """Reads rows of a data set whose items are x, (x, label), (x, label, condition), label possibly None, or dictionaries
+    with entries of the names in `keys`.
 
     What an item draws from the default generators of Python, NumPy and torch is a function of the epoch's seed and of the
     batch it is read in, in any process.
@@ -38,7 +46,7 @@ class TorchReader(Reader):
 
     def __init__(self, dataset: Dataset[Any], keys: Mapping[str, str], rows: np.ndarray | None = None):
         """rows: those that are read, None for all. UserError for a data set without items by number, or with few."""
-        self.dataset, self.keys, self.name_of = dataset, keys, type(dataset).__name__
+        self.dataset, self.keys, self.name_of = dataset, KEYS | dict(keys), type(dataset).__name__
         count = counted(dataset)
         self.rows = np.arange(count) if rows is None else rows
         self.classes: int | None = None
@@ -57,8 +65,12 @@ class TorchReader(Reader):
                 items = [self.item(number) for number in rows.numbers]
             except UserError as error:
                 return Read(torch.empty(0), None, [], str(error))
-        labels = [item.label for item in items if item.label is not None]
-        return Read(torch.stack([item.x for item in items]), torch.tensor(labels) if labels else None, [])
+        known = [item.label for item in items if item.label is not None]
+        labels = torch.tensor(known) if known else None
+        conditions = [as_states(item.condition) for item in items if item.condition is not None]
+        if conditions:
+            labels = join_condition(labels, torch.stack(conditions))
+        return Read(torch.stack([item.x for item in items]), labels, [])
 
     def item(self, number: int) -> Item:
         """Return a row. UserError, naming it, where it cannot be read, is of no kind that can be served, or of another kind
@@ -70,40 +82,42 @@ class TorchReader(Reader):
                 given = self.dataset[int(self.rows[number])]
         except OSError as error:
             raise UserError(f"{where} cannot be read: {error}") from error
-        x, label = self.parts(given, where)
-        item = Item(state(x, where), None if label is None else self.label(label, where))
+        x, label, condition = self.parts(given, where)
+        item = Item(
+            state(x, where), None if label is None else self.label(label, where),
+            None if condition is None else state(condition, f"the condition of {where}"),
+        )  # fmt: skip
         self.like = self.like or item
-        if (item.x.shape, item.x.dtype) != (self.like.x.shape, self.like.x.dtype):
-            raise UserError(
-                f"{where} is {of_kind(item.x)}, and the first one is {of_kind(self.like.x)}; all of them must be alike"
-            )
-        if (item.label is None) != (self.like.label is None):
-            raise UserError(
-                f"{where} has {'no' if item.label is None else 'a'} label, unlike the first one; give all or none"
-            )
+        for part, kind in item.kind().items():
+            if kind != (first := self.like.kind()[part]):
+                raise UserError(f"{where} has as its {part} {kind}, and the first one {first}; all of them must be alike")
         self.check_range(item.x, where)
         return item
 
-    def parts(self, given: Any, where: str) -> tuple[Any, Any]:
-        """Return state and label, None without, of what the data set gave. UserError for something else."""
+    def parts(self, given: Any, where: str) -> tuple[Any, Any, Any]:
+        """Return state, label and condition, None without, of what the data set gave. UserError for something else."""
         if isinstance(given, Mapping):
             if self.keys["x"] not in given:
                 raise UserError(
                     f"{where} is a dictionary with {', '.join(map(str, given))}, not with {self.keys['x']}; name its "
-                    "entries by dataloaders.keys.x and dataloaders.keys.label"
+                    "entries by dataloaders.keys.x, .label and .condition"
                 )
-            return given[self.keys["x"]], given.get(self.keys["label"])
-        whole = given if isinstance(given, tuple | list) else (given,)
-        if not 1 <= len(whole) <= 2:
-            raise UserError(f"{where} is {in_words(given)}; give a tensor x, (x, label), or a dictionary")
-        return whole[0], whole[1] if len(whole) > 1 else None
+            return given[self.keys["x"]], given.get(self.keys["label"]), given.get(self.keys["condition"])
+        whole = tuple(given) if isinstance(given, tuple | list) else (given,)
+        if not 1 <= len(whole) <= 3:
+            raise UserError(f"{where} is {in_words(given)}; give x, (x, label), (x, label, condition) or a dictionary")
+        x, label, condition = (*whole, None, None)[:3]
+        return x, label, condition
 
     def label(self, given: Any, where: str) -> int:
         """Return a class as a number. UserError for what is none of the classes that there are."""
         try:
             label = operator.index(given)
         except (TypeError, ValueError) as error:
-            raise UserError(f"{where} has {in_words(given)} as its label; give a whole number, 0 or more") from error
+            raise UserError(
+                f"{where} has {in_words(given)} as its label; give a whole number, 0 or more, and "
+                "what is none third, as the condition: (x, None, condition)"
+            ) from error
         classes = MAX_CLASSES if self.classes is None else self.classes
         if not 0 <= label < classes:
             known = f"the classes are 0 to {classes - 1}" if classes else "no classes are expected"
@@ -139,13 +153,13 @@ class TorchDataset(StreamDataset):
         standardize: bool = False,
         **settings: Unpack[Described],
     ):
-        """keys: what the entries of x and label are called, where items are dictionaries. held_out_most: rows kept in memory
-        to evaluate on. settings: what is not given is read from the data set, see `described`.
+        """keys: what the entries of items that are dictionaries are called. held_out_most: rows kept in memory to evaluate
+        on. settings: what is not given is read from the data set, see `described`.
 
         UserError for a data set that cannot be served, or is another one than the settings say.
         """
         names = KEYS | dict(keys or {})
-        if not {"state_shape", "num_classes", "value_range"} <= settings.keys():
+        if not {"state_shape", "num_classes", "value_range", "condition_shape"} <= settings.keys():
             settings = described(dataset, names) | settings  # type: ignore[assignment]
         train = TorchReader(dataset, names)
         unseen = train if held_out is None else TorchReader(held_out, names)
@@ -160,8 +174,9 @@ class TorchDataset(StreamDataset):
             for reader in (train, unseen):
                 reader.classes, reader.value_range, reader.like = classes, settings["value_range"], first
             train.item(0)
-        shape, has_labels = first.x.shape, first.label is not None
-        super().__init__(train, unseen, shape, classes if has_labels else 0, settings["value_range"], settings)
+        shape, classes = first.x.shape, 0 if first.label is None else classes
+        condition = None if first.condition is None else first.condition.shape
+        super().__init__(train, unseen, shape, classes, settings["value_range"], settings, condition)
         self.standardize = standardize
 
     def states(self, stored: Tensor, generator: torch.Generator) -> Tensor:
@@ -170,7 +185,7 @@ class TorchDataset(StreamDataset):
 
 def counted(dataset: Any) -> int:
     """Return how many items there are. UserError where they have no numbers, or are too few."""
-    name = type(dataset).__name__
+    name, sized = type(dataset).__name__, dataset
     iterable = isinstance(dataset, IterableDataset)
     if iterable or not isinstance(dataset, Dataset):
         raise UserError(
@@ -181,7 +196,7 @@ def counted(dataset: Any) -> int:
     if lacking:
         raise UserError(f"the data set {name} has no {lacking[0]}; define it, as of any map-style torch data set")
     with calling("the data set", dataset):
-        count = len(dataset)
+        count = len(sized)
     if count < MIN_ROWS:
         raise UserError(
             f"the data set {name} has {count or 'no'} items; {MIN_ROWS} or more are needed, to train on some and hold out "
@@ -209,13 +224,13 @@ def state(given: Any, where: str) -> Tensor:
     return x
 
 
-def of_kind(x: Tensor) -> str:
-    return f"{in_words(x)} of {x.dtype}"
+def of_kind(x: Tensor | None) -> str:
+    return "none" if x is None else f"{in_words(x)} of {x.dtype}"
 
 
 def described(dataset: Dataset[Any], keys: Mapping[str, str]) -> dict[str, Any]:
     """Return what a data set is, by the names of the settings: state_shape; num_classes, the largest label + 1, 0 without;
-    value_range, of pictures in [-1, 1] or [0, 1], else None.
+    value_range, of pictures in [-1, 1] or [0, 1], else None; condition_shape, None without.
 
     Of SCANNED rows at most, evenly spaced. UserError for one of them that cannot be served.
     """
@@ -228,8 +243,10 @@ def described(dataset: Dataset[Any], keys: Mapping[str, str]) -> dict[str, Any]:
             low, high = min(low, item.x.min().item()), max(high, item.x.max().item())
             label = max(label, -1 if item.label is None else item.label)
     assert reader.like is not None
-    x = reader.like.x
+    x, condition = reader.like.x, reader.like.condition
     bounds = (-1.0, 1.0) if x.dtype == torch.uint8 or low < 0 else (0.0, 1.0)
     inside = x.dtype == torch.uint8 or (bounds[0] <= low and high <= bounds[1])
     ranged = bounds if x.ndim == 3 and inside else None
-    return {"state_shape": tuple(x.shape), "num_classes": label + 1, "value_range": ranged}
+    of_condition = None if condition is None else tuple(condition.shape)
+    shapes = {"state_shape": tuple(x.shape), "condition_shape": of_condition}
+    return shapes | {"num_classes": label + 1, "value_range": ranged}

@@ -14,6 +14,7 @@ from evaluation.evaluator import Evaluation, Evaluator, held_out_states
 from evaluation.metrics.base_metric import EvaluationInputs, Score, share_score
 from losses.cross_entropy_loss import CrossEntropyLoss
 from losses.objective import Objective
+from models.inputs import split_label
 
 CLASSES_LOGGED = 20  # with more classes, only the worst one's accuracy is logged
 
@@ -72,6 +73,7 @@ class ClassifierEvaluator(Evaluator):
         network = objective.eval().network
         generator = generator_for(0, "evaluation/classifier", 0, next(network.parameters()).device)
         images, label = held_out_states(dataset, self.final_samples if given.final else self.samples, generator)
+        label = split_label(label)[0]
         assert label is not None
         with watched(network, f"evaluation, {len(images):,} images", len(images)):
             logits = torch.cat([network(part) for part in images.split(self.batch_size)]).float()

@@ -59,11 +59,13 @@ class Pairs:
         return total if self.source_means is None else total - p.sigma * (self.source_means.to(flat).T @ weight)
 
     def log_joint(self, squared: Tensor, p: PathPoint, label: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return S_c^2 (P, 1 or B) and log(p(c | label) N(z; o_c, S_c^2 I)) (P, B)."""
+        """Return S_c^2 (P, 1 or B) and log(p(c | label) N(z; o_c, S_c^2 I)) (P, B). label: classes (B,), or the weights of
+        the data's components (B, K).
+        """
         stds, source_stds, chances = (part.to(squared) for part in (self.stds, self.source_stds, self.chances))
         variances = (p.alpha * stds[:, None]).square() + (p.sigma * source_stds[:, None]).square()
         normaliser = 0.5 * self.dimensions * (2 * math.pi * variances).log()
-        chosen = chances[-1:] if label is None else chances[label.to(chances.device)]
+        chosen = chances[-1:] if label is None else label if label.ndim == 2 else chances[label.to(chances.device)]
         weights = (chosen[:, :, None] * self.source_shares.to(squared)).flatten(1).T
         return variances, weights.log() - normaliser - 0.5 * squared / variances
 
@@ -76,7 +78,8 @@ class ExactFlow:
     probability w_k u_j, and the velocity E[dz_t/dt | z_t] is, with o_c = z - alpha m_k - sigma n_j,
         v(z, t) = sum_c p(c | z) (alpha' m_k + sigma' n_j + (alpha alpha' s_k^2 + sigma sigma' r_j^2) / S_c^2 o_c).
     Callable as a field. States (B, ...) of any shape with D entries, float32 or float64; times scalar or (B,). label (B,):
-    the classes whose data, p(k | class) in the place of w_k, the states lead to; the null label, and None, are all.
+    the classes whose data, p(k | class) in the place of w_k, the states lead to; the null label, and None, are all. label
+    (B, K): each row's own weights in that place.
     """
 
     def __init__(
@@ -104,6 +107,10 @@ class ExactFlow:
         if not isinstance(self.source, GaussianMixture):
             return {"source_std": self.source}
         return {"source": [part.tolist() for part in (self.source.weights, self.source.means, self.source.stds)]}
+
+    def data(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return `count` draws of x1 (count, D), float32, and their labels."""
+        return self.mixture.to(dtype=torch.float32).labelled(count, generator)
 
     def noise(self, count: int, generator: torch.Generator) -> Tensor:
         """Return `count` draws of x0 (count, D), float32."""

@@ -149,7 +149,7 @@ class GeneratorEvaluator(Evaluator):
         count, device = self.count(given.final), next(flow.network.parameters()).device
         noise = fixed_noise(given.source.to("cpu"), count, given.seed).to(device)
         labels = generator_for(given.seed, "evaluation/labels", 0, device)
-        label = data_labels(given.dataset, flow.network.num_classes, count, labels)
+        label = data_labels(given.dataset, flow.network.is_conditional, count, labels)
         label = None if label is None else label.to(device)
         samples = generate_together(flow, given.solver, noise, label, fresh_noise(given.source, given.seed))
         given.source.to(device)

@@ -35,9 +35,9 @@ def fresh_noise(source: Source, seed: int) -> Fresh:
     return lambda k, first, count: fixed_noise(source, count, seed, f"renoise/{k}", first)
 
 
-def data_labels(dataset: FlowDataset, num_classes: int, count: int, generator: torch.Generator) -> Tensor | None:
-    """Return labels (count,), classes as often as in held-out data; None for an unconditional network."""
-    if not num_classes:
+def data_labels(dataset: FlowDataset, conditional: bool, count: int, generator: torch.Generator) -> Tensor | None:
+    """Return `count` labels as they come in held-out data; None for an unconditional network."""
+    if not conditional:
         return None
     labels = dataset.held_out(count, generator)[1]
     assert labels is not None, "a conditional network has learned from labels"

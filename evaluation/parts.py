@@ -17,11 +17,14 @@ from configuration.stored import stored_config
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
 from evaluation.closed_forms import ExactFlow
+from evaluation.conditional_flow import ConditionalFlow
 from evaluation.guided_flows import GuidedFlow
 from evaluation.metrics.base_metric import Decode, EvaluationInputs
 from evaluation.metrics.oracles import KnownFlow, known_flow
 from helpers_cfg import guided
 from losses.objective import FlowObjective, Objective
+from models.conditioned import Conditioned, widened
+from models.network import Network
 from run_files.checkpoint import load_checkpoint
 from solvers.base_solver import Sampler
 
@@ -53,16 +56,34 @@ def build_solver(config: dict[str, Any]) -> Sampler:
     return solver
 
 
+def build_network(config: dict[str, Any]) -> Network:
+    """Return the model, which takes conditions where the data has them and the run is conditional. UserError for a model of
+    no state_shape, which cannot be made to.
+    """
+    data, node = config["dataloaders"], config["model"]
+    shape = data.get("condition_shape") if config.get("conditional") else None
+    if shape is None or derives(node["_target_"], "models.classifier.classifier.Classifier"):
+        network: Network = build(node)
+        return network
+    if "state_shape" not in node:
+        raise UserError(
+            "conditions are further channels of the state that a model sees, and this one has no setting state_shape; use "
+            "conditional=false, or a model that is made for a shape"
+        )
+    inner = build(node | {"state_shape": widened(data["state_shape"], shape)})
+    return Conditioned(inner, data["state_shape"], shape)
+
+
 def build_objective(config: dict[str, Any], device: torch.device) -> Objective:
     """Return the objective around a freshly initialised network, the same for the same seed on every rank.
 
     UserError for a network that cannot fit: four fp32 numbers for each weight, its average and the optimizer's two included.
     """
     with torch.device("meta"):
-        weights = build(config["model"]).parameter_count()
+        weights = build_network(config).parameter_count()
     check_fits(f"the {weights:,} weights of this model", 16 * weights, "a smaller model")
     torch.manual_seed(stream_seed(config["seed"], "weights"))
-    network = build(config["model"])
+    network = build_network(config)
     network.init_weights()
     objective: Objective = build(config["loss"], network=network).to(device, memory_format=weight_layout(device))
     if config.get("standardized") and isinstance(objective, FlowObjective):
@@ -119,6 +140,8 @@ def load_guide(
     ):  # others would be read from disk
         cpu = torch.device("cpu")
         flow = known_flow(guide, build_dataset(stored, cpu), build_source(stored, cpu))
+    if isinstance(flow, ConditionalFlow):
+        flow = "the flow under guidance by conditions is not known exactly"
     if isinstance(flow, GuidedFlow):
         flow = "the guide's training has guidance in it, and the flow that results is not known exactly"
     return guide.network.eval().requires_grad_(False), flow

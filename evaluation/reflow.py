@@ -57,7 +57,7 @@ class TeacherPairs:
 def made_paths(model: TrainedModel, count: int, points: int) -> Paths:
     """Return what TeacherPairs does, on the CPU."""
     data, objective = build_dataset(model.config, CPU), model.objective
-    label = data_labels(data, objective.network.num_classes, count, generator_for(REFLOW_SEED, "reflow/labels"))
+    label = data_labels(data, objective.network.is_conditional, count, generator_for(REFLOW_SEED, "reflow/labels"))
     if points > 2:
         recorder = PathRecorder(model, points)
         states = model.sample(count, seed=REFLOW_SEED, label=label, solver=recorder).transpose(0, 1).contiguous()

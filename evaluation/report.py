@@ -16,6 +16,7 @@ from evaluation.evaluator import SQUARED_ERROR, Evaluation, GeneratorEvaluation
 from evaluation.metrics.base_metric import Absent, Decode, Score, as_images, number
 from evaluation.metrics.distances import nearest, squared_distances
 from losses.weightings import UniformWeighting
+from models.inputs import classes_in
 
 OF_FINITE_DATA = ("oracle/empirical", "oracle/copying")  # oracles that want no known density
 Span = tuple[float, float] | None
@@ -164,7 +165,8 @@ def draw_picture(path: Path, evaluation: Evaluation, title: str, images: int = 1
         return True
     assert isinstance(evaluation, GeneratorEvaluation)
     made, real = evaluation.generation, (evaluation.reference, evaluation.reference_label)
-    samples, label, shape = made.samples, made.label, made.dataset.state_shape
+    samples, label, shape = made.samples, made.classes, made.dataset.state_shape
+    real = real[0], classes_in(real[1], made.dataset.num_classes)
     if shape == (2,):
         scatter_picture(path, samples[:2000].cpu().numpy(), real[0].cpu().numpy(), title, score_line(evaluation))
     elif drawable(shape, made.decode):

@@ -1,7 +1,9 @@
 """A trained model, away from its run: load it, sample it, ask it for velocities and densities."""
 
 import itertools
+import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,7 @@ from evaluation import generate, parts
 from evaluation.metrics.base_metric import Generation, as_images
 from helpers_cfg import ClassifierFreeGuidance, Guidance, guided
 from losses.objective import FlowObjective, Objective
+from models.inputs import join_class, join_condition
 from run_files.checkpoint import load_checkpoint
 from run_files.provenance import weights_in_words
 from solvers.base_solver import BaseSolver, Sampler
@@ -29,6 +32,7 @@ from solvers.dopri5 import Dopri5
 from solvers.likelihood import LogLikelihood, log_likelihood
 
 Label = int | Literal["all"] | Tensor | None
+CONDITIONS = 10_000  # held-out rows whose conditions are taken in turn, at most
 CPU = torch.device("cpu")
 
 
@@ -55,17 +59,18 @@ class TrainedModel:
         evaluations: int | None = None,
         guidance: Guidance | float | None = None,
         together: bool = False,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Return n samples (n, *state_shape) on the CPU, latents of a latent model; sample i depends on label, seed and i.
 
-        label: as in `labels`. solver, guidance: instead of the run's own; a number is a scale of classifier-free guidance,
-        and 1 is none. evaluations: so many equal steps of one evaluation each instead of a solver, see few_steps.
+        label, condition: as in `labels`. solver, guidance: instead of the run's own; a number is a scale of classifier-free
+        guidance, and 1 is none. evaluations: so many equal steps of one evaluation each instead of a solver, see few_steps.
         together: every rank calls this, and makes a share of the samples.
         UserError for more samples than this machine's memory holds.
         """
         check_value("n", n, Setting(Count))
         check_rows_fit("n", n, self.config["dataloaders"]["state_shape"])
-        source, labels, flow = parts.build_source(self.config, CPU), self.labels(n, label), self.flow(guidance)
+        source, labels, flow = parts.build_source(self.config, CPU), self.labels(n, label, condition), self.flow(guidance)
         if evaluations is not None:
             check_guides_a_step(flow, evaluations)
             solver = generate.few_step_solver(flow, evaluations)
@@ -80,8 +85,40 @@ class TrainedModel:
         with watched(flow.network, f"{n:,} samples", n * solver.evaluations_ahead // sharing):
             return shared_out(firsts, chunk) if together else torch.cat([chunk(first) for first in firsts])
 
-    def labels(self, n: int, label: Label) -> Tensor | None:
-        """Return the labels (n,) of n samples, None for an unconditional model.
+    def labels(self, n: int, label: Label, condition: Tensor | None = None) -> Tensor | None:
+        """Return the labels of n samples, (n,) or of a model with conditions (n, 2 + P); None for an unconditional model.
+
+        label: as in `classes`; a tensor (n, 2 + P): labels as they are to be. condition: (*condition_shape), or one for each
+        sample; None: those of held-out rows in turn, with their classes where no label is given. UserError for another.
+        """
+        shape = self.objective.network.condition_shape
+        if shape is None:
+            if condition is not None:
+                raise UserError("this model takes no condition; leave it out, or train one with conditional=true")
+            return self.classes(n, label)
+        if isinstance(label, Tensor) and label.shape == (n, 2 + math.prod(shape)):
+            return label.cpu()
+        classes = self.classes(n, label)
+        if condition is None:
+            known = self.known_labels[torch.arange(n) % len(self.known_labels)]
+            return known if label is None or classes is None else join_class(known, classes)
+        given = torch.as_tensor(condition).cpu().float()
+        if given.shape not in (shape, (n, *shape)):
+            raise UserError(
+                f"condition takes a tensor of shape {list(shape)}, or [{n}, ...] of one for each sample, not "
+                f"{list(given.shape)}"
+            )
+        return join_condition(classes, given.expand(n, *shape))
+
+    @cached_property
+    def known_labels(self) -> Tensor:
+        """Return labels of held-out rows (N, 2 + P)."""
+        known = self.real(CONDITIONS)[1]
+        assert known is not None, "data with conditions have labels"
+        return known
+
+    def classes(self, n: int, label: Label) -> Tensor | None:
+        """Return the classes (n,) of n samples, None for a model that knows none.
 
         label: a class; "all", every class in order, as equally often as n allows; labels (n,); None, the classes in turn.
         UserError for a label this model does not know.

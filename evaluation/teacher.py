@@ -66,4 +66,5 @@ def flow_of(objective: FlowObjective, config: dict[str, Any]) -> dict[str, Any]:
     """Return by name what must agree for one objective to learn the map of another's velocity."""
     shared = meaning(objective, config)
     found = {what: shared[what] for what in ("state shape", "path", "standardization of the data")}
-    return found | {"number of classes": objective.network.num_classes, "noise": config["source"]}
+    labels = {"number of classes": objective.network.num_classes, "shape of conditions": objective.network.condition_shape}
+    return found | labels | {"noise": config["source"]}

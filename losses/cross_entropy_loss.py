@@ -12,6 +12,7 @@ from common.ranges import NotNegative, Share, ShareBelow1
 from dataloaders.sources import Source
 from losses.objective import Objective
 from models.classifier.classifier import Classifier
+from models.inputs import split_label
 
 TRIES = 16  # of drawing a beta variable; at the worst alpha one in 65,536 is none of them
 
@@ -61,6 +62,7 @@ class CrossEntropyLoss(Objective):
     def batch(
         self, source: Source, x1: Tensor, label: Tensor | None, generator: Generator, progress: float
     ) -> LabelledBatch:
+        label = split_label(label)[0]
         assert label is not None, "a classifier's model is not built for data without labels"
         if self.mixup == 0:
             return LabelledBatch(x1, label)

@@ -38,7 +38,7 @@ class DistillationLoss(FlowObjective):
         self, x0: Tensor, x1: Tensor, label: Tensor | None, generator: torch.Generator, progress: float = 0.0
     ) -> FlowBatch:
         paths = self.coupling.paths(x1, generator)
-        check_labels(self.network.num_classes, label, paths.label)
+        check_labels(self.network, label, paths.label)
         first, last = self.two_points(len(paths.times), len(x1), generator)
         row, states = torch.arange(len(x1), device=x1.device), paths.states
         z, end, r, t = states[first, row], states[last, row], paths.times[first], paths.times[last]

@@ -11,7 +11,6 @@ from losses.meanflow_guidance import MeanFlowGuidance
 from losses.objective import FlowBatch, FlowObjective, expand_time
 from losses.total_derivative import DerivativeObjective
 from losses.world import Field, World
-from models.inputs import with_class
 
 
 class MeanFlowLoss(DerivativeObjective):
@@ -31,7 +30,7 @@ class MeanFlowLoss(DerivativeObjective):
 
     def __init__(self, guidance: MeanFlowGuidance | None = None, variance_reduction: Share = 1.0, **parts: Any) -> None:
         super().__init__(**parts)
-        if guidance is not None and (self.network.num_classes == 0 or self.label_dropout == 0):
+        if guidance is not None and (not self.network.is_conditional or self.label_dropout == 0):
             raise UserError(
                 "loss/guidance needs a network that knows labels and their absence: "
                 "add conditional=true and keep loss.label_dropout above 0, or leave loss/guidance out"
@@ -64,7 +63,7 @@ class MeanFlowLoss(DerivativeObjective):
         """Return v_c (B, ...), or with guidance its guided form on the rows that have a label."""
         if self.guidance is None or batch.label is None:
             return batch.conditional_velocity
-        null = with_class(batch.label, self.network.num_classes)
+        null = self.network.null_label(batch.label)
         with self.frozen():
             v_label, v_null = (self.velocity(batch.input, batch.r, label) for label in (batch.label, null))
         guided = self.guidance.target(batch.conditional_velocity, v_label, v_null, batch.r)

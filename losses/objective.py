@@ -22,7 +22,7 @@ from losses.standardised import Standardised
 from losses.time_samplers import TimeSampler
 from losses.weightings import Weighting
 from losses.world import Field, World
-from models.inputs import make_unified_flow_matching_input, with_class
+from models.inputs import make_unified_flow_matching_input
 from models.layers import replace_dropout
 from models.network import Network
 from models.velocity_model import VelocityModel
@@ -36,7 +36,7 @@ class FlowBatch:
     """One step's rows, made whole on the training device.
 
     raw_source x0 and raw_target x1 (B, ...); r and t (B,), r <= t; input z (B, ...), the state at r; conditional_velocity
-    (B, ...), dz/dr for these x0 and x1; unified_input, what the network sees; label (B,) or None.
+    (B, ...), dz/dr for these x0 and x1; unified_input, what the network sees; label (B,) or (B, ...), or None.
     """
 
     raw_source: Tensor
@@ -58,9 +58,9 @@ class FlowBatch:
         return replace(self, **first), replace(self, **rest)
 
 
-def check_labels(classes: int, given: Tensor | None, label: Tensor | None) -> None:
+def check_labels(network: VelocityModel, given: Tensor | None, label: Tensor | None) -> None:
     """Raise UserError when data of a conditional network have labels and the pairs made of them have none."""
-    if given is not None and label is None and classes:
+    if given is not None and label is None and network.is_conditional:
         raise UserError(
             "conditional=true needs labels, and these pairs have none; train the teacher of loss/coupling=reflow with "
             "conditional=true, or leave conditional out"
@@ -68,10 +68,11 @@ def check_labels(classes: int, given: Tensor | None, label: Tensor | None) -> No
 
 
 def check_plain(label: Tensor | None) -> Tensor | None:
-    """Return labels (B,), for losses that compare the rows of a label. UserError for those of augmented pictures."""
+    """Return labels (B,), for losses that compare the rows of a label. UserError where each row has one of its own."""
     if label is not None and label.ndim > 1:
         raise UserError(
-            "this loss compares pictures of one label, and an augmented one is alone with its own; use dataloaders.augment=0"
+            "this loss compares rows of one label, and one that is augmented, or has a condition, is alone with its own; "
+            "use dataloaders.augment=0, or a loss of single rows such as loss=meanflow"
         )
     return label
 
@@ -113,7 +114,7 @@ class FlowObjective(Standardised, RepeatsDropout, Objective, ABC):
     "endpoint_map": u(z, r, 1), the map to data, from any time, so that u(z, r, r) means nothing. "generator": u(x0, 0, 1).
     marginals_only: whether any map is as good that carries noise to data, so that no sample has one true end.
     pairwise: whether every row of a batch is compared with every other, so that its cost grows with the square of them.
-    label_dropout: share of rows whose label becomes the null label num_classes, for classifier-free guidance.
+    label_dropout: share of rows whose label, class and condition, is hidden, for classifier-free guidance.
     Raises UserError around a network that is no velocity model.
     """
 
@@ -172,20 +173,20 @@ class FlowObjective(Standardised, RepeatsDropout, Objective, ABC):
         """Return noise, data as the flow has them, and labels, paired by the coupling."""
         given = label
         x0, x1, label = self.coupling.pair(x0, self.standardised(x1), label, generator)
-        check_labels(self.network.num_classes, given, label)
+        check_labels(self.network, given, label)
         return x0, x1, label
 
     def drop_labels(self, label: Tensor | None, generator: torch.Generator) -> Tensor | None:
-        """Return labels the network may see: a share of the classes nulled for a conditional network, none for an
-        unconditional one, which yet hears of an augmentation.
+        """Return labels the network may see: a share of them hidden for a conditional network, none for an unconditional
+        one, which yet hears of an augmentation.
         """
-        classes = self.network.num_classes
-        if label is None or (classes == 0 and label.ndim == 1):
+        network = self.network
+        if label is None or (not network.is_conditional and label.ndim == 1):
             return None
-        if self.label_dropout == 0 or classes == 0:
+        if self.label_dropout == 0 or not network.is_conditional:
             return label
         dropped = torch.rand(len(label), generator=generator, device=label.device) < self.label_dropout
-        return torch.where(dropped.reshape(-1, *(1,) * (label.ndim - 1)), with_class(label, classes), label)
+        return torch.where(dropped.reshape(-1, *(1,) * (label.ndim - 1)), network.null_label(label), label)
 
     def unified(self, z: Tensor, r: Tensor, t: Tensor) -> Tensor:
         """Return the network's input for states z (B, ...) at times r headed to t, scalars or (B,)."""

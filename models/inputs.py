@@ -1,4 +1,6 @@
-"""The network's input: a state and its two times in one tensor, and labels with augmentation parameters."""
+"""The network's input: a state and its two times in one tensor, and labels: classes, and beside them either conditions or
+what an augmentation did.
+"""
 
 import torch
 from torch import Tensor
@@ -32,6 +34,22 @@ def split_label(label: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     if label is None or label.ndim == 1:
         return label, None
     return label[:, 0].long(), label[:, 1:]
+
+
+def join_condition(classes: Tensor | None, condition: Tensor) -> Tensor:
+    """Return one label (B, 2 + P) fp32 of classes (B,), 0 where there are none, 1 for "shown", and conditions (B, ...)."""
+    flat = condition.flatten(1).float()
+    return join_label(classes, torch.cat([flat.new_ones(len(flat), 1), flat], dim=1))
+
+
+def join_class(label: Tensor, classes: Tensor) -> Tensor:
+    """Return labels (B, 1 + A) or (B, 2 + P) with other classes (B,)."""
+    return torch.cat([classes[:, None].to(label), label[:, 1:]], dim=1)
+
+
+def classes_in(label: Tensor | None, num_classes: int) -> Tensor | None:
+    """Return the classes (B,) of labels of data that have so many; None of none."""
+    return split_label(label)[0] if num_classes else None
 
 
 def with_class(label: Tensor, number: int) -> Tensor:

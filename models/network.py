@@ -4,9 +4,12 @@ from torch import nn
 
 
 class Network(nn.Module):
-    """num_classes: of the labels it is given, or that it predicts; 0 for none. init_weights() is called once at set-up."""
+    """num_classes: of the labels it is given, or that it predicts; 0 for none. condition_shape: of what a label holds beside
+    the class, None for nothing. init_weights() is called once at set-up.
+    """
 
     num_classes: int = 0
+    condition_shape: tuple[int, ...] | None = None
 
     @property
     def named(self) -> nn.Module:

@@ -9,10 +9,12 @@
     python scripts/sample.py ckpt=... label=3                            # of a model trained with conditional=true
     python scripts/sample.py ckpt=... label=all n=100                    # a row, or several, for each class
     python scripts/sample.py ckpt=... label=all n=100 guidance=cfg guidance.scale=3
+    python scripts/sample.py ckpt=... condition=y.npy                    # of a model with conditions: one, or n of them
     python scripts/sample.py ckpt=... nfe=1                              # one evaluation a sample (loss=meanflow)
     python scripts/sample.py ckpt=... solver=flow_map solver.steps=4 solver.renoise=true
 
-Keys: ckpt (required), n (64), seed (0), label (a class, or all), nfe (so many steps of one evaluation each), device (auto),
+Keys: ckpt (required), n (64), seed (0), label (a class, or all), condition (a
+.npy; else those of held-out rows in turn), nfe (so many steps of one evaluation each), device (auto),
 out (outputs/samples/<checkpoint>.png; .npz and .npy write numbers, a path ending in / a folder of PNGs), images (false;
 true: a .npz of images as bytes, arr_0, and classes, arr_1), real (true; false draws no real images beside
 them), trust (modules, as a,b.c, that the checkpoint may build parts from), and any solver or guidance setting
@@ -49,6 +51,7 @@ class Settings:
     n: Count = 64
     seed: Seed = 0
     label: Seed | Literal["all"] | None = None
+    condition: Path | None = None
     nfe: Steps | None = None
     device: str = "auto"
     out: str | None = None
@@ -94,14 +97,15 @@ def sample(words: list[str]) -> Path:
     from configuration.overrides import settings_from_overrides
     from configuration.stored import allow
     from evaluation.sample import load
+    from models.inputs import classes_in
 
     allow(settings.trust)
     model = load(settings.ckpt, settings.device)
     model.config |= settings_from_overrides(overrides)
-    states = model.sample(settings.n, settings.seed, settings.label, evaluations=settings.nfe)
-    labels = model.labels(settings.n, settings.label)
+    labels = model.labels(settings.n, settings.label, read_condition(settings.condition))
+    states = model.sample(settings.n, settings.seed, labels, evaluations=settings.nfe)
     if settings.is_folder or settings.images:
-        export(path, states, labels, model)
+        export(path, states, classes_in(labels, model.objective.network.num_classes), model)
     elif path.suffix == ".png":
         from evaluation.state_pictures import draw
 
@@ -109,8 +113,19 @@ def sample(words: list[str]) -> Path:
         title = ", ".join([model.config["run_name"], f"seed {settings.seed}", *chosen, *overrides])
         draw(path, states, labels, model, title, settings.real)
     else:
-        write_numbers(path, states, labels)
+        write_numbers(path, states, labels, model)
     return path
+
+
+def read_condition(path: Path | None) -> "Tensor | None":
+    """Return the condition, or one for each sample, in a .npy. UserError for a file that cannot be read."""
+    from dataloaders.array_dataset import load_numbers
+
+    if path is not None and (path.suffix != ".npy" or not path.is_file()):
+        raise UserError(
+            f"condition={path} is no .npy file that is there; give the condition, or one for each sample, as one"
+        )
+    return None if path is None else load_numbers(path, "condition")
 
 
 def export(path: Path, states: "Tensor", labels: "Tensor | None", model: "TrainedModel") -> None:
@@ -129,15 +144,22 @@ def export(path: Path, states: "Tensor", labels: "Tensor | None", model: "Traine
         write_pictures(path, as_bytes)
 
 
-def write_numbers(path: Path, states: "Tensor", labels: "Tensor | None") -> None:
-    """Write the samples as a .npy, or with their classes as a .npz."""
+def write_numbers(path: Path, states: "Tensor", labels: "Tensor | None", model: "TrainedModel") -> None:
+    """Write the samples as a .npy, or with their classes and conditions as a .npz."""
     import numpy as np
+
+    from models.inputs import classes_in
 
     with replacing(path) as file:
         if path.suffix == ".npy":
             np.save(file, states.numpy())
         else:
-            arrays: dict[str, Any] = {"x": states.numpy()} | ({} if labels is None else {"y": labels.numpy()})
+            arrays: dict[str, Any] = {"x": states.numpy()}
+            classes, shape = classes_in(labels, model.objective.network.num_classes), model.objective.network.condition_shape
+            if classes is not None:
+                arrays["y"] = classes.numpy()
+            if labels is not None and shape is not None:
+                arrays["condition"] = labels[:, 2:].unflatten(1, shape).numpy()
             np.savez(file, **arrays)
 
 

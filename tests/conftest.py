@@ -231,11 +231,19 @@ def write_encoded(place: Path) -> dict[str, Any]:
     return settings | {"state_shape": [4, 2, 2], "vae": {"path": str(write_vae(place / "vae"))}}
 
 
+def write_pairs(place: Path) -> dict[str, Any]:
+    """Two class folders, and grey pictures of the same names in another format."""
+    for root, suffix in (("pictures", ".png"), ("grey", ".jpg")):
+        write_pictures(place / root, [f"{folder}/{k}{suffix}" for folder in "ab" for k in range(175)])
+    return {"root": str(place / "pictures"), "condition_root": str(place / "grey"), "size": 8, "held_out_fraction": 0.3}
+
+
 WRITERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "photos": lambda place: {"crops": 250, "held_out_crops": 60},
     "cifar10": lambda place: write_cifar(place, 10),
     "cifar100": lambda place: write_cifar(place, 100),
     "image_folder": write_tree,
+    "image_pairs": write_pairs,
     "imagenet_pixels": write_imagenet,
     "imagenet_encoded": write_encoded,
     "imagenet": write_latents,

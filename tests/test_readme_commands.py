@@ -84,6 +84,9 @@ def files_of_the_examples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("user"))
         np.save("my_points.npy", np.zeros((20, 2)))
+        np.savez("pairs.npz", x=np.zeros((20, 2)), condition=np.zeros((20, 3)))
+        Path("my_module.py").write_text("from tests.dataloaders.user_sets import Points as MyDataset\n")
+        patch.syspath_prepend(Path.cwd())
         for latents in ("data/imagenet_latents", "data/mine"):
             Path(latents).mkdir(parents=True)
             facts = {"finished": True, "shape": [8, 32, 32], "num_classes": 1000, "shards": []}

@@ -99,6 +99,7 @@ def print_start(run: Run) -> None:
     lines.append(("data", f"{choices['dataloaders']}, states {shape}, {dataset.epoch_size:,} draws an epoch"))
     model = f"{choices['model']}, {network.parameter_count():,} parameters"
     model += f", {network.num_classes} classes" if network.num_classes else ""
+    model += f", conditions {'x'.join(map(str, network.condition_shape))}" if network.condition_shape else ""
     frequencies = config["model"].get("time_frequencies")
     lines.append(("model", model + (f", time frequencies {frequencies}" if frequencies else "")))
     parts = f", path {choices.get('loss/path')}, coupling {choices.get('loss/coupling')}" if flow else ""

@@ -54,11 +54,12 @@ def try_parts(run: Run) -> RowSeconds:
             try_draws(objective, run, x1, label, generator)
         with torch.no_grad():
             try_network(run, x1, label, generator)
-        training = seconds_of_training(run, generator)
+        training = seconds_of_training(run, label, generator)
+        heeded = label if run.inputs.flow is not None and run.inputs.flow.network.is_conditional else None
         with torch.no_grad():
-            sampling = seconds_of_sampling(run, generator)
+            sampling = seconds_of_sampling(run, heeded, generator)
             if run.rank == 0:
-                try_metrics(run, generator)
+                try_metrics(run, heeded, generator)
     return RowSeconds(training, sampling)
 
 
@@ -127,18 +128,18 @@ def try_network(run: Run, x1: Tensor, label: Tensor | None, generator: torch.Gen
         check_tensor("the model", network.named, answer, (len(x1), network.num_classes), "a number for each class")
 
 
-def labels_of(rows: int, classes: int, device: torch.device) -> Tensor | None:
-    """Return some labels (rows,), None of no classes."""
-    return torch.arange(rows, device=device) % classes if classes else None
+def in_turn(label: Tensor | None, rows: int) -> Tensor | None:
+    """Return some labels in turn, as many as `rows`."""
+    return None if label is None else label[torch.arange(rows, device=label.device) % len(label)]
 
 
-def seconds_of_training(run: Run, generator: torch.Generator) -> float:
+def seconds_of_training(run: Run, label: Tensor | None, generator: torch.Generator) -> float:
     """Return what a row costs in training, forward and backward, but for reading it."""
     objective = run.state.objective.train()
 
     def train(rows: int) -> None:
-        label = torch.zeros(rows, dtype=torch.int64, device=run.device) if run.dataset.num_classes else None
-        batch = objective.batch(run.source, run.source.sample(rows, generator), label, generator, 0.0)
+        x1 = run.source.sample(rows, generator)
+        batch = objective.batch(run.source, x1, in_turn(label, rows), generator, 0.0)
         with autocast(run.device, run.settings.precision):
             terms = named_terms(objective(batch, run.state.teacher), run.settings.loss_weights)
         if not terms["loss"].requires_grad:
@@ -152,7 +153,7 @@ def seconds_of_training(run: Run, generator: torch.Generator) -> float:
         return seconds_a_row(train, run.settings.batch_size // run.world, run.device)
 
 
-def seconds_of_sampling(run: Run, generator: torch.Generator) -> float:
+def seconds_of_sampling(run: Run, label: Tensor | None, generator: torch.Generator) -> float:
     """Return what a row costs the solver in an evaluation of the network; 0 where nothing is sampled."""
     flow = run.inputs.flow
     if flow is None:
@@ -160,9 +161,8 @@ def seconds_of_sampling(run: Run, generator: torch.Generator) -> float:
     flow.eval()
 
     def answer(rows: int) -> None:
-        label = torch.zeros(rows, dtype=torch.int64, device=run.device) if flow.network.num_classes else None
         x = run.source.sample(rows, generator)
-        velocity = flow.velocity(x, torch.tensor(0.5, device=run.device), label)
+        velocity = flow.velocity(x, torch.tensor(0.5, device=run.device), in_turn(label, rows))
         check_tensor("the objective's velocity", flow, velocity, x.shape, "a velocity of the state's shape")
 
     with calling("the objective's velocity", flow):
@@ -171,30 +171,31 @@ def seconds_of_sampling(run: Run, generator: torch.Generator) -> float:
         answer(ROWS)
         once = perf_counter() - begun
         seconds = seconds_a_row(answer, CHUNK, run.device)
-    try_solver(run, flow, once, generator)
+    try_solver(run, flow, once, label, generator)
     return seconds
 
 
-def try_solver(run: Run, flow: FlowObjective, seconds: float, generator: torch.Generator) -> None:
+def try_solver(run: Run, flow: FlowObjective, seconds: float, label: Tensor | None, generator: torch.Generator) -> None:
     """Check what the solver makes of two rows of noise, an evaluation of the network taking so many seconds."""
     solver = copy.copy(run.inputs.solver)
     if (both := seconds * solver.evaluations_ahead) > PATIENCE:
         print(f"note: sampling is first tried by an evaluation: {ROWS} samples take {both:.0f} s")
         return
-    x0, label = run.source.sample(ROWS, generator), labels_of(ROWS, flow.network.num_classes, run.device)
+    x0 = run.source.sample(ROWS, generator)
+    label = in_turn(label, ROWS)
     fresh = partial(run.source.sample, ROWS, generator)
     samples = tried("the solver", solver, lambda: solver.sample(flow, x0, label, lambda _: fresh()))
     check_tensor("the solver", solver, samples, x0.shape, "states where the path ends")
 
 
-def try_metrics(run: Run, generator: torch.Generator) -> None:
+def try_metrics(run: Run, label: Tensor | None, generator: torch.Generator) -> None:
     """Check what metrics that take no time give of noise."""
     evaluator, flow = run.evaluator, run.inputs.flow
     if not isinstance(evaluator, GeneratorEvaluator) or flow is None or not evaluator.metrics:
         return
     count = min(evaluator.samples, max(ROWS, NUMBERS // math.prod(run.dataset.state_shape)))
     noise = run.source.sample(count, generator)
-    label = labels_of(count, flow.network.num_classes, run.device)
-    generation = Generation(**vars(run.inputs) | {"objective": flow, "noise": noise, "samples": noise, "label": label})
+    made = {"objective": flow, "noise": noise, "samples": noise, "label": in_turn(label, count)}
+    generation = Generation(**vars(run.inputs) | made)
     for name, metric in evaluator.metrics.items():
         given_by(name, metric, generation, trial=True)

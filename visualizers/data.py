@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dataloaders.base_dataloaders import FlowDataset
+    from losses.objective import Objective
     from training.run import Run
 
 TIMES = (0.0, 1 / 3, 2 / 3, 1.0)  # in parts of the path's time
@@ -66,7 +67,7 @@ def facts(run: Run, batch: Any) -> dict[str, str]:
     }
     if data.num_classes:
         found["classes"] = f"{data.num_classes}" + class_counts(label, data)
-    found["batch"] = f"{len(batch)} rows" + ("" if label is None else shown_labels(label, data.num_classes))
+    found["batch"] = f"{len(batch)} rows" + ("" if label is None else shown_labels(label, run.state.objective))
     if data.mirrored or data.altered:
         found["altered"] = " and ".join((["mirrored"] if data.mirrored else []) + ([data.altered] if data.altered else []))
     note = advice(data, x1)
@@ -93,11 +94,13 @@ def class_counts(label: Tensor | None, data: FlowDataset) -> str:
     return ", labels in this batch " + ", ".join(f"{name}: {count}" for name, count in zip(names, counts, strict=False))
 
 
-def shown_labels(label: Tensor, classes: int) -> str:
+def shown_labels(label: Tensor, objective: Objective) -> str:
     """Return how many of the batch's labels are hidden from the network."""
-    from models.inputs import split_label
+    from models.velocity_model import VelocityModel
 
-    hidden = int((split_label(label)[0] == classes).sum())  # type: ignore[union-attr]
+    if not isinstance(objective.network, VelocityModel) or not objective.network.is_conditional:
+        return ""
+    hidden = int((label == objective.network.null_label(label)).reshape(len(label), -1).all(1).sum())
     return f", the label of {hidden} hidden" if hidden else ""
 
 

@@ -70,7 +70,7 @@ def draw_rows(scene: Scene, path: Path) -> None:
     scene.n *= 2
     ends = scene.noise()
     between = slerp(ends[:rows], ends[rows:], torch.linspace(0, 1, COLUMNS))
-    label = None if labels is None else labels.repeat_interleave(COLUMNS)
+    label = None if labels is None else labels.repeat_interleave(COLUMNS, 0)
     images = as_bytes(scene, carried(scene, between.flatten(0, 1), label))
     grid = enlarged(tile(images, COLUMNS), 900)
     draw_grids(path, {"each row: from one noise to another": grid}, f"{scene.heading}: between samples")
@@ -83,7 +83,7 @@ def draw_circles(scene: Scene, path: Path) -> None:
     angle = torch.linspace(0, 2 * np.pi, 721)
     circle = torch.stack([angle.cos(), angle.sin()], 1)
     label = scene.labels
-    shared = None if label is None else label[:1].expand(len(circle))
+    shared = None if label is None else label[:1].expand(len(circle), *label.shape[1:])
     rings = [(radius * circle).to(scene.model.device) for radius in RADII]
     ends = [carried(scene, ring, shared).cpu().numpy() for ring in rings]
     real = scene.real(2000)

@@ -26,6 +26,7 @@ from evaluation.pictures import (
     save_figure,
     shared_limits,
 )
+from models.inputs import classes_in
 from visualizers.scene import Scene, main, plane, solver_label
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def draw(scene: Scene) -> list[Path]:
         draw_points(path, one.numpy(), many.numpy(), scene.real(2000), title, measured)
         return [path]
     scene.need_images("use scripts/sample.py with out=samples.npz")
-    labels = model.labels(scene.n, scene.label)
+    labels = classes_in(model.labels(scene.n, scene.label), model.objective.network.num_classes)
     numbers = None if labels is None else labels.numpy()
     made = {"one evaluation": one, f"{solver.evaluations} evaluations": many}
     panels = {name: (model.images(states).numpy(), numbers) for name, states in made.items()}

@@ -110,9 +110,12 @@ class Scene:
 
     def real(self, n: int) -> np.ndarray:
         """Return at most n held-out states (n, ...), of the class asked for where one is."""
+        from models.inputs import split_label
+
         if not isinstance(self.label, int):
             return self.model.real(n, self.seed)[0].numpy()
         states, own = self.model.real(2 * n * self.model.objective.network.num_classes, self.seed)
+        own = split_label(own)[0]
         return (states if own is None else states[own == self.label])[:n].numpy()
 
     def show_all_classes(self) -> None:
@@ -129,6 +132,8 @@ class Scene:
         """Return the exact flow, of the class asked for where one is, or why it is not known."""
         import torch
 
+        from evaluation.closed_forms import ExactFlow
+        from evaluation.guided_flows import GuidedFlow
         from evaluation.metrics.oracles import known_flow
         from evaluation.parts import build_dataset, build_source
 
@@ -137,7 +142,7 @@ class Scene:
         dataset, source = build_dataset(self.model.config, cpu), build_source(self.model.config, cpu)
         known = known_flow(flow, dataset, source)
         one_class = flow.network.num_classes and isinstance(self.label, int)
-        return known.of_class(self.label) if one_class and not isinstance(known, str) else known
+        return known.of_class(self.label) if one_class and isinstance(known, ExactFlow | GuidedFlow) else known
 
     def need_points(self, instead: str) -> None:
         """Raise UserError unless the states are points in the plane."""

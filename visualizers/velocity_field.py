@@ -64,7 +64,7 @@ class Field:
         self.low, self.high = np.minimum(low, -2.2), np.maximum(high, 2.2)
         self.places = lattice(self.low, self.high, ARROWS)
         at = torch.from_numpy(self.places).float().to(model.device)
-        shared = None if label is None else label[:1].expand(len(at))
+        shared = None if label is None else label[:1].expand(len(at), *label.shape[1:])
         self.learned = np.stack([flow.velocity(at, t.to(at), shared).detach().cpu().numpy() for t in clock])
         truth = scene.exact()
         self.truth: KnownFlow | None = None if isinstance(truth, str) else truth

@@ -16,6 +16,7 @@ from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
 from evaluation.data_hash import data_hash
 from losses.objective import FlowObjective, Objective
+from models.inputs import classes_in
 from solvers.base_solver import Sampler
 
 Decode = Callable[[Tensor], Tensor]  # latent states (B, ...) -> images (B, C, H, W) in [-1, 1]
@@ -145,6 +146,11 @@ class Generation(EvaluationInputs):
     def generator(self, name: str) -> torch.Generator:
         """Return a generator on the samples' device, its seed fixed by (seed, name)."""
         return generator_for(self.seed, f"evaluation/{name}", 0, self.samples.device)
+
+    @property
+    def classes(self) -> Tensor | None:
+        """Return the samples' classes (N,), None of data without."""
+        return classes_in(self.label, self.dataset.num_classes)
 
     @property
     def label_on_cpu(self) -> Tensor | None:

@@ -18,6 +18,7 @@ from evaluation.metrics.nearest import count_of, is_part, stored_rows
 from evaluation.metrics.oracles import standard_error, why_unknown
 from helpers_cfg import Guidance
 from losses.objective import FlowObjective, expand_time
+from models.inputs import classes_in
 from run_files.metrics_file import COPIES
 
 EXCESS, COPYING = "oracle/empirical_excess_loss", "oracle/copying"
@@ -100,15 +101,17 @@ def median_ratio(near: Tensor, far: Tensor) -> Tensor:
 
 def training_flow(objective: FlowObjective, dataset: FlowDataset, source: Source) -> EmpiricalFlow | str:
     """Return the flow that the objective has least training loss at, of standardised states, or why there is none."""
-    part, conditional = stored_rows(dataset, POINTS), objective.network.num_classes > 0
+    part, conditional = stored_rows(dataset, POINTS), objective.network.is_conditional
     if isinstance(part, str):
         return part
+    if objective.network.condition_shape is not None:
+        return "each row has a condition of its own, and is all that the training data say of it"
     if dataset.altered:
         return f"training changes rows at random ({dataset.altered}), so that they are no finite set"
     reason = why_unknown(objective, source, isinstance(objective.network, Guidance))
     if reason is not None or source.gaussian_std is None:
         return str(reason)
-    states, labels = objective.standardised(part[0]), part[1]
+    states, labels = objective.standardised(part[0]), classes_in(part[1], dataset.num_classes)
     if states.device.type == "mps":  # which has no float64
         states, labels = states.cpu(), None if labels is None else labels.cpu()
     shares = None

@@ -20,6 +20,7 @@ from evaluation.metrics.base_metric import Absent, Generation, LongMetric, Score
 from evaluation.metrics.cache import cached_numbers, cached_tensor
 from evaluation.metrics.feature_scores import FeatureScores, Floor
 from evaluation.metrics.two_sample import not_finite
+from models.inputs import split_label
 
 ACCURACY = "eval/classifier_accuracy"
 
@@ -89,12 +90,12 @@ class FeatureMetric(LongMetric):
 
     def accuracy(self, generation: Generation, network: ClassifierFeatures, x: Tensor, provenance: str) -> Score | Absent:
         """Return the share of samples that the classifier takes for the class they were asked for; floor: of real data."""
-        label = generation.label
+        label = generation.classes
         if label is None:
             return Absent(ACCURACY, "this model does not know classes (conditional=true)")
         if network.num_classes != generation.dataset.num_classes:
             return Absent(ACCURACY, f"{network.name} knows {network.num_classes} classes, the data others")
-        real_label = generation.dataset.held_out(10_000, self.generator(generation, "reference"))[1]
+        real_label = split_label(generation.dataset.held_out(10_000, self.generator(generation, "reference"))[1])[0]
         assert real_label is not None
         real = network.answers(self.real_features(generation, "held_out", 10_000)) == real_label
         right = network.answers(x) == label

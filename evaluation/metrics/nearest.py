@@ -12,6 +12,7 @@ from evaluation.metrics.base_metric import Absent, Generation, LongMetric, Score
 from evaluation.metrics.cache import cached_numbers
 from evaluation.metrics.distances import nearest
 from evaluation.metrics.two_sample import not_finite
+from models.inputs import classes_in
 
 RATIO, COPIES, CLASS_SHARE = "eval/nearest_distance_ratio", "eval/copies", "eval/class_share_min"
 ELEMENTS = 2**26  # numbers of training states in memory at once, for data read from disk
@@ -88,7 +89,7 @@ class NearestTraining(LongMetric):
 
     def describe(self, classes: int, part: Batch, states: torch.Tensor) -> list[float]:
         """Return the median distance to the nearest training state, the share of copies, then each class's share if any."""
-        train, labels = part
+        train, labels = part[0], classes_in(part[1], classes)
         distance, index = nearest(states.flatten(1), train.flatten(1))
         gap = (states - train[index]).flatten(1).abs().amax(1)
         summary = [distance.median().item(), (gap <= self.copy_tolerance).float().mean().item()]

@@ -15,6 +15,7 @@ from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.gaussian_mixture import GaussianMixture
 from dataloaders.sources import Source
 from evaluation.closed_forms import ExactFlow
+from evaluation.conditional_flow import ConditionalFlow
 from evaluation.guided_flows import GuidedFlow, with_guidance
 from evaluation.metrics.base_metric import Absent, Generation, LongMetric, Score
 from evaluation.metrics.cache import cached_tensor
@@ -23,6 +24,7 @@ from evaluation.threads import one_thread
 from helpers_cfg import Guidance, unguided
 from losses.couplings import IndependentCoupling, ReflowCoupling
 from losses.flow_matching_loss import FlowMatchingLoss
+from losses.meanflow_loss import MeanFlowLoss
 from losses.objective import FlowObjective, expand_time
 from losses.time_samplers import TimeSampler, UniformTimes
 from losses.weightings import UniformWeighting
@@ -32,7 +34,7 @@ from solvers.dopri5 import Dopri5
 from solvers.likelihood import log_likelihood
 
 CHUNK = 8192  # states the network sees at once
-KnownFlow = ExactFlow | GuidedFlow
+KnownFlow = ExactFlow | GuidedFlow | ConditionalFlow
 
 
 def known_flow(objective: FlowObjective, dataset: FlowDataset, source: Source, of_map: bool = False) -> KnownFlow | str:
@@ -50,7 +52,20 @@ def known_flow(objective: FlowObjective, dataset: FlowDataset, source: Source, o
     if reason is not None:
         return reason
     noise = law.to("cpu", torch.float64) if isinstance(law, GaussianMixture) else law
+    if objective.network.condition_shape is not None:
+        return conditional_flow(objective, dataset, noise)
     return with_guidance(ExactFlow(dataset.mixture.to("cpu", torch.float64), noise, objective.path), objective)
+
+
+def conditional_flow(
+    objective: FlowObjective, dataset: FlowDataset, noise: float | GaussianMixture
+) -> ConditionalFlow | str:
+    """Return the flow of a network that is given conditions, or why it is not known."""
+    if isinstance(objective.network, Guidance) or (isinstance(objective, MeanFlowLoss) and objective.guidance):
+        return "the flow under guidance by conditions is not known exactly"
+    if dataset.conditional_mixture is None:
+        return f"the truth of {type(dataset).__name__} data given their conditions is not known in closed form"
+    return ConditionalFlow(dataset.conditional_mixture.to("cpu", torch.float64), noise, objective.path)
 
 
 def why_other_pairs(objective: FlowObjective, of_map: bool = False) -> str | None:
@@ -134,7 +149,7 @@ class OracleVelocity(Oracle):
             Score(velocity, relative, spread, extra=parts, note=note),
             Score(squared, error.mean().item(), standard_error(error), note=note),
         ]
-        reason, hidden = why_no_least_loss(objective), objective.network.num_classes > 0 and objective.label_dropout > 0
+        reason, hidden = why_no_least_loss(objective), objective.network.is_conditional and objective.label_dropout > 0
         if reason is not None:
             return [*scores, Absent(excess, reason)]
         if type(sampler) is not UniformTimes or sampler.ratio or hidden or isinstance(objective.network, Guidance):
@@ -153,14 +168,14 @@ class OracleVelocity(Oracle):
         """
         count, generator = self.final_draws if generation.final else self.draws, generator_for(0, "oracle/velocity")
         with one_thread():
-            x1, label = flow.plain.mixture.to(dtype=torch.float32).labelled(count, generator)
+            x1, label = flow.plain.data(count, generator)
             x1 = x1.reshape(-1, *generation.dataset.state_shape)
             x0 = flow.plain.noise(count, generator).reshape(x1.shape)
             share = sampler.sample(count, generator)[0]
             t = flow.path.last_time * share
             z = flow.path.state(x0, x1, expand_time(t, x1))
             labels = (
-                (objective.drop_labels(label, generator) if hidden else label) if objective.network.num_classes else None
+                (objective.drop_labels(label, generator) if hidden else label) if objective.network.is_conditional else None
             )
             exact = in_chunks(flow, z.double(), t, labels)
         device = generation.samples.device
@@ -256,7 +271,7 @@ class OracleLogProbError(Oracle):
             return []
         points, classes = generation.dataset.held_out(self.points, generation.generator("log_prob"))
         prior, learned = generation.source.log_prob, generation.objective.velocity
-        label = classes if generation.objective.network.num_classes else None
+        label = classes if generation.objective.network.is_conditional else None
         states, own_label = points.cpu().double(), None if label is None else label.cpu()
         exact = flow.end_log_prob(states, own_label, prior)
         found = log_likelihood(lambda z, t: learned(z, t, label), points, prior, Dopri5())

@@ -34,11 +34,11 @@ def test_labels_of_an_evaluation_come_as_often_as_in_the_data(tmp_path: Path) ->
     labels = np.repeat([0, 1], [900, 100])
     np.savez(tmp_path / "two.npz", x=np.random.default_rng(0).normal(size=(1000, 2)).astype("float32"), y=labels)
     dataset = ArrayDataset(path=str(tmp_path / "two.npz"), state_shape=[2], num_classes=2)
-    drawn = data_labels(dataset, 2, 1000, torch.Generator().manual_seed(0))
+    drawn = data_labels(dataset, True, 1000, torch.Generator().manual_seed(0))
     held_out = dataset.held_out(10_000, torch.Generator().manual_seed(0))[1]
     assert drawn is not None and held_out is not None and drawn.shape == (1000,)
     assert abs(drawn.float().mean() - held_out.float().mean()) < 0.02 and 0.03 < held_out.float().mean() < 0.2
-    assert data_labels(dataset, 0, 10, torch.Generator()) is None
+    assert data_labels(dataset, False, 10, torch.Generator()) is None
 
 
 def test_guidance_that_guides_no_step_and_too_few_samples_for_all_classes_are_said(shared_run) -> None:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from scipy import stats
 
 from common.errors import UserError
-from configuration.compose import register_resolvers
+from configuration.resolvers import register_resolvers
 from dataloaders.digits import Digits
 from dataloaders.planar_shapes import Moons
 from dataloaders.sources import DatasetSource, GaussianSource, Source

@@ -84,15 +84,17 @@ def test_what_items_draw_depends_on_seed_and_batch_alone_and_leaves_the_default_
     (lambda: [X] * 10, "is no torch data set"),
     (lambda: Given([]), "has no items; 10 or more"),
     (lambda: Given([X] * 9), "has 9 items; 10 or more"),
-    (lambda: ten(torch.zeros(3)), "item 9 of Given is a tensor of shape [3] of torch.float32, and the first one"),
-    (lambda: ten(X.double(), X.to(torch.uint8)), "item 9 of Given is a tensor of shape [2] of torch.uint8, and the first"),
+    (lambda: ten(torch.zeros(3)), "item 9 of Given has as its x a tensor of shape [3] of torch.float32, and the first one"),
+    (lambda: ten(X.double(), X.to(torch.uint8)), "item 9 of Given has as its x a tensor of shape [2] of torch.uint8"),
     (lambda: ten(torch.tensor([0.0, float("nan")])), "item 9 of Given has values that are NaN"),
-    (lambda: ten((X, 0)), "item 9 of Given has a label, unlike the first one"),
-    (lambda: Given([(X, 0)] * 9 + [X]), "item 9 of Given has no label, unlike the first one"),
+    (lambda: ten((X, 0)), "item 9 of Given has as its label a number, and the first one none"),
+    (lambda: Given([(X, 0)] * 9 + [X]), "item 9 of Given has as its label none, and the first one a number"),
     (lambda: Given([(X, -1)] * 10), "item 0 of Given has the label -1"),
     (lambda: Given([(X, 0.5)] * 10), "item 0 of Given has 0.5 as its label"),
     (lambda: Given([(X, torch.zeros(2))] * 10), "item 0 of Given has a tensor of shape [2] as its label"),
     (lambda: Given([(X, 0, 1, 2)] * 10), "item 0 of Given is 4 values"),
+    (lambda: Given([(X, None, "y")] * 10), "the condition of item 0 of Given is 'y'; give a tensor"),
+    (lambda: Given([(X, None, X)] * 9 + [(X, None, torch.zeros(3))]), "item 9 of Given has as its condition a tensor"),
     (lambda: Given([{"image": X}] * 10), "a dictionary with image, not with x"),
     (lambda: Given([X.long()] * 10), "item 0 of Given is of torch.int64; give floating point"),
     (lambda: Given([torch.zeros(4, 4)] * 10), "add a channel, x[None]"),
@@ -120,7 +122,7 @@ def test_an_error_of_the_users_own_names_its_line() -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_row_beyond_those_that_were_read_first_is_named_by_whoever_reads_it(workers: int) -> None:
     items: list[object] = [(X, k % 3) for k in range(40)]
-    settings: Any = {"state_shape": (2,), "num_classes": 2, "value_range": None}
+    settings: Any = {"state_shape": (2,), "num_classes": 2, "value_range": None, "condition_shape": None}
     dataset = TorchDataset(Given(items), **settings)
     dataset.num_workers = workers
     with pytest.raises(
