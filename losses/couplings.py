@@ -8,9 +8,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from common.ranges import Count, CountFrom2
+from common.errors import UserError
+from common.ranges import Count, CountFrom2, NotNegative, Positive
 
 PRICED_FROM, SINKHORN_STEPS = 128, 40  # rows from which prices save more than they cost
+SAFE_STEPS = 20  # of Sinkhorn's iteration, by which its factors stay within what floating point holds
 Pairs = tuple[Tensor, Tensor, Tensor | None]
 
 
@@ -46,24 +48,31 @@ class MinibatchOTCoupling(Coupling):
     arXiv 2302.00482; Pooladian et al. 2023). Without replacement, and deterministic: it needs no randomness of its own.
 
     group: rows that are paired with each other, None for the whole batch; the cost is cubic in it.
+    label_weight: what a pair costs, beside its squared distance, whose noise came with data of another label (Cheng &
+    Schwing 2025, arXiv 2503.10636): the data of a class would else be paired with noise of its own, and samples of the
+    class are drawn from all of it. 1e6, or inf: pairs within a class alone.
     """
 
-    def __init__(self, group: Count | None = None):
-        self.group = group
+    def __init__(self, group: Count | None = None, label_weight: NotNegative = 0.0):
+        self.group, self.label_weight = group, label_weight
 
     def pair(self, x0: Tensor, x1: Tensor, label: Tensor | None, generator: torch.Generator) -> Pairs:
+        others = other_labels(label, self.label_weight)
         size = self.group or len(x0)
         partner = torch.cat([
-            first + self.partners(x0[first : first + size], x1[first : first + size]) for first in range(0, len(x0), size)
+            rows.start + self.partners(x0[rows], x1[rows], None if others is None else others[rows, rows])
+            for rows in (slice(first, first + size) for first in range(0, len(x0), size))
         ])  # fmt: skip
         return x0, x1[partner], None if label is None else label[partner]
 
     @staticmethod
-    def partners(x0: Tensor, x1: Tensor) -> Tensor:
-        """Return for each of x0 (B, ...) which of x1 (B, ...) it is assigned to, (B,)."""
+    def partners(x0: Tensor, x1: Tensor, others: Tensor | None = None) -> Tensor:
+        """Return for each of x0 (B, ...) which of x1 (B, ...) it is assigned to, (B,). others (B, B): further costs."""
         home = "cpu" if x0.device.type == "mps" else x0.device  # MPS has no float64
         a, b = (x.to(home).flatten(1).double() for x in (x0, x1))
         cost = torch.addmm(b.square().sum(1), a, b.T, alpha=-2).cpu()  # but for |x0|^2, which all of a row have in common
+        if others is not None:
+            cost += others.cpu()
         if len(cost) >= PRICED_FROM:
             cost -= column_prices(cost)
         return torch.from_numpy(linear_sum_assignment(cost.numpy())[1]).to(x1.device)
@@ -77,12 +86,59 @@ def column_prices(cost: Tensor) -> Tensor:
     potentials of entropic transport by a few steps of Sinkhorn (Cuturi 2013, arXiv 1306.0895).
     """
     excess = (cost - cost.min(1, keepdim=True).values).float()
-    blur = (0.03 * excess.mean()).clamp(min=1e-30)
+    blur = (0.03 * excess[excess.isfinite()].mean()).clamp(min=1e-30)
     kernel, column = torch.exp(-excess / blur), torch.ones(len(cost))
     for _ in range(SINKHORN_STEPS):
         row = 1 / (kernel @ column).clamp(min=1e-30)
         column = 1 / (row @ kernel).clamp(min=1e-30)
     return blur * column.log()
+
+
+def other_labels(label: Tensor | None, weight: float) -> Tensor | None:
+    """Return `weight` (B, B) where rows have different labels (B,), else 0; None of no weight. UserError without labels."""
+    if not weight:
+        return None
+    if label is None:
+        raise UserError("loss.coupling.label_weight needs labels, which these data do not have; leave it at 0")
+    return torch.where(label[:, None] == label, 0.0, weight)
+
+
+class SinkhornCoupling(Coupling):
+    """Entropic optimal transport within the batch, on its device: for each row of noise one of the data, drawn from the plan
+    of least total squared distance plus blur x relative entropy (Cuturi 2013, arXiv 1306.0895; Tong et al. 2023,
+    arXiv 2302.00482, the static Schroedinger bridge). Some rows of data may come twice and others not.
+
+    blur: in units of the mean squared distance of independent pairs, means apart; small is nearly the exact assignment,
+    large independent pairs. steps: of Sinkhorn's iteration. label_weight: as of MinibatchOTCoupling.
+    """
+
+    def __init__(self, blur: Positive = 0.02, steps: Count = 100, label_weight: NotNegative = 0.0):
+        self.blur, self.steps, self.label_weight = blur, steps, label_weight
+
+    def pair(self, x0: Tensor, x1: Tensor, label: Tensor | None, generator: torch.Generator) -> Pairs:
+        below = self.plan(x0, x1, other_labels(label, self.label_weight)).cumsum(1)
+        drawn = torch.rand(len(x0), 1, generator=generator, device=x0.device) * below[:, -1:]
+        partner = (below <= drawn).sum(1).clamp(max=len(x1) - 1)
+        return x0, x1[partner], None if label is None else label[partner]
+
+    def plan(self, x0: Tensor, x1: Tensor, others: Tensor | None = None) -> Tensor:
+        """Return the law (B, B) of the partner of each x0 (B, ...) among x1 (B, ...): its rows sum to 1, and, the better the
+        more steps, so do its columns. others (B, B): further costs.
+        """
+        a, b = (x.flatten(1) - x.flatten(1).mean(0) for x in (x0, x1))  # what a row or column has in common changes no plan
+        unit = (self.blur * (a.square().sum(1).mean() + b.square().sum(1).mean())).clamp(min=1e-30)
+        gain = 2 * a @ b.T / unit
+        if others is not None:
+            gain = gain - others / unit
+        row = -torch.logsumexp(gain, 1, keepdim=True)
+        column = -torch.logsumexp(gain + row, 0)
+        for first in range(0, self.steps, SAFE_STEPS):
+            kernel, c = torch.exp(gain + row + column), torch.ones_like(column)
+            for _ in range(min(SAFE_STEPS, self.steps - first)):
+                r = 1 / (kernel @ c).clamp(min=1e-30)
+                c = 1 / (r @ kernel).clamp(min=1e-30)
+            row, column = row + r[:, None].log(), column + c.log()
+        return torch.softmax(gain + column, 1)
 
 
 class ReflowCoupling(Coupling):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from losses.couplings import Coupling, IndependentCoupling, MinibatchOTCoupling
+from common.errors import UserError
+from losses.couplings import Coupling, IndependentCoupling, MinibatchOTCoupling, SinkhornCoupling
 
 seeds = st.integers(0, 10_000)
 
@@ -88,3 +89,87 @@ def test_pairing_within_groups_is_the_pairing_of_each_group() -> None:
     x0, x1 = torch.randn(10, 2, generator=draw), torch.randn(10, 2, generator=draw)
     parts = [MinibatchOTCoupling().pair(x0[i : i + 4], x1[i : i + 4], None, draw)[1] for i in (0, 4, 8)]
     assert torch.equal(MinibatchOTCoupling(group=4).pair(x0, x1, None, draw)[1], torch.cat(parts))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, weight=st.sampled_from([0.5, 5.0, float("inf")]))
+def test_pairs_of_two_classes_cost_as_much_more_as_is_asked(seed: int, weight: float) -> None:
+    x0, x1, _ = batch(6, seed, 2)
+    label = torch.tensor([0, 1, 0, 1, 2, 0])
+    a, b, kept = MinibatchOTCoupling(label_weight=weight).pair(x0, x1, label, torch.Generator())
+
+    def cost(order: list[int]) -> float:
+        differ = int((label != label[order]).sum())
+        return squared_distance(x0, x1[order]) + (weight * differ if differ else 0.0)
+
+    found = squared_distance(a, b) + (weight * int((kept != label).sum()) if (kept != label).any() else 0.0)
+    assert found == pytest.approx(min(cost(list(order)) for order in itertools.permutations(range(6))), rel=1e-5)
+
+
+def test_many_rows_are_paired_within_their_classes() -> None:
+    x0, x1, _ = batch(300, 0, 2)
+    label = torch.arange(300) % 3
+    own = MinibatchOTCoupling(label_weight=float("inf")).pair(x0, x1, label, torch.Generator())
+    assert torch.equal(own[2], label)
+    for k in range(3):
+        alone = MinibatchOTCoupling().pair(x0[label == k], x1[label == k], None, torch.Generator())
+        assert torch.equal(own[1][label == k], alone[1])
+
+
+@pytest.mark.parametrize("coupling", [MinibatchOTCoupling(label_weight=1.0), SinkhornCoupling(label_weight=1.0)])
+def test_a_weight_of_labels_without_labels_is_one_sentence(coupling: Coupling) -> None:
+    x0, x1, _ = batch(4, 0, 2)
+    with pytest.raises(UserError, match="label_weight needs labels"):
+        coupling.pair(x0, x1, None, torch.Generator())
+
+
+@pytest.mark.parametrize(("offset", "blur"), [(0, 0.1), (1000, 0.1), (0, 0.02), (0, 3.0)])
+def test_the_entropic_plan_has_its_marginals_and_the_form_that_makes_it_least(offset: float, blur: float) -> None:
+    """A plan with these marginals is the least if and only if log P is -cost / eps but for what rows, and columns, have in
+    common: the log-odds of every 2 x 2 block are those of the costs."""
+    x0, x1, label = batch(40, 1, 2)
+    x0, x1, weight = x0 + offset, x1 - offset, torch.where(label[:, None] % 2 == label % 2, 0.0, 0.7)
+    plan = SinkhornCoupling(blur, 1000).plan(x0, x1, weight).double()
+    assert float((plan.sum(0) - 1).abs().max()) < (1e-4 if blur > 0.02 else 0.05)  # the sharper the slower
+    assert float((plan.sum(1) - 1).abs().max()) < 1e-5
+    a, b = x0.double(), x1.double()
+    cost = (a[:, None] - b).square().sum(-1) + weight
+    centred = (a - a.mean(0)).square().sum(1).mean() + (b - b.mean(0)).square().sum(1).mean()
+
+    def odds(value: Tensor) -> Tensor:
+        return value[:-1, :-1] + value[1:, 1:] - value[:-1, 1:] - value[1:, :-1]
+
+    seen = plan.clamp(min=1e-300).log()
+    certain = torch.stack([seen[:-1, :-1], seen[1:, 1:], seen[:-1, 1:], seen[1:, :-1]]).amin(0) > -60
+    assert certain.float().mean() > 0.05
+    torch.testing.assert_close(odds(seen)[certain], odds(-cost / (blur * centred))[certain], rtol=2e-2, atol=2e-2)
+
+
+def test_a_small_blur_gives_the_exact_assignment_and_a_large_one_independent_pairs() -> None:
+    x0, x1, _ = batch(12, 3, 2)
+    exact = MinibatchOTCoupling.partners(x0, x1)
+    assert torch.equal(SinkhornCoupling(3e-4, 20_000).plan(x0, x1).argmax(1), exact)
+    assert torch.allclose(SinkhornCoupling(1e4).plan(x0, x1), torch.full((12, 12), 1 / 12), atol=1e-4)
+
+
+def test_partners_are_drawn_as_often_as_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    law, (_, x1, label) = torch.tensor([0.5, 0.25, 0.15, 0.1, 0.0]), batch(5, 4, 2)
+    monkeypatch.setattr(SinkhornCoupling, "plan", lambda self, x0, x1, others: law.expand(len(x0), 5))
+    paired = SinkhornCoupling().pair(torch.zeros(10_000, 2), x1, label, torch.Generator().manual_seed(0))
+    counts, expected = paired[2].bincount(minlength=5), 10_000 * law
+    assert torch.equal(paired[1], x1[paired[2]]) and counts[4] == 0
+    assert float(((counts - expected).square() / expected)[:4].sum()) < 21.1  # chi-squared of 3, p = 1e-4
+
+
+def test_entropic_pairs_of_gaussians_have_the_covariance_of_the_schroedinger_bridge() -> None:
+    """Of cost |x - y|^2, eps = 2 s^2: (sqrt(4 a^2 b^2 + s^4) - s^2) / 2 (Janati et al. 2020, arXiv 2006.02572)."""
+    draw = torch.Generator().manual_seed(0)
+    a, b, blur = 1.0, 2.0, 0.5
+    found = []
+    for _ in range(10):
+        x0, x1 = a * torch.randn(1000, 1, generator=draw), 5 + b * torch.randn(1000, 1, generator=draw)
+        plan = SinkhornCoupling(blur).plan(x0, x1)
+        found.append(float(((x0 - x0.mean()).T @ plan @ (x1 - x1.mean()) / 1000).squeeze()))
+    s2 = blur * (a * a + b * b) / 2
+    mean, error = np.mean(found), np.std(found) / 10**0.5
+    assert error < 0.03 and abs(mean - ((4 * a * a * b * b + s2 * s2) ** 0.5 - s2) / 2) < 4 * error
