@@ -83,7 +83,15 @@ def with_teacher(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_teacher(config: dict[str, Any]) -> None:
-    """Train the run whose words are teacher=, go on with it, or leave it as it is where it has finished."""
+    """Train the run whose words are teacher=, go on with it, or leave it as it is where it has finished.
+
+    UserError, before that, for a solver that cannot use what the run itself learns.
+    """
+    import torch  # slow
+
+    from evaluation.parts import build_objective, build_solver
+
+    build_solver(config).check(build_objective(config, torch.device("cpu")))
     words = teacher_words(config)
     made = begun_job(words, resolved(compose_config(words)))
     if not isinstance(made, RunResult):

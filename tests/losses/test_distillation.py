@@ -124,6 +124,8 @@ def test_teacher_pairs_and_student_are_one_command_which_goes_on_wherever_it_was
         (['teacher="loss=nothing"'], "loss=nothing does not exist"),
         (["teacher=3"], "cannot read '3'"),
         (['teacher="run_name=y"'], "leave run_name out"),
+        (["solver=midpoint"], "use solver=flow_map"),
+        (["solver.steps=4"], "solver.steps=1"),
     ],
 )
 def test_words_that_make_no_teacher_are_refused_before_anything_is_trained(small_run, tmp_path: Path, words, sentence):
