@@ -50,6 +50,7 @@ flags (anywhere on the line)
   --gpu H100                   the GPU to rent, H100:4 for four, short for backend.gpu=
   --no-detach                  wait for a rented GPU and show what it prints, short for backend.detach=false
   -m                           one run for every combination of a=1,2 b=x,y; run again, it skips what has finished
+  --search golden              the best key=guidance.scale between low=1 and high=8 of a ckpt=PATH (docs/searches.md)
   --search optuna              try n=40 runs of a=interval(1,2) b=choice(x,y); run again, it goes on (docs/searches.md)
   --dry-run                    print what would run, and where; nothing is started or written
   --prove loss=NAME            is the exact field where this loss is least? Exit status 0 yes, 3 no, 4 undecided

@@ -157,6 +157,16 @@ SEARCHES = [
     [RATE, "--cfg", "job"], [RATE, "optimizer.lr=1e-3"],
     ["--backend", "slurm", RATE], ["--backend", "modal", RATE], [RATE, RATE], ["lr=interval(0,1)"],
 ]  # fmt: skip
+SCALE = ["key=guidance.scale", "low=1", "high=8", "ckpt=missing.pt"]
+GOLDENS = [
+    SCALE, [], ["key=guidance.scale"], [*SCALE, "low=9"], [*SCALE, "low=a"], [*SCALE, "high=inf"], [*SCALE, "low=-1"],
+    [*SCALE, "evaluations=4"], [*SCALE, "evaluations=many"], [*SCALE, "n=1"], [*SCALE, "repeats=1"], [*SCALE, "seed=-1"],
+    [*SCALE, "out=picture.jpg"], [*SCALE, "ckpt="], [*SCALE, "epochs=3"], [*SCALE, "colour"], [*SCALE, "--dry-run"],
+    [*SCALE, "values=1,2"], [*SCALE, "-m"], ["key=optimizer.lr", *SCALE[1:]], ["key=solver.colour", *SCALE[1:]],
+    ["key=solver.steps", "low=1.5", *SCALE[2:]], ["key=solver.steps", "low=0", *SCALE[2:]], ["key=solver", *SCALE[1:]],
+    ["key=solver.steps", "values=4", SCALE[3]], ["key=solver.steps", "values=4,4", SCALE[3]],
+    ["key=solver.steps", "values=4,words", SCALE[3]], ["key=guidance.interval", "values=[0,2],[0,1]", SCALE[3]],
+]  # fmt: skip
 mistakes: dict[str, st.SearchStrategy[Command]] = {
     "an unknown key": st.tuples(made_up, st.sampled_from(["1", "true", "x", "[1]"])).map(lambda p: [f"{p[0]}={p[1]}"]),
     "an unknown key of a group": st.tuples(st.sampled_from(["model", "optimizer", "solver", "loss"]), made_up).map(
@@ -193,6 +203,7 @@ mistakes: dict[str, st.SearchStrategy[Command]] = {
     "a value that a key may not have": st.sampled_from(OWN).map(lambda p: [f"{p[0]}={p[1]}"]),
     "an extreme": st.sampled_from(EXTREMES).map(lambda word: [word]),
     "a wrong search": st.sampled_from(SEARCHES).map(lambda words: ["--search", "optuna", *words]),
+    "a wrong search of samplers": st.sampled_from(GOLDENS).map(lambda words: ["--search", "golden", *words]),
     "no kind of search": st.sampled_from([["--search"], ["--search", "golf"], ["--search="]]).map(lambda w: [*w, RATE]),
     "an extreme of a choice": st.sampled_from(EXTREMES_OF_CHOICES),
 }  # fmt: skip

@@ -16,7 +16,16 @@ def command(kind: str, words: list[str], dry_run: bool) -> int:
         raise UserError(
             f"--search takes {' or '.join(KINDS)}, not {kind or 'nothing'}, as in --search optuna n=40 jobs=2 ..."
         )
-    return by_optuna(words, dry_run)
+    return by_optuna(words, dry_run) if kind == "optuna" else by_golden_section(words, dry_run)
+
+
+def by_golden_section(words: list[str], dry_run: bool) -> int:
+    from searches import golden
+
+    if dry_run:
+        raise UserError("--dry-run goes with --search optuna; a search over sampling settings starts and stores no run")
+    print(golden.command(words))
+    return 0
 
 
 def by_optuna(words: list[str], dry_run: bool) -> int:

@@ -20,6 +20,7 @@ from configuration.compose import compose_config, groups, parse_overrides, resol
 from dataloaders.picture_files import MANIFEST
 from evaluation.prove_command import prepared
 from scripts import cache_latents, eval_fid, export, leaderboard, modal_app, runs, sample, trackio_delete, trackio_rebuild
+from searches.golden import search_of
 from searches.plan import plan_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,8 +68,8 @@ def check_launch(arguments: list[str]) -> None:
         assert any(".py:" in word for word in words) or prepared(words)
         return
     arguments, search = launcher.without_search(arguments)
-    if search == "optuna":
-        plan_of(arguments)
+    if search is not None:
+        (plan_of if search == "optuna" else search_of)([word for word in arguments if word != "..."])
         return
     words = [word for word in launcher.with_flags_as_overrides(arguments) if word not in ("--dry-run", "...")]
     assert launcher.unknown_flag(words) is None

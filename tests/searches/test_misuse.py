@@ -7,7 +7,7 @@ import pytest
 
 import launcher
 from common.errors import UserError
-from dev.invalid_commands import RATE, SEARCHES
+from dev.invalid_commands import GOLDENS, RATE, SEARCHES
 from tests.searches.fake_runs import carried_out
 
 NAMED = {  # words of the sentence, by a word of the command
@@ -28,6 +28,14 @@ def test_a_wrong_search_is_one_sentence(words, tmp_path, monkeypatch, capsys):
     out, said = capsys.readouterr()
     assert said.startswith("launcher.py: ") and said.count("\n") == 1 and not out and not list(Path().iterdir())
     assert all(sentence in said for word, sentence in NAMED.items() if word in words), said
+
+
+@pytest.mark.parametrize("words", GOLDENS, ids=" ".join)
+def test_a_wrong_search_of_sampling_settings_is_one_sentence(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert launcher.main(["--search", "golden", *words]) == 1
+    out, said = capsys.readouterr()
+    assert said.startswith("launcher.py: ") and said.count("\n") == 1 and not out and not list(Path().iterdir())
 
 
 def test_sentences_that_hang_on_the_machine_or_on_runs(planned, runs, monkeypatch, tmp_path, capsys):
