@@ -75,16 +75,20 @@ def load_states(file: Path) -> torch.Tensor:
     return load_numbers(file, "x")
 
 
-def load_numbers(file: Path, member: str) -> torch.Tensor:
-    """Return a .npy, or one array of a .npz, (N, ...) in fp32. UserError where a row is not finite in fp32."""
+def load_numbers(file: Path, member: str, nan: bool = False) -> torch.Tensor:
+    """Return a .npy, or one array of a .npz, (N, ...) in fp32. UserError where a row is not finite in fp32; `nan` may be."""
     with reading(file):
         loaded = np.load(file, allow_pickle=False)
         array = loaded if file.suffix == ".npy" else loaded[member]
     with np.errstate(over="ignore"):  # too large for fp32: infinite, and refused below
         numbers = torch.from_numpy(array.astype(np.float32))
-    bad = int((~numbers.flatten(1).isfinite().all(dim=1)).sum())
+    good = numbers.isfinite() | (numbers.isnan() & nan)
+    bad = int((~good.reshape(len(numbers), -1).all(dim=1)).sum()) if numbers.ndim else int(not good)
     if bad:
-        raise UserError(f"{bad} of the {len(numbers)} rows in {file} are not finite in fp32; remove or rescale them")
+        raise UserError(
+            f"{bad} of the {len(numbers) if numbers.ndim else 1} rows in {file} are not finite in fp32; remove or rescale "
+            "them"
+        )
     return numbers
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from common.device import pick_device
+from common.device import full_products, pick_device
 from common.distributed import shared_out, world
 from common.errors import UserError
 from common.progress import watched
-from common.ranges import Count
+from common.ranges import Count, Positive
 from common.seeds import generator_for
 from configuration.checks import check_rows_fit
 from configuration.stored import stored_config
@@ -29,11 +29,13 @@ from run_files.checkpoint import load_checkpoint
 from run_files.provenance import weights_in_words
 from solvers.base_solver import BaseSolver, Sampler
 from solvers.dopri5 import Dopri5
-from solvers.likelihood import LogLikelihood, log_likelihood
+from solvers.likelihood import LogLikelihood, encode, log_likelihood
+from solvers.posterior import Observation, posterior_field
 
 Label = int | Literal["all"] | Tensor | None
 CONDITIONS = 10_000  # held-out rows whose conditions are taken in turn, at most
 CPU = torch.device("cpu")
+PART = 128  # samples given an observation that are computed at once: what goes back through the network is kept
 
 
 @dataclass
@@ -84,6 +86,69 @@ class TrainedModel:
         firsts, sharing = range(0, n, generate.CHUNK), world() if together else 1
         with watched(flow.network, f"{n:,} samples", n * solver.evaluations_ahead // sharing):
             return shared_out(firsts, chunk) if together else torch.cat([chunk(first) for first in firsts])
+
+    @torch.no_grad()
+    def posterior(
+        self,
+        n: int,
+        observed: Tensor | Observation,
+        noise: float = 0.05,
+        seed: int = 0,
+        label: Label = None,
+        solver: BaseSolver | None = None,
+        iterations: int = 5,
+    ) -> Tensor:
+        """Return n samples (n, *state_shape) of the data given what is observed of them, on the CPU, by `posterior_field`.
+
+        observed: a state with NaN where it is not known, an image smaller by a whole factor, or an Observation, all in the
+        units of the data. noise: standard deviation of what is observed. solver: the run's own unless given. UserError for a
+        model that learned no velocity, noise that is not above 0, and a source that is no centred Gaussian.
+        """
+        self.objective.check_learns_velocity()
+        check_value("noise", noise, Setting(Positive))
+        source, solver = parts.build_source(self.config, CPU), solver or parts.build_solver(self.config)
+        if source.gaussian_std is None or not isinstance(solver, BaseSolver):
+            raise UserError(
+                "samples given an observation need noise of a centred Gaussian and a solver of ODEs; use solver=midpoint"
+            )
+        if not isinstance(observed, Observation):
+            observed = Observation.of(observed, tuple(self.config["dataloaders"]["state_shape"]), noise)
+        flow, labels, given = self.flow(), self.labels(n, label), observed
+        of_states = replace(given, operator=lambda x: given.operator(flow.in_data_units(x)))
+
+        def part(first: int) -> Tensor:
+            x0 = generate.fixed_noise(source, min(PART, n - first), seed, first=first).to(self.device)
+            own = None if labels is None else labels[first : first + PART].to(self.device)
+            field = lambda z, t: flow.velocity(z, t, own)  # noqa: E731
+            std = float(source.gaussian_std or 0)
+            states = solver.solve(posterior_field(field, flow.path, of_states, std, iterations), x0)
+            return flow.in_data_units(states).cpu()
+
+        with watched(flow.network, f"{n:,} samples", n * solver.evaluations_ahead):
+            return torch.cat([part(first) for first in range(0, n, PART)])
+
+    def invert(self, x: Tensor, label: Label = None, solver: BaseSolver | None = None) -> Tensor:
+        """Return the noise (B, ...) that the flow, under the run's guidance, carries to states x (B, *state_shape), on the
+        CPU. solver: dopri5 unless given. UserError for a model that learned no velocity.
+        """
+        flow, labels = self.flow(), self.labels(len(x), label)
+        return self.integrated(flow.standardised(x.to(self.device)), labels, solver or Dopri5(), backwards=True)
+
+    def carry(self, noise: Tensor, label: Label = None, solver: BaseSolver | None = None) -> Tensor:
+        """Return where the flow, under the run's guidance, carries noise (B, ...), on the CPU. solver: dopri5 unless given;
+        `carry(invert(x))` is x but for its error. UserError for a model that learned no velocity.
+        """
+        states = self.integrated(noise.to(self.device), self.labels(len(noise), label), solver or Dopri5())
+        return self.objective.in_data_units(states.to(self.device)).cpu()
+
+    @torch.no_grad()
+    def integrated(self, x: Tensor, labels: Tensor | None, solver: BaseSolver, backwards: bool = False) -> Tensor:
+        """Return states x (B, ...) carried from t = 0 to 1, or back, on the CPU."""
+        flow, label = self.flow(), None if labels is None else labels.to(self.device)
+        flow.check_learns_velocity()
+        field = lambda z, t: flow.velocity(z, t, label)  # noqa: E731
+        with full_products():
+            return (encode(field, x, solver) if backwards else solver.solve(field, x)).cpu()
 
     def labels(self, n: int, label: Label, condition: Tensor | None = None) -> Tensor | None:
         """Return the labels of n samples, (n,) or of a model with conditions (n, 2 + P); None for an unconditional model.

@@ -12,6 +12,11 @@
     python scripts/sample.py ckpt=... condition=y.npy                    # of a model with conditions: one, or n of them
     python scripts/sample.py ckpt=... nfe=1                              # one evaluation a sample (loss=meanflow)
     python scripts/sample.py ckpt=... solver=flow_map solver.steps=4 solver.renoise=true
+    python scripts/sample.py ckpt=... observed=part.npy                  # samples of which a part is known: see below
+
+observed= gives samples of the data given a part of them (inpainting, super-resolution, imputation), in the units of the
+data: a .npy of one state, NaN where it is not known, or of an image that is k times smaller in both directions, the means of
+k x k pixels; observed_noise (0.05) is its standard deviation.
 
 Keys: ckpt (required), n (64), seed (0), label (a class, or all), condition (a
 .npy; else those of held-out rows in turn), nfe (so many steps of one evaluation each), device (auto),
@@ -32,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command_line import front, outputs
 from common.errors import UserError
 from common.files import replacing
-from common.ranges import Count, Seed, Steps
+from common.ranges import Count, Positive, Seed, Steps
 from scripts.settings import read_settings
 
 if TYPE_CHECKING:
@@ -52,6 +57,8 @@ class Settings:
     seed: Seed = 0
     label: Seed | Literal["all"] | None = None
     condition: Path | None = None
+    observed: Path | None = None
+    observed_noise: Positive = 0.05
     nfe: Steps | None = None
     device: str = "auto"
     out: str | None = None
@@ -71,6 +78,8 @@ def read_words(words: list[str]) -> tuple[Settings, list[str]]:
         raise UserError("images=true writes a .npz; give out=samples.npz, or a path ending in / for a folder of pictures")
     if settings.nfe and any(word.startswith("solver") for word in overrides):
         raise UserError("nfe= takes so many steps without a solver; give nfe or solver settings, not both")
+    if settings.nfe and settings.observed:
+        raise UserError("observed= is sampled by the run's solver, or another of ODEs; leave nfe out")
     alone = [word for word in overrides if word.startswith("guidance.")]
     if alone and not any(word.startswith("guidance=") for word in overrides):
         raise UserError(f"{alone[0]} needs to know which guidance; add guidance=cfg or guidance=autoguidance")
@@ -102,8 +111,16 @@ def sample(words: list[str]) -> Path:
     allow(settings.trust)
     model = load(settings.ckpt, settings.device)
     model.config |= settings_from_overrides(overrides)
-    labels = model.labels(settings.n, settings.label, read_condition(settings.condition))
-    states = model.sample(settings.n, settings.seed, labels, evaluations=settings.nfe)
+    labels = model.labels(
+        settings.n,
+        settings.label,
+        read_array(settings.condition, "condition", "give the condition, or one for each sample, as one"),
+    )
+    observed = read_array(settings.observed, "observed", "give a state with NaN where it is not known", nan=True)
+    if observed is None:
+        states = model.sample(settings.n, settings.seed, labels, evaluations=settings.nfe)
+    else:
+        states = model.posterior(settings.n, observed, settings.observed_noise, settings.seed, labels)
     if settings.is_folder or settings.images:
         export(path, states, classes_in(labels, model.objective.network.num_classes), model)
     elif path.suffix == ".png":
@@ -117,15 +134,13 @@ def sample(words: list[str]) -> Path:
     return path
 
 
-def read_condition(path: Path | None) -> "Tensor | None":
-    """Return the condition, or one for each sample, in a .npy. UserError for a file that cannot be read."""
+def read_array(path: Path | None, key: str, what: str, nan: bool = False) -> "Tensor | None":
+    """Return the numbers in a .npy. UserError, which says what it should hold, for a file that is none. nan: allowed."""
     from dataloaders.array_dataset import load_numbers
 
     if path is not None and (path.suffix != ".npy" or not path.is_file()):
-        raise UserError(
-            f"condition={path} is no .npy file that is there; give the condition, or one for each sample, as one"
-        )
-    return None if path is None else load_numbers(path, "condition")
+        raise UserError(f"{key}={path} is no .npy file that is there; {what}")
+    return None if path is None else load_numbers(path, key, nan)
 
 
 def export(path: Path, states: "Tensor", labels: "Tensor | None", model: "TrainedModel") -> None:
