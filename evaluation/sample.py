@@ -106,8 +106,8 @@ class TrainedModel:
         """
         self.objective.check_learns_velocity()
         check_value("noise", noise, Setting(Positive))
-        source, solver = parts.build_source(self.config, CPU), solver or parts.build_solver(self.config)
-        if source.gaussian_std is None or not isinstance(solver, BaseSolver):
+        source, chosen = parts.build_source(self.config, CPU), solver or parts.build_solver(self.config)
+        if source.gaussian_std is None or not isinstance(chosen, BaseSolver):
             raise UserError(
                 "samples given an observation need noise of a centred Gaussian and a solver of ODEs; use solver=midpoint"
             )
@@ -121,10 +121,10 @@ class TrainedModel:
             own = None if labels is None else labels[first : first + PART].to(self.device)
             field = lambda z, t: flow.velocity(z, t, own)  # noqa: E731
             std = float(source.gaussian_std or 0)
-            states = solver.solve(posterior_field(field, flow.path, of_states, std, iterations), x0)
+            states = chosen.solve(posterior_field(field, flow.path, of_states, std, iterations), x0)
             return flow.in_data_units(states).cpu()
 
-        with watched(flow.network, f"{n:,} samples", n * solver.evaluations_ahead):
+        with watched(flow.network, f"{n:,} samples", n * chosen.evaluations_ahead):
             return torch.cat([part(first) for first in range(0, n, PART)])
 
     def invert(self, x: Tensor, label: Label = None, solver: BaseSolver | None = None) -> Tensor:
