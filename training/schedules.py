@@ -4,17 +4,29 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any
 
-from common.ranges import CountOr0, Share, ShareAbove0
+from common.errors import UserError
+from common.ranges import CountOr0, NotNegative, Share, ShareAbove0
 
 
 class Schedule(ABC):
     """factor(step, total_steps) in [0, 1]; the rate of step s (from 0) is optimizer.lr times it.
 
-    warmup_steps: steps over which the factor rises linearly to where the schedule starts.
+    warmup_steps: steps over which the factor rises linearly to where the schedule starts; or, of the run's epochs,
+    warmup_epochs. Raises UserError for both.
     """
 
-    def __init__(self, warmup_steps: CountOr0 = 0):
-        self.warmup_steps = warmup_steps
+    def __init__(self, warmup_steps: CountOr0 = 0, warmup_epochs: NotNegative = 0.0):
+        if warmup_steps and warmup_epochs:
+            raise UserError(
+                f"schedule.warmup_steps={warmup_steps} and schedule.warmup_epochs={warmup_epochs:g} are two lengths of one "
+                "warm-up; give one of them"
+            )
+        self.warmup_steps, self.warmup_epochs = warmup_steps, warmup_epochs
+
+    def count_in_steps(self, steps_per_epoch: int) -> None:
+        """Take up the length of an epoch, for what is given in epochs."""
+        if self.warmup_epochs:
+            self.warmup_steps = round(self.warmup_epochs * steps_per_epoch)
 
     def factor(self, step: int, total_steps: int) -> float:
         """Return the factor of step `step` in a run of `total_steps`."""
@@ -47,8 +59,8 @@ class Constant(Schedule):
 class Linear(Schedule):
     """Falls linearly from 1 to `final`."""
 
-    def __init__(self, final: Share = 0.0, warmup_steps: CountOr0 = 0):
-        super().__init__(warmup_steps)
+    def __init__(self, final: Share = 0.0, warmup_steps: CountOr0 = 0, warmup_epochs: NotNegative = 0.0):
+        super().__init__(warmup_steps, warmup_epochs)
         self.final = final
 
     def shape(self, share: float, step: int, total_steps: int) -> float:
@@ -65,8 +77,10 @@ class Cosine(Linear):
 class Step(Schedule):
     """Multiplied by `gamma` at each of the given shares of the run, e.g. [0.5, 0.75]."""
 
-    def __init__(self, milestones: list[Share], gamma: ShareAbove0 = 0.1, warmup_steps: CountOr0 = 0):
-        super().__init__(warmup_steps)
+    def __init__(
+        self, milestones: list[Share], gamma: ShareAbove0 = 0.1, warmup_steps: CountOr0 = 0, warmup_epochs: NotNegative = 0.0
+    ):
+        super().__init__(warmup_steps, warmup_epochs)
         self.milestones, self.gamma = milestones, gamma
 
     def shape(self, share: float, step: int, total_steps: int) -> float:
@@ -76,8 +90,8 @@ class Step(Schedule):
 class Exponential(Linear):
     """Falls from 1 to `final` by the same ratio each step."""
 
-    def __init__(self, final: Share = 0.01, warmup_steps: CountOr0 = 0):
-        super().__init__(final, warmup_steps)
+    def __init__(self, final: Share = 0.01, warmup_steps: CountOr0 = 0, warmup_epochs: NotNegative = 0.0):
+        super().__init__(final, warmup_steps, warmup_epochs)
 
     def shape(self, share: float, step: int, total_steps: int) -> float:
         return self.final**share
@@ -90,8 +104,15 @@ class OneCycle(Schedule):
     `final`. torch's own peak may lie between two steps, and in very short runs before the first.
     """
 
-    def __init__(self, rise: Share = 0.3, start: Share = 0.04, final: Share = 4e-6, warmup_steps: CountOr0 = 0):
-        super().__init__(warmup_steps)
+    def __init__(
+        self,
+        rise: Share = 0.3,
+        start: Share = 0.04,
+        final: Share = 4e-6,
+        warmup_steps: CountOr0 = 0,
+        warmup_epochs: NotNegative = 0.0,
+    ):
+        super().__init__(warmup_steps, warmup_epochs)
         self.rise, self.start, self.final = rise, start, final
 
     def shape(self, share: float, step: int, total_steps: int) -> float:
@@ -108,8 +129,10 @@ class OneCycle(Schedule):
 class Plateau(Schedule):
     """Multiplied by `gamma` when the monitored metric has not improved for more than `patience` evaluations."""
 
-    def __init__(self, gamma: ShareAbove0 = 0.5, patience: CountOr0 = 3, warmup_steps: CountOr0 = 0):
-        super().__init__(warmup_steps)
+    def __init__(
+        self, gamma: ShareAbove0 = 0.5, patience: CountOr0 = 3, warmup_steps: CountOr0 = 0, warmup_epochs: NotNegative = 0.0
+    ):
+        super().__init__(warmup_steps, warmup_epochs)
         self.gamma, self.patience = gamma, patience
         self.best, self.waited, self.drops = math.inf, 0, 0
 

@@ -55,6 +55,7 @@ def stopped(small_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, ste
         ),
         pytest.param(["loss/coupling=minibatch_ot", "conditional=true"], 9, id="minibatch OT, label dropout"),
         pytest.param(["precision=bf16"], 9, id="bf16"),
+        pytest.param(["optimizer=muon", "schedule.warmup_epochs=1.5"], 9, id="Muon, a warm-up in epochs"),
         pytest.param(["dataloaders=moons", "source=eight_gaussians"], 9, id="data as source"),
     ],
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -155,3 +156,13 @@ def test_only_plateau_hears_the_metric() -> None:
         for _ in range(20):
             schedule.observe(1.0)
         assert factors(schedule, 20) == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_warm_up_in_epochs_is_that_of_as_many_steps(name: str) -> None:
+    in_epochs, in_steps = configured(name, warmup_epochs=1.5), configured(name, warmup_steps=12)
+    in_epochs.count_in_steps(8)
+    in_steps.count_in_steps(8)
+    assert factors(in_epochs, 40) == factors(in_steps, 40)
+    with pytest.raises(InstantiationException, match="two lengths of one warm-up"):
+        configured(name, warmup_epochs=1.5, warmup_steps=12)
