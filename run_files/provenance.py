@@ -43,7 +43,10 @@ def made_with(device: str) -> dict[str, str]:
 def weights_in_words(config: dict[str, Any], step: int) -> str:
     """Return what a run of this configuration keeps as its average after so many steps, for provenance."""
     settings = config.get("ema")
-    decay = settings.get("decay") if isinstance(settings, dict) else None
+    settings = settings if isinstance(settings, dict) else {}
+    decay, lengths = settings.get("decay"), settings.get("lengths")
+    if lengths:
+        return f"the average of length {lengths[0]} at step {step:,}"
     if decay == 0:
         return f"the weights themselves (no EMA) at step {step:,}"
     return "the EMA weights" + ("" if decay is None else f" (decay {decay})") + f" at step {step:,}"

@@ -39,6 +39,7 @@ class RunFolder:
     status.json      see StatusFile
     metrics.jsonl    see MetricsFile
     samples/*.png    pictures
+    averages/*.pt    averages of the weights (ema=power)
     log.md           the run's own section of the experiment log
     """
 
@@ -60,6 +61,16 @@ class RunFolder:
         found = [(re.fullmatch(r"step_(\d+)(_neighbours)?", path.stem), path) for path in self.path.glob("samples/*.png")]
         named = [("neighbours" if match[2] else "samples", path, int(match[1])) for match, path in found if match]
         return sorted(named, key=lambda picture: (picture[2], picture[0]))
+
+    def averages(self) -> list[Path]:
+        """Return the stored averages of its weights, by step."""
+        named = (path for path in self.path.glob("averages/*.pt") if re.fullmatch(r"step_\d{8,}", path.stem))
+        return sorted(named, key=self.step_of)
+
+    @staticmethod
+    def step_of(path: Path) -> int:
+        """Return the step that a file of `averages` is of."""
+        return int(path.stem.removeprefix("step_"))
 
     def read_picture(self, path: Path) -> bytes:
         """Return the bytes of one of its pictures. UserError for what read_own refuses, or is not a PNG."""
@@ -86,12 +97,12 @@ class RunFolder:
 
     def remove_temporaries(self) -> None:
         """Remove what killed processes of this run left half-written. The folder is locked."""
-        for folder in (self.path, self.path / "samples"):
+        for folder in (self.path, self.path / "samples", self.path / "averages"):
             remove_temporaries(folder)
 
     def clear(self) -> None:
         """Remove what a run that ended before its first step has left. The folder is locked."""
-        for path in (self.status.path, self.metrics.path, *(picture for _, picture, _ in self.pictures())):
+        for path in (self.status.path, self.metrics.path, *self.averages(), *(picture for _, picture, _ in self.pictures())):
             path.unlink(missing_ok=True)
 
     def release(self) -> None:

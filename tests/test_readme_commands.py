@@ -19,7 +19,18 @@ from configuration.checks import check_contradictions, check_values
 from configuration.compose import compose_config, groups, parse_overrides, resolved
 from dataloaders.picture_files import MANIFEST
 from evaluation.prove_command import prepared
-from scripts import cache_latents, eval_fid, export, leaderboard, modal_app, runs, sample, trackio_delete, trackio_rebuild
+from scripts import (
+    cache_latents,
+    ema,
+    eval_fid,
+    export,
+    leaderboard,
+    modal_app,
+    runs,
+    sample,
+    trackio_delete,
+    trackio_rebuild,
+)
 from searches.golden import search_of
 from searches.plan import plan_of
 
@@ -27,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs/experiment").glob("*.yaml"))]
 READERS: dict[str, Callable[[list[str]], Any]] = {
     "scripts/cache_latents.py": cache_latents.read_words,
+    "scripts/ema.py": ema.read_words,
     "scripts/eval_fid.py": eval_fid.read_words,
     "scripts/export.py": export.read_words,
     "scripts/leaderboard.py": leaderboard.read_words,

@@ -29,6 +29,7 @@ from run_files.checkpoint import load_checkpoint
 from run_files.checkpoint_folder import CheckpointFolder
 from run_files.run_folder import run_folder_of, saves_of
 from run_files.trackers import NullTracker, tracker_from_config
+from training.ema import EMA
 from training.records import Records, SilentRecords
 from training.run import LogSettings, LoopSettings, Run
 from training.state import TrainState, averaged_objective
@@ -121,6 +122,7 @@ def assemble(config: dict[str, Any]) -> Run:
         loop, settings_of(LogSettings, config | config["log"]), device, dataset, source, state,
         forward_of(objective, config), evaluator, inputs, records, hook, callbacks, rank(), world(),
     )  # fmt: skip
+    state.schedule.count_in_steps(run.steps_per_epoch)
     if not config["resume"]:
         fit_samples(run, config)
     return run
@@ -148,7 +150,7 @@ def assemble_state(
     going_on = bool(config["resume"] and checkpoints.saves())
     if config["init_from"] and not going_on:
         start_weights(objective, Path(config["init_from"]))
-    ema = build(config["ema"])
+    ema: EMA = build(config["ema"])
     optimizer = build(config["optimizer"], params=[p for p in objective.network.parameters() if p.requires_grad])
     for settings in optimizer.param_groups:
         settings["initial_lr"] = settings["lr"]
@@ -157,6 +159,7 @@ def assemble_state(
     state = TrainState(
         objective, averaged_objective(objective, ema), ema, optimizer, build(config["schedule"]),
         gradient_scaler(device, config["precision"]),
+        others=[(other, other.average_of(objective.network)) for other in ema.others()],
     )  # fmt: skip
     if going_on:
         resume_state(state, *checkpoints.newest(), config)
@@ -257,6 +260,13 @@ def resume_state(state: TrainState, path: Path, payload: dict[str, Any], config:
         )
     parts.load_network(state.objective.network, payload["network"], path)
     parts.load_network(state.ema_objective.network, payload["ema"], path)
+    for ema, average in state.others:
+        name = f"ema_{ema.lengths[0]:g}"
+        if not isinstance(payload.get(name), dict):
+            raise UserError(
+                f"{path} holds no average of ema.lengths={ema.lengths[0]:g}; leave ema as it was, or start another run_name"
+            )
+        parts.load_network(average, payload[name], path)
     wanted = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
     saved = payload["optimizer"].get("param_groups", [])
     other = "schedule" if state.schedule.state_dict().keys() - payload["schedule"].keys() else None

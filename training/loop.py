@@ -97,8 +97,9 @@ def train_step(run: Run, group: list[Any]) -> dict[str, Tensor]:
     if run.hook.accepts(state, values):
         state.scaler.step(state.optimizer)
         run.hook.end(state, values)
-        # Update their average.
-        state.ema.update(state.ema_objective.network, state.objective.network, state.step, run.hook.broken)
+        # Update their averages.
+        for ema, average in state.averages():
+            ema.update(average, state.objective.network, state.step, run.hook.broken)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     return values
@@ -118,6 +119,8 @@ def after_step(run: Run, values: dict[str, Tensor]) -> None:
     """Count the step in the window; every log_every steps, write a line."""
     ratio = values.pop("update_ratio", None)
     run.state.window.add(values, run.hook.broken)
+    if run.state.ema.snapshot_is_due(run.state.step, run.total_steps):
+        run.records.write_averages(run.state.step, {ema.lengths[0]: net.state_dict() for ema, net in run.state.averages()})
     if run.state.step % run.settings.log_every == 0:
         log_window(run, {} if ratio is None or ratio.isnan() else {"train/update_ratio": ratio.item()})
     run.notify("step_end")

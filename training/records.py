@@ -7,9 +7,11 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from common.errors import UserError
 from common.files import DISK_ERRORS, disk_sentence
+from run_files.averages import write_averages
 from run_files.checkpoint import write_export
 from run_files.checkpoint_folder import CheckpointFolder
 from run_files.run_folder import RunFolder
@@ -52,6 +54,9 @@ class Records:
         self.write_config()
         if resumed_at is not None:
             self.folder.metrics.trim(resumed_at)
+            for path in self.folder.averages():
+                if self.folder.step_of(path) > resumed_at:
+                    path.unlink()
 
     def write_config(self) -> None:
         self.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(self.config)), self.config["overrides"])
@@ -74,6 +79,12 @@ class Records:
             if not self.folder.config_path.exists():  # deleted meanwhile: without it nothing goes on from the save
                 self.write_config()
             self.checkpoints.save(payload, epoch, best)
+
+    def write_averages(self, step: int, averages: dict[float, dict[str, Tensor]]) -> None:
+        """Store the averages of the weights after a step, by their lengths."""
+        self.folder.lock.check()
+        with self.writing():
+            write_averages(self.folder.path / "averages" / f"step_{step:08d}.pt", averages)
 
     def settle(self) -> None:
         """Wait for a save that is being written while training goes on."""
@@ -115,6 +126,8 @@ class SilentRecords(Records):
     def log(self, now: Progress, metrics: dict[str, float], provenance: dict[str, str] | None) -> None: ...
 
     def save(self, payload: dict[str, Any], epoch: int | None, best: bool) -> None: ...
+
+    def write_averages(self, step: int, averages: dict[float, dict[str, Tensor]]) -> None: ...
 
     def check_saved(self, step: int) -> None: ...
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.distributed import all_reduce_mean
 from losses.objective import Objective
-from training.ema import ConstantEMA
+from training.ema import EMA
 from training.schedules import Schedule
 
 COUNTS = ("step", "best", "waited", "elapsed", "skipped")
@@ -85,12 +85,13 @@ class TrainState:
 
     step: optimizer steps done. Epoch and data position follow from it, and every random number from the seed and it, so
     neither is saved. best: monitored value; waited: evaluations since. elapsed: training seconds of earlier sittings.
-    skipped: steps left out by on_nan=skip; skipped_in_a_row: the newest of them; counted on the device.
+    skipped: steps left out by on_nan=skip; skipped_in_a_row: the newest of them; counted on the device. others: averages
+    of other lengths.
     """
 
     objective: Objective
     ema_objective: Objective
-    ema: ConstantEMA
+    ema: EMA
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
@@ -101,6 +102,11 @@ class TrainState:
     elapsed: float = 0.0
     skipped: int | Tensor = 0
     skipped_in_a_row: int | Tensor = 0
+    others: list[tuple[EMA, torch.nn.Module]] = field(default_factory=list)
+
+    def averages(self) -> list[tuple[EMA, torch.nn.Module]]:
+        """Return every average with how it is updated, the one that is sampled first."""
+        return [(self.ema, self.ema_objective.network), *self.others]
 
     @property
     def teacher(self) -> Objective | None:
@@ -113,7 +119,8 @@ class TrainState:
 
     def parts(self) -> dict[str, Any]:
         """Return what has a state_dict of its own, by its name in a checkpoint. Networks are saved bare."""
-        networks = {"network": self.objective.network, "ema": self.ema_objective.network}
+        networks: dict[str, torch.nn.Module] = {"network": self.objective.network, "ema": self.ema_objective.network}
+        networks |= {f"ema_{ema.lengths[0]:g}": average for ema, average in self.others}
         return networks | {"optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
 
     def state_dict(self) -> dict[str, Any]:
@@ -142,7 +149,7 @@ def match_layout(optimizer: torch.optim.Optimizer) -> None:
                 slots[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
-def averaged_objective(objective: AnyObjective, ema: ConstantEMA) -> AnyObjective:
+def averaged_objective(objective: AnyObjective, ema: EMA) -> AnyObjective:
     """Return the same objective around the average of its network."""
     shallow = copy.copy(objective)
     shallow._modules = {**objective._modules, "network": ema.average_of(objective.network)}
