@@ -37,7 +37,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         )
         groups = list(muon.param_groups)
         if others:
-            groups += torch.optim.AdamW(others, lr, tuple(betas), weight_decay=weight_decay, fused=fused).param_groups
+            groups += torch.optim.AdamW(
+                others, lr, (betas[0], betas[1]), weight_decay=weight_decay, fused=fused
+            ).param_groups
         super().__init__(groups, {"lr": lr})
 
     @torch.no_grad()
