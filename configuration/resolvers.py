@@ -9,7 +9,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from common.errors import UserError
 from configuration.build import build, found_class
 from dataloaders.array_header import array_classes, array_condition, array_shape
-from dataloaders.picture_files import attribute_classes, folder_classes, imagenet_classes, latent_classes, latent_shape
+from dataloaders.picture_files import (
+    attribute_classes,
+    folder_classes,
+    idx_root,
+    imagenet_classes,
+    latent_classes,
+    latent_shape,
+)
 
 AUGMENT_PARAMETERS = 9  # of dataloaders.augmentation.parameters
 
@@ -78,6 +85,11 @@ def torch_facts(node: str, keys: str) -> dict[str, Any]:
     return described(build(json.loads(node)), json.loads(keys))
 
 
+def grey_shape(condition: str | None, state_shape: Any) -> Any:
+    """Return the shape of the brightness of pictures, None where it is no condition."""
+    return OmegaConf.create([1, *state_shape[1:]]) if condition else None
+
+
 def label_classes(num_classes: int) -> int:
     """Return how many classes a classifier tells apart. UserError for data without labels."""
     if not num_classes:
@@ -92,7 +104,8 @@ def register_resolvers() -> None:
     """The functions that configs/ calls as ${name:argument}."""
     for function in (
         vector_shape, image_shape, conditional_classes, label_classes, array_classes, augment_dim, folder_classes,
-        imagenet_classes, attribute_classes, latent_classes, mixture_shape, mixture_classes, torch_fact,
+        imagenet_classes, attribute_classes, latent_classes, mixture_shape, mixture_classes, torch_fact, idx_root,
+        grey_shape,
     ):  # fmt: skip
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)
     for shape in (array_shape, array_condition, latent_shape):  # whose results are lists as configurations hold them

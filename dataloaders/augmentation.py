@@ -26,6 +26,7 @@ class ImageOptions(TypedDict, total=False):
     flip: bool
     crop_padding: SizeOr0
     augment: Share
+    condition_shape: Sequence[Count] | None
 
 
 class Augmentation:

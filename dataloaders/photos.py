@@ -1,6 +1,6 @@
 """Pieces of the two photographs that scikit-learn ships: real pictures without any download."""
 
-from typing import Unpack
+from typing import Literal, Unpack
 
 import numpy as np
 import torch
@@ -26,11 +26,12 @@ class Photos(ImageTensor):
         self,
         crops: CountFrom2 = 10_000,
         held_out_crops: CountFrom2 = 2_000,
+        condition: Literal["grey"] | None = None,
         **options: Unpack[ImageOptions],
     ):
         """crops, held_out_crops: pieces to train on and to hold out, half of them of each photograph.
 
-        UserError for more pieces than there are places, or fewer than 2.
+        condition: see ImageTensor. UserError for more pieces than there are places, or fewer than 2.
         """
         from sklearn.datasets import load_sample_images  # takes a second to import
 
@@ -40,7 +41,7 @@ class Photos(ImageTensor):
             cut_out(photographs, [both[part] for both in places], count, key)
             for part, (key, count) in enumerate([("crops", crops), ("held_out_crops", held_out_crops)])
         )
-        super().__init__(train, held_out, 2, **options)
+        super().__init__(train, held_out, 2, condition=condition, **options)
 
 
 def legal_places(size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from common.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 MOST_ATTRIBUTES = 10  # 1,024 classes
+IDX_IMAGES = "images-idx3-ubyte"  # how the names of MNIST's files of images end, but for .gz
 MANIFEST = "manifest.json"  # of a folder of cached latents
 
 
@@ -75,6 +76,11 @@ def list_pictures(root: Path) -> list[str]:
     if not found:
         raise UserError(f"there are no pictures ({', '.join(SUFFIXES)}) in {root.absolute()}")
     return sorted(found)
+
+
+def idx_root(root: str) -> str | None:
+    """Return the folder itself where it holds images in MNIST's format, else None."""
+    return root if any(Path(root).expanduser().glob(f"*{IDX_IMAGES}*")) else None
 
 
 def latent_manifest(folder: str) -> dict[str, Any]:

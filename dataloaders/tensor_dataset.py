@@ -30,16 +30,17 @@ class TensorDataset(FlowDataset):
         value_range: Sequence[float] | None = None,
         described: Mapping[str, object] | None = None,
         conditions: Tensor | None = None,
+        condition_shape: Sequence[int] | None = None,
     ):
         """states: (N, *state_shape), uint8 being pixels. labels: (N,). held_out_rows: indices never trained on. conditions:
-        (N, *condition_shape), which become part of the labels.
+        (N, *condition_shape), which become part of the labels. condition_shape: of those that a subclass makes in `rows`.
 
         described: what the configuration says; UserError where the data are something else.
         """
         training = torch.ones(len(states), dtype=torch.bool).index_fill(0, held_out_rows, False)
         rows = torch.cat([training.nonzero()[:, 0], held_out_rows])
         self.train_size = len(rows) - len(held_out_rows)
-        condition_shape = None if conditions is None else conditions.shape[1:]
+        condition_shape = condition_shape if conditions is None else conditions.shape[1:]
         super().__init__(states.shape[1:], self.train_size, num_classes, value_range, described, condition_shape)
         self.states = (states if states.dtype == torch.uint8 else states.float())[rows].contiguous()
         self.labels = None if labels is None else labels[rows].long()

@@ -148,7 +148,7 @@ class GeneratorEvaluator(Evaluator):
         """Return samples on the dataset's device; all ranks call this."""
         count, device = self.count(given.final), next(flow.network.parameters()).device
         noise = fixed_noise(given.source.to("cpu"), count, given.seed).to(device)
-        labels = generator_for(given.seed, "evaluation/labels", 0, device)
+        labels = labels_generator(given, device)
         label = data_labels(given.dataset, flow.network.is_conditional, count, labels)
         label = None if label is None else label.to(device)
         samples = generate_together(flow, given.solver, noise, label, fresh_noise(given.source, given.seed))
@@ -174,6 +174,16 @@ class GeneratorEvaluator(Evaluator):
                 v = objective.velocity(batch.input, batch.r, batch.label)
                 error += float((v - batch.conditional_velocity).square().sum())
         return {"eval/loss": total / len(states)} | ({} if plain else {SQUARED_ERROR: error / len(states)})
+
+
+def labels_generator(given: EvaluationInputs, device: torch.device) -> torch.Generator:
+    """Return what the held-out rows are drawn by whose labels the samples have."""
+    return generator_for(given.seed, "evaluation/labels", 0, device)
+
+
+def held_out_beside(made: Generation) -> Batch:
+    """Return held-out states, with labels, from which the samples of a conditional network have theirs, in their order."""
+    return made.dataset.held_out(len(made.samples), labels_generator(made, made.samples.device))
 
 
 def held_out_states(dataset: FlowDataset, count: int, generator: torch.Generator) -> Batch:

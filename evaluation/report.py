@@ -12,8 +12,8 @@ import torch
 from dataloaders.base_dataloaders import Batch
 from dataloaders.tensor_dataset import TensorDataset
 from evaluation.classifier_evaluator import ClassifierEvaluation, by_class
-from evaluation.evaluator import SQUARED_ERROR, Evaluation, GeneratorEvaluation
-from evaluation.metrics.base_metric import Absent, Decode, Score, as_images, number
+from evaluation.evaluator import SQUARED_ERROR, Evaluation, GeneratorEvaluation, held_out_beside
+from evaluation.metrics.base_metric import Absent, Decode, Generation, Score, as_images, number
 from evaluation.metrics.distances import nearest, squared_distances
 from losses.weightings import UniformWeighting
 from models.inputs import classes_in
@@ -170,10 +170,32 @@ def draw_picture(path: Path, evaluation: Evaluation, title: str, images: int = 1
     if shape == (2,):
         scatter_picture(path, samples[:2000].cpu().numpy(), real[0].cpu().numpy(), title, score_line(evaluation))
     elif drawable(shape, made.decode):
+        if is_drawn_from_pictures(made):
+            draw_pairs(path, made, title, images)
+            return True
         shown = slice(images) if label is None else torch.from_numpy(pick_by_class(label.cpu().numpy(), images))
         some = samples[shown], None if label is None else label[shown]
         draw_images(path, some, real, made.decode, made.dataset.value_range, title)
     return shape == (2,) or drawable(shape, made.decode)
+
+
+def is_drawn_from_pictures(made: Generation) -> bool:
+    """Return whether the samples have conditions that are pictures of their own size."""
+    condition = made.objective.network.condition_shape
+    sized = condition is not None and len(condition) == 3 and condition[1:] == made.dataset.state_shape[1:]
+    return sized and made.decode is None and drawable(condition or (), None)
+
+
+def draw_pairs(path: Path, made: Generation, title: str, images: int) -> None:
+    """Draw conditions, what was generated of each, and the held-out image that it belongs to, in grids side by side."""
+    from evaluation.pictures import Panel, image_grid_picture
+
+    assert made.label is not None and made.objective.network.condition_shape is not None
+    real = held_out_beside(made)[0][:images]
+    conditions = made.label[: len(real), 2:].unflatten(1, made.objective.network.condition_shape)
+    named = {"given": conditions, "generated": made.samples[: len(real)], "real": real}
+    panels: dict[str, Panel] = {name: (shown.cpu().numpy(), None) for name, shown in named.items()}
+    image_grid_picture(path, panels, shown_range(None, made.dataset.value_range), max(1, round(len(real) ** 0.5)), title)
 
 
 def draw_neighbours(path: Path, evaluation: Evaluation, name: str, rows: int = 10, k: int = 5) -> bool:

@@ -1,6 +1,7 @@
 """Before any test imports trackio: its files go to a temporary folder, never to the user's dashboard."""
 # ruff: noqa: E402
 
+import gzip
 import io
 import os
 import pickle
@@ -231,6 +232,23 @@ def write_encoded(place: Path) -> dict[str, Any]:
     return settings | {"state_shape": [4, 2, 2], "vae": {"path": str(write_vae(place / "vae"))}}
 
 
+def idx(array: np.ndarray) -> bytes:
+    """An array as MNIST's files hold it."""
+    return (
+        b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.astype(np.uint8).tobytes()
+    )
+
+
+def write_mnist(place: Path) -> dict[str, Any]:
+    """The four files, compressed, of 250 pictures to train on and 60 to test."""
+    random_state = np.random.RandomState(0)
+    for name, rows in (("train", 250), ("t10k", 60)):
+        pictures, labels = random_state.randint(0, 256, (rows, 28, 28)), np.arange(rows) % 10
+        (place / f"{name}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(pictures), 1))
+        (place / f"{name}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels), 1))
+    return {"root": str(place)}
+
+
 def write_pairs(place: Path) -> dict[str, Any]:
     """Two class folders, and grey pictures of the same names in another format."""
     for root, suffix in (("pictures", ".png"), ("grey", ".jpg")):
@@ -244,6 +262,7 @@ WRITERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "cifar100": lambda place: write_cifar(place, 100),
     "image_folder": write_tree,
     "image_pairs": write_pairs,
+    "mnist": write_mnist,
     "imagenet_pixels": write_imagenet,
     "imagenet_encoded": write_encoded,
     "imagenet": write_latents,

@@ -45,7 +45,7 @@ FLOORS = (
 )  # each imports only from those before it
 FOLDERS = tuple(name for name in FLOORS if name not in ("helpers_cfg", "train", "launcher", "experiment"))
 IMAGE_SETS = (
-    "digits", "random_images", "photos", "cifar10", "cifar100", "image_folder", "image_pairs", "celeba", "imagenet",
+    "digits", "random_images", "photos", "mnist", "cifar10", "cifar100", "image_folder", "image_pairs", "celeba", "imagenet",
     "imagenet_pixels", "imagenet_encoded",
 )  # fmt: skip
 META_ABOVE = 20_000_000

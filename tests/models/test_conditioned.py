@@ -7,13 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from common.errors import UserError
 from configuration.build import build
 from configuration.compose import compose_config, groups, resolved
 from dataloaders.array_dataset import ArrayDataset
-from evaluation.parts import build_objective
+from dataloaders.base_dataloaders import EpochPlan
+from evaluation.evaluator import held_out_beside
+from evaluation.parts import build_objective, evaluation_inputs
+from evaluation.report import draw_pairs, is_drawn_from_pictures
 from evaluation.sample import load
 from helpers_cfg import ClassifierFreeGuidance
 from losses.couplings import Paths
@@ -28,6 +32,7 @@ from training.ema import ConstantEMA
 from training.state import averaged_objective
 
 REGRESSION = ["dataloaders=regression", "conditional=true"]
+COMPARING = ("drifting", "inductive_moment_matching")  # rows of one label with each other
 FLOWS = [name for name in groups()["loss"] if name != "cross_entropy"]
 MODELS = [
     name for name in groups()["model"] if suits(name) and "classifier" not in model_node(name, suits(name)[0])["_target_"]
@@ -102,7 +107,7 @@ def test_every_objective_learns_with_conditions(loss: str) -> None:
     objective, label = objective_of(loss, *teacher), join_condition(None, torch.randn(64, 2))
     if teacher:
         objective.coupling.made = Paths(torch.randn(2, 64, 2), torch.tensor([0.0, 1.0]), label)
-    if objective.pairwise:
+    if loss in COMPARING:
         with pytest.raises(UserError, match="compares rows of one label"):
             objective.draw(torch.randn(64, 2), torch.randn(64, 2), label, torch.Generator(), 0.5)
         return
@@ -156,6 +161,32 @@ def test_unfit_conditions_of_a_file_are_one_sentence(tmp_path: Path, condition: 
     np.savez(tmp_path / "a.npz", x=np.zeros((40, 2)), condition=condition)
     with pytest.raises(UserError, match=said):
         ArrayDataset(str(tmp_path / "a.npz"))
+
+
+@torch.no_grad()
+def test_samples_stand_beside_what_they_were_drawn_from_and_what_that_was_of(tmp_path: Path) -> None:
+    small = [f"model.{key}=8" for key in ("width", "inner_width", "embedding")]
+    data = ["dataloaders=photos", "dataloaders.condition=grey", "dataloaders.crops=50", "dataloaders.held_out_crops=20"]
+    words = ["run_name=x", *data, "model=cnn", *small, "conditional=true", "solver=euler", "solver.steps=1"]
+    config = resolved(compose_config([*words, "evaluation.samples=25", "evaluation.final_samples=25"]))
+    objective = build_objective(config, torch.device("cpu"))
+    given = evaluation_inputs(objective, config, torch.device("cpu"), tmp_path, "none")
+    made = build(config["evaluation"]).sample(objective, given)
+    x, label = held_out_beside(made)
+    assert (
+        len(x) == 20
+        and label is not None
+        and torch.equal(label, made.label[:20])
+        and torch.equal(label[:5], made.label[20:])
+    )
+    red, green, blue = x.unbind(1)
+    assert torch.allclose((0.299 * red + 0.587 * green + 0.114 * blue).flatten(1), label[:, 2:], atol=1e-6)
+    flipped, labels = next(given.dataset.epoch(EpochPlan(50, torch.Generator(), torch.Generator().manual_seed(0))))
+    grey = torch.einsum("c,bchw->bhw", torch.tensor([0.299, 0.587, 0.114]), flipped).flatten(1)
+    assert torch.allclose(grey, labels[:, 2:], atol=1e-6) and labels[:, 0].unique().tolist() == [0, 1]
+    draw_pairs(tmp_path / "pairs.png", made, "title", 16)
+    with Image.open(tmp_path / "pairs.png") as picture:
+        assert picture.width > 3 * 4 * 32 and is_drawn_from_pictures(made)
 
 
 def test_data_without_labels_or_conditions_make_no_conditional_run(small_run: Callable[..., Path], tmp_path: Path) -> None:
