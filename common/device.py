@@ -54,7 +54,8 @@ def set_numerics(device: torch.device, deterministic: bool) -> None:
     """Set, on CUDA, TF32 and cuDNN autotuning, or deterministic kernels throughout. The CPU is deterministic as it is."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
-    torch.use_deterministic_algorithms(deterministic)
+    if torch.are_deterministic_algorithms_enabled() != deterministic:  # to ask is cheap, to set imports torch's compiler
+        torch.use_deterministic_algorithms(deterministic)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = not deterministic
         torch.backends.cudnn.allow_tf32 = not deterministic

@@ -116,7 +116,7 @@ def drawn() -> dict[str, torch.Tensor]:
 
 def judged(*words: str) -> dict[str, Any]:
     """Values on this rank, samples on the first: of 2,500, so of two whole chunks and a part."""
-    run = assembled("evaluation=generator", "evaluation.samples=2500", "evaluation.metrics={}", *words)
+    run = assembled("evaluation.samples=2500", *words)
     return {"values": run.evaluate(final=False), "samples": run.evaluation and run.evaluation.generation.samples}
 
 

@@ -80,8 +80,9 @@ def objective_cases() -> Iterator[tuple[str, Callable[[], str]]]:
 def curve_of(loss: str, engine: str) -> str:
     """The objective by one engine, with dropout and without."""
     words = [*POINTS, *TRAINING, f"loss={loss}", *([f"loss.jvp={engine}"] * bool(engine))]
-    answers = {dropout: same_curve(config_of(*words, f"model.dropout={dropout}")) for dropout in (0.0, 0.3)}
-    return "; ".join(f"dropout {dropout}: {answer}" for dropout, answer in answers.items() if answer)
+    config = config_of(*words)
+    answers = {share: same_curve(config | {"model": config["model"] | {"dropout": share}}) for share in (0.0, 0.3)}
+    return "; ".join(f"dropout {share}: {answer}" for share, answer in answers.items() if answer)
 
 
 def model_cases() -> Iterator[tuple[str, Callable[[], str]]]:
