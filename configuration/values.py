@@ -53,7 +53,7 @@ SETTINGS: dict[str, Setting] = {
     "grad_clip": Setting(Positive | None),
     "on_nan": Setting(Literal["stop", "skip"], free=True, neutral=True),
     "conditional": Setting(bool),
-    "loss_weights": Setting(dict[str, float]),
+    "loss_weights": Setting(dict[str, float | list[list[float]]]),
     "overfit": Setting(bool),
     "eval_every": Setting(Count),
     "save_every": Setting(Count, free=True, neutral=True),

@@ -98,7 +98,7 @@ class GeneratorEvaluator(Evaluator):
         final_samples: CountFrom2,
         metrics: dict[str, Metric],
         batch_size: Count = 1024,
-        loss_weights: dict[str, float] | None = None,
+        loss_weights: dict[str, float | list[list[float]]] | None = None,
         loss_samples: CountFrom2 | None = None,
     ):
         self.loss_samples = loss_samples or final_samples

@@ -25,7 +25,7 @@ from losses.couplings import Paths, ReflowCoupling
 from losses.flow_map_objective import FlowMapObjective
 from losses.objective import FlowObjective, Objective
 from losses.paths import ProbabilityPath
-from losses.terms import named_terms
+from losses.terms import Weight, named_terms
 from losses.world import Field
 from models.inputs import split_unified_flow_matching_input
 from models.velocity_model import VelocityModel
@@ -54,7 +54,7 @@ class Plan:
     rows: int = 2048
     curvature: int = 16
     seed: int = 0
-    loss_weights: dict[str, float] = field(default_factory=dict)
+    loss_weights: dict[str, Weight] = field(default_factory=dict)
 
 
 def raw_directions(z: Tensor, r: Tensor, t: Tensor, label: Tensor | None, field: Tensor, classes: int) -> dict[str, Tensor]:

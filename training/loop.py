@@ -84,7 +84,9 @@ def train_step(run: Run, group: list[Any]) -> dict[str, Tensor]:
     for i, (batch, share) in enumerate(zip(group, run.shares(group), strict=True)):
         with run.gradient_sync(last=i == len(group) - 1):
             with autocast(run.device, run.settings.precision):
-                terms = named_terms(run.forward(batch, state.teacher), run.settings.loss_weights)
+                terms = named_terms(
+                    run.forward(batch, state.teacher), run.settings.loss_weights, state.step / run.total_steps
+                )
             state.scaler.scale(weighed(terms["loss"], share)).backward()
         for name, term in terms.items():
             part = weighed(term.detach(), share)

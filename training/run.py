@@ -20,7 +20,7 @@ from dataloaders.sources import Source
 from evaluation.evaluator import Evaluation, Evaluator
 from evaluation.metrics.base_metric import EvaluationInputs
 from losses.objective import Objective
-from losses.terms import LossOutput
+from losses.terms import LossOutput, Weight
 from run_files.checkpoint import FORMAT
 from run_files.provenance import git_commit, package_versions, weights_in_words
 from training.records import Progress, Records
@@ -40,7 +40,7 @@ class LoopSettings:
     precision: str
     grad_clip: float | None
     on_nan: str
-    loss_weights: dict[str, float]
+    loss_weights: dict[str, Weight]
     overfit: bool
     eval_every: int
     save_every: int

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from losses.terms import LossOutput, named_terms
+from losses.terms import LossOutput, Weight, named_terms
 from training.state import Window
 
 TWO = [torch.tensor(2.0), torch.tensor(5.0)]
@@ -38,6 +38,19 @@ def test_the_totals_gradient_is_the_weighted_sum_and_the_objectives_own_dict_is_
     named_terms(output, {"end": 0.25})["loss"].backward()
     assert x.grad is not None and x.grad.tolist() == [1.0, 0.25]
     assert list(output) == ["flow", "end"]
+
+
+@pytest.mark.parametrize(("progress", "weight"), [(0.0, 1.0), (0.1, 1.0), (0.35, 0.55), (0.6, 0.1), (1.0, 0.1)])
+def test_a_weight_follows_its_course_over_the_run(progress: float, weight: float) -> None:
+    course: dict[str, Weight] = {"end": [[0.1, 1.0], [0.6, 0.1]]}
+    assert named_terms(NAMED, course, progress)["loss"].item() == pytest.approx(2 + 5 * weight)
+    assert named_terms(NAMED, course)["loss"].item() == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize("course", [[], [[0.0]], [[0.5, 1.0], [0.2, 1.0]], [[0.0, 1.0], [1.5, 1.0]], [[-0.1, 1.0]]])
+def test_a_course_that_is_none_is_refused(course: list[list[float]]) -> None:
+    with pytest.raises(UserError, match="is no course over a run"):
+        named_terms(NAMED, {"end": course})
 
 
 @pytest.mark.parametrize("output, weights, word", [

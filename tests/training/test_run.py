@@ -3,6 +3,8 @@
 import json
 import math
 import pickle
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,14 @@ def test_every_objective_trains_in_bf16_and_compiled_as_in_fp32(small_run, share
 def small_config(tmp_path: Path, *overrides: str) -> dict:
     base = ["run_name=x", f"output_dir={tmp_path / 'o'}", "trackio.enabled=false", "callbacks=none", "device=cpu"]
     return prepare([*base, "model.width=16", "dataloaders.epoch_size=250", *overrides])
+
+
+def test_a_weight_of_a_term_follows_its_course_over_the_run(tmp_path):
+    run = assemble(small_config(tmp_path, "batch_size=50", "max_steps=4"))
+    run.settings = replace(run.settings, loss_weights={"one": [[0, 2], [1, 0]]})
+    run.forward = lambda batch, teacher: {"one": 1 + 0 * run.state.objective.network(batch.unified_input).sum()}
+    losses = [float(train_step(run, group)["loss"]) for group in islice(epoch_groups(run), 4)]
+    assert losses == pytest.approx([2.0, 1.5, 1.0, 0.5])
 
 
 def test_a_ragged_last_group_weighs_each_row_alike(tmp_path):
