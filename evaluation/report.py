@@ -121,15 +121,19 @@ def verdict_lines(scores: list[Score]) -> list[str]:
     """Return one line that says by which scores the samples differ from real data, and by which no difference is seen."""
     judged = [score for score in scores if score.beyond_floor is not None]
     near = [score for score in judged if not score.beyond_floor]
-    far = ", ".join(
-        f"{score.name} ({score.beyond_floor:.0f} sd beyond its floor{'' if score.p is None else f', p = {score.p:.2g}'})"
-        for score in judged if score.beyond_floor
-    )  # fmt: skip
+    far = ", ".join(f"{score.name} ({distance_words(score)})" for score in judged if score.beyond_floor)
     names, rare = short_names([score.name for score in near]), [f"{score.p:.2g}" for score in near if score.p is not None]
     parts = [f"the samples differ from real data by {far}"] * bool(far)
     seen = f"no difference {'' if far else 'from real data '}is seen by {', '.join(names)}"
     parts += [seen + f" (p = {', '.join(rare)})" * bool(rare)] * bool(near)
     return ["; ".join(parts)] * bool(parts)
+
+
+def distance_words(score: Score) -> str:
+    """Return how far a score lies beyond its floor, and how likely that is of real data where it is known."""
+    distance = score.beyond_floor or 0.0
+    sds = f"{distance:.0f} sd " if math.isfinite(distance) else ""
+    return f"{sds}beyond its floor" + ("" if score.p is None else f", p = {score.p:.2g}")
 
 
 def wrapped(line: str) -> str:

@@ -69,11 +69,13 @@ class Score:
     @property
     def beyond_floor(self) -> float | None:
         """Return how many standard deviations of its floor the value is away from it where it lies beyond the floor's end,
-        0 where it does not; None without an end.
+        0 where it does not, inf of a floor that does not vary; None without an end.
         """
         if not self.floor_end or self.floor is None:
             return None
-        return 0.0 if self.floor_end.startswith("within") else abs(self.value - self.floor) / (self.floor_sd or math.nan)
+        if self.floor_end.startswith("within"):
+            return 0.0
+        return abs(self.value - self.floor) / self.floor_sd if self.floor_sd else math.inf
 
     def values(self) -> dict[str, float]:
         """Return the score as logged: its value, its floor and what else it carries, each under its own name."""

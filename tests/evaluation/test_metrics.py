@@ -275,6 +275,8 @@ def test_a_line_says_by_which_scores_samples_differ_from_real_data() -> None:
         "no difference is seen by eval/fid"
     ]
     assert verdict_lines([near]) == ["no difference from real data is seen by eval/fid"]
+    still = replace(far, floor_sd=0.0)  # a floor of which every replicate is the same
+    assert verdict_lines([still]) == ["the samples differ from real data by eval/w2 (beyond its floor)"]
     rare = [replace(score, p=p) for score, p in ((far, 0.0043), (near, 0.5), (replace(near, name="eval/kid"), 0.25))]
     assert verdict_lines(rare) == [
         "the samples differ from real data by eval/w2 (6 sd beyond its floor, p = 0.0043); "
