@@ -38,22 +38,24 @@ def test_whole_numbers_are_scored_once_each_and_the_best_is_found():
 
 @pytest.fixture
 def checkpoint(shared_run):
-    return shared_run("g", "conditional=true", "epochs=8", "model.width=32") / "ckpts/mlp/g_last.pt"
+    return shared_run("g", "conditional=true", "epochs=6", "model.width=32") / "ckpts/mlp/g_last.pt"
 
 
 def searched(checkpoint, *words):
-    search = golden.search_of([f"ckpt={checkpoint}", "key=guidance.scale", "solver.steps=4", "n=100", "device=cpu", *words])
+    search = golden.search_of(
+        [f"ckpt={checkpoint}", "key=guidance.scale", "solver.steps=4", "n=60", "repeats=3", "device=cpu", *words]
+    )
     return golden.scored(search, load(checkpoint, "cpu")), search
 
 
 def test_the_best_scale_is_that_of_a_dense_grid_within_its_error(checkpoint, capsys):
     section, _ = searched(checkpoint, "low=0.5", "high=4")
-    grid = np.linspace(0.5, 4, 15)
+    grid = np.linspace(0.5, 4, 8)
     dense, _ = searched(checkpoint, "values=" + ",".join(f"{x:g}" for x in grid))
     least = min(dense, key=lambda text: golden.mean(dense[text]))
     equal = [float(text) for text in golden.equal_to_best(dense)]
     best = min(section, key=lambda value: golden.mean(section[value]))
-    assert len(section) <= 12 and min(equal) - 0.25 <= best <= max(equal) + 0.25, (best, least, equal)
+    assert len(section) <= 12 and min(equal) - 0.5 <= best <= max(equal) + 0.5, (best, least, equal)
     assert golden.mean(section[best]) <= golden.mean(dense[least]) + golden.error(dense[least])
 
 
