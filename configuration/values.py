@@ -44,6 +44,7 @@ SETTINGS: dict[str, Setting] = {
     "num_workers": Setting(Annotated[int, Range(0, most=1000)], free=True, neutral=True),
     "device": Setting(Literal["auto", "cpu", "cuda", "mps"], free=True),
     "devices": Setting(Size, free=True, neutral=True),
+    "sharding": Setting(Literal["none", "full"], free=True, neutral=True),
     "precision": Setting(Literal["fp32", "bf16", "fp16"]),
     "compile": Setting(bool, free=True),
     "compile_mode": Setting(Literal["default", "reduce-overhead", "max-autotune"], free=True, neutral=True),

@@ -32,6 +32,7 @@ from run_files.trackers import NullTracker, tracker_from_config
 from training.ema import EMA
 from training.records import Records, SilentRecords
 from training.run import LogSettings, LoopSettings, Run
+from training.sharding import is_sharded, shard
 from training.state import TrainState, averaged_objective
 from training.step_hooks import SkipNonFinite, StepHook
 
@@ -151,18 +152,26 @@ def assemble_state(
     if config["init_from"] and not going_on:
         start_weights(objective, Path(config["init_from"]))
     ema: EMA = build(config["ema"])
+    averaged, found = averaged_objective(objective, ema), checkpoints.newest() if going_on else None
+    if found is not None:
+        for part, name in ((objective, "network"), (averaged, "ema")):
+            parts.load_network(part.network, found[1][name], found[0])
+    if config.get("sharding") == "full" and world() > 1:
+        check_shards(objective, ema, config)
+        for part in (objective, averaged):
+            shard(part.network)
     optimizer = build(config["optimizer"], params=[p for p in objective.network.parameters() if p.requires_grad])
     for settings in optimizer.param_groups:
         settings["initial_lr"] = settings["lr"]
     if device.type == "mps":  # its fused kernels ignore what loss scaling tells them: then it asks before each step
         optimizer._step_supports_amp_scaling = False
     state = TrainState(
-        objective, averaged_objective(objective, ema), ema, optimizer, build(config["schedule"]),
+        objective, averaged, ema, optimizer, build(config["schedule"]),
         gradient_scaler(device, config["precision"]),
         others=[(other, other.average_of(objective.network)) for other in ema.others()],
     )  # fmt: skip
-    if going_on:
-        resume_state(state, *checkpoints.newest(), config)
+    if found is not None:
+        resume_state(state, *found, config)
     elif config["resume"]:
         check_same_arch(checkpoints)
         print(f"{config['run_name']} ended before its first save; beginning it again")
@@ -239,6 +248,19 @@ def affordable_samples(run: Run, evaluator: GeneratorEvaluator) -> tuple[int, in
     )
 
 
+def check_shards(objective: Objective, ema: EMA, config: dict[str, Any]) -> None:
+    """Raise UserError for what weights that are shared out over the ranks cannot do."""
+    for reason, holds in (
+        ("compile=true", config["compile"]), ("on_nan=skip", config["on_nan"] == "skip"),
+        (f"loss={config['choices']['loss']}, whose target is the average's own answer,", objective.needs_teacher),
+        (f"ema={config['choices']['ema']}, which stores several averages", bool(ema.snapshots)),
+        ("a network with buffers that training changes, such as batch norm", any(
+            name in objective.state_dict() for name, _ in objective.named_buffers())),
+    ):  # fmt: skip
+        if holds:
+            raise UserError(f"sharding=full does not go with {reason}; leave one of them out")
+
+
 def check_same_arch(checkpoints: CheckpointFolder) -> None:
     """Raise UserError when a run that is to begin again has saves, of another model."""
     place = checkpoints.output_dir / "ckpts"
@@ -258,8 +280,6 @@ def resume_state(state: TrainState, path: Path, payload: dict[str, Any], config:
             f"note: the run goes on with {config['devices']} devices instead of {before}: rows of a fixed data set come in "
             "the order of one sitting, but noise, times and data that is drawn afresh are other draws"
         )
-    parts.load_network(state.objective.network, payload["network"], path)
-    parts.load_network(state.ema_objective.network, payload["ema"], path)
     for ema, average in state.others:
         name = f"ema_{ema.lengths[0]:g}"
         if not isinstance(payload.get(name), dict):
@@ -289,7 +309,7 @@ def forward_of(objective: Objective, config: dict[str, Any]) -> Any:
     that a save holds may change in training, as a batch norm's statistics do: then rank 0's are every rank's at each step.
     """
     forward = torch.compile(objective, mode=config["compile_mode"]) if config["compile"] else objective
-    if world() == 1:
+    if world() == 1 or is_sharded(objective.network):
         return forward
     saved = objective.state_dict().keys()
     changing = any(name in saved for name, _ in objective.named_buffers())

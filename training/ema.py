@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.ranges import Count, Range, ShareBelow1
 from evaluation.power_averages import gamma_of
+from training.sharding import local
 
 
 class EMA(ABC):
@@ -39,7 +40,7 @@ class EMA(ABC):
     def update(self, average: nn.Module, network: nn.Module, step: int, broken: Tensor | None = None) -> None:
         """Update number `step` (from 1). broken: a scalar, 1 where the average must stay as it is, else 0."""
         share = self.share(step)
-        averages, weights = list[Tensor](average.parameters()), list[Tensor](network.parameters())
+        averages, weights = local(average.parameters()), local(network.parameters())
         if broken is None:
             torch._foreach_lerp_(averages, weights, share)
         else:

@@ -17,6 +17,7 @@ from dataloaders.base_dataloaders import Batch, EpochPlan
 from losses.terms import named_terms
 from run_files.metrics_file import higher_is_better
 from training.run import Run
+from training.sharding import is_sharded, plain
 from training.step_hooks import total_norm
 
 RANK_SEED_STRIDE = 2**24  # whose random numbers are distinct from those of another rank
@@ -93,7 +94,7 @@ def train_step(run: Run, group: list[Any]) -> dict[str, Tensor]:
             values[name] = values[name] + part if name in values else part
     # Clip gradients.
     state.scaler.unscale_(state.optimizer)
-    values["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, run.settings.grad_clip or math.inf)
+    values["grad_norm"] = plain(torch.nn.utils.clip_grad_norm_(parameters, run.settings.grad_clip or math.inf))
     # Update the weights.
     state.step += 1
     if run.hook.accepts(state, values):
@@ -114,7 +115,8 @@ def weighed(term: Tensor, share: float) -> Tensor:
 
 def all_finite(network: torch.nn.Module) -> bool:
     """Return whether the weights, and the buffers, such as a batch norm's running variance, are all finite."""
-    return bool(total_norm([*network.parameters(), *(b for b in network.buffers() if b.is_floating_point())]).isfinite())
+    buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+    return all(bool(total_norm(part).isfinite()) for part in (list(network.parameters()), buffers) if part)
 
 
 def after_step(run: Run, values: dict[str, Tensor]) -> None:
@@ -199,7 +201,8 @@ def evaluate(run: Run, final: bool) -> dict[str, float]:
     try:
         return run.evaluate(final)
     except BaseException:
-        run.save(epoch=None, best=False)
+        if not is_sharded(run.state.objective.network):  # whose save takes all ranks, and this one may have failed alone
+            run.save(epoch=None, best=False)
         if run.world == 1:  # else it may be another rank that failed, and the launcher says what
             print(f"note: the evaluation after step {run.state.step:,} failed; {run.records.last_save()}", file=sys.stderr)
         raise

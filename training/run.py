@@ -24,6 +24,7 @@ from losses.terms import LossOutput, Weight
 from run_files.checkpoint import FORMAT
 from run_files.provenance import git_commit, package_versions, weights_in_words
 from training.records import Progress, Records
+from training.sharding import gathered, gradients_shared, is_sharded
 from training.state import TrainState
 from training.step_hooks import StepHook
 
@@ -189,6 +190,8 @@ class Run:
 
     def gradient_sync(self, last: bool) -> AbstractContextManager[None]:
         """Return a context in which backward passes average gradients over the ranks only if it is the step's last."""
+        if is_sharded(self.state.objective.network):
+            return gradients_shared(self.state.objective.network, last)
         if last or not isinstance(self.forward, DistributedDataParallel):
             return nullcontext()
         return self.forward.no_sync()
@@ -205,10 +208,11 @@ class Run:
     def evaluate(self, final: bool) -> dict[str, float]:
         """Score the EMA weights; returns the values by metric name, on every rank."""
         given = replace(self.inputs, final=final, weights=weights_in_words(self.records.config, self.state.step))
-        if self.rank == 0:
-            self.evaluation = self.evaluator.evaluate(given)
-        else:
-            self.evaluator.evaluate_on_worker(given)
+        with gathered(self.state.ema_objective.network):
+            if self.rank == 0:
+                self.evaluation = self.evaluator.evaluate(given)
+            else:
+                self.evaluator.evaluate_on_worker(given)
         if self.evaluation is not None and self.state.step:
             provenance = {score.name: score.provenance for score in self.evaluation.scores if score.provenance}
             self.log({**self.evaluation.values, "eval/seconds": self.evaluation.seconds}, provenance)

@@ -13,6 +13,7 @@ from common.distributed import all_reduce_mean
 from losses.objective import Objective
 from training.ema import EMA
 from training.schedules import Schedule
+from training.sharding import is_sharded, shared_like, whole
 
 COUNTS = ("step", "best", "waited", "elapsed", "skipped")
 AnyObjective = TypeVar("AnyObjective", bound=Objective)
@@ -125,18 +126,30 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values and tensors only."""
-        parts = {name: part.state_dict() for name, part in self.parts().items()}
+        parts = whole({name: part.state_dict() for name, part in self.parts().items()})
         counts = {name: getattr(self, name) for name in COUNTS} | {"skipped": int(self.skipped)}
         return parts | {"window": self.window.state_dict()} | counts
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state exactly."""
         for name, part in self.parts().items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(shares(self.optimizer, part, state[name]))
         match_layout(self.optimizer)
         self.window.load_state_dict(state["window"], next(self.objective.network.parameters()).device)
         for name in COUNTS:
             setattr(self, name, state.get(name, 0))  # skipped is in no save of before it was counted
+
+
+def shares(optimizer: torch.optim.Optimizer, part: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """Return this rank's share of a saved state of a part, where that is shared out over the ranks."""
+    if isinstance(part, torch.nn.Module) and is_sharded(part):
+        own = part.state_dict()
+        return {name: shared_like(own[name], value) for name, value in state.items()}
+    if part is not optimizer:
+        return state
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    slots = {i: {k: shared_like(weights[i], v) for k, v in of.items()} for i, of in state["state"].items()}
+    return state | {"state": slots}
 
 
 def match_layout(optimizer: torch.optim.Optimizer) -> None:

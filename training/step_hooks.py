@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from common.distributed import all_reduce_max
+from training.sharding import plain
 from training.state import TrainState
 
 
@@ -106,4 +107,4 @@ def optimizer_tensors(state: TrainState) -> list[Tensor]:
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the Euclidean norm of all the numbers in `tensors`."""
-    return torch.stack(torch._foreach_norm(list(tensors))).norm()
+    return torch.stack([plain(norm) for norm in torch._foreach_norm(list(tensors))]).norm()

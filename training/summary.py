@@ -24,6 +24,7 @@ from losses.objective import FlowObjective
 from run_files.provenance import made_with
 from run_files.run_folder import RunFolder, saves_of
 from training.run import Run
+from training.sharding import is_sharded
 from training.trial import RowSeconds
 
 USUAL = (0.2, 5.0)  # sizes of data that are learned well from noise of standard deviation 1
@@ -95,6 +96,10 @@ def print_start(run: Run) -> None:
     if many:
         share = f"{loop.batch_size} rows, {loop.batch_size // run.world} on each device"
         lines.append(("global batch", f"{share}; lr {learning_rate:g} is that of the global batch, as typed"))
+    if is_sharded(network):
+        lines.append(
+            ("sharding", f"each device keeps 1/{run.world} of weights, average and optimizer, and gathers a block at a time")
+        )
     shape = "x".join(map(str, dataset.state_shape))
     lines.append(("data", f"{choices['dataloaders']}, states {shape}, {dataset.epoch_size:,} draws an epoch"))
     model = f"{choices['model']}, {network.parameter_count():,} parameters"
@@ -163,7 +168,7 @@ def beside_reading(run: Run, trained: float) -> float:
 def seconds_of_update(run: Run) -> float:
     """Return what an update takes in a step, tried on copies; 0 of large networks, whose passes take far longer."""
     network, state = run.state.objective.network, run.state
-    if network.parameter_count() > COPIED:
+    if network.parameter_count() > COPIED or is_sharded(network):
         return 0.0
     copied, optimizer = copy.deepcopy((network, state.optimizer))
     for weight in copied.parameters():

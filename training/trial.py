@@ -28,6 +28,7 @@ from losses.cross_entropy_loss import LabelledBatch
 from losses.objective import FlowBatch, FlowObjective
 from losses.terms import named_terms
 from training.run import Run
+from training.sharding import gathered, is_sharded
 
 ROWS = 2  # a batch norm takes no single row
 PATIENCE = 2.0  # seconds that two samples may take; of a network that needs more only the velocity is tried
@@ -56,7 +57,7 @@ def try_parts(run: Run) -> RowSeconds:
             try_network(run, x1, label, generator)
         training = seconds_of_training(run, label, generator)
         heeded = label if run.inputs.flow is not None and run.inputs.flow.network.is_conditional else None
-        with torch.no_grad():
+        with torch.no_grad(), gathered(run.state.ema_objective.network):
             sampling = seconds_of_sampling(run, heeded, generator)
             if run.rank == 0:
                 try_metrics(run, heeded, generator)
@@ -150,6 +151,9 @@ def seconds_of_training(run: Run, label: Tensor | None, generator: torch.Generat
         terms["loss"].backward()
 
     with calling("the loss", objective):
+        if is_sharded(objective.network):  # the ranks take as many passes as each other, whatever their clocks say
+            train(ROWS)
+            return 0.0
         return seconds_a_row(train, run.settings.batch_size // run.world, run.device)
 
 
