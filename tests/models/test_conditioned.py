@@ -163,6 +163,7 @@ def test_unfit_conditions_of_a_file_are_one_sentence(tmp_path: Path, condition: 
         ArrayDataset(str(tmp_path / "a.npz"))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_samples_stand_beside_what_they_were_drawn_from_and_what_that_was_of(tmp_path: Path) -> None:
     small = [f"model.{key}=8" for key in ("width", "inner_width", "embedding")]
