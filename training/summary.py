@@ -19,7 +19,7 @@ from evaluation.evaluator import GeneratorEvaluator
 from evaluation.metrics.base_metric import number
 from evaluation.milestones import standing
 from evaluation.report import print_scores
-from losses.couplings import MinibatchOTCoupling
+from losses.couplings import MinibatchOTCoupling, SinkhornCoupling
 from losses.objective import FlowObjective
 from run_files.provenance import made_with
 from run_files.run_folder import RunFolder, saves_of
@@ -141,6 +141,12 @@ def print_times(run: Run, row: RowSeconds) -> None:
         print(
             f"note: {paired:,} rows are paired exactly in each step, which takes time cubic in "
             "their number; batch_size=256 or loss.coupling.group=128, pairs within groups of so many, is faster"
+        )
+    blind = isinstance(coupling, (MinibatchOTCoupling, SinkhornCoupling)) and not coupling.label_weight
+    if flow is not None and flow.network.num_classes and blind:
+        print(
+            "note: noise is paired with data whatever its class, and samples of a class start from all noise, which biases "
+            "them; loss.coupling.label_weight=1e6 pairs within classes"
         )
     if flow is not None and isinstance(evaluator, GeneratorEvaluator):
         rows_of = [evaluator.rows(flow, run.dataset, run.inputs.solver, final) for final in (False, True)]

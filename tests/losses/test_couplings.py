@@ -173,3 +173,12 @@ def test_entropic_pairs_of_gaussians_have_the_covariance_of_the_schroedinger_bri
     s2 = blur * (a * a + b * b) / 2
     mean, error = np.mean(found), np.std(found) / 10**0.5
     assert error < 0.03 and abs(mean - ((4 * a * a * b * b + s2 * s2) ** 0.5 - s2) / 2) < 4 * error
+
+
+@pytest.mark.parametrize("weight", [0, 1e6])
+def test_a_conditional_run_says_when_its_pairs_ignore_the_class(
+    small_run, capsys: pytest.CaptureFixture[str], weight: float
+):
+    words = ["dataloaders=moons", "conditional=true", "loss/coupling=minibatch_ot", f"loss.coupling.label_weight={weight}"]
+    small_run("x", *words, "max_steps=1")
+    assert ("loss.coupling.label_weight=1e6 pairs within classes" in capsys.readouterr().out) == (weight == 0)
