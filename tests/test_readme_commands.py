@@ -55,7 +55,7 @@ def shown() -> list[str]:
     """The commands in code blocks, in `code` and in comments that begin a file, without repetition."""
     found: list[str] = []
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
+        text = re.sub(r" \\\n\s*", " ", page.read_text(encoding="utf-8"))  # lines that go on are one command
         found += re.findall(r"(?m)^(?:# )?(python (?:\w+/)?\w+\.py\b.*)$" if page.suffix == ".yaml" else
                             r"(?m)^(?:.*&& )?(?:uv run )?(python (?:\w+/)?\w+\.py\b.*)$", text)  # fmt: skip
         if page.suffix == ".md":

@@ -19,7 +19,7 @@ MIXTURE = GaussianMixture(torch.tensor([0.4, 0.6]), torch.tensor([[-1.2, 0.5], [
 class Follows:
     """Stands for an objective: the exact flow of the mixture."""
 
-    learns = "velocity"
+    learns, learns_velocity = "velocity", True
 
     def __init__(self, path: ProbabilityPath):
         self.path, self.flow = path, ExactFlow(MIXTURE, 1.0, path)

@@ -23,7 +23,7 @@ COUNT, STEPS = 100_000, 48
 class Follows:
     """Stands for an objective: the exact flow of the mixture."""
 
-    learns = "velocity"
+    learns, learns_velocity = "velocity", True
 
     def __init__(self, path: ProbabilityPath, mixture: GaussianMixture = MIXTURE):
         self.path, self.flow = path, ExactFlow(mixture, STD, path)

@@ -262,7 +262,7 @@ def test_mistakes_are_one_sentence(mistake: Callable[[], object]) -> None:
 class GaussianFlow:
     """Stands for an objective: the exact velocity and the exact flow map."""
 
-    learns, path = "flow_map", LinearPath()
+    learns, learns_velocity, path = "flow_map", True, LinearPath()
 
     def velocity(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         return gaussian_velocity(x, t)

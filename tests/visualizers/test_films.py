@@ -84,6 +84,7 @@ class ExactModel:
 
     truth: ExactFlow
     learns: str = "velocity"
+    learns_velocity: bool = True
 
     def velocity(self, x: torch.Tensor, t: torch.Tensor, label: Any = None) -> torch.Tensor:
         return self.truth(x, t)
