@@ -49,7 +49,7 @@ CONTRADICTIONS = (
     ["init_from=missing.pt"], ["eval_checkpoint=missing.pt"], ["guidance=autoguidance"],
     ["loss=meanflow", "loss.teacher=missing.pt"], ["loss=meanflow", "loss.teacher=exact", "dataloaders=moons"],
     ["guidance=autoguidance", "guidance.checkpoint=missing.pt"], ["guidance=cfg"],
-    ["conditional=true", "dataloaders=random_images", "model=cnn"], ["experiment=digits", "model=mlp"],
+    ["experiment=digits", "model=mlp"],
     ["~model"], ["~loss"], ["~run_name"], ["model=null"], ["loss=null"], ["output_dir=/proc/nowhere"],
     ["source=moons", "dataloaders=digits", "model=cnn"], ["evaluation.final_samples=100000000000"],
     ["batch_size=100000000000000", "dataloaders.epoch_size=100000000000000"], ["seed=1,2"], ["model=mlp,cnn"],
