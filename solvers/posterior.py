@@ -74,16 +74,17 @@ def posterior_field(
         def product(u: Tensor) -> Tensor:
             return observation.operator(gain * back(u)) - origin + observation.noise**2 * u
 
-        u = conjugate_gradients(product, (observation.value.to(seen) - seen).detach(), iterations)
+        missing = (observation.value.to(seen) - seen).detach()
+        u = conjugate_gradients(product, missing, iterations, observation.noise**2)
         rate = (p.alpha_dot * p.sigma - p.sigma_dot * p.alpha) * p.sigma * source_std**2 / p.alpha
         return velocity.detach() + rate * back(u)
 
     return posterior
 
 
-def conjugate_gradients(product: Callable[[Tensor], Tensor], target: Tensor, iterations: int) -> Tensor:
-    """Return x (B, ...) near the solution of product(x) = target, row by row; product: symmetric and positive. A row whose
-    product is not positive in the direction that comes next, as errors of a network make it, stays where it is.
+def conjugate_gradients(product: Callable[[Tensor], Tensor], target: Tensor, iterations: int, least: float = 0.0) -> Tensor:
+    """Return x (B, ...) near the solution of product(x) = target, row by row; product: symmetric, its eigenvalues above
+    `least`. A row where it is not so in the direction that comes next, as errors of a network make it, stays where it is.
     """
 
     def inner(a: Tensor, b: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], target: Tensor, ite
     for _ in range(iterations):
         image = product(direction)
         curvature = inner(direction, image)
-        step = torch.where(curvature > 0, size / curvature, 0.0)
+        step = torch.where(curvature > least * inner(direction, direction), size / curvature, 0.0)
         x, left = x + step * direction, left - step * image
         before, size = size, inner(left, left)
         direction = left + torch.where(before > 0, size / before, 0.0) * direction

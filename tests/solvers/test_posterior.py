@@ -67,6 +67,7 @@ def test_conjugate_gradients_solve_in_as_many_steps_as_there_are_numbers() -> No
     product = lambda x: (matrix @ x[..., None])[..., 0]  # noqa: E731
     torch.testing.assert_close(conjugate_gradients(product, target, 4), torch.linalg.solve(matrix, target))
     assert torch.equal(conjugate_gradients(lambda x: -x, target, 4), torch.zeros_like(target))
+    assert torch.equal(conjugate_gradients(lambda x: 0.5 * x, target, 4, least=1.0), torch.zeros_like(target))
 
 
 def test_what_is_observed_is_a_part_or_a_smaller_image() -> None:
