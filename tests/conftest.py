@@ -48,6 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     The checksum of a case's name decides, so that what one test leaves out another holds.
     """
+    items.sort(key=lambda item: item.get_closest_marker("notebook") is None)  # long, and by name among the last to begin
     of = [item.nodeid.partition("[")[0] for item in items]
     counts = Counter(of)
     for item, name in zip(items, of, strict=True):
