@@ -122,7 +122,7 @@ def carry_out(words: list[str]) -> str:
         ("seed", 0, "of the moments"),
     ):  # fmt: skip
         parser.add_argument(f"--{key}", type=int, default=value, help=what)
-    parser.add_argument("--seconds", type=float, default=12, help="between kills, at most")
+    parser.add_argument("--seconds", type=float, default=5, help="between kills, at most")
     parser.add_argument("--sampler", default="random", choices=["random", "tpe", "grid", "cmaes"])
     options = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as place:
