@@ -136,25 +136,20 @@ def all_reduce_max(value: Tensor) -> Tensor:
     return value
 
 
-def all_reduce_sum(parts: Tensor) -> Tensor:
-    """Return the sum over the ranks: of tensors that are zero but for each rank's own rows, all rows, exactly."""
-    if world() > 1:
-        dist.all_reduce(parts)
-    return parts
-
-
-def shared_out(parts: Sequence[T], work: Callable[[T], Tensor]) -> Tensor:
-    """Return what `work` gives for all parts, one after another, on the CPU; each rank, all of which call this, does some.
+def concatenated(parts: Sequence[T], work: Callable[[T], Tensor], together: bool) -> Tensor:
+    """Return what `work` gives for the parts, one after another. together: every rank calls this and does some of them, and
+    what comes of all is on the CPU.
 
     Rank 0 does the last part, so that what counts calls has counted what it would have counted alone.
     """
-    count = len(parts)
-    own = {k: work(parts[k]).cpu() for k in range((count - 1 - rank()) % world(), count, world())}
-    if world() > 1:
-        done: list[dict[int, Tensor]] = [{}] * world()
-        dist.all_gather_object(done, own)
-        own = {k: values for some in done for k, values in some.items()}
-    return torch.cat([own[k] for k in range(count)])
+    if not together or world() == 1:
+        return torch.cat([work(part) for part in parts])
+    last = len(parts) - 1
+    own = {k: work(parts[k]).cpu() for k in range((last - rank()) % world(), len(parts), world())}
+    done: list[dict[int, Tensor]] = [{}] * world()
+    dist.all_gather_object(done, own)
+    everything = {k: values for some in done for k, values in some.items()}
+    return torch.cat([everything[k] for k in range(len(parts))])
 
 
 def orphaned() -> bool:

@@ -47,6 +47,7 @@ NotNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
 ShareAbove0 = Annotated[float, Range(0, 1, above=True)]
 ShareBelow1 = Annotated[float, Range(0, 1, below=True)]
+AverageLength = Annotated[float, Range(0.005, 0.28)]  # of an average of weights: its standard deviation, share of the run
 Inside = Annotated[float, Range(0, 1, above=True, below=True)]  # neither none nor all
 Tolerance = Annotated[float, Range(1e-12, 1, below=True)]
 Interval = Annotated[Sequence[float], Range(0, 1, rising=True)]

@@ -115,8 +115,8 @@ class TorchReader(Reader):
             label = operator.index(given)
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"{where} has {in_words(given)} as its label; give a whole number, 0 or more, and "
-                "what is none third, as the condition: (x, None, condition)"
+                f"{where} has {in_words(given)} as its label; give a whole number of at least 0, and a condition as the "
+                "third part, as in (x, None, condition)"
             ) from error
         classes = MAX_CLASSES if self.classes is None else self.classes
         if not 0 <= label < classes:

@@ -13,7 +13,7 @@ from common.progress import watched
 from common.ranges import Count, CountFrom2
 from common.seeds import generator_for
 from dataloaders.base_dataloaders import Batch, FlowDataset
-from evaluation.generate import data_labels, fixed_noise, fresh_noise, generate_together, guidance_words, solver_words
+from evaluation.generate import data_labels, fixed_noise, fresh_noise, generate, guidance_words, solver_words
 from evaluation.metrics.base_metric import Absent, EvaluationInputs, Generation, Metric, Score
 from losses.flow_matching_loss import FlowMatchingLoss
 from losses.objective import FlowObjective, Objective
@@ -151,7 +151,7 @@ class GeneratorEvaluator(Evaluator):
         labels = labels_generator(given, device)
         label = data_labels(given.dataset, flow.network.is_conditional, count, labels)
         label = None if label is None else label.to(device)
-        samples = generate_together(flow, given.solver, noise, label, fresh_noise(given.source, given.seed))
+        samples = generate(flow, given.solver, noise, label, fresh_noise(given.source, given.seed), together=True)
         given.source.to(device)
         made = {"objective": flow, "noise": noise, "samples": samples, "label": label}
         return Generation(**vars(given) | made, steps=solver_words(flow, given.solver))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.distributed import shared_out, world
+from common.distributed import concatenated, world
 from common.errors import UserError
 from common.progress import progress
 from configuration.build import build
@@ -59,7 +59,7 @@ class FeatureNetwork(ABC):
                 shown.advance(sharing)
                 return found
 
-            return (shared_out(parts, of) if self.together else torch.cat([of(part) for part in parts])).to(device)
+            return concatenated(parts, of, self.together).to(device)
 
     def metric(self, score: str) -> str:
         """Return the metric's full name for a score: "frechet_distance", "kernel_distance", "precision", ..."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from common.distributed import all_reduce_sum, rank, world
+from common.distributed import concatenated
 from common.seeds import generator_for
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
@@ -45,31 +45,24 @@ def data_labels(dataset: FlowDataset, conditional: bool, count: int, generator: 
 
 
 def generate(
-    flow: FlowObjective, solver: Sampler, noise: Tensor, label: Tensor | None, fresh: Fresh | None = None
+    flow: FlowObjective,
+    solver: Sampler,
+    noise: Tensor,
+    label: Tensor | None,
+    fresh: Fresh | None = None,
+    together: bool = False,
 ) -> Tensor:
     """Return noise (N, ...) carried to data by what the objective has learned, in chunks.
 
-    label (N,) or None. fresh: as fresh_noise gives it; only re-noising solvers need it.
+    label (N,) or (N, ...), or None. fresh: as fresh_noise gives it; only re-noising solvers need it. together: every rank
+    calls this, and carries some of the chunks.
     """
-    firsts = range(0, len(noise), CHUNK)
-    labels = [None] * len(firsts) if label is None else label.split(CHUNK)
-    parts = zip(noise.split(CHUNK), labels, firsts, strict=True)
-    return torch.cat([sample_chunk(flow, solver, x0, own, fresh, first) for x0, own, first in parts])
 
-
-def generate_together(
-    flow: FlowObjective, solver: Sampler, noise: Tensor, label: Tensor | None, fresh: Fresh | None = None
-) -> Tensor:
-    """Return what `generate` does, exactly, its chunks shared out among the ranks, all of which call this.
-
-    Rank 0 carries the last chunk, so that its solver has counted what it would have counted alone.
-    """
-    samples, firsts = torch.zeros_like(noise), range(0, len(noise), CHUNK)
-    for first in firsts[(len(firsts) - 1 - rank()) % world() :: world()]:
+    def carried(first: int) -> Tensor:
         chunk = slice(first, first + CHUNK)
-        own = None if label is None else label[chunk]
-        samples[chunk] = sample_chunk(flow, solver, noise[chunk], own, fresh, first)
-    return all_reduce_sum(samples)
+        return sample_chunk(flow, solver, noise[chunk], None if label is None else label[chunk], fresh, first)
+
+    return concatenated(range(0, len(noise), CHUNK), carried, together).to(noise.device)
 
 
 def sample_chunk(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.device import full_products, pick_device
-from common.distributed import shared_out, world
+from common.distributed import concatenated, world
 from common.errors import UserError
 from common.progress import watched
 from common.ranges import Count, Positive
@@ -85,7 +85,7 @@ class TrainedModel:
 
         firsts, sharing = range(0, n, generate.CHUNK), world() if together else 1
         with watched(flow.network, f"{n:,} samples", n * solver.evaluations_ahead // sharing):
-            return shared_out(firsts, chunk) if together else torch.cat([chunk(first) for first in firsts])
+            return concatenated(firsts, chunk, together)
 
     @torch.no_grad()
     def posterior(

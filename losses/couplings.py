@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.ranges import Count, CountFrom2, NotNegative, Positive
+from models.inputs import split_label
 
 PRICED_FROM, SINKHORN_STEPS = 128, 40  # rows from which prices save more than they cost
 SAFE_STEPS = 20  # of Sinkhorn's iteration, by which its factors stay within what floating point holds
@@ -95,12 +96,13 @@ def column_prices(cost: Tensor) -> Tensor:
 
 
 def other_labels(label: Tensor | None, weight: float) -> Tensor | None:
-    """Return `weight` (B, B) where rows have different labels (B,), else 0; None of no weight. UserError without labels."""
+    """Return `weight` (B, B) where rows have different classes, else 0; None of no weight. UserError without labels."""
     if not weight:
         return None
-    if label is None:
+    classes = split_label(label)[0]
+    if classes is None:
         raise UserError("loss.coupling.label_weight needs labels, which these data do not have; leave it at 0")
-    return torch.where(label[:, None] == label, 0.0, weight)
+    return torch.where(classes[:, None] == classes, 0.0, weight)
 
 
 class SinkhornCoupling(Coupling):

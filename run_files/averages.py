@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.ranges import AverageLength
 from run_files.checkpoint import BROKEN, digest_of, read_archive, write_checkpoint
 
 
@@ -33,7 +34,7 @@ def is_averages(payload: Any) -> bool:
     """Return whether a payload is one that write_averages wrote."""
     averages = payload.get("averages") if isinstance(payload, dict) else None
     return isinstance(averages, dict) and all(
-        isinstance(length, float) and 0 < length < 0.28
+        isinstance(length, float) and get_args(AverageLength)[1].holds(length)
         and isinstance(weights, dict) and all(isinstance(value, torch.Tensor) for value in weights.values())
         for length, weights in averages.items()
     )  # fmt: skip

@@ -45,14 +45,7 @@ class RunLock:
 
     def is_held(self) -> bool:
         """Return whether a process trains the run right now, on this machine or another that locks the same files."""
-        if not self.path.is_file():
-            return False
-        with self.path.open() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+        return is_locked(self.path)
 
     def is_own(self) -> bool:
         """Return whether this object holds the file that is at the path now."""
@@ -73,6 +66,18 @@ class RunLock:
         if self.file is not None:
             self.file.close()
             self.file = None
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds the lock on a file, where there is one."""
+    if not path.is_file():
+        return False
+    with path.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def check_entries(folder: Path) -> None:

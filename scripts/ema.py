@@ -15,14 +15,14 @@ is nearest to its own; how near, as a share, is printed beside it (Karras et al.
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command_line import front
 from common.errors import UserError
 from common.files import end_of
-from common.ranges import CountFrom2, Seed, Steps
+from common.ranges import AverageLength, CountFrom2, Range, Seed, Steps
 from run_files.checks import check_writable
 from scripts.settings import read_settings
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from evaluation.sample import TrainedModel
 
 LENGTHS = "0.03,0.05,0.07,0.1,0.15,0.2"
-LIMITS = (0.005, 0.28)
+LIMITS: Range = get_args(AverageLength)[1]
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def lengths_of(text: str) -> list[float]:
         lengths = sorted({float(word) for word in text.strip("[]").split(",")})
     except ValueError:
         lengths = []
-    if not lengths or not LIMITS[0] <= lengths[0] <= lengths[-1] <= LIMITS[1]:
-        raise UserError(f"lengths={text}: a length is a number from {LIMITS[0]} to {LIMITS[1]}; write lengths={LENGTHS}")
+    if not lengths or not all(map(LIMITS.holds, lengths)):
+        raise UserError(f"lengths={text}: a length is a number{LIMITS.words()}; write lengths={LENGTHS}")
     return lengths
 
 
@@ -102,12 +102,16 @@ def sweep(words: list[str]) -> str:
 
 def stored_with(ckpt: Path, model: "TrainedModel") -> "Snapshots":
     """Return the averages that the checkpoint's run had stored up to it. UserError where there are none."""
+    from configuration.values import check_run_name
     from evaluation.power_averages import snapshots_of
     from run_files.run_folder import RunFolder
+    from run_files.run_lock import check_entries
 
     name = model.config["run_name"]
+    check_run_name(name)
     output = next((folder.parent for folder in ckpt.resolve().parents if folder.name == "ckpts"), ckpt.parent)
     folder = RunFolder(output / "runs" / name)
+    check_entries(folder.path)
     files = [path for path in folder.averages() if folder.step_of(path) <= model.step]
     if not files:
         raise UserError(f"{folder.path} holds no averages up to step {model.step}; train the run with ema=power")

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from common.command_line import outputs, split
 from common.errors import UserError
 from common.ranges import CountFrom2, Range, Seed
-from configuration.compose import compose_config, nearest, parse_overrides, resolved
-from configuration.nodes import lookup
+from configuration.compose import compose_config, parse_overrides, resolved
+from configuration.nodes import lookup, nearest
 from configuration.values import declared, kinds_in, whole_number
 from run_files.result import table
 
@@ -240,7 +240,7 @@ def outcome(search: SamplingSearch, found: dict[float | str, list[float]], path:
     words = [f"ckpt={search.own['ckpt']}", *search.words, search.override(best)]
     return "\n".join([
         table([["", search.key, f"{search.own['metric']} ± standard error of {search.own['repeats']} repeats"], *rows]),
-        f"best: {search.override(best)}; not told from it: {same}" + ", an end of what was searched: widen it" * at_end,
+        f"best: {search.override(best)}; no worse within the error: {same}" + "; best at an end: widen low, high" * at_end,
         f"picture: {path}",
         f"sample: python scripts/sample.py {shlex.join(words)}",
     ])  # fmt: skip

@@ -22,16 +22,8 @@ from run_files.stored_values import MOST_NUMBER, as_object, is_number
 from searches.space import Varied
 
 MOST_BYTES = 2**26
-CREATE_STUDY, STUDY_ATTRIBUTE, CREATE_TRIAL, PARAMETER, STATE, INTERMEDIATE, TRIAL_ATTRIBUTE, TRIAL_SYSTEM = (
-    0,
-    2,
-    4,
-    5,
-    6,
-    7,
-    8,
-    9,
-)
+CREATE_STUDY, STUDY_ATTRIBUTE, CREATE_TRIAL, PARAMETER = 0, 2, 4, 5  # Optuna's numbers of what a row does
+STATE, INTERMEDIATE, TRIAL_ATTRIBUTE, TRIAL_SYSTEM = 6, 7, 8, 9
 STATES = (1, 2, 3)  # complete, pruned, failed
 TIME = re.compile(r"\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-5]\d\.\d{6}\+00:00")
 OF_HALVING = re.compile(r"completed_rung_\d{1,3}")

@@ -13,8 +13,8 @@ from common.command_line import split
 from common.errors import UserError
 from configuration.build import build
 from configuration.checks import check_contradictions, check_values
-from configuration.compose import compose_config, is_group, nearest, resolved, typed_keys
-from configuration.nodes import lookup
+from configuration.compose import compose_config, is_group, resolved, typed_keys
+from configuration.nodes import lookup, nearest
 from configuration.values import Count, declared, whole_number
 from run_files.metrics_file import higher_is_better
 from searches.space import Value, Varied, divided, varied_by

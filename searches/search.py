@@ -26,7 +26,7 @@ from common.errors import UserError
 from run_files.metrics_file import SIDE
 from run_files.result import OF_ANOTHER, RunResult, result_of
 from run_files.run_folder import RunFolder, run_folder_of
-from run_files.run_lock import RunLock
+from run_files.run_lock import RunLock, is_locked
 from searches.journal import Journal, opened
 from searches.plan import Plan
 from searches.samplers import generation_size, sampler_for
@@ -67,16 +67,7 @@ class Trial:
 
     def is_alive(self) -> bool:
         """Return whether a process of it lives, perhaps one that a killed search has left."""
-        if self.process is not None:
-            return True
-        if not self.held.is_file():
-            return False
-        with self.held.open() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+        return self.process is not None or is_locked(self.held)
 
     def start(self, words: list[str], threads: int) -> None:
         """Start its process, which holds the lock until it ends, however it ends."""

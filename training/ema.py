@@ -3,13 +3,12 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.ranges import Count, Range, ShareBelow1
+from common.ranges import AverageLength, Count, ShareBelow1
 from evaluation.power_averages import gamma_of
 from training.sharding import local
 
@@ -76,7 +75,7 @@ class PowerEMA(EMA):
     lengths that are not different.
     """
 
-    def __init__(self, lengths: list[Annotated[float, Range(0.005, 0.28)]], snapshots: Count = 32):
+    def __init__(self, lengths: list[AverageLength], snapshots: Count = 32):
         if len(set(lengths)) < len(lengths):
             raise UserError(f"ema.lengths={lengths} names one length twice; give different ones, such as [0.05,0.1]")
         self.lengths, self.snapshots = list(lengths), snapshots

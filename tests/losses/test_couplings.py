@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from losses.couplings import Coupling, IndependentCoupling, MinibatchOTCoupling, SinkhornCoupling
+from models.inputs import join_condition
 
 seeds = st.integers(0, 10_000)
 
@@ -114,6 +115,17 @@ def test_many_rows_are_paired_within_their_classes() -> None:
     for k in range(3):
         alone = MinibatchOTCoupling().pair(x0[label == k], x1[label == k], None, torch.Generator())
         assert torch.equal(own[1][label == k], alone[1])
+
+
+@pytest.mark.parametrize("kind", [MinibatchOTCoupling, SinkhornCoupling])
+def test_labels_with_more_than_a_class_are_paired_by_that(kind: type[Coupling]) -> None:
+    """As an augmentation or a condition gives them: a class, then numbers of each row's own."""
+    x0, x1, _ = batch(12, 0, 2)
+    classes = torch.arange(12) % 2
+    label = join_condition(classes, torch.randn(12, 3, generator=torch.Generator().manual_seed(1)))
+    paired = kind(label_weight=1e6).pair(x0, x1, label, torch.Generator().manual_seed(2))
+    alone = kind(label_weight=1e6).pair(x0, x1, classes, torch.Generator().manual_seed(2))
+    assert torch.equal(paired[1], alone[1]) and torch.equal(paired[2][:, 0], alone[2].float())
 
 
 @pytest.mark.parametrize("coupling", [MinibatchOTCoupling(label_weight=1.0), SinkhornCoupling(label_weight=1.0)])

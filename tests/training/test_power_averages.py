@@ -1,5 +1,6 @@
 """Averages of a length chosen after training: their profiles, how near stored ones come, and the run that stores them."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,27 @@ def test_what_cannot_be_swept_is_one_sentence(words, sentence, shared_run, capsy
     assert script.main([f"ckpt={checkpoint}", f"out={tmp_path / 'x.png'}", *words]) == 1
     said = capsys.readouterr().err
     assert sentence in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("length", [0.005, 0.28])
+def test_the_longest_and_the_shortest_average_come_back(tmp_path, length):
+    write_averages(tmp_path / "step_00000001.pt", {length: {"w": torch.ones(1)}})
+    assert read_averages(tmp_path / "step_00000001.pt") == {length: {"w": torch.ones(1)}}
+
+
+@pytest.mark.parametrize("hostile", ["pipe", "link out"])
+def test_averages_that_are_no_files_of_the_run_are_one_sentence(hostile, small_run, capsys, tmp_path):
+    folder = small_run("x", "max_steps=2", *POWER)
+    (path,) = (folder / "runs/x/averages").glob("*2.pt")
+    if hostile == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        path.rename(tmp_path / "elsewhere.pt")
+        path.symlink_to(tmp_path / "elsewhere.pt")
+    assert script.main([f"ckpt={folder / 'ckpts/mlp/x_last.pt'}", f"out={tmp_path / 'x.png'}"]) == 1
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and path.name in said and not (tmp_path / "x.png").exists()
 
 
 def test_an_average_that_is_damaged_or_was_never_kept_is_said(small_run, tmp_path):
