@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from common.errors import UserError
 from evaluation.power_averages import Snapshots, gamma_of, profile, snapshots_of
 from evaluation.sample import load
 from run_files.averages import read_averages, write_averages
+from run_files.checkpoint import write_checkpoint
 from run_files.run_folder import RunFolder
 from scripts import ema as script
 from tests.training.helpers import assert_equal_runs
@@ -98,13 +100,24 @@ def test_a_run_stores_averages_resumes_bit_for_bit_and_is_swept_afterwards(small
     assert all(torch.equal(value, saved["ema"][name]) for name, value in a[0.1].items())
     assert all(torch.equal(value, saved["ema_0.05"][name]) for name, value in a[0.05].items())
     words = [f"ckpt={checkpoint}", f"out={tmp_path / 'ema.png'}", "n=50", "device=cpu", f"cache={tmp_path / 'cache'}"]
-    assert script.main([*words, "lengths=0.1", f"save={tmp_path / 'long.pt'}"]) == 0
-    said = capsys.readouterr().out
-    assert "length 0.1" in said and "eval/energy_distance" in said and (tmp_path / "ema.png").stat().st_size > 5000
-    noise = torch.zeros(2, 2)
-    torch.testing.assert_close(
-        load(tmp_path / "long.pt", "cpu").velocity(noise, 0.5), load(checkpoint, "cpu").velocity(noise, 0.5)
+    seen, scores_of = [], script.scores_of
+    monkeypatch.setattr(
+        script,
+        "scores_of",
+        lambda model, own: seen.append((model.config["solver"]["steps"], weights_of(model))) or scores_of(model, own),
     )
+    assert script.main([*words, "solver.steps=3", "lengths=0.05", f"save={tmp_path / 'short.pt'}"]) == 0
+    said = capsys.readouterr().out
+    assert "length 0.05" in said and "eval/energy_distance" in said and (tmp_path / "ema.png").stat().st_size > 5000
+    assert seen[0][0] == 3
+    for found in (seen[0][1], weights_of(load(tmp_path / "short.pt", "cpu"))):
+        torch.testing.assert_close(found, torch.cat([value.flatten() for value in saved["ema_0.05"].values()]))
+    steps = [RunFolder.step_of(path) for path in one]
+    assert script.stored_with(checkpoint, SimpleNamespace(config={"run_name": "x"}, step=steps[2])).steps[-1] == steps[2]
+
+
+def weights_of(model) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in model.objective.network.state_dict().values()])
 
 
 @pytest.mark.parametrize(
@@ -150,6 +163,17 @@ def test_an_average_that_is_damaged_or_was_never_kept_is_said(small_run, tmp_pat
     path.write_bytes(b"x" * 100)
     with pytest.raises(UserError, match="cannot be read as averages"):
         read_averages(path)
+    weights = {"w": torch.ones(2)}
+    torch.save({"averages": {0.1: weights}, "digest": "of others"}, path)
+    with pytest.raises(UserError, match="cannot be read as averages"):
+        read_averages(path)
+    for payload in ({}, {"averages": {"long": weights}}, {"averages": {-0.1: weights}}, {"averages": {0.1: {"w": 1.0}}}):
+        write_checkpoint(path, payload)
+        with pytest.raises(UserError, match="cannot be read as averages"):
+            read_averages(path)
+    for length in script.LIMITS:
+        write_averages(path, {length: weights})
+        assert list(read_averages(path)) == [length]
     with pytest.raises(UserError, match="names one length twice"):
         PowerEMA([0.05, 0.05])
     small_run("x", "max_steps=2", "epochs=1")
