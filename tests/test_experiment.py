@@ -203,6 +203,8 @@ class Asks(nn.Module):
     ([], {"solver": 7}, "solver takes a solvers.base_solver.Sampler"),
     ([], {"loss": 7}, "loss takes a FlowObjective, a function"),
     ([], {"loss": lambda network, x0, x1: network.nothing}, "the loss fails with AttributeError"),
+    (["conditional=true", "model.time_frequencies=[1.0]"],
+     {"network": "mlp", "data": (points(), torch.arange(400) % 2), "loss": plain}, "and a function is not"),
     (["devices=2"], {}, "objects given from Python are in this process alone"),
     (["teacher='loss=mse'"], {}, "objects given from Python are in this process alone"),
     (["batch_size=0"], {}, "batch_size takes a whole number of at least 1"),

@@ -85,11 +85,13 @@ def test_independent_coupling_leaves_the_batch_as_it_comes() -> None:
     assert all(part is own for part, own in zip(IndependentCoupling().pair(*given, torch.Generator()), given, strict=True))
 
 
-def test_pairing_within_groups_is_the_pairing_of_each_group() -> None:
-    draw = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("weight", [0.0, 1e6])
+def test_pairing_within_groups_is_the_pairing_of_each_group(weight: float) -> None:
+    draw, label = torch.Generator().manual_seed(0), torch.tensor([0, 1, 1, 0, 0, 0, 1, 1, 0, 1])
     x0, x1 = torch.randn(10, 2, generator=draw), torch.randn(10, 2, generator=draw)
-    parts = [MinibatchOTCoupling().pair(x0[i : i + 4], x1[i : i + 4], None, draw)[1] for i in (0, 4, 8)]
-    assert torch.equal(MinibatchOTCoupling(group=4).pair(x0, x1, None, draw)[1], torch.cat(parts))
+    whole, grouped = MinibatchOTCoupling(label_weight=weight), MinibatchOTCoupling(group=4, label_weight=weight)
+    parts = [whole.pair(x0[i : i + 4], x1[i : i + 4], label[i : i + 4], draw)[1] for i in (0, 4, 8)]
+    assert torch.equal(grouped.pair(x0, x1, label, draw)[1], torch.cat(parts))
 
 
 @settings(max_examples=25, deadline=None)
@@ -155,6 +157,19 @@ def test_the_entropic_plan_has_its_marginals_and_the_form_that_makes_it_least(of
     certain = torch.stack([seen[:-1, :-1], seen[1:, 1:], seen[:-1, 1:], seen[1:, :-1]]).amin(0) > -60
     assert certain.float().mean() > 0.05
     torch.testing.assert_close(odds(seen)[certain], odds(-cost / (blur * centred))[certain], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 25])
+def test_the_entropic_plan_is_of_as_many_steps_as_are_asked(steps: int) -> None:
+    """Against the plain iteration in logarithms, of one row and column update before the first step."""
+    x0, x1, _ = batch(9, 5, 2)
+    a, b = x0.double() - x0.double().mean(0), x1.double() - x1.double().mean(0)
+    gain = 2 * a @ b.T / (0.05 * (a.square().sum(1).mean() + b.square().sum(1).mean()))
+    column = torch.zeros(9, dtype=torch.float64)
+    for _ in range(steps + 1):
+        row = -torch.logsumexp(gain + column, 1, keepdim=True)
+        column = -torch.logsumexp(gain + row, 0)
+    torch.testing.assert_close(SinkhornCoupling(0.05, steps).plan(x0.double(), x1.double()), torch.softmax(gain + column, 1))
 
 
 def test_a_small_blur_gives_the_exact_assignment_and_a_large_one_independent_pairs() -> None:

@@ -11,7 +11,7 @@ from losses.couplings import IndependentCoupling
 from losses.drifting_loss import DriftingLoss
 from losses.inductive_moment_matching_loss import InductiveMomentMatchingLoss, MomentBatch
 from losses.objective import FlowObjective
-from losses.paths import LinearPath
+from losses.paths import LinearPath, VariancePreservingPath
 from losses.predictions import VelocityPrediction
 from losses.time_samplers import UniformTimes
 from losses.weightings import AdaptiveWeighting, UniformWeighting, Weighting
@@ -22,7 +22,9 @@ STD = 0.4  # of the data in the plane, about the origin, as is the noise of std 
 
 
 class Turns(VelocityModel):
-    """u(z, r, t) of the map z S(t) / S(r) times `stretch`, turned by `angle` (t - r): right marginals whatever the angle."""
+    """u(z, r, t) of the map z S(t) / S(r) times `stretch`, turned by `angle` (t - r): right marginals whatever the angle. A
+    label adds its number.
+    """
 
     def __init__(self, angle: float = 0.0, stretch: float = 1.0, classes: int = 0):
         super().__init__()
@@ -37,7 +39,8 @@ class Turns(VelocityModel):
         turned = torch.stack(
             [z[:, 0] * angle.cos() - z[:, 1] * angle.sin(), z[:, 0] * angle.sin() + z[:, 1] * angle.cos()], 1
         )
-        return (ratio[:, None] * turned + self.shift - z) / gap
+        number = 0 if label is None else label[:, None]
+        return (ratio[:, None] * turned + self.shift - z) / gap + number
 
 
 def around(
@@ -88,11 +91,13 @@ def test_exchanging_data_and_samples_turns_the_drift_round_so_that_between_equal
     torch.testing.assert_close(there, -back)
 
 
-def test_samples_move_by_the_drift_and_a_single_row_stays():
-    loss = drifting(Turns(stretch=1.5))
-    batch = loss.draw(*torch.randn(2, 32, 2, generator=torch.Generator().manual_seed(0)), None, torch.Generator())
-    x = loss.flow_map(batch.raw_source, torch.tensor(0.0), torch.tensor(1.0)).detach()
-    v = loss.drift(x, batch.raw_target, None)
+@pytest.mark.parametrize("label", [None, torch.arange(32) % 2])
+def test_samples_move_by_the_drift_and_a_single_row_stays(label):
+    loss = drifting(Turns(stretch=1.5, classes=2), label_dropout=0.3)
+    batch = loss.draw(*torch.randn(2, 32, 2, generator=torch.Generator().manual_seed(0)), label, torch.Generator())
+    assert label is None or 0 < (batch.label == 2).sum() < 20
+    x = loss.flow_map(batch.raw_source, torch.tensor(0.0), torch.tensor(1.0), batch.label).detach()
+    v = loss.drift(x, batch.raw_target, batch.label)
     value = loss(batch)["loss"]
     torch.testing.assert_close(value, v.square().sum(1).mean())
     torch.testing.assert_close(torch.autograd.grad(value, [loss.network.shift])[0], -2 * v.mean(0))
@@ -119,15 +124,25 @@ def test_a_group_shares_its_times_and_label_and_the_later_state_is_of_the_same_p
         torch.testing.assert_close(z, time[:, None] * batch.raw_target + (1 - time[:, None]) * batch.raw_source)
 
 
+def test_on_a_path_that_ends_before_the_data_the_times_end_there():
+    loss = matching(Turns(), path=VariancePreservingPath())
+    batch = drawn(loss, 64)
+    assert 0 < batch.r.max() < batch.t.max() == loss.path.last_time < 1
+
+
 def test_the_moment_loss_is_its_sum_over_different_rows_of_a_group_and_label():
     loss = matching(Turns(1.0, 1.3, classes=2)).double()
     batch = drawn(loss, 10, torch.tensor([0, 1, 1, 0, 1, 1, 1, 0, 1, 1]))
-    x = loss.flow_map(batch.input, batch.r, batch.t)
-    y = loss.flow_map(batch.later, batch.later_time, batch.t)
-    k = lambda a, b: math.exp(-float((a - b).norm().detach()) / 0.7)  # noqa: E731
+    x = loss.flow_map(batch.input, batch.r, batch.t, batch.label)
+    y = loss.flow_map(batch.later, batch.later_time, batch.t, batch.label).detach()
+    k = lambda a, b: torch.exp(-(a - b).norm() / 0.7)  # noqa: E731
     near = [(i, j) for i in range(10) for j in range(10) if i != j and i // 4 == j // 4 and batch.label[i] == batch.label[j]]
     expected = sum(k(x[i], x[j]) + k(y[i], y[j]) - 2 * k(x[i], y[j]) for i, j in near) / len(near)
-    assert len(near) == 20 and float(loss(batch)["loss"].detach()) == pytest.approx(expected, rel=1e-4)
+    found = loss(batch)["loss"]
+    assert len(near) == 20
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    slopes = [torch.autograd.grad(value, [loss.network.shift])[0] for value in (found, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-4, atol=0)
     assert matching(Turns())(drawn(loss, 1))["loss"] == 0
 
 

@@ -48,6 +48,10 @@ def test_alpha_schedules_fall_from_one_to_their_least():
     assert sigmoid.share(0.0) > 0.9999 and sigmoid.share(0.4) == pytest.approx(0.5) and sigmoid.share(0.8) < 1e-5
     assert exponential.share(0.0) == 1 and exponential.share(0.25) == pytest.approx(3200**-0.5)
     assert exponential.share(0.5) == exponential.share(1.0) == pytest.approx(1 / 3200)
+    assert SigmoidAlpha(sharpness=1e6).share(1.0) < 1e-300
+    stages = EasyConsistencyAlpha(2.0, stages=4)
+    assert [stages.share(progress) for progress in (0.0, 0.24, 0.25, 0.99, 1.0)] == [1 / 2, 1 / 2, 1 / 4, 1 / 16, 1 / 16]
+    assert 0 < stages.shares(1.0, torch.tensor([0.0])).item() < 1e-3  # there the level is infinite
     with pytest.raises(UserError, match="begin < end"):
         SigmoidAlpha(0.5, 0.5)
 

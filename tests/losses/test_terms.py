@@ -47,7 +47,10 @@ def test_a_weight_follows_its_course_over_the_run(progress: float, weight: float
     assert named_terms(NAMED, course)["loss"].item() == pytest.approx(2.5)
 
 
-@pytest.mark.parametrize("course", [[], [[0.0]], [[0.5, 1.0], [0.2, 1.0]], [[0.0, 1.0], [1.5, 1.0]], [[-0.1, 1.0]]])
+@pytest.mark.parametrize("course", [
+    [], [[0.0]], [[0.5, 1.0], [0.2, 1.0]], [[0.0, 1.0], [1.5, 1.0]], [[-0.1, 1.0]], [[0.0, 1.0, 2.0]],
+    [[0.0, 1.0], [0.8, 0.5], [0.5, 0.2], [1.0, 0.1]],
+])  # fmt: skip
 def test_a_course_that_is_none_is_refused(course: list[list[float]]) -> None:
     with pytest.raises(UserError, match="is no course over a run"):
         named_terms(NAMED, {"end": course})

@@ -160,7 +160,7 @@ def test_only_plateau_hears_the_metric() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_warm_up_in_epochs_is_that_of_as_many_steps(name: str) -> None:
-    in_epochs, in_steps = configured(name, warmup_epochs=1.5), configured(name, warmup_steps=12)
+    in_epochs, in_steps = configured(name, warmup_epochs=1.6), configured(name, warmup_steps=13)  # 12.8 steps
     in_epochs.count_in_steps(8)
     in_steps.count_in_steps(8)
     assert factors(in_epochs, 40) == factors(in_steps, 40)
