@@ -1,6 +1,7 @@
 """The table of a sweep: sorted, the seeds of a configuration in one row with mean and interval, verdicts, best command."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,33 @@ def test_unfinished_runs_are_last_and_not_in_the_mean(state):
     assert f"1 finished, 1 {state}" in lines[0] and "2  " in lines[0] and "against the best" not in text
     none = closing_table([run("1", 0, math.inf, state)], "runs", "b")
     assert "*" not in none.splitlines()[2] and "best: " not in none
+
+
+def test_of_a_score_to_be_made_large_the_highest_is_the_best_and_the_others_are_worse():
+    runs = [*seeds("1", [0.1, 0.2, 0.3, 0.15, 0.25]), *seeds("2", [5.1, 5.2, 5.3, 5.15, 5.25], 5)]
+    for one in runs:
+        one.result.higher = True
+    text = closing_table(runs, "runs", "b")
+    lines = text.splitlines()
+    assert "* the highest eval/energy_distance" in lines[0] and lines[2].startswith("*  x_lr=2") and text.endswith("lr=2")
+    assert "worse by 5 (p = 0.0079)" in lines[3]
+
+
+def test_seeds_are_paired_where_they_are_the_same_on_the_same_source():
+    """From 8 pairs on: 2 of 2^8 signs are as far off, of unpaired splits many more."""
+    base = [10.0 * place for place in range(8)]
+    near = [value + 1 + 0.01 * place for place, value in enumerate(base)]
+    paired = closing_table([*seeds("1", base), *seeds("2", near)], "runs", "b")
+    assert "worse by 1 (p = 0.0078)" in paired
+    others = closing_table([*seeds("1", base), *seeds("2", near, 8)], "runs", "b")
+    sources = [replace(one, settings={"source": f"s{k}"}) for k, v in enumerate((base, near)) for one in seeds(str(k), v)]
+    for text in (others, closing_table(sources, "runs", "b")):
+        assert "inconclusive" in text
+
+
+def test_runs_of_different_groups_are_two_rows_though_what_is_shown_of_them_is_the_same():
+    runs = [replace(one, group=name) for name in "ab" for one in seeds("1", [1.0, 2.0])]
+    assert len(closing_table(runs, "runs", "b").split("x_lr=1")) == 3 and "p =" in closing_table(runs, "runs", "b")
 
 
 def test_losses_of_different_objectives_get_no_verdict():

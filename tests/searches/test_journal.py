@@ -1,6 +1,7 @@
 """A journal is a file of a run's folder: someone else's is refused in a sentence, and nothing in it is executed."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from searches.journal import RowCheck
 from searches.search import search_of
 from tests.searches.fake_runs import carried_out, moved
 
@@ -70,6 +72,43 @@ def test_rows_that_no_search_writes_are_refused_and_nothing_is_executed(plan):
             assert "is not what this search writes" in refusal(plan) or what == "a second study", (what, place)
     journal.write_bytes(whole)
     carried_out(plan)
+
+
+CHANGED = [  # of a row of this kind: a key and a value of it that no search writes
+    (0, "directions", [2]), (2, "study_id", 1), (4, "study_id", 1), (4, "datetime_start", "now"), (4, "worker_id", 3),
+    (5, "trial_id", 0), (5, "param_value_internal", 1e9), (5, "param_value_internal", 2.5), (5, "distribution", "{}"),
+    (6, "trial_id", 3), (6, "values", None), (6, "state", True),
+]  # fmt: skip
+ADDED = [  # after the last row: allowed, or not
+    ({"op_code": 7, "step": 10, "intermediate_value": 0.5}, True),
+    ({"op_code": 7, "step": 2**63, "intermediate_value": 0.5}, False),
+    ({"op_code": 7, "step": 10, "intermediate_value": math.nan}, False),
+    ({"op_code": 7, "step": 10, "intermediate_value": 0.5, "trial_id": 3}, False),
+    ({"op_code": 8, "user_attr": {"why": "it diverged"}}, True),
+    ({"op_code": 8, "user_attr": {"how": "it diverged"}}, False),
+    ({"op_code": 8, "user_attr": {"why": "x" * 2001}}, False),
+    ({"op_code": 9, "system_attr": {"completed_rung_0": 0.5}}, True),
+    ({"op_code": 9, "system_attr": {"completed_rung_0": math.inf}}, False),
+    ({"op_code": 9, "system_attr": {"completed_rung_x": 0.5}}, False),
+]
+
+
+def test_each_number_name_and_time_of_a_row_is_checked(plan):
+    lines = (plan.folder / "journal.jsonl").read_text().splitlines()
+
+    def allowed(rows: list[dict]) -> bool:
+        check = RowCheck(plan.settings(), plan.space)
+        return all(check.allows(row) for row in rows)
+
+    rows = [json.loads(line) for line in lines]
+    assert allowed(rows)
+    for kind, key, value in CHANGED:
+        last = max(place for place, row in enumerate(rows) if row["op_code"] == kind and key in row)
+        assert not allowed([*rows[:last], rows[last] | {key: value}, *rows[last + 1 :]]), (kind, key, value)
+    for row, holds in ADDED:
+        assert allowed([*rows, {"worker_id": "w", "trial_id": 2} | row]) == holds, row
+    begun = next(place for place, row in enumerate(rows) if row["op_code"] == 5)
+    assert not allowed([*rows[:begun], rows[begun - 1]]) and not allowed([*rows[:begun], SCORE | {"trial_id": 0}])
 
 
 @pytest.mark.parametrize("name", ["journal.jsonl", "s_0000.lock", "s_0001.log", ".lock"])

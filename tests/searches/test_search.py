@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from common.errors import UserError
 from run_files.run_folder import RunFolder
 from searches.report import outcome
 from searches.samplers import generation_size
-from tests.searches.fake_runs import Crash, carried_out, moved
+from searches.search import Trial
+from tests.searches.fake_runs import Crash, FakeRun, carried_out, moved
 
 QUADRATIC = "model.depth=interval(2,5)"
 
@@ -166,3 +168,90 @@ def test_the_journal_can_be_read_by_optuna_alone(planned, runs):
     backend = optuna.storages.journal.JournalFileBackend(str(plan.folder / "journal.jsonl"))
     study = optuna.load_study(study_name="s", storage=optuna.storages.JournalStorage(backend))
     assert [trial.params for trial in study.trials] == [trial.params for trial in search.trials()]
+
+
+class Dies(FakeRun):
+    """A run that is killed at every look; `further` says how many steps it has done by the look so many."""
+
+    looked: Counter[str] = Counter()
+    further = staticmethod(lambda look: 0)
+
+    def poll(self):
+        said = dict(word.split("=", 1) for word in self.words)
+        self.looked[said["run_name"]] += 1
+        look = self.looked[said["run_name"]]
+        if self.further(look) is None:
+            return super().poll()
+        folder = RunFolder(Path(said["output_dir"]) / "runs" / said["run_name"])
+        folder.write_config("overrides: []\n", [])
+        folder.status.write("running", self.further(look), 0, 1.0)
+        return -9
+
+
+def test_a_trial_that_is_killed_goes_on_until_five_processes_in_a_row_come_no_further(planned, runs, monkeypatch):
+    monkeypatch.setattr("searches.search.started", lambda words, printed, *_: Dies(runs, words, printed))
+    monkeypatch.setattr("searches.search.begun_job", lambda words, config: [*words, "resume=true"])
+    plan = planned("n=1", "sampler=random")
+    Dies.looked.clear()
+    with pytest.raises(UserError, match="5 processes of it ended with status -9 without a step forward"):
+        carried_out(plan)
+    assert Dies.looked == {"s_0000": 5}
+    Dies.looked.clear()
+    monkeypatch.setattr(Dies, "further", lambda self, look: look // 4 if look < 12 else None)
+    moving = carried_out(moved(plan, "moving"))
+    assert [trial.state for trial in moving.trials()] == [TrialState.COMPLETE]
+
+
+def test_as_many_trials_run_at_once_as_are_asked_for_and_all_are_stopped_with_the_search(planned, runs, monkeypatch):
+    live, most, stopped = set[str](), list[int](), list[str]()
+
+    class Counted(FakeRun):
+        def poll(self):
+            live.add(self.words[0])
+            most.append(len(live))
+            ended = super().poll()
+            if ended is not None:
+                live.discard(self.words[0])
+            return ended
+
+        def send_signal(self, number):
+            stopped.append(self.words[0])
+
+    monkeypatch.setattr("searches.search.started", lambda words, printed, *_: Counted(runs, words, printed))
+    plan = planned("n=7", "jobs=3", "sampler=random")
+    carried_out(plan)
+    assert max(most) == 3 and not stopped
+    runs.operations, runs.until = 0, 12
+    with pytest.raises(Crash):
+        carried_out(moved(plan, "b"))
+    assert stopped
+
+
+def test_a_trial_lives_as_long_as_a_process_of_it_holds_its_lock(planned, runs, monkeypatch, tmp_path):
+    held = []
+
+    def start(words, printed, again, threads, kept):
+        held.extend(map(os.dup, kept))
+        return (again, threads)
+
+    monkeypatch.setattr("searches.search.started", start)
+    trial = Trial(0, [], {}, tmp_path / "lock", tmp_path / "log")
+    assert not trial.is_alive()
+    trial.start(["resume=true"], 3)
+    assert trial.is_alive() and trial.process == (True, 3)
+    left = Trial(0, [], {}, tmp_path / "lock", tmp_path / "log")  # the same trial in the next search, after a kill
+    assert left.is_alive()
+    with pytest.raises(BlockingIOError):
+        left.start([], 1)
+    os.close(held[0])
+    assert not left.is_alive()
+    left.start([], 1)
+    assert left.process == (False, 1)
+    os.close(held[1])
+
+
+def test_the_highest_accuracy_is_the_best(planned, runs):
+    plan = planned("n=5", "sampler=random", "metric=eval/loss", "monitor_mode=max")
+    search = carried_out(plan)
+    assert search.study.best_value == max(trial.values[0] for trial in search.trials())
+    assert "* the highest eval/loss" in outcome(plan, search.study)
