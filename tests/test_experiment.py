@@ -76,6 +76,29 @@ class Stop(Callback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+class Shades(nn.Module):
+    """A velocity for each class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shades = nn.Parameter(torch.zeros(3))
+
+    def forward(self, unified: Tensor, **given: Tensor | None) -> Tensor:
+        label = given["label"]
+        shade = self.shades[2:] if label is None else self.shades[label]
+        return shade.reshape(-1, *[1] * (unified.ndim - 1)).expand_as(unified[:, :-2])
+
+
+class Steps(Callback):
+    """Counts them."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def step_end(self, run: Run) -> None:
+        self.taken += 1
+
+
 def experiment(place: Path, *words: str, name: str = "x", **parts: Any) -> Experiment:
     given = {"network": Net(), "data": points(), "epochs": 2} | parts
     return Experiment(*WORDS, f"output_dir={place}", f"log.file={place / 'log.md'}", *words, run_name=name, **given)
@@ -179,6 +202,27 @@ def test_a_classifier_of_ones_own(tmp_path):
     )
     assert own.fit().scores["eval/accuracy"] > 0.8
     assert own.trained_network()(torch.zeros(2, 1, 8, 8)).shape == (2, 10) and own.run_name == "experiment_1"
+
+
+def test_pixels_in_classes_are_learned_as_minus_one_to_one_and_every_callback_watches(tmp_path):
+    classes, counters = torch.arange(40) % 2, [Steps(), Steps()]
+    pixels = (255 * classes).byte()[:, None, None, None].expand(40, 1, 2, 2)
+    own = experiment(
+        tmp_path, "conditional=true", "optimizer.lr=0.5", "batch_size=9", network=Shades(), data=(pixels, classes),
+        callbacks=counters, epochs=1,
+    )  # fmt: skip
+    own.fit()
+    assert [counter.taken for counter in counters] == [4, 4]
+    dark, bright, _ = own.trained_network().shades.tolist()
+    assert dark < -0.5 and bright > 0.5
+    model = own.model()
+    assert model.config["dataloaders"]["value_range"] == [-1.0, 1.0] and model.classes(3, None).tolist() == [0, 1, 0]
+
+
+def test_bytes_that_are_no_pixels_stay_as_they_are(tmp_path):
+    own = experiment(tmp_path, "max_steps=1", data=(points() * 10 + 100).byte())
+    own.fit()
+    assert own.model().real(40)[0].min() > 50
 
 
 class Asks(nn.Module):

@@ -42,10 +42,12 @@ def test_each_picture_keeps_its_condition_through_order_flips_and_shifts(pairs: 
 
 
 def test_a_pair_of_which_one_cannot_be_read_is_replaced(pairs: dict[str, Any]) -> None:
-    (pairs["condition_root"] / "class0" / "04.bmp").write_bytes(b"no picture")
-    dataset = build("image_pairs", pairs | {"held_out_fraction": 0.13})
-    x = torch.cat([x for x, _ in dataset.epoch(EpochPlan(14, torch.Generator(), torch.Generator()))])
-    assert len(x) == 14 and len(dataset.unreadable) == 1 and (x[:, 0].amax((1, 2)) * 127.5 + 127.5 - 80).abs().min() > 5
+    (pairs["condition_root"] / "class0" / "12.bmp").write_bytes(b"no picture")  # the last of its class to train on
+    dataset = build("image_pairs", pairs | {"held_out_fraction": 0.13}, "conditional=true")
+    x, label = next(dataset.epoch(EpochPlan(14, torch.Generator(), torch.Generator())))
+    value = (x[:, 0].amax((1, 2)) * 127.5 + 87.5) / 10
+    assert len(x) == 14 and len(dataset.unreadable) == 1 and (value - 12).abs().min() > 0.5
+    assert torch.equal(value.round() % 2, label[:, 0])
 
 
 def test_pictures_without_a_partner_are_named(pairs: dict[str, Any]) -> None:
@@ -59,6 +61,9 @@ def test_pictures_without_a_partner_are_named(pairs: dict[str, Any]) -> None:
 
 
 def test_one_folder_can_be_both_to_colour_what_is_grey(pairs: dict[str, Any]) -> None:
-    dataset = build("image_pairs", pairs | {"condition_root": pairs["root"], "flip": "false"})
+    for file in pairs["root"].rglob("*.png"):  # no two columns alike: they tell how both are cut
+        Image.fromarray(np.tile(np.arange(20, dtype=np.uint8)[:, None] * 12, (12, 1, 3))).save(file)
+    dataset = build("image_pairs", pairs | {"condition_root": pairs["root"], "flip": "false", "crop": "whole"})
     x, label = dataset.held_out(4, torch.Generator())
+    assert x.min() < -0.9 and x.max() > 0.7
     assert torch.allclose(x.mean(1).flatten(1), label[:, 2:], atol=0.02) and x.shape[1] == 3

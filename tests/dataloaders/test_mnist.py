@@ -70,6 +70,10 @@ def test_pictures_and_labels_are_those_of_the_files(tmp_path: Path) -> None:
     assert dataset.train_labels is not None and dataset.train_labels.tolist() == LABELS.tolist()
     turned = Mnist(written(tmp_path)["root"], transposed=True)
     assert turned.state_shape == (1, 4, 3) and torch.equal(turned.states[:30, 0], torch.from_numpy(PICTURES).mT)
+    for file in [*tmp_path.iterdir()]:
+        (tmp_path / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+    assert torch.equal(Mnist(str(tmp_path)).states, dataset.states)
 
 
 def test_letters_that_are_numbered_from_one_are_moved(tmp_path: Path) -> None:

@@ -46,12 +46,16 @@ def test_shape_classes_and_range_are_read_from_the_items(made: Callable[[], Give
 
 
 def test_pixels_are_served_as_minus_one_to_one_and_entries_by_their_names() -> None:
-    items: list[object] = [
-        {"image": torch.full((1, 2, 2), 51 * (k % 6), dtype=torch.uint8), "digit": k % 6} for k in range(30)
-    ]
-    dataset = TorchDataset(Given(items), keys={"x": "image", "label": "digit"})
-    x, label = dataset.held_out(30, torch.Generator())
+    pixels = [torch.full((1, 2, 2), 51 * k, dtype=torch.uint8) for k in range(6)]
+    items: list[object] = [{"image": pixels[k % 6], "digit": k % 6, "of": 255 - pixels[k % 6]} for k in range(30)]
+    keys = {"x": "image", "label": "digit"}
+    x, label = TorchDataset(Given(items), keys=keys).held_out(30, torch.Generator())
     assert label is not None and torch.allclose(x[:, 0, 0, 0], label * 0.4 - 1, atol=1e-6) and x.dtype == torch.float32
+    dataset = TorchDataset(Given(items), held_out_fraction=0.5, held_out_most=9, keys=keys | {"condition": "of"})
+    x, label = dataset.held_out(30, torch.Generator())
+    assert dataset.condition_shape == (1, 2, 2) and len(x) == 9 and label is not None
+    assert torch.allclose(label[:, 2:], -x.flatten(1), atol=1e-6) and (label[:, 1] == 1).all()
+    assert torch.allclose(x[:, 0, 0, 0], label[:, 0] * 0.4 - 1, atol=1e-6)
 
 
 def test_another_data_set_can_be_held_out() -> None:
@@ -132,6 +136,15 @@ def test_a_row_beyond_those_that_were_read_first_is_named_by_whoever_reads_it(wo
     assert "\n" not in str(caught.value)
 
 
+def test_a_value_beyond_the_range_of_those_that_were_read_first_is_named() -> None:
+    pictures: list[object] = [torch.zeros(1, 2, 2)] * 39 + [torch.full((1, 2, 2), 1.5)]
+    dataset = TorchDataset(
+        Given(pictures), state_shape=(1, 2, 2), num_classes=0, value_range=(0.0, 1.0), condition_shape=None
+    )
+    with pytest.raises(UserError, match=r"item 39 of Given has values from 1.5 to 1.5, outside .*value_range=\[0.0,1.0\]"):
+        list(dataset.epoch(EpochPlan(40, torch.Generator(), torch.Generator())))
+
+
 @pytest.mark.parametrize(("words", "said"), [
     ((), "dataloaders.dataset._target_ is missing"),
     (("dataloaders.dataset._target_=no_such_module.Data",), "cannot be imported"),
@@ -164,8 +177,9 @@ def test_a_run_with_two_workers_goes_on_bit_for_bit(tmp_path: Path, small_run: C
 
 
 def test_what_a_run_has_read_is_in_its_configuration_so_that_a_save_needs_no_data(tmp_path: Path) -> None:
-    config = resolved(compose_config(["run_name=x", "dataloaders=torch", MINE, "conditional=true"]))
+    words = ["run_name=x", "dataloaders=torch", MINE, "conditional=true", "dataloaders.standardize=true"]
+    config = resolved(compose_config(words))
     data = config["dataloaders"]
     assert (data["state_shape"], data["num_classes"], data["value_range"]) == ([2], 3, None)
     assert config["model"]["state_shape"] == [2] and config["model"]["num_classes"] == 3
-    assert json.loads(json.dumps(data)) == data and build(data).num_classes == 3
+    assert json.loads(json.dumps(data)) == data and build(data).num_classes == 3 and build(data).standardize

@@ -19,12 +19,12 @@ from evaluation.evaluator import held_out_beside
 from evaluation.parts import build_objective, evaluation_inputs
 from evaluation.report import draw_pairs, is_drawn_from_pictures
 from evaluation.sample import load
-from helpers_cfg import ClassifierFreeGuidance
+from helpers_cfg import Autoguidance, ClassifierFreeGuidance
 from losses.couplings import Paths
 from losses.objective import FlowObjective
 from losses.terms import named_terms
 from models.conditioned import Conditioned, widened
-from models.inputs import join_condition, make_unified_flow_matching_input
+from models.inputs import classes_in, join_condition, make_unified_flow_matching_input
 from models.velocity_model import VelocityModel
 from scripts import sample
 from tests.models.configured import model_node, shallow, suits
@@ -44,7 +44,10 @@ class Seen(VelocityModel):
 
     def __init__(self, num_classes: int = 0):
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.begun = num_classes, False
+
+    def init_weights(self) -> None:
+        self.begun = True
 
     def forward(self, unified_input: Tensor, label: Tensor | None = None) -> Tensor:
         self.given, self.label = unified_input, label
@@ -53,25 +56,29 @@ class Seen(VelocityModel):
 
 @pytest.mark.parametrize(("state", "condition", "wide"), [
     ((2,), (3,), [6]), ((2,), (1, 2, 2), [7]), ((1, 4, 4), (3,), [5, 4, 4]), ((2, 4, 4), (3, 4, 4), [6, 4, 4]),
-    ((1, 4, 4), (2, 8, 8), [4, 4, 4]),
+    ((1, 4, 4), (2, 16, 16), [4, 4, 4]),
 ])  # fmt: skip
 @pytest.mark.parametrize("classes", [0, 3])
 def test_state_shown_and_condition_stand_beside_each_other(
     state: tuple[int, ...], condition: tuple[int, ...], wide: list[int], classes: int
 ) -> None:
-    x, y = torch.randn(5, *state), torch.rand(5, *condition)
+    x, y = torch.randn(5, *state), torch.rand(5, *condition, requires_grad=True)
     inner = Seen(classes)
     model, label = Conditioned(inner, state, condition), join_condition(torch.arange(5) % 3, y)
     unified = make_unified_flow_matching_input(x, torch.rand(5, 2))
     assert torch.equal(model(unified, label), x) and widened(state, condition) == wide
     assert list(inner.given.shape[1:]) == [wide[0] + 2, *wide[1:]]
     shown, seen = inner.given[:, len(x[0])], inner.given[:, len(x[0]) + 1 : -2]
+    seen.sum().backward()
+    assert y.grad is not None and (y.grad > 0).all()  # no pixel is passed over
     assert (shown == 1).all() and torch.equal(inner.given[:, -2:], unified[:, -2:])
     if len(condition) == 1 or len(state) == 1:
         assert torch.allclose(seen.reshape(*seen.shape[:2], -1).mean(-1), y.flatten(1))
     else:
         assert torch.allclose(seen.mean((2, 3)), y.mean((2, 3)), atol=0.05 * (condition[1:] != state[1:]) + 1e-6)
     assert (inner.label is None) == (classes == 0) and (classes == 0 or inner.label.tolist() == [0, 1, 2, 0, 1])
+    model.init_weights()
+    assert inner.begun
     for hidden in (None, model.null_label(label)):
         model(unified, hidden)
         assert (inner.given[:, len(x[0]) : -2] == 0).all() and (classes == 0 or (inner.label == classes).all())
@@ -137,6 +144,20 @@ def test_guidance_goes_from_the_hidden_to_the_shown_condition() -> None:
     guided = ClassifierFreeGuidance(network, 3.0)(unified, label)
     assert torch.allclose(guided[:4], (hidden + 3 * (shown - hidden))[:4], atol=1e-5)
     assert torch.allclose(guided[4:], hidden[4:], atol=1e-6) and not torch.allclose(shown[:4], hidden[:4])
+    guide = objective_of("mse").network
+    torch.nn.init.normal_(guide.network.layers[-1].weight)
+    away = Autoguidance(network, guide, 2.0)
+    assert torch.allclose(away(unified, label), 2 * shown - guide(unified, label), atol=1e-5) and away.is_conditional
+    assert torch.allclose(ClassifierFreeGuidance(away, 1.0)(unified, label), away(unified, label))
+    with pytest.raises(UserError, match=r"takes conditions of shape \(3,\), the guided one \(2,\)"):
+        Autoguidance(network, Conditioned(Seen(), (2,), (3,)), 2.0)
+
+
+def test_classes_are_read_where_data_have_some() -> None:
+    classes, condition = torch.tensor([2, 0, 1]), torch.randn(3, 2)
+    joined = classes_in(join_condition(classes, condition), 3)
+    assert joined is not None and torch.equal(joined, classes)
+    assert classes_in(join_condition(None, condition), 0) is None and classes_in(None, 0) is None
 
 
 def test_conditions_of_a_file_stay_with_their_rows(tmp_path: Path) -> None:
@@ -209,6 +230,9 @@ def test_a_run_with_picture_conditions_trains_guided_and_is_sampled_with_any(
     assert all(model.sample(3, **words).shape == (3, 1, 4, 4) for words in given)
     label = model.labels(3, 1, y)
     assert label is not None and label[:, 0].tolist() == [1, 1, 1] and torch.equal(label[0, 2:], y.flatten())
+    known, label = model.real(60)[1], model.labels(9, 1)
+    assert known is not None and label is not None and (label[:, 0] == 1).all()
+    assert torch.equal(label[:, 1:], torch.cat([known, known])[:9, 1:])  # held-out conditions in turn
     with pytest.raises(UserError, match=r"condition takes a tensor of shape \[2, 8, 8\]"):
         model.sample(3, condition=torch.zeros(4))
     np.save(tmp_path / "y.npy", y.numpy())

@@ -10,8 +10,14 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from common.errors import UserError
-from evaluation.sample import load
+from configuration.build import build
+from configuration.compose import compose_config, resolved
+from evaluation import generate
+from evaluation.parts import build_source
+from evaluation.sample import TrainedModel, load
 from losses.paths import CosinePath, LinearPath, ProbabilityPath, VariancePreservingPath
+from models.inputs import split_unified_flow_matching_input
+from models.velocity_model import VelocityModel
 from scripts import sample
 from solvers.dopri5 import Dopri5
 from solvers.posterior import Observation, conjugate_gradients, posterior_field
@@ -129,3 +135,54 @@ def test_data_come_back_from_the_noise_they_are_carried_to(shared_run: Callable[
     noise = model.invert(x, solver=Dopri5(1e-7, 1e-7))
     torch.testing.assert_close(model.carry(noise, solver=Dopri5(1e-7, 1e-7)), x, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(noise, model.log_likelihood(x, solver=Dopri5(1e-7, 1e-7)).x0, rtol=1e-3, atol=1e-3)
+
+
+CPU, WIDE = torch.device("cpu"), 1.5  # standard deviation of the noise
+PLACE, SCALE = torch.tensor([2.0, -1.0]), torch.tensor([3.0, 0.5])  # of the data, in their units
+
+
+class Classes(VelocityModel):
+    """The exact velocity to N(c + 1, I) of class c, and to N(0, I) of the hidden one, from N(0, WIDE^2 I)."""
+
+    num_classes = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Parameter(torch.tensor(1.0))  # mean of class 0
+
+    def forward(self, unified_input: Tensor, label: Tensor | None = None) -> Tensor:
+        assert label is not None
+        z, times = split_unified_flow_matching_input(unified_input)
+        t, mean = times[:, :1], torch.where(label < self.num_classes, label + self.first, 0)[:, None]
+        slope = (t - (1 - t) * WIDE**2) / (t.square() + ((1 - t) * WIDE).square())
+        return mean + slope * (z - t * mean)
+
+
+@pytest.fixture
+def guided_classes() -> TrainedModel:
+    """The exact model of five Gaussians in the units of the data, guided from N(PLACE, SCALE^2) past them."""
+    words = ["dataloaders=kmeans", "conditional=true", "guidance=cfg", "guidance.scale=2", "source=scaled_gaussian"]
+    config = resolved(compose_config(["run_name=x", *words, f"source.std={WIDE}"]))
+    objective = build(config["loss"], network=Classes()).requires_grad_(False)
+    objective.standardise_by(mean=PLACE.tolist(), std=SCALE.tolist(), state_shape=[2])
+    return TrainedModel(objective, config, CPU, 0)
+
+
+def guided_means(label: Tensor) -> Tensor:
+    """Of the samples at a scale of 2, in the units of the data (B, 2)."""
+    return PLACE + SCALE * 2 * (label + 1)[:, None]
+
+
+def test_classes_guidance_and_units_are_those_of_the_run(guided_classes: TrainedModel) -> None:
+    """Flows between Gaussians keep quantiles: each sample is known from its noise, with what is observed and without."""
+    label = torch.arange(130) * 3 % 5  # more than are computed at once
+    noise = generate.fixed_noise(build_source(guided_classes.config, CPU), 130, 0)
+    expected = guided_means(label) + SCALE * noise / WIDE
+    exact = Dopri5(1e-6, 1e-6)
+    torch.testing.assert_close(guided_classes.carry(noise, label, exact), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(guided_classes.invert(expected, label, exact), noise, rtol=1e-3, atol=1e-3)
+    observed, error = torch.tensor([4.0, float("nan")]), 2.0
+    share = SCALE[0] ** 2 / (SCALE[0] ** 2 + error**2)
+    expected[:, 0] = guided_means(label)[:, 0] * (1 - share) + share * observed[0] + share**0.5 * error * noise[:, 0] / WIDE
+    found = guided_classes.posterior(130, observed, error, label=label, solver=Midpoint(50))
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.02)
