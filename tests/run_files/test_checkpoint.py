@@ -71,12 +71,12 @@ def test_a_save_in_the_background_holds_the_state_of_its_moment(tmp_path, monkey
     the next save waits for it."""
     folder = CheckpointFolder(tmp_path, "mlp", "x", 3, in_background)
     weights = torch.zeros(8 if in_background else ASYNC_BYTES // 4)
-    may_write, running, most = threading.Event(), [], []
+    may_write, running, most = threading.Semaphore(0), [], []
 
     def slow_write(path, content):
         running.append(path)
         most.append(len(running))
-        assert may_write.wait(20)
+        assert may_write.acquire(timeout=20)
         write(path, content)
         running.remove(path)
 
@@ -85,9 +85,10 @@ def test_a_save_in_the_background_holds_the_state_of_its_moment(tmp_path, monkey
     folder.save(payload(1) | {"optimizer": {"w": [weights]}}, 1, best=True)
     assert folder.saved_step is None and not folder.last.exists()
     weights += 1
-    threading.Timer(0.2, may_write.set).start()
+    threading.Timer(0.2, may_write.release).start()
     folder.save(payload(2) | {"optimizer": {"w": [weights]}}, 2, best=False)
     assert folder.saved_step == 1 and load_checkpoint(folder.last)["optimizer"]["w"][0].unique().tolist() == [0]
+    may_write.release()
     folder.settle()
     assert folder.saved_step == 2 and load_checkpoint(folder.last)["optimizer"]["w"][0].unique().tolist() == [1]
     assert load_checkpoint(folder.best)["step"] == 1 and max(most) == 1
