@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from common.errors import UserError
-from configuration.checks import check_devices
+from configuration.checks import begins_at_teacher, check_devices
 from configuration.compose import typed_keys
 from run_files.stored_values import as_object, parsed_config
 
@@ -80,7 +80,8 @@ def check_volume(volume: Any, volume_name: str, config: dict[str, Any]) -> None:
             "run is moved aside) by overwrite=true, or choose another name"
         )
     for key in () if config["resume"] else CHECKPOINTS:
-        if config[key] is not None and not on_volume(volume, str(PurePosixPath(config[key]))):
+        made_there = key == "init_from" and begins_at_teacher(config)
+        if config[key] is not None and not made_there and not on_volume(volume, str(PurePosixPath(config[key]))):
             raise UserError(
                 f"{key}={config[key]} is not on the Volume {volume_name}; `python scripts/modal_app.py ckpts` lists what "
                 f"is, and `modal volume put {volume_name} FILE PATH` brings more"

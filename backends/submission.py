@@ -79,7 +79,7 @@ def with_teacher(config: dict[str, Any]) -> dict[str, Any]:
     save = lambda node: {k: str(place / f"{name}_last.pt") if v == name else v for k, v in node.items()}  # noqa: E731
     if config["resume"] and not run_folder_of(config).config_path.is_file() and run_folder_of(teacher).config_path.is_file():
         config |= {"resume": False, "overrides": without(config["overrides"], ("resume",))}  # stopped in the teacher's time
-    return config | {"loss": rebuilt(config["loss"], save)}
+    return config | {"loss": rebuilt(config["loss"], save)} | save({"init_from": config["init_from"]})
 
 
 def train_teacher(config: dict[str, Any]) -> None:

@@ -19,6 +19,12 @@ def check_values(config: dict[str, Any]) -> None:
     check_all(config)
 
 
+def begins_at_teacher(config: dict[str, Any]) -> bool:
+    """Return whether init_from is the run that teacher= trains first: its name, or the save that it will leave."""
+    start, name = config["init_from"], f"{config['run_name']}_teacher"
+    return bool(start and config.get("teacher")) and start.rpartition("/")[2] in (name, f"{name}_last.pt")
+
+
 def check_devices(config: dict[str, Any]) -> None:
     """Raise UserError for a batch that several devices cannot share evenly, or a kind of device that comes alone."""
     devices, rows = config["devices"], config["batch_size"]
@@ -44,7 +50,7 @@ def of_any_run(config: dict[str, Any]) -> Iterator[tuple[bool, str]]:
     """Yield each contradiction that any command may have: whether it has it, and the sentence."""
     yield bool(config["resume"] and config["overwrite"]), "resume and overwrite contradict each other; give one of them"
     yield (
-        bool(config["resume"] and config["init_from"]),
+        bool(config["resume"] and config["init_from"] and not begins_at_teacher(config)),
         "resume and init_from contradict each other: a resumed run has its own weights; give one of them",
     )
     own = [key for key, node in config.items() if is_own(node)]

@@ -7,6 +7,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import end_of
+from configuration.checks import begins_at_teacher
 from configuration.nodes import lookup
 from run_files.experiment_log import ExperimentLog
 from run_files.run_folder import RunFolder, saves_of
@@ -22,6 +23,7 @@ FILES = {
 def check_files(config: dict[str, Any]) -> None:
     """Raise UserError for a file that should be there, or an output folder that cannot be written."""
     unneeded = {"init_from"} if config["resume"] else {"loss.coupling.teacher"} if config.get("teacher") else set()
+    unneeded |= {"init_from"} if begins_at_teacher(config) else set()
     for key, wanted in FILES.items():
         path = None if key in unneeded else lookup(config, key)
         if path is not None and (key, path) != ("loss.teacher", "exact") and not Path(path).is_file():

@@ -50,7 +50,8 @@ def start_weights(objective: Objective, path: Path) -> None:
     """Begin at the EMA weights of another run (init_from)."""
     payload = load_checkpoint(path)
     parts.load_network(objective.network, payload["ema"], path)
-    if payload["second_time"] != objective.second_time:
+    one_pair_of_times = isinstance(objective, FlowObjective) and objective.learns == "generator"  # 0 and 1
+    if payload["second_time"] != objective.second_time and not one_pair_of_times:
         print(
             f"note: {path} was trained with second_time={payload['second_time']}, this objective reads its second time as "
             f"{objective.second_time}; a flow trained with loss.second_time=state is the better start"

@@ -97,12 +97,14 @@ class Halved(nn.Module):
         return self.enlarge(F.interpolate(h, scale_factor=2.0, mode="nearest"))
 
 
-def check_pyramid(sides: list[int], widths: list[int]) -> None:
+def check_pyramid(sides: list[int], widths: list[int], patch_size: int) -> None:
     """Raise UserError when the sides do not halve evenly from level to level, or the widths do not form groups."""
     halvings = len(widths) - 1
-    if any(side % 2**halvings for side in sides):
+    multiple = patch_size * 2**halvings
+    if any(side % multiple for side in sides):
+        patches = f"reads patches of {patch_size}x{patch_size} and " if patch_size > 1 else ""
         raise UserError(
-            f"this U-Net halves images {halvings} times, so their sides must be multiples of {2**halvings}, not "
+            f"this U-Net {patches}halves images {halvings} times, so their sides must be multiples of {multiple}, not "
             f"{sides[0]}x{sides[1]}; resize or pad the data, or give fewer levels, as in 'model.multipliers=[1,2]'"
         )
     if any(width % GROUP_CHANNELS for width in widths):
@@ -115,9 +117,9 @@ class UNet(VelocityModel):
     After Ho et al. 2020 (arXiv 2006.11239, app. B), with time and class as scale and shift (Dhariwal & Nichol 2021,
     arXiv 2105.05233, eq. 6). (B, C + 2, H, W) -> (B, C, H, W).
     width: channels at full resolution, times each level's multiplier. blocks: on each level's way down, one more up.
-    attention_up_to: the longest side, in pixels, of levels with self-attention. embedding: width of the time and class
-    embedding. augment_dim: see Conditioning. UserError for sides that do not halve evenly, or channels that are no
-    multiples of 8.
+    attention_up_to: the longest side, in patches, of levels with self-attention. embedding: width of the time and class
+    embedding. augment_dim: see Conditioning. patch_size: full resolution is that of patches of so many pixels a side, whose
+    pixels are channels. UserError for sides that do not halve evenly, or channels that are no multiples of 8.
     """
 
     def __init__(
@@ -132,13 +134,15 @@ class UNet(VelocityModel):
         time_frequencies: list[float] | None = None,
         dropout: ShareBelow1 = 0.1,
         augment_dim: int = 0,
+        patch_size: Size = 1,
     ):
         super().__init__()
         channels, *sides = state_shape
         widths = [width * factor for factor in multipliers]
-        check_pyramid(sides, widths)
-        attention = [max(sides) // 2**level <= attention_up_to for level in range(len(widths))]
-        self.num_classes = num_classes
+        check_pyramid(sides, widths, patch_size)
+        attention = [max(sides) // (patch_size * 2**level) <= attention_up_to for level in range(len(widths))]
+        channels *= patch_size**2
+        self.num_classes, self.patch_size = num_classes, patch_size
         self.conditioning = Conditioning(num_classes, embedding, list(time_frequencies or []), augment_dim)
         self.stem = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.pyramid = Level(widths, attention, blocks, embedding, dropout)
@@ -156,5 +160,7 @@ class UNet(VelocityModel):
 
     def forward(self, unified_input: Tensor, label: Tensor | None = None) -> Tensor:
         state, times = split_unified_flow_matching_input(unified_input)
-        h = self.pyramid(self.stem(state), self.conditioning(times, label))
-        return self.head(F.silu(self.norm(h)))
+        patches = F.pixel_unshuffle(state, self.patch_size) if self.patch_size > 1 else state
+        h = self.pyramid(self.stem(patches), self.conditioning(times, label))
+        velocity = self.head(F.silu(self.norm(h)))
+        return F.pixel_shuffle(velocity, self.patch_size) if self.patch_size > 1 else velocity

@@ -217,6 +217,8 @@ def test_submitting_notes_the_job_and_knows_the_names_on_the_volume(
         submitted("resume=true")
     with pytest.raises(UserError, match="is not on the Volume denoising-zoo"):
         submitted("init_from=w.pt")
+    taught = ["init_from=${run_name}_teacher", "loss=distillation", "loss.coupling.teacher=${run_name}_teacher"]
+    assert submitted(*taught, "teacher='loss=mse'", "solver=flow_map", "solver.steps=1").calls[0] is True
     RunFolder(tmp_path / "outputs/runs/x").write_config("a: 1\n", [])
     with pytest.raises(UserError, match="exists already on the Volume"):
         submitted()

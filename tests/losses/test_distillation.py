@@ -96,12 +96,14 @@ def test_the_states_of_a_path_are_those_the_teacher_passes_and_are_made_once(sha
 
 WORDS = ["loss=distillation", "loss.coupling.teacher=${run_name}_teacher", "loss.coupling.count=100", "max_steps=6"]
 WORDS += ["solver=flow_map", "solver.steps=1", 'teacher="loss=mse max_steps=3 batch_size=128 solver.steps=4"', "seed=3"]
+WORDS += ["init_from=${run_name}_teacher"]
 
 
 @pytest.mark.slow
 def test_teacher_pairs_and_student_are_one_command_which_goes_on_wherever_it_was_stopped(small_run, monkeypatch, capsys):
     whole = small_run("x", *WORDS, output="whole")
     assert load(whole / "ckpts/mlp/x_teacher_last.pt").config["seed"] == 3
+    assert load(whole / "ckpts/mlp/x_last.pt").config["init_from"] == str(whole / "ckpts/mlp/x_teacher_last.pt")
     for moment, step in {"the teacher's": 2, "the student's": 5}.items():
         capsys.readouterr()
         stopped(small_run, monkeypatch, step, *WORDS)
@@ -116,6 +118,15 @@ def test_teacher_pairs_and_student_are_one_command_which_goes_on_wherever_it_was
         for name in ("x_teacher", "x"):
             assert_equal_runs(whole, folder, name)
         folder.rename(folder.with_name(f"parts_{step}"))
+
+
+def test_a_student_begins_at_the_weights_of_the_teacher_that_is_trained_first(small_run, capsys):
+    folder = small_run("x", *WORDS, "max_steps=1", "optimizer.lr=1e-9")
+    assert "second_time" not in capsys.readouterr().out
+    teacher, student = (load(folder / f"ckpts/mlp/{name}_last.pt").objective.network for name in ("x_teacher", "x"))
+    assert student.time_features.frequencies.tolist() == [1, 2, 4, 8, 16]  # the teacher's, not those of the loss
+    for one, other in zip(teacher.parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from configuration.build import build
 from configuration.compose import CONFIG_DIR, compose_config, groups, resolved
 from evaluation.parts import build_objective
 from models.inputs import make_unified_flow_matching_input
+from models.unet.unet import UNet
 from models.velocity_model import VelocityModel
 from tests.models.configured import ROWS, all_in_double, fresh_model, full_size, model_node, shallow, suits
 
@@ -242,12 +243,24 @@ def test_the_compiled_loss_is_the_eager_one(name: str) -> None:
         assert torch.allclose(mine, other, rtol=1e-3, atol=1e-3 * other.abs().max().item() + 1e-6)
 
 
+def test_a_unet_of_patches_is_one_of_the_pixels_of_each_patch_as_channels() -> None:
+    sizes = {"width": 8, "multipliers": [1, 2], "blocks": 1, "attention_up_to": 2, "embedding": 8}
+    whole, plain = UNet([3, 8, 4], patch_size=2, **sizes), UNet([12, 4, 2], **sizes)
+    plain.load_state_dict(whole.state_dict())
+    state, times = torch.randn(ROWS, 3, 8, 4), torch.rand(ROWS, 2)
+    patches = state.reshape(ROWS, 3, 4, 2, 2, 2).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+    v = plain.eval()(make_unified_flow_matching_input(patches, times))
+    v = v.reshape(ROWS, 3, 2, 2, 4, 2).permute(0, 1, 4, 2, 5, 3).reshape(state.shape)
+    torch.testing.assert_close(whole.eval()(make_unified_flow_matching_input(state, times)), v)
+
+
 @pytest.mark.parametrize("overrides, word", [
     (["model=mlp", "dataloaders=digits"], "model=cnn"),
     (["model=cnn", "dataloaders=kmeans"], "model=mlp"),
     (["model=cnn", "dataloaders=digits", "dataloaders.state_shape=[1,7,8]"], "even"),
     (["model=unet_small", "dataloaders=digits", "model.state_shape=[1,8,6]"], "multiples of 4, not 8x6"),
     (["model=unet_small", "dataloaders=digits", "model.width=12"], "multiples of 8"),
+    (["model=unet_small", "dataloaders=digits", "model.patch_size=4"], "patches of 4x4 and .* multiples of 16, not 8x8"),
     (["model=unet", "dataloaders=kmeans"], "takes images"),
     (["model=dit_b4", "dataloaders=digits", "model.state_shape=[1,8,6]"], "4x4, which do not tile images of 8x6"),
     (["model=dit_s", "dataloaders=digits", "model.hidden_size=100"], "multiple of 4 and of model.heads=6"),
