@@ -60,7 +60,11 @@ def start_or_resume(run: Run) -> float | None:
     if resume and run.state.step >= run.total_steps:
         say_finished(run)
         return run.state.best
-    with own_turn(run.device, records.config["wait"]), handled_by(partial(ask_to_stop, run)), explained_disk_errors(records):
+    with (
+        own_turn(run.shared_device, records.config["wait"]),
+        handled_by(partial(ask_to_stop, run)),
+        explained_disk_errors(records),
+    ):
         row = try_parts(run)
         if run.rank == 0 and not resume:
             claim_run_name(records)

@@ -15,6 +15,7 @@ from common.own_objects import is_own
 from configuration.build import build
 from configuration.checks import check_contradictions, check_devices, check_memory, check_values
 from configuration.compose import Own, compose_config, parse_overrides, resolved, typed_keys, without
+from configuration.engines import check_engine
 from configuration.nodes import rebuilt
 from configuration.overrides import differences, laid_over
 from configuration.stored import (
@@ -34,7 +35,7 @@ from run_files.run_lock import check_entries
 from run_files.stored_values import CONFIG_REMEDY
 
 DRAWN = "dataloaders.synthetic."  # data made of numbers alone, which is built at once to see whether they fit
-NOTED = ("epochs", "max_steps", "device", "devices", "guidance")  # what may change freely and is noted in the log
+NOTED = ("epochs", "max_steps", "device", "engine", "devices", "guidance")  # what may change freely and is noted in the log
 # Of a command, what its teacher does not share: who it is, what it learns by and for how long.
 OF_ONE_RUN = (
     "run_name", "experiment", "teacher", "loss", "solver", "guidance", "optimizer", "schedule", "ema", "epochs", "max_steps",
@@ -158,6 +159,7 @@ def prepare(overrides: list[str], own: Own | None = None) -> dict[str, Any]:
     check_new_parts(config)
     if not config["resume"]:
         check_devices(config)  # else once it is known what the run was begun with
+        check_engine(config)
     backend: Backend = build(config["backend"])
     if not backend.elsewhere:
         config = checked_here(config)
@@ -173,6 +175,7 @@ def checked_here(config: dict[str, Any]) -> dict[str, Any]:
         check_new_parts(config)
         check_values(config)
         check_devices(config)
+        check_engine(config)
     check_memory(config)
     check_files(config)
     check_run_is_new(config, run_folder_of(config).path)

@@ -13,7 +13,7 @@ from configuration.nodes import lookup
 from configuration.values import NEUTRAL
 
 # What no result hangs on, or only by chance, or what follows from the data.
-MEANINGLESS = {*NEUTRAL, "run_name", "seed", "device", "standardized"} - {"guidance"}
+MEANINGLESS = {*NEUTRAL, "run_name", "seed", "device", "engine", "standardized"} - {"guidance"}
 
 
 def laid_over(stored: dict[str, Any], config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ SETTINGS: dict[str, Setting] = {
     "limit_data": Setting(Count | None),
     "balanced": Setting(bool),
     "num_workers": Setting(Annotated[int, Range(0, most=1000)], free=True, neutral=True),
+    "engine": Setting(Literal["torch", "mlx"], free=True),
     "device": Setting(Literal["auto", "cpu", "cuda", "mps"], free=True),
     "devices": Setting(Size, free=True, neutral=True),
     "sharding": Setting(Literal["none", "full"], free=True, neutral=True),

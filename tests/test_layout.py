@@ -28,6 +28,7 @@ FLOORS = (
     "models",
     "dataloaders",
     "losses",
+    "engines",
     "solvers",
     "helpers_cfg",
     "configuration",

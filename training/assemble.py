@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -35,6 +35,9 @@ from training.run import LogSettings, LoopSettings, Run
 from training.sharding import is_sharded, shard
 from training.state import TrainState, averaged_objective
 from training.step_hooks import SkipNonFinite, StepHook
+
+if TYPE_CHECKING:
+    from engines.mlx_engine import MlxEngine
 
 T = TypeVar("T")
 SAMPLE_COUNTS = {
@@ -95,7 +98,8 @@ def check_compiles_recomputed(config: dict[str, Any]) -> None:
 
 def assemble(config: dict[str, Any]) -> Run:
     """Return every part of the run, on its device, at its start or where its newest save left it. Writes nothing."""
-    device = pick_device(config["device"])
+    by_mlx = config.get("engine") == "mlx"
+    device = pick_device("cpu" if by_mlx else config["device"])  # MLX's device is its own, and torch draws on the CPU
     set_numerics(device, config["deterministic"])
     if not config["dataloaders"].get("standardize"):
         config.pop("standardized", None)  # resume=force may have turned it off
@@ -104,6 +108,8 @@ def assemble(config: dict[str, Any]) -> Run:
     objective, evaluator = parts.build_objective(config, device), build(config["evaluation"])
     solver = parts.build_solver(config)
     evaluator.check(objective)
+    if by_mlx:
+        check_has_mlx(objective)
     if isinstance(objective, FlowObjective):
         solver.check(objective)
     if config.get("checkpoint_activations"):  # which is in no configuration of before it
@@ -122,12 +128,28 @@ def assemble(config: dict[str, Any]) -> Run:
     callbacks = [build(node) for node in config["callbacks"].values() if node and rank() == 0]
     run = Run(
         loop, settings_of(LogSettings, config | config["log"]), device, dataset, source, state,
-        forward_of(objective, config), evaluator, inputs, records, hook, callbacks, rank(), world(),
+        forward_of(objective, config | {"compile": config["compile"] and not by_mlx}), evaluator, inputs, records, hook,
+        callbacks, rank(), world(), engine=assemble_engine(state, config) if by_mlx else None,
     )  # fmt: skip
     state.schedule.count_in_steps(run.steps_per_epoch)
     if not config["resume"]:
         fit_samples(run, config)
     return run
+
+
+def check_has_mlx(objective: Objective) -> None:
+    """Raise UserError for an objective, or a network, that engine=mlx does not have."""
+    from engines.mlx_engine import check_parts  # imports MLX
+
+    check_parts(objective)
+
+
+def assemble_engine(state: TrainState, config: dict[str, Any]) -> "MlxEngine":
+    """Return MLX at the state of torch's objects, whose steps it takes."""
+    from engines.mlx_engine import EngineSettings, MlxEngine
+
+    settings = settings_of(EngineSettings, config)
+    return MlxEngine(state.objective, state.ema_objective.network, state.optimizer, settings)
 
 
 def settings_of(kind: type[T], values: Mapping[str, Any]) -> T:

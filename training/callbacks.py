@@ -86,7 +86,7 @@ class DeviceTelemetry(Callback):
         self.telemetry = Telemetry()
 
     def fit_begin(self, run: Run) -> None:
-        self.telemetry = telemetry_for(run.device.type)
+        self.telemetry = telemetry_for(run.shared_device.type)
 
     def extra_metrics(self, run: Run) -> dict[str, float]:
         return self.telemetry.read()
@@ -150,7 +150,7 @@ class MilestoneNotes(Callback):
         from evaluation.milestones import milestones_for
 
         found, _ = milestones_for(run.records.config)
-        words = found and found.said(run.state.step, run.evaluation.values, made_with(run.device.type))
+        words = found and found.said(run.state.step, run.evaluation.values, made_with(run.device_words.split()[0]))
         if words:
             print(f"note: {words}", file=sys.stderr)
 

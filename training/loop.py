@@ -33,10 +33,12 @@ def fit(run: Run) -> None:
         run.notify("epoch_begin")
         for group in epoch_groups(run):
             tune_kernels(run.device, all(len(batch) * run.world == run.settings.batch_size for batch in group))
-            values = train_step(run, group)
+            values = train_step(run, group) if run.engine is None else step_elsewhere(run, group)
             after_step(run, values)
             if run.state.step >= run.total_steps or run.must_stop():
                 break
+        if run.engine is not None:
+            run.engine.hand_back()
         end_epoch(run)
     run.agreed_stop()
     run.notify("fit_end")
@@ -106,6 +108,15 @@ def train_step(run: Run, group: list[Any]) -> dict[str, Tensor]:
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     return values
+
+
+def step_elsewhere(run: Run, group: list[Any]) -> dict[str, Tensor]:
+    """Do as train_step by an engine that is not torch."""
+    assert run.engine is not None
+    state, settings = run.state, run.state.optimizer.param_groups[0]
+    settings["lr"] = settings["initial_lr"] * state.schedule.factor(state.step, run.total_steps)
+    state.step += 1
+    return run.engine.step(group, run.shares(group), settings["lr"], state.ema.share(state.step))
 
 
 def weighed(term: Tensor, share: float) -> Tensor:

@@ -8,7 +8,7 @@ from abc import ABC
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -27,6 +27,9 @@ from training.records import Progress, Records
 from training.sharding import gathered, gradients_shared, is_sharded
 from training.state import TrainState
 from training.step_hooks import StepHook
+
+if TYPE_CHECKING:
+    from engines.mlx_engine import MlxEngine  # imports MLX
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Run:
     """Everything one process of a run holds; rank and world count processes.
 
     inputs: of an evaluation, but for what changes between two. asked: why this process wants the run to end, at any moment;
-    stop: why it does end, the same on every rank.
+    stop: why it does end, the same on every rank. engine: None where torch takes the steps itself.
     """
 
     settings: LoopSettings
@@ -125,6 +128,7 @@ class Run:
     last_values: dict[str, float] = field(default_factory=dict)  # the newest value of every metric
     clock: Clock = field(default_factory=Clock)
     ballot: Ballot = field(default_factory=Ballot)
+    engine: MlxEngine | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -145,6 +149,16 @@ class Run:
     def now(self) -> Progress:
         """Return step, epoch, and seconds spent in the loop, earlier sittings included."""
         return self.state.step, self.epoch, self.state.elapsed + self.clock.elapsed()
+
+    @property
+    def device_words(self) -> str:
+        """Return what a person calls what the run is computed on."""
+        return device_name(self.device) if self.engine is None else self.engine.name
+
+    @property
+    def shared_device(self) -> torch.device:
+        """Return the device that others may use too: Metal is the same one for both engines."""
+        return torch.device("mps") if self.engine is not None and self.engine.on_metal else self.device
 
     @property
     def interrupted(self) -> bool:
@@ -242,7 +256,7 @@ class Run:
 
     def write_status(self, state: str, why: str = "") -> None:
         scores = {name: v for name, v in self.last_values.items() if name.startswith(("eval/", "oracle/"))}
-        self.records.write_status(state, self.now, scores, why, device_name(self.device))
+        self.records.write_status(state, self.now, scores, why, self.device_words)
 
 
 class Callback(ABC):

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from common.device import device_name
 from common.progress import LONG, in_words, seconds_a_row
 from configuration.compose import CONFIG_DIR, twice_as_long
 from dataloaders.stream import Rows, StreamDataset
@@ -91,7 +90,7 @@ def print_start(run: Run) -> None:
     flow, many, config = isinstance(run.state.objective, FlowObjective), run.world > 1, run.records.config
     print_notes(run)
     print(f"{run.notes.run_name}: {choices['model']} learns {choices['dataloaders']} by {choices['loss']}")
-    device = f"{device_name(run.device)}, {loop.precision}" + (", compiled" if config["compile"] else "")
+    device = f"{run.device_words}, {loop.precision}" + (", compiled" if config["compile"] else "")
     lines = [("device", (f"{run.world} x " if many else "") + device)]
     if many:
         share = f"{loop.batch_size} rows, {loop.batch_size // run.world} on each device"
@@ -218,7 +217,7 @@ def end_lines(run: Run) -> list[tuple[str, str]]:
     files, lines = saves_of(saves.output_dir, name), []
     if records.config.get("teacher"):
         lines.append(("teacher", scores_of_teacher(RunFolder(folder.path.with_name(f"{name}_teacher")))))
-    if words := standing(records.config, folder.metrics.read(), made_with(run.device.type)):
+    if words := standing(records.config, folder.metrics.read(), made_with(run.device_words.split()[0])):
         lines.append(("milestones", words))
     if picture.exists():
         lines.append(("picture", str(picture)))

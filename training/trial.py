@@ -138,9 +138,11 @@ def seconds_of_training(run: Run, label: Tensor | None, generator: torch.Generat
     """Return what a row costs in training, forward and backward, but for reading it."""
     objective = run.state.objective.train()
 
+    def drawn(rows: int) -> Any:
+        return objective.batch(run.source, run.source.sample(rows, generator), in_turn(label, rows), generator, 0.0)
+
     def train(rows: int) -> None:
-        x1 = run.source.sample(rows, generator)
-        batch = objective.batch(run.source, x1, in_turn(label, rows), generator, 0.0)
+        batch = drawn(rows)
         with autocast(run.device, run.settings.precision):
             terms = named_terms(objective(batch, run.state.teacher), run.settings.loss_weights)
         if not terms["loss"].requires_grad:
@@ -154,6 +156,10 @@ def seconds_of_training(run: Run, label: Tensor | None, generator: torch.Generat
         if is_sharded(objective.network):  # the ranks take as many passes as each other, whatever their clocks say
             train(ROWS)
             return 0.0
+        if run.engine is not None:
+            train(ROWS)
+            tried_elsewhere = run.engine.tried
+            return seconds_a_row(lambda rows: tried_elsewhere(drawn(rows)), run.settings.batch_size, run.device)
         return seconds_a_row(train, run.settings.batch_size // run.world, run.device)
 
 

@@ -1,0 +1,53 @@
+"""Runs of engine=mlx from the command line: files, resuming, and going on or being judged by the other engine."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("mlx.core", reason="engine=mlx needs MLX: uv sync --extra mlx")
+
+from evaluation.sample import load
+from tests.training.helpers import assert_equal_runs, metric_rows, weights
+from tests.training.test_resume import stopped
+
+pytestmark = pytest.mark.mlx
+
+MLX = ["engine=mlx", "batch_size=32", "dataloaders.epoch_size=250", "max_steps=20"]  # 8 steps an epoch
+
+
+def gap(one: Path, other: Path) -> float:
+    """The largest difference of two runs' newest weights and averages."""
+    a, b = weights(one, "x"), weights(other, "x")
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def test_a_run_stopped_and_resumed_equals_the_uninterrupted_one_and_all_but_equals_that_of_torch(small_run, monkeypatch):
+    words = [*MLX, "schedule=one_cycle", "ema.decay=0.9", "gradient_accumulation_steps=2", "optimizer.weight_decay=0.1"]
+    whole = small_run("x", *words, output="whole")
+    stopped(small_run, monkeypatch, 9, *words)
+    parts = small_run("x", "resume=true", "~callbacks.telemetry", output="parts")
+    assert_equal_runs(whole, parts, "x")
+    by_torch = small_run("x", *words, "engine=torch", output="torch")
+    assert 0 < gap(whole, by_torch) < 1e-5
+    status = json.loads((whole / "runs/x/status.json").read_text())
+    assert status["state"] == "finished" and status["device"].startswith("mlx ")
+    for one, other in zip(metric_rows(whole, "x"), metric_rows(by_torch, "x"), strict=True):
+        assert one.keys() == other.keys()
+        assert one.get("train/loss", 0) == pytest.approx(other.get("train/loss", 0), rel=1e-5)
+
+
+def test_what_one_engine_began_the_other_goes_on_with(small_run):
+    """Half by one and half by the other is all but the whole run of one; torch samples and scores what MLX trained."""
+    whole = small_run("x", *MLX, "engine=torch", output="torch")
+    for first, second in (("mlx", "torch"), ("torch", "mlx")):
+        half = small_run("x", *MLX, f"engine={first}", "max_steps=10", "schedule=constant", output=f"{first}_first")
+        small_run("x", "resume=true", f"engine={second}", "max_steps=20", output=f"{first}_first")
+        rows = metric_rows(half, "x")
+        assert rows[-1]["step"] == 20 and f"| `engine` | `{first}` | `{second}` |" in (half / "runs/x/log.md").read_text()
+    constant = small_run("x", *MLX, "engine=torch", "schedule=constant", output="constant")
+    assert 0 < gap(half, constant) < 1e-5 < gap(half, whole)
+    save = half / "ckpts/mlp/x_last.pt"
+    one, two = (load(path, device="cpu").sample(16) for path in (save, constant / "ckpts/mlp/x_last.pt"))
+    assert torch.allclose(one, two, atol=1e-4)
