@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("mlx.core", reason="engine=mlx needs MLX: uv sync --extra mlx")
 
+import launcher
 from evaluation.sample import load
 from tests.training.helpers import assert_equal_runs, metric_rows, weights
 from tests.training.test_resume import stopped
@@ -51,3 +52,19 @@ def test_what_one_engine_began_the_other_goes_on_with(small_run):
     save = half / "ckpts/mlp/x_last.pt"
     one, two = (load(path, device="cpu").sample(16) for path in (save, constant / "ckpts/mlp/x_last.pt"))
     assert torch.allclose(one, two, atol=1e-4)
+
+
+def test_the_classifier_recipe_trains_and_its_results_are_those_of_a_torch_run(official, tmp_path):
+    """SGD with one cycle, batch norm, augmentation; the results section of the log, and the scores."""
+    data = [f"dataloaders.{key}={'null' if value is None else value}" for key, value in official("cifar10").items()]
+    size = ["model.width=4", "model.multipliers=[1]", "model.blocks=1", "epochs=1", "batch_size=16", "limit_data=32"]
+    words = ["experiment=cifar10_classifier", *data, *size, "evaluation=classifier", "trackio.enabled=false"]
+    rows = {}
+    for engine in ("mlx", "torch"):
+        place = tmp_path / engine
+        launcher.run("run_name=x", f"output_dir={place}", f"log.file={place / 'log.md'}", f"engine={engine}", *words)
+        rows[engine] = metric_rows(place, "x")[-1]
+        text = (place / "log.md").read_text()
+        assert "## x" in text and "eval/accuracy" in text and "| class |" in text
+    assert rows["mlx"] == pytest.approx(rows["torch"], rel=1e-4)
+    assert rows["mlx"]["epoch"] == 1 and "eval/accuracy" in rows["mlx"]
