@@ -28,7 +28,7 @@ QUICK = Plan(batches=16, rows=160, curvature=1)  # v_T is no random number: noth
 
 
 def test_every_loss_that_learns_a_map_takes_a_teacher():
-    names = "alpha_flow consistency improved_meanflow meanflow shortcut soflow split_meanflow terminal_velocity"
+    names = "alpha_flow consistency improved_meanflow meanflow scm shortcut soflow split_meanflow terminal_velocity"
     assert names.split() == LOSSES
 
 
