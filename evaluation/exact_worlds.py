@@ -53,6 +53,10 @@ class MixtureWorld(World):
         own = p.alpha_dot * self.means[:, None] + rate * offset
         return ((chance * own).sum(0) / chance.sum(0).clamp(min=1e-300))[:, None]
 
+    def density(self, z: Tensor, r: Tensor, label: Tensor | None = None) -> Tensor:
+        share, offset, std = self.components(z[:, 0].double(), self.at(r), label)
+        return (share * torch.exp(-0.5 * offset.square()) / std).sum(0)
+
     def mean_velocity(self, z: Tensor, r: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         gap = (t.double() - r.double())[:, None]
         same = gap.abs() < SAME_TIME

@@ -92,6 +92,8 @@ class Probe(VelocityModel):
         r = torch.zeros_like(r) if objective.learns == "generator" else r
         t = torch.ones_like(t) if objective.learns in ("endpoint_map", "generator") else t
         z = world.path.state(torch.randn(x1.shape, generator=generator), x1, r[:, None])
+        if objective.learns == "equilibrium":  # states of all times, which the network does not see
+            r, t = torch.zeros_like(r), torch.ones_like(t)
         hidden = torch.rand(STATES, generator=generator) < (0.2 if objective.label_dropout else 0.0)  # as training has them
         shown = torch.where(hidden, self.num_classes, label) if self.num_classes else None
         u, raw = self.raw(z, r, t, shown)

@@ -28,7 +28,7 @@ from models.network import Network
 from models.velocity_model import VelocityModel
 
 SecondTime = Literal["end", "state"]
-Learns = Literal["velocity", "flow_map", "endpoint_map", "generator"]
+Learns = Literal["velocity", "flow_map", "endpoint_map", "generator", "equilibrium"]
 
 
 @dataclass
@@ -112,6 +112,7 @@ class FlowObjective(Standardised, RepeatsDropout, Objective, ABC):
     for the instantaneous velocity (MeanFlow family).
     learns: what of u the network is trained for. "velocity": u(z, r, r) alone. "flow_map": u(z, r, t) for every r <= t.
     "endpoint_map": u(z, r, 1), the map to data, from any time, so that u(z, r, r) means nothing. "generator": u(x0, 0, 1).
+    "equilibrium": a field without time, no flow, which leads to data where one climbs it.
     marginals_only: whether any map is as good that carries noise to data, so that no sample has one true end.
     pairwise: whether every row of a batch is compared with every other, so that its cost grows with the square of them.
     label_dropout: share of rows whose label, class and condition, is hidden, for classifier-free guidance.
@@ -227,11 +228,22 @@ class FlowObjective(Standardised, RepeatsDropout, Objective, ABC):
 
     def check_learns_map(self) -> None:
         """Raise UserError when the objective teaches the network no map from one time to another."""
+        self.check_learns_flow()
         if self.learns == "velocity":
             raise UserError(
                 "this model knows only the velocity at an instant, not a map from one time to another; "
                 "sample it with an ODE solver, or train one with loss=meanflow"
             )
+
+    def check_learns_flow(self) -> None:
+        """Raise UserError when the objective teaches the network a field without time."""
+        if self.learns == "equilibrium":
+            raise UserError("this model knows a field without time, which is climbed, and no flow; use solver=ascent")
+
+    @property
+    def has_ends(self) -> bool:
+        """Return whether each sample has one true end, where the flow of the data carries its noise."""
+        return not self.marginals_only and self.learns != "equilibrium"
 
     @property
     def learns_velocity(self) -> bool:
@@ -240,6 +252,7 @@ class FlowObjective(Standardised, RepeatsDropout, Objective, ABC):
 
     def check_learns_velocity(self) -> None:
         """Raise UserError when the objective does not teach the network the velocity at an instant."""
+        self.check_learns_flow()
         if not self.learns_velocity:
             raise UserError(
                 "this model knows only where a state is carried to, not its velocity at an instant; sample it with "

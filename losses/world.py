@@ -17,5 +17,9 @@ class World(ABC):
         """Return E[v_c | z_r = z, label] (B, ...), whatever t."""
 
     @abstractmethod
+    def density(self, z: Tensor, r: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return p_r(z | label) (B,), but for a factor that all times have in common."""
+
+    @abstractmethod
     def mean_velocity(self, z: Tensor, r: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Return (X(z, r, t) - z) / (t - r) (B, ...), X the flow map; the velocity where t = r."""

@@ -21,6 +21,12 @@ StepCallback = Callable[[Tensor, Tensor], None]  # callback(x (B, ...), t ()) at
 FreshNoise = Callable[[int], Tensor]  # fresh(k) -> source noise (B, ...) of step k, for solvers that add noise again
 
 
+def refuse_equilibrium(flow: FlowObjective) -> None:
+    """Raise UserError when the objective teaches a field without time, which carries nothing from one time to another."""
+    if flow.learns == "equilibrium":
+        raise UserError("this loss teaches a field without time, which is climbed, and no flow; use solver=ascent")
+
+
 class Sampler(ABC):
     """Carries noise to data by what an objective has learned, over the intervals of a time grid that ends at t = 1.
 
@@ -61,6 +67,7 @@ class Sampler(ABC):
 
     def check(self, flow: FlowObjective) -> None:
         """Raise UserError when this sampler cannot use what the objective learns; called before a run trains."""
+        refuse_equilibrium(flow)
         if not flow.learns_velocity:
             raise UserError(
                 "this loss teaches where a state is carried to, not its velocity at an instant; use solver=flow_map "

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.ranges import Steps
-from solvers.base_solver import FreshNoise, Walker
+from solvers.base_solver import FreshNoise, Walker, refuse_equilibrium
 from solvers.time_grids import TimeGrid
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class FlowMapSolver(Walker):
         self.has_path = not renoise
 
     def check(self, flow: FlowObjective) -> None:
+        refuse_equilibrium(flow)
         if flow.learns == "velocity":
             raise UserError(
                 "solver=flow_map samples with a learned flow map, and this loss teaches only the velocity at an instant; "

@@ -201,8 +201,9 @@ class Metric(ABC):
     def results(self, generation: Generation) -> list[Score | Absent]:
         """Return what `compute` gives, or why this objective has no such scores."""
         if self.needs == "velocity" and not generation.objective.learns_velocity:
-            return self.absent("this objective learns maps, not the velocity at an instant")
-        if self.needs == "ends" and generation.objective.marginals_only:
+            what = "a field without time" if generation.objective.learns == "equilibrium" else "maps"
+            return self.absent(f"this objective learns {what}, not the velocity at an instant")
+        if self.needs == "ends" and not generation.objective.has_ends:
             return self.absent("this objective matches the data as a whole, so that no sample has one true end")
         return self.compute(generation)
 

@@ -31,6 +31,8 @@ class FewStep(LongMetric):
 
     def why_not(self, objective: FlowObjective, evaluations: int) -> str | None:
         """Return why the objective makes no samples in so many evaluations; None where it does."""
+        if objective.learns == "equilibrium":
+            return "this objective's field is climbed, in as many evaluations as its solver takes"
         if objective.learns == "velocity" and not self.euler:
             return "this objective learns velocities, not maps across time"
         if objective.learns == "generator" and evaluations > 1:
