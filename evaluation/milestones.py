@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,7 @@ class Milestones:
         """Return the settings in which a run differs, in words; of a setting that is newer, from the recipe as it is now."""
         own, known = plain(meaningful(config)), self.settings
         if not {*own} <= {*known}:
-            experiment = config["choices"].get("experiment")
-            now = compose_config(["run_name=x", *([f"experiment={experiment}"] if experiment else [])])
-            known = plain(meaningful(resolved(now))) | known
+            known = settings_now(config["choices"].get("experiment")) | known
         return [
             f"{key} is {value}, that of the milestones {known.get(key, 'not given')}"
             for key, value in own.items() if known.get(key) != value and (key in known or value not in (None, {}))
@@ -118,6 +116,13 @@ def in_lines(value: Any) -> str:
 def plain(settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings as a file gives them back."""
     return dict(json.loads(json.dumps(settings)))
+
+
+@cache
+def settings_now(experiment: str | None) -> dict[str, Any]:
+    """Return the settings that results hang on of a recipe as it is now, or of the default run."""
+    now = compose_config(["run_name=x", *([f"experiment={experiment}"] if experiment else [])])
+    return plain(meaningful(resolved(now)))
 
 
 def path_of(experiment: str | None) -> Path:

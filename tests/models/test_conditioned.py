@@ -13,6 +13,7 @@ from torch import Tensor
 from common.errors import UserError
 from configuration.build import build
 from configuration.compose import compose_config, groups, resolved
+from configuration.nodes import CONFIG_DIR
 from dataloaders.array_dataset import ArrayDataset
 from dataloaders.base_dataloaders import EpochPlan
 from evaluation.evaluator import held_out_beside
@@ -35,7 +36,7 @@ REGRESSION = ["dataloaders=regression", "conditional=true"]
 COMPARING = ("drifting", "inductive_moment_matching")  # rows of one label with each other
 FLOWS = [name for name in groups()["loss"] if name != "cross_entropy"]
 MODELS = [
-    name for name in groups()["model"] if suits(name) and "classifier" not in model_node(name, suits(name)[0])["_target_"]
+    name for name in groups()["model"] if "models.classifier." not in (CONFIG_DIR / f"model/{name}.yaml").read_text()
 ]
 
 
