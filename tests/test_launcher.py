@@ -15,6 +15,7 @@ from common.errors import UserError
 from run_files.checkpoint import load_checkpoint
 from run_files.result import OF_ANOTHER
 from run_files.run_folder import RunFolder
+from tests import forked
 from tests.conftest import SMALL
 from train import carry_out
 
@@ -199,20 +200,18 @@ def test_runs_moved_aside_in_one_second_lose_nothing(small_run, monkeypatch):
 def test_a_sweep_names_each_job_and_skips_what_has_finished(tmp_path):
     small = (
         "trackio.enabled=false evaluation.samples=16 evaluation.final_samples=16 max_steps=2 model.width=8 callbacks=none"
+        " evaluation=loss_only"
     )
-    command = [
-        sys.executable, "launcher.py", "run_name=s", "-m", "seed=0,1", f"output_dir={tmp_path}", *small.split(),
-        "evaluation=loss_only",
-    ]  # fmt: skip
-    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    command = ["launcher.py", "run_name=s", "-m", "seed=0,1", f"output_dir={tmp_path}", *small.split()]
+    first = forked.run(*command, cwd=ROOT)
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert names == ["s_seed=0", "s_seed=1"]
     status = tmp_path / "runs/s_seed=1/status.json"
     status.write_text(status.read_text().replace('"finished"', '"running"').replace('"step": 2', '"step": 1'))
-    resumed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)  # of the one that was killed
+    resumed = forked.run(*command, cwd=ROOT)  # of the one that was killed
     assert resumed.stdout.count("has finished") == 1
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("status.json")}
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    again = forked.run(*command, cwd=ROOT)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("status.json")}
     assert again.stdout.count("has finished") == 2
     tables = [said.stdout.partition("sweep: 2 jobs")[2].splitlines()[1:3] for said in (first, again)]

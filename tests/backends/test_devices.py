@@ -7,8 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -27,13 +25,13 @@ from common.errors import UserError
 from dataloaders.base_dataloaders import EpochPlan
 from losses.objective import FlowBatch
 from run_files.checkpoint import load_checkpoint
+from tests.forked import Forked
 from train import carry_out
 from training import loop
 from training.assemble import assemble
 from training.loop import after_step, epoch_groups, train_step
 from training.run import Callback, Run, Stop
 
-ROOT = Path(__file__).resolve().parents[2]
 PLAIN = ["trackio.enabled=false", "device=cpu", "callbacks=none", "output_dir=."]
 SMALL = [
     *PLAIN, "evaluation=loss_only", "evaluation.samples=64", "evaluation.final_samples=64",
@@ -190,13 +188,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[d
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__], cwd=place, stderr=subprocess.PIPE, text=True,
-            env=os.environ | shared | {"RANK": str(number), "PYTHONPATH": str(ROOT)},
-        )
-        for number in range(2)
-    ]  # fmt: skip
+    ranks = [Forked(__file__, cwd=place, env=os.environ | shared | {"RANK": str(number)}) for number in range(2)]
     said = [process.communicate(timeout=300)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [1, 1] and (place / "rank1.pt").is_file(), "\n".join(said)
     yield place, [torch.load(place / f"rank{number}.pt", weights_only=False) for number in range(2)], "".join(said)

@@ -5,8 +5,6 @@ The processes are real, and share one job: this file, run as a program, is one o
 
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,12 @@ from backends.workers import run_distributed
 from common.distributed import rank, world
 from common.errors import UserError
 from run_files.checkpoint import load_checkpoint
+from tests.forked import Forked
 from train import carry_out
 from training.assemble import assemble
 from training.loop import epoch_groups, train_step
 from training.sharding import gathered, local, plain
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "trackio.enabled=false", "device=cpu", "callbacks=none", "output_dir=.", "evaluation=loss_only", "evaluation.samples=4",
     "evaluation.final_samples=8", "solver.steps=1", "dataloaders=digits", "dataloaders.epoch_size=1438", "batch_size=6",
@@ -102,12 +100,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
     try:
         for name in ("one_full", "one_ddp"):
             carry_out(prepare([f"run_name={name}", *SMALL, "max_steps=3"]))
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
-        ranks = [
-            subprocess.Popen([sys.executable, __file__], stderr=subprocess.PIPE, text=True,
-                             env=os.environ | shared | {"RANK": str(number)})
-            for number in range(2)
-        ]  # fmt: skip
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        ranks = [Forked(__file__, cwd=place, env=os.environ | shared | {"RANK": str(number)}) for number in range(2)]
         said = [process.communicate(timeout=300)[1] for process in ranks]
         assert [process.returncode for process in ranks] == [0, 0], said
         for name in ("full", "ddp"):

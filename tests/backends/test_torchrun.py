@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 
 import launcher
 from run_files.checkpoint import load_checkpoint
+from tests.forked import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -56,15 +55,11 @@ def test_a_dry_run_says_how_many_processes_share_how_many_rows(tmp_path, capsys,
     assert list(tmp_path.iterdir()) == []
 
 
-def launched(place: Path, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "launcher.py"), "run_name=x", *words], cwd=place, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(place)},
-    )  # fmt: skip
+def launched(place: Path, *words: str) -> Forked:
+    return Forked(ROOT / "launcher.py", "run_name=x", *words, cwd=place, env=os.environ | {"TMPDIR": str(place)})
 
 
-def wait_for_step(place: Path, process: subprocess.Popen[str], step: int) -> None:
+def wait_for_step(place: Path, process: Forked, step: int) -> None:
     """Until the run has logged a later step."""
     file, deadline = place / "runs/x/metrics.jsonl", time.monotonic() + 300
     while not file.is_file() or not any(json.loads(row)["step"] > step for row in file.read_text().split("\n")[:-1]):

@@ -4,8 +4,6 @@ import contextlib
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from evaluation.metrics.cache import cached_numbers
 from run_files.checkpoint import load_checkpoint
 from run_files.run_folder import RunFolder
 from run_files.trackers import NullTracker
+from tests.forked import Forked, run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,19 +71,17 @@ def visible(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("async_save", ["never", "always"])
 def test_a_run_killed_again_and_again_ends_as_if_left_alone(async_save):
     """The short form; `python dev/kill_test.py` is the long one."""
-    command = [sys.executable, "dev/kill_test.py", "--kills", "6", "--and", f"async_save={async_save}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run("dev/kill_test.py", "--kills", "6", "--and", f"async_save={async_save}", cwd=ROOT)
     assert done.returncode == 0 and "6 kills: weights, metrics and files equal" in done.stdout, done.stderr
 
 
-def start_process(folder: Path, *words: str) -> subprocess.Popen[str]:
+def start_process(folder: Path, *words: str) -> Forked:
     small = ["trackio.enabled=false", "callbacks=none", "evaluation=loss_only", "evaluation.samples=16", "device=cpu",
              "evaluation.final_samples=16", "model.width=8", "log_every=1", "batch_size=64"]  # fmt: skip
-    command = [sys.executable, "launcher.py", "run_name=x", f"output_dir={folder}", *(words or small)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return Forked("launcher.py", "run_name=x", f"output_dir={folder}", *(words or small), cwd=ROOT)
 
 
-def wait_for_steps(folder: Path, process: subprocess.Popen[str]) -> None:
+def wait_for_steps(folder: Path, process: Forked) -> None:
     path = folder / "runs/x/metrics.jsonl"
     while not path.exists() or path.stat().st_size < 1000:
         assert process.poll() is None, process.communicate()
@@ -127,12 +124,8 @@ def test_two_sweeps_at_once_in_one_project_keep_apart(tmp_path):
              f"output_dir={tmp_path}", f"log.file={tmp_path / 'log.md'}"]  # fmt: skip
     environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio")}
     sweeps = [
-        subprocess.Popen(
-            [sys.executable, "launcher.py", "-m", f"run_name={name}", "seed=0,1", *words],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for name in ("a", "b")
-    ]  # fmt: skip
+        Forked("launcher.py", "-m", f"run_name={name}", "seed=0,1", *words, cwd=ROOT, env=environment) for name in ("a", "b")
+    ]
     for sweep in sweeps:
         said = sweep.communicate()
         assert sweep.returncode == 0, said

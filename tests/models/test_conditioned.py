@@ -35,9 +35,7 @@ from training.state import averaged_objective
 REGRESSION = ["dataloaders=regression", "conditional=true"]
 COMPARING = ("drifting", "inductive_moment_matching")  # rows of one label with each other
 FLOWS = [name for name in groups()["loss"] if name != "cross_entropy"]
-MODELS = [
-    name for name in groups()["model"] if "models.classifier." not in (CONFIG_DIR / f"model/{name}.yaml").read_text()
-]
+MODELS = [name for name in groups()["model"] if "models.classifier." not in (CONFIG_DIR / f"model/{name}.yaml").read_text()]
 
 
 class Seen(VelocityModel):

@@ -4,7 +4,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 from scripts import cache_latents, eval_fid
 from tests.conftest import DIGITS, write_imagenet, write_vae
+from tests.forked import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.process]
@@ -23,16 +23,9 @@ def by_two(script: str, words: list[str], place: Path) -> list[subprocess.Comple
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    pipe = subprocess.PIPE
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / f"scripts/{script}.py"), *words], cwd=place, stdout=pipe, stderr=pipe, text=True,
-            env=shared | {"RANK": str(number), "LOCAL_RANK": str(number)},
-        )
-        for number in range(2)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=300) for process in ranks]
-    return [subprocess.CompletedProcess(p.args, p.returncode, out, err) for p, (out, err) in zip(ranks, said, strict=True)]
+    own = [shared | {"RANK": str(number), "LOCAL_RANK": str(number)} for number in range(2)]
+    ranks = [Forked(ROOT / f"scripts/{script}.py", *words, cwd=place, env=env) for env in own]
+    return [process.completed() for process in ranks]
 
 
 def test_two_processes_score_samples_as_one(shared_run: Callable[..., Path], tmp_path: Path) -> None:
