@@ -31,26 +31,28 @@ Own = Mapping[str, tuple[str, dict[str, Any]]]  # key of a configuration -> what
 
 def parse_overrides(overrides: list[str]) -> list[Override]:
     """Hydra's own reading of each override. UserError for one it cannot read."""
-    parser = OverridesParser.create()
-    parsed = []
-    for text in overrides:
-        if re.fullmatch(r"run_name=[\w.+\-]+=[\w.=+\-]*", text):  # a sweep's run_name holds =, which Hydra wants quoted
-            text = f"run_name='{text.removeprefix('run_name=')}'"
-        if re.fullmatch(r"trust=[\w.]+(,[\w.]+)+", text):  # a list, not the jobs of a sweep
-            text = f"trust=[{text.removeprefix('trust=')}]"
-        try:
-            override = parser.parse_override(text)
-        except HydraException:
-            override = None
-        if override is None and text.startswith("run_name="):
-            check_run_name(text.removeprefix("run_name="))
-        if override is None or not override.key_or_group:
-            raise UserError(
-                f"cannot read {text!r}: write key=value or group=choice, and quote spaces and special characters "
-                "as in 'key=\"a, b\"'"
-            )
-        parsed.append(override)
-    return parsed
+    return [parsed(text) for text in overrides]
+
+
+@cache
+def parsed(text: str) -> Override:
+    """Return Hydra's reading of one override, which takes it some milliseconds. UserError where it cannot be read."""
+    if re.fullmatch(r"run_name=[\w.+\-]+=[\w.=+\-]*", text):  # a sweep's run_name holds =, which Hydra wants quoted
+        text = f"run_name='{text.removeprefix('run_name=')}'"
+    if re.fullmatch(r"trust=[\w.]+(,[\w.]+)+", text):  # a list, not the jobs of a sweep
+        text = f"trust=[{text.removeprefix('trust=')}]"
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException:
+        override = None
+    if override is None and text.startswith("run_name="):
+        check_run_name(text.removeprefix("run_name="))
+    if override is None or not override.key_or_group:
+        raise UserError(
+            f"cannot read {text!r}: write key=value or group=choice, and quote spaces and special characters "
+            "as in 'key=\"a, b\"'"
+        )
+    return override
 
 
 def typed_keys(overrides: list[str]) -> list[str]:
@@ -105,11 +107,11 @@ def compose_config(overrides: list[str], own: Own | None = None) -> DictConfig:
     own: parts that were given from Python, in the place of those that are chosen.
     """
     register_resolvers()
-    parsed = [override for override in parse_overrides(overrides) if not override.key_or_group.startswith("hydra")]
-    for override in parsed:
+    typed = [override for override in parse_overrides(overrides) if not override.key_or_group.startswith("hydra")]
+    for override in typed:
         if override.is_sweep_override():
             raise UserError(f"{override.input_line} lists several values; add -m to run one job for each")
-    chosen = [override for override in parsed if is_group(override)]
+    chosen = [override for override in typed if is_group(override)]
     for override in chosen:
         check_choice(override)
     words = [str(override.input_line) for override in chosen if override.value() is not None]
@@ -120,7 +122,7 @@ def compose_config(overrides: list[str], own: Own | None = None) -> DictConfig:
     for key, (choice, node) in (own or {}).items():
         OmegaConf.update(cfg, key, node, merge=False, force_add=True)
         cfg.choices[key] = choice
-    for override in parsed:
+    for override in typed:
         if override not in chosen:
             lay_over(cfg, override)
     return cfg
