@@ -174,7 +174,8 @@ def explained_memory_errors() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        said = ("out of memory", "can't allocate memory")
+        of_torch, of_mlx = ("out of memory", "can't allocate memory"), ("unable to allocate", "attempting to allocate")
+        said = (*of_torch, *of_mlx)
         if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in said):
             raise
         raise UserError(

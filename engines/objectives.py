@@ -85,9 +85,8 @@ class Flow:
         if len(batch.input) == 0:
             return direction
         flow = replace(self, now=replace(self.now, dtype=mx.float32))
-        along = flow.forward_mode if picked_engine(self.objective.jvp, CPU) == "func" else flow.central_difference
-        if self.objective.jvp == "separate":
-            along = flow.forward_mode
+        by_difference = picked_engine(self.objective.jvp, torch.device("cpu")) == "finite_difference"
+        along = flow.central_difference if by_difference else flow.forward_mode
         return mx.stop_gradient(along(batch, mx.stop_gradient(direction)))
 
     def central_difference(self, batch: Rows, direction: mx.array) -> mx.array:
@@ -104,9 +103,6 @@ class Flow:
         convolves = any(isinstance(part, nn.Conv2d) for part in self.objective.network.modules())
         at, along = [batch.input, batch.r], [direction, mx.ones_like(batch.r)]
         return (reversed_twice if convolves else lambda f, x, v: mx.jvp(f, x, v)[1][0])(u, at, along)
-
-
-CPU = torch.device("cpu")
 
 
 def reversed_twice(function: Callable[..., mx.array], at: list[mx.array], along: list[mx.array]) -> mx.array:

@@ -69,6 +69,20 @@ def test_velocities_are_those_of_torch(words):
     assert difference(layout.to_torch(weights), held(network)) == 0
 
 
+@pytest.mark.parametrize("words", [SMALL_CLASSIFIER, RESNET], ids=["group norm", "batch norm"])
+def test_logits_are_those_of_torch_in_training_and_after_it(words):
+    """A batch norm goes by the moments of the batch, or by those it has seen."""
+    config, objective = objective_of(*words)
+    images, network = torch.randn(5, *config["dataloaders"]["state_shape"]), objective.network
+    with torch.no_grad():
+        for buffer in network.buffers():
+            buffer.copy_(buffer + 2)
+        for training in (False, True):
+            part = Part(network, Pass(Layout(network).to_mlx(held(network)), training=training))
+            found, expected = states_to_torch(part(states_to_mlx(images))), network.train(training)(images)
+            assert expected.std() > 0.1 and (found - expected).abs().max() < 1e-5
+
+
 def steps_of_torch(objective, average, optimizer, ema, batches, clip) -> list[dict[str, float]]:
     """Optimizer steps as training/loop.py takes them."""
     seen = []
@@ -112,18 +126,14 @@ def both_engines(
 
 
 JVP = ["loss.jvp=func"]
+PAIRED = ["loss/coupling=sinkhorn"]
+GUIDED = ["loss.guidance.omega=2", "loss.guidance.kappa=0.3", "loss.label_dropout=0.5"]
 STEPS = {
     "mse": [*MLP, "loss=mse"],
-    "mse to be fine-tuned": [
-        *MLP,
-        "loss=mse",
-        "loss.second_time=state",
-        "loss/weighting=adaptive",
-        "loss/coupling=sinkhorn",
-    ],
+    "mse to be fine-tuned": [*MLP, "loss=mse", "loss.second_time=state", "loss/weighting=adaptive", *PAIRED],
     "meanflow": [*MLP, "loss=meanflow", "loss/path=cosine"],
     "meanflow forward": [*MLP, "loss=meanflow", *JVP, "loss.variance_reduction=0.5", "loss/weighting=adaptive"],
-    "meanflow guided": [*MLP, "loss=meanflow", "loss/guidance=meanflow", "loss.guidance.omega=2", "loss.guidance.kappa=0.3"],
+    "meanflow guided": [*MLP, "loss=meanflow", "loss/guidance=meanflow", *GUIDED],
     "meanflow dit": [*DIT, "loss=meanflow", *JVP],
     "meanflow cnn": [*CNN, "loss=meanflow", *JVP],
     "improved": [*MLP, "loss=improved_meanflow"],
@@ -140,8 +150,10 @@ STEPS = {
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_is_that_of_torch(name):
+def test_a_step_is_that_of_torch(name, monkeypatch):
     """Weights, average, buffers, what the optimizer remembers, every loss and the norm of the gradient."""
+    if any("loss.jvp" in word for word in STEPS[name]):
+        monkeypatch.setattr("engines.objectives.STEP", 0.5)  # no difference is taken
     (*expected, seen), (*found, values) = both_engines(STEPS[name])
     for one, other in zip(expected, found, strict=True):
         assert difference(one, other) < 1e-4
@@ -168,6 +180,16 @@ def test_bf16_rounds_as_torch_does(words):
     (*_, exact), (*_, rounded) = both_engines(words, steps=1, precision="bf16")
     off = abs(rounded[0]["grad_norm"].item() / exact[0]["grad_norm"] - 1)
     assert 1e-6 < off < 0.03
+
+
+def test_times_are_told_apart_in_bf16():
+    """Their embedding, and products within it, are those of fp32."""
+    _, objective = objective_of(*UNET)
+    weights, times = Layout(objective.network).to_mlx(held(objective.network)), mx.array([[0.5, 0.5001]])
+    exact, low = (
+        Part(objective.network, Pass(weights, kind)).conditioning(times, None) for kind in (mx.float32, mx.bfloat16)
+    )
+    assert low.dtype == mx.float32 and (low == exact).all()
 
 
 def test_shares_weigh_the_batches_of_a_step():

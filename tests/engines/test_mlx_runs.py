@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import launcher
 from evaluation.sample import load
 from tests.training.helpers import assert_equal_runs, metric_rows, weights
 from tests.training.test_resume import stopped
+from training.run import Run
 
 pytestmark = pytest.mark.mlx
 
@@ -68,3 +70,10 @@ def test_the_classifier_recipe_trains_and_its_results_are_those_of_a_torch_run(o
         assert "## x" in text and "eval/accuracy" in text and "| class |" in text
     assert rows["mlx"] == pytest.approx(rows["torch"], rel=1e-4)
     assert rows["mlx"]["epoch"] == 1 and "eval/accuracy" in rows["mlx"]
+
+
+def test_a_run_on_metal_waits_for_those_of_torch_on_mps():
+    """They hold one lock (test_numbers_watched.py), which goes by the device that Run names."""
+    of = lambda engine: Run.shared_device.fget(SimpleNamespace(engine=engine, device=torch.device("cpu")))  # noqa: E731
+    kinds = [of(engine).type for engine in (None, SimpleNamespace(on_metal=False), SimpleNamespace(on_metal=True))]
+    assert kinds == ["cpu", "cpu", "mps"]
