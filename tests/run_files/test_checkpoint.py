@@ -76,7 +76,7 @@ def test_a_save_in_the_background_holds_the_state_of_its_moment(tmp_path, monkey
     def slow_write(path, content):
         running.append(path)
         most.append(len(running))
-        assert may_write.acquire(timeout=20)
+        assert may_write.acquire(timeout=300)
         write(path, content)
         running.remove(path)
 
