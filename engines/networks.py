@@ -68,6 +68,22 @@ def channels(vector: mx.array) -> mx.array:
     return vector[:, None, None]
 
 
+def tiles(x: mx.array, p: int) -> mx.array:
+    """Return pictures (B, H, W, C) as patches of p x p pixels (B, H/p, W/p, C p p), in torch's order."""
+    rows, high, across, _ = x.shape
+    return (
+        x.reshape(rows, high // p, p, across // p, p, -1)
+        .transpose(0, 1, 3, 5, 2, 4)
+        .reshape(rows, high // p, across // p, -1)
+    )
+
+
+def untiled(x: mx.array, p: int) -> mx.array:
+    """Undo `tiles`."""
+    rows, high, across, _ = x.shape
+    return x.reshape(rows, high, across, -1, p, p).transpose(0, 1, 4, 2, 5, 3).reshape(rows, high * p, across * p, -1)
+
+
 def cnn_block(m: Part, x: mx.array, embedding: mx.array) -> mx.array:
     scale, shift = mx.split(channels(m.modulation(embedding)), 2, axis=-1)
     h = m.conv1(silu(m.norm1(x)))
@@ -115,8 +131,8 @@ def unet_halved(m: Part, x: mx.array, embedding: mx.array) -> mx.array:
 
 
 def unet_network(m: Part, z: mx.array, times: mx.array, label: mx.array | None) -> mx.array:
-    h = m.pyramid(m.stem(z), m.conditioning(times, label))
-    return m.head(silu(m.norm(h)))
+    h = m.pyramid(m.stem(tiles(z, m.patch_size)), m.conditioning(times, label))
+    return untiled(m.head(silu(m.norm(h))), m.patch_size)
 
 
 def dit_attention(m: Part, x: mx.array) -> mx.array:
@@ -131,14 +147,13 @@ def dit_block(m: Part, x: mx.array, embedding: mx.array) -> mx.array:
 
 
 def dit_network(m: Part, z: mx.array, times: mx.array, label: mx.array | None) -> mx.array:
-    embedding, (rows, columns), p = m.conditioning(times, label), m.grid, m.patch_size
-    tiles = z.reshape(len(z), rows, p, columns, p, -1).transpose(0, 1, 3, 5, 2, 4)
-    x = m.stem(tiles.reshape(len(z), rows * columns, -1)) + m.positions
+    embedding, patches = m.conditioning(times, label), tiles(z, m.patch_size)
+    x = m.stem(patches.reshape(len(z), -1, patches.shape[-1])) + m.positions
     for block in m.blocks:
         x = block(x, embedding)
     scale, shift = mx.split(m.modulation(embedding)[:, None], 2, axis=2)
-    patches = m.head(layer_norm(x) * (1 + scale) + shift)
-    return patches.reshape(len(z), rows, columns, -1, p, p).transpose(0, 1, 4, 2, 5, 3).reshape(z.shape)
+    x = m.head(layer_norm(x) * (1 + scale) + shift)
+    return untiled(x.reshape(patches.shape), m.patch_size)
 
 
 def basic_block(m: Part, x: mx.array) -> mx.array:

@@ -234,5 +234,5 @@ def terms_of(objective: Objective, now: Pass, average: Arrays, batch: dict[str, 
     """Return named scalar losses of a batch as rows_of has it, "loss" being the one to minimise; average: the weights of the
     teacher, for the losses that ask for a target from it.
     """
-    flow, teacher = Flow(objective, now), Flow(objective, replace(now, weights=average, training=False))
+    flow, teacher = Flow(objective, now), Flow(objective, replace(now, weights=average))
     return LOSSES[type(objective)](flow, teacher, Rows(batch))

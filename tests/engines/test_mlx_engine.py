@@ -17,7 +17,7 @@ from configuration.compose import compose_config, resolved
 from dataloaders.sources import GaussianSource
 from engines.layers import FORWARDS, Layout, Part, Pass, states_to_mlx, states_to_torch
 from engines.mlx_engine import EngineSettings, MlxEngine, check_parts
-from engines.objectives import LOSSES
+from engines.objectives import LOSSES, Flow, Rows
 from engines.optimizers import RULES, averaged
 from evaluation.parts import build_objective
 from losses.terms import named_terms
@@ -53,10 +53,13 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max((one[name] - other[name]).abs().max().item() for name in one if one[name].numel())
 
 
-@pytest.mark.parametrize("words", [MLP, CNN, UNET, [*DIT, "model.qk_norm=true"]], ids=["mlp", "cnn", "unet", "dit"])
+@pytest.mark.parametrize("words", [
+    MLP, [*MLP, "model.activation=relu"], CNN, UNET, [*UNET, "model.patch_size=2"], DIT, [*DIT, "model.qk_norm=true"],
+])  # fmt: skip
 def test_velocities_are_those_of_torch(words):
     config, objective = objective_of(*words, "loss=meanflow")
-    z, r, label = torch.randn(5, *config["dataloaders"]["state_shape"]), torch.rand(5), torch.arange(5) % 3
+    shape = config["dataloaders"]["state_shape"]
+    z, r, label = torch.randn(5, *shape), torch.rand(5), torch.arange(5) % 3
     layout, network = Layout(objective.network), objective.network
     weights = layout.to_mlx(held(network))
     part = Part(network, Pass(weights))
@@ -182,14 +185,15 @@ def test_bf16_rounds_as_torch_does(words):
     assert 1e-6 < off < 0.03
 
 
-def test_times_are_told_apart_in_bf16():
-    """Their embedding, and products within it, are those of fp32."""
-    _, objective = objective_of(*UNET)
+def test_times_and_derivatives_are_those_of_fp32_in_bf16():
+    _, objective = objective_of(*UNET, "loss=meanflow")
     weights, times = Layout(objective.network).to_mlx(held(objective.network)), mx.array([[0.5, 0.5001]])
-    exact, low = (
-        Part(objective.network, Pass(weights, kind)).conditioning(times, None) for kind in (mx.float32, mx.bfloat16)
-    )
-    assert low.dtype == mx.float32 and (low == exact).all()
+    exact, low = (Pass(weights, kind) for kind in (mx.float32, mx.bfloat16))
+    one, other = (Part(objective.network, now).conditioning(times, None) for now in (exact, low))
+    assert other.dtype == mx.float32 and (one == other).all()
+    rows = Rows({"input": mx.ones((1, 4, 4, 1)), "r": times[:, 0], "t": times[:, 1]})
+    one, other = (Flow(objective, now).derivative(rows, rows.input) for now in (exact, low))
+    assert (one == other).all() and mx.abs(one).max() > 0.1
 
 
 def test_shares_weigh_the_batches_of_a_step():
