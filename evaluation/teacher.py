@@ -49,6 +49,7 @@ def learned_velocity(objective: FlowMapObjective, config: dict[str, Any], device
     assert objective.teacher is not None
     with fork_generators(device):  # building reseeds torch's own
         model = load(objective.teacher, device.type)
+    model.objective.check_learns_velocity()
     theirs, ours = flow_of(model.objective, model.config), flow_of(objective, config)
     for what, value in theirs.items():
         if value != ours[what]:

@@ -18,7 +18,7 @@ NODES = 16  # of each of two Gauss-Legendre rules over the times of a state
 
 class EquilibriumMatchingLoss(FlowObjective):
     """|f(z_t) - c(t) v_c|^2, c(t) = strength min(1, (1 - t) / (1 - start)), for a network that sees no time (Wang & Du 2025,
-    EqM, arXiv 2510.02300, eq. 3 and the truncated decay of section 3.2).
+    EqM, arXiv 2510.02300, with its truncated decay).
 
     It is least at f*(z) = E[c(t) v_c | z], the mean over the times too at which a state may have come to z:
         f*(z) = int c(t) v*(z, t) p_t(z) dt / int p_t(z) dt.
@@ -59,11 +59,11 @@ class EquilibriumMatchingLoss(FlowObjective):
         times, weights = self.quadrature()
 
         def field(z: Tensor, r: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-            total, mass = 0.0, 0.0
-            for time, weight in zip(times, weights, strict=True):
-                at = time.expand(len(z))
-                chance = weight * world.density(z, at, label)[:, None]
-                total, mass = total + chance * self.decay(time) * world.velocity(z, at, at, label), mass + chance
+            at, states = times.repeat_interleave(len(z)), z.repeat(len(times), 1)
+            labels = None if label is None else label.repeat(len(times))
+            chance = weights.repeat_interleave(len(z))[:, None] * world.density(states, at, labels)[:, None]
+            moved = chance * self.decay(at)[:, None] * world.velocity(states, at, at, labels)
+            total, mass = (part.view(len(times), len(z), -1).sum(0) for part in (moved, chance))
             return total / mass
 
         return field

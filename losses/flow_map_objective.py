@@ -60,7 +60,7 @@ class FlowMapObjective(FlowObjective, ABC):
         assert self.teacher_velocity is not None, "an objective with a teacher is given its velocity before it draws"
         return self.teacher_velocity(z, r, label).to(z)
 
-    def exact(self, world: World) -> Field | str:
+    def stationary(self, world: World) -> Field | str:
         if self.teacher not in (None, EXACT):
             return f"the flow of the teacher {self.teacher} is not known exactly"
-        return super().exact(world)
+        return super().stationary(world)

@@ -15,7 +15,7 @@ from losses.total_derivative import DerivativeObjective
 
 class ContinuousConsistencyLoss(DerivativeObjective):
     """|F - sg(F + g)|^2, g = sin(theta) df/dtheta: the map to data f(z, theta) = sin(theta) z + cos(theta) F is to be one
-    all along the path (Lu & Song 2024, sCM, arXiv 2410.11081, eq. 6 and algorithm 1).
+    all along the path (Lu & Song 2024, sCM, arXiv 2410.11081).
 
     theta = pi r / 2, z = sin(theta) x1 + cos(theta) x0, and F predicts dz/dtheta (TrigFlow). The network's u(z, r, 1) gives
     f = z + (1 - r) u, so that F = u (1 - r) / cos(theta) + z tan((pi/2 - theta) / 2) and

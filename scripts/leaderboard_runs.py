@@ -157,7 +157,7 @@ def with_teachers(board: Board, objectives: list[str], datasets: list[str], seed
     """
     known = [dataset for dataset in board.datasets if build(composed((f"dataloaders={dataset}",))["dataloaders"]).mixture]
     alone = {name: words for name, words in board.objectives.items() if not any("{" in word for word in words)}
-    learning = [name for name, words in alone.items() if "teacher" in composed(tuple(words))["loss"]]
+    learning = [name for name, words in alone.items() if composed(tuple(words))["loss"].get("teacher", "") is None]
     for key, asked, there in (("data", datasets, known), ("only", objectives, learning)):
         wrong = next((word for word in asked if word not in there), None if there else "anything")
         if wrong is not None:

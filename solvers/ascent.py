@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 class Ascent(Walker):
     """x_(k+1) = x_k + eta f(x_k + momentum (x_k - x_(k-1))): steps along f, taken ahead as in Nesterov's method (Wang & Du
-    2025, arXiv 2510.02300, section 3.3, whose f has the other sign).
+    2025, arXiv 2510.02300, whose f has the other sign).
 
     eta: of a step, in units of f. The way is about strength eta steps times that from noise to data. Times only number the
     steps: the field knows none.

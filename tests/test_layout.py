@@ -16,6 +16,7 @@ from configuration.build import build
 from configuration.compose import CONFIG_DIR, compose_config, groups, resolved
 from evaluation.parts import build_objective
 from losses.couplings import Paths
+from losses.flow_map_objective import FlowMapObjective
 from losses.objective import FlowObjective
 from losses.terms import named_terms
 from training.ema import ConstantEMA
@@ -246,6 +247,8 @@ def test_every_objective_keeps_its_contract(loss, conditional, tmp_path):
     if words:  # the pairs that a teacher's checkpoint would give
         ends = torch.randn(2, 50_000, 2)
         objective.coupling.made = Paths(ends, torch.tensor([0.0, 1.0]), torch.arange(50_000) % 5)
+    if isinstance(objective, FlowMapObjective) and objective.teacher:
+        objective.follow(lambda z, r, label: 1 - z)
     x0, x1, label = torch.randn(64, 2), torch.randn(64, 2) + 1, torch.arange(64) % 5
     first, again, other = (objective.draw(x0, x1, label, torch.Generator().manual_seed(s), 0.5) for s in (1, 1, 2))
     repeats = torch.equal(first.unified_input, again.unified_input)

@@ -22,6 +22,7 @@ from evaluation.report import draw_pairs, is_drawn_from_pictures
 from evaluation.sample import load
 from helpers_cfg import Autoguidance, ClassifierFreeGuidance
 from losses.couplings import Paths
+from losses.flow_map_objective import FlowMapObjective
 from losses.objective import FlowObjective
 from losses.terms import named_terms
 from models.conditioned import Conditioned, widened
@@ -113,6 +114,8 @@ def test_every_objective_learns_with_conditions(loss: str) -> None:
     objective, label = objective_of(loss, *teacher), join_condition(None, torch.randn(64, 2))
     if teacher:
         objective.coupling.made = Paths(torch.randn(2, 64, 2), torch.tensor([0.0, 1.0]), label)
+    if isinstance(objective, FlowMapObjective) and objective.teacher:
+        objective.follow(lambda z, r, label: 1 - z)
     if loss in COMPARING:
         with pytest.raises(UserError, match="compares rows of one label"):
             objective.draw(torch.randn(64, 2), torch.randn(64, 2), label, torch.Generator(), 0.5)
