@@ -14,7 +14,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from os.path import realpath
+from os.path import realpath, samestat
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,25 +35,51 @@ def replacing(path: Path, owner: str = "") -> Iterator[BinaryIO]:
 
     A symbolic link is followed to its end; a file that stands there keeps its mode and, as far as the system allows, its
     owner. owner: distinguishes the temporary files of those who write one path. A block that fails leaves `path` as it was
-    and nothing beside it. OSError, naming `path`, when the disk refuses; UserError when `path` is no regular file.
+    and nothing beside it; what a killed writer of it left goes. OSError, naming `path`, when the disk refuses; UserError
+    when `path` is no regular file.
     """
     path = end_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{owner}{path.name}.{os.getpid()}{TEMPORARY}")
     discard(temporary)
     try:
-        with temporary.open("wb") as file:
+        remove_abandoned(path.parent, f"{re.escape(owner)}{re.escape(path.name)}")
+        with held(temporary) as file:
             keep_access(path, file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+            temporary.replace(path)  # before its lock goes, by which others see that it is not abandoned
         sync_folder(path.parent)
     except BaseException as error:
         discard(temporary)
         if isinstance(error, OSError) and error.errno:
             error.filename = str(path)
         raise
+
+
+def held(path: Path) -> BinaryIO:
+    """Return a new file, open for writing, locked until it is closed: by its lock others see that its writer lives."""
+    while True:
+        file = path.open("wb")
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if path.exists() and samestat(path.stat(), os.fstat(file.fileno())):  # else others removed it before it was locked
+            return file
+        file.close()
+
+
+def remove_abandoned(folder: Path, names: str) -> None:
+    """Remove the temporary files of `names`, an expression, that no process holds."""
+    for path in temporaries(folder, names):
+        with suppress(OSError), open(path, "rb", opener=no_waiting) as file:  # a pipe or a link stays
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def no_waiting(path: str, flags: int) -> int:
+    """Open a file without waiting for a writer of a pipe, and through no link."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
 
 
 def end_of(path: Path) -> Path:
@@ -132,10 +158,14 @@ def sync_folder(folder: Path) -> None:
 
 def remove_temporaries(folder: Path, names: str = ".*") -> None:
     """Remove what killed processes left half-written beside the files whose names match; the caller holds their lock."""
+    for path in temporaries(folder, names):
+        path.unlink(missing_ok=True)
+
+
+def temporaries(folder: Path, names: str) -> list[Path]:
+    """Return the temporary files beside the files of a folder whose names match an expression."""
     pattern = re.compile(rf"\.(?:{names})\.\d+{re.escape(TEMPORARY)}")
-    for path in folder.glob(f".*{TEMPORARY}"):
-        if pattern.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+    return [path for path in folder.glob(f".*{TEMPORARY}") if pattern.fullmatch(path.name)]
 
 
 class LastingStream(io.FileIO):

@@ -31,7 +31,9 @@ ROOT = Path(__file__).resolve().parents[2]
     ids=["a cached number", "the leaderboard's page", "a report"],
 )
 def test_a_script_killed_at_any_operation_of_the_disk_does_it_again(tmp_path, write):
-    """Whatever the kill has left, the same work afterwards gives what it gives at first, and no half file by that name."""
+    """Whatever the kill has left, the same work afterwards gives what it gives at first, no half file by that name, and no
+    temporary file.
+    """
     write(tmp_path / "whole")
     whole = visible(tmp_path / "whole")
     for at in range(1000):
@@ -44,7 +46,7 @@ def test_a_script_killed_at_any_operation_of_the_disk_does_it_again(tmp_path, wr
         status = os.waitpid(child, 0)[1]
         assert visible(place) in ({}, whole)
         write(place)
-        assert visible(place) == whole
+        assert visible(place) == whole and not list(place.glob(".*.tmp"))
         if not os.WIFSIGNALED(status):
             break
     assert at >= 4

@@ -15,7 +15,7 @@ import pytest
 
 from backends.submission import prepare
 from common.errors import UserError
-from common.files import share, write_atomically
+from common.files import replacing, share, write_atomically
 from run_files.metrics_file import MetricsFile
 from run_files.run_folder import RunFolder
 
@@ -217,6 +217,23 @@ def test_a_replaced_file_keeps_its_mode_and_owner(tmp_path: Path) -> None:
     write_atomically(path, "new")
     status = path.stat()
     assert path.read_text() == "new" and status.st_mode & 0o7777 == 0o640 and (status.st_uid, status.st_gid) == owner
+
+
+def test_a_writer_removes_what_a_killed_one_left_and_nothing_else(tmp_path: Path) -> None:
+    path, left, of_another = tmp_path / "page.html", tmp_path / ".page.html.99.tmp", tmp_path / ".new_page.html.99.tmp"
+    left.touch(), of_another.touch()
+    os.mkfifo(tmp_path / ".page.html.98.tmp")  # which nobody is waited for to write
+    (link := tmp_path / ".page.html.97.tmp").symlink_to(of_another)
+    with replacing(path) as file:
+        being_written = next(tmp_path.glob(f".page.html.{os.getpid()}.tmp"))
+        write_elsewhere = os.fork()
+        if not write_elsewhere:
+            write_atomically(path, "of another process")
+            os._exit(0)
+        assert os.waitpid(write_elsewhere, 0)[1] == 0 and path.read_text() == "of another process"
+        assert being_written.exists() and not left.exists()
+        file.write(b"last")
+    assert path.read_text() == "last" and of_another.exists() and link.is_symlink()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "link to a pipe", "link to itself"])
