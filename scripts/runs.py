@@ -13,6 +13,7 @@ import argparse
 import csv
 import difflib
 import io
+import os
 import platform
 import re
 import shutil
@@ -34,13 +35,14 @@ from run_files.stored_values import note_once
 NO_SCORE = re.compile(r"_floor\w*$|_se$|_p$|_ratio$|^eval/(nfe|seconds)$")  # of these none is the best
 HEADLINES = ("eval/energy_distance", "eval/fid", "eval/accuracy", "eval/kid", "eval/loss")  # in order of preference
 HEADLINES_SHOWN = 2
+OUTPUT_WORD = re.compile(r"^output_dir=")  # as the other scripts and the launcher take it
 NO_METRICS = ("step", "epoch", "elapsed_seconds", "provenance")  # keys of a row of metrics.jsonl
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     place: dict[str, Any] = {"type": Path, "metavar": "FOLDER", "help": "of the runs (outputs/ here or the repository's)"}
     parser = argparse.ArgumentParser(
-        usage="runs.py [-h] [--output-dir FOLDER] "
+        usage="runs.py [-h] [output_dir=FOLDER] "
         "(list | show NAME [csv=FILE] | compare A B ... | table NAMES | delete NAME ...)",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -66,7 +68,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             command.add_argument("--score", metavar="SCORE", help="of sets: this score alone, decided on beforehand")
         if name == "delete":
             command.add_argument("--dry-run", action="store_true", help="say what would be deleted")
-    return parser.parse_args(arguments)
+    return parser.parse_args([OUTPUT_WORD.sub("--output-dir=", argument) for argument in arguments])
 
 
 def carry_out(words: list[str]) -> str:
@@ -210,10 +212,18 @@ def table_of_runs(options: argparse.Namespace) -> str:
 
 
 def delete_runs(options: argparse.Namespace) -> str:
-    """Delete runs of exactly these names: folder, saves, tracker run. UserError, and nothing goes, if one is trained."""
+    """Delete runs of exactly these names: folder, saves, tracker run. UserError, and nothing goes, if one is trained, or
+    saves may lie where this user cannot look.
+    """
     from run_files.run_folder import saves_of
 
     folders = [find_run(options.output_dir, name) for name in dict.fromkeys(options.names)]
+    saves = options.output_dir / "ckpts"
+    shut = next(
+        (path for path in (saves, *saves.rglob("*")) if path.is_dir() and not os.access(path, os.R_OK | os.X_OK)), None
+    )
+    if shut is not None:
+        raise UserError(f"{shut} may not be read by this user, and saves may lie there; nothing was deleted")
     if not options.dry_run:
         for folder in folders:
             folder.lock.acquire()

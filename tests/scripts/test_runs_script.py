@@ -94,7 +94,7 @@ def test_a_table_that_cannot_be_written_is_one_sentence(name, words, sentence, o
 
 
 def test_list_of_nothing_says_how_to_begin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, lines, _ = run_main(capsys, "--output-dir", tmp_path, "list")
+    code, lines, _ = run_main(capsys, f"output_dir={tmp_path}", "list")
     assert code == 0 and "python launcher.py run_name=" in lines[0]
 
 
@@ -189,6 +189,10 @@ def test_delete_takes_a_runs_three_places_and_nothing_of_its_neighbours(small_ru
     code, _, said = run_main(capsys, "delete", "x", "y", "--output-dir", folder)
     assert code == 1 and "run y is being trained by another process right now (process" in said
     held.release()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: Path(path).name != "archive")
+        code, _, said = run_main(capsys, "delete", "x", "--output-dir", folder)
+    assert code == 1 and "archive may not be read by this user, and saves may lie there; nothing was deleted" in said
     assert sorted(folder.rglob("*")) == before and "x" in run_names(project)
     assert run_main(capsys, "delete", "x", "--output-dir", folder)[0] == 0
     gone = {path.relative_to(folder) for path in set(before) - set(folder.rglob("*"))}
