@@ -261,7 +261,7 @@ def carry_out(arguments: list[str]) -> int:
 
 def main(arguments: list[str]) -> int:
     """Return the exit status: 0, 1 for a mistake of the user's (one sentence on stderr), 128 + its number for a signal."""
-    from common.errors import UserError, bug_in_words
+    from common.errors import UserError, bug_in_words, path_in_words
     from common.files import outlive_readers
 
     outlive_readers("the work goes on")
@@ -280,7 +280,8 @@ def main(arguments: list[str]) -> int:
             return 130
         if isinstance(error, KeyboardInterrupt) or (sys.flags.dev_mode and not isinstance(error, UserError)):
             raise
-        print(f"launcher.py: {error}" if isinstance(error, UserError) else bug_in_words(error), file=sys.stderr)
+        sentence = str(error) if isinstance(error, UserError) else path_in_words(error)
+        print(f"launcher.py: {sentence}" if sentence is not None else bug_in_words(error), file=sys.stderr)
         return 1
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL if before is leave else before)

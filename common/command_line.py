@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from common.errors import UserError, printable
+from common.errors import UserError, path_in_words, printable
 from common.files import DISK_ERRORS, disk_sentence, outlive_readers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +52,8 @@ def split(words: list[str], settings: dict[str, str]) -> tuple[dict[str, str], l
 
 def place_sentence(error: OSError) -> str:
     """Return what is wrong with a place that cannot be written. Raises the error where it is another."""
+    if said := path_in_words(error):
+        return said
     if error.errno not in (*DISK_ERRORS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST):
         raise error
     return f"{printable(disk_sentence(error))}; make room there, or choose another place (most often by out=)"
@@ -75,6 +77,10 @@ def front(words: list[str], doc: str | None, carry_out: Callable[[list[str]], ob
         sentence, status = str(error), 1
     except OSError as error:
         sentence, status = place_sentence(error), 1
+    except Exception as error:
+        if (said := path_in_words(error)) is None:
+            raise
+        sentence, status = said, 1
     else:
         if isinstance(outcome, str | Path):
             print(printable(str(outcome)))

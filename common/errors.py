@@ -1,5 +1,6 @@
 """The user-facing error, printed without a traceback; of any other exception, a bug, the lines that are of no library."""
 
+import errno
 import re
 import sysconfig
 import traceback
@@ -26,6 +27,26 @@ class UserError(Exception):
     def _render_traceback_(self) -> list[str]:
         """Return what a notebook shows of it: the sentence alone."""
         return [f"{type(self).__name__}: {self}"]
+
+
+# What the system says of a path that was given, whatever is done with it.
+OF_PATHS = {
+    errno.ENAMETOOLONG: "is too long for this file system; give a shorter one",
+    errno.EACCES: "may not be reached by this user; change the mode of its folder, or give another path",
+    errno.EPERM: "may not be reached by this user; change the mode of its folder, or give another path",
+    errno.ELOOP: "is a link in a circle; give another path",
+}
+PATH_SHOWN = 80  # characters of such a path that are quoted
+
+
+def path_in_words(error: BaseException | None) -> str | None:
+    """Return in a sentence which path the system refused, where an error is that or was caused by it; None for another."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in OF_PATHS and error.filename:
+            path = printable(str(error.filename))
+            return f"{path[:PATH_SHOWN]}{'...' * (len(path) > PATH_SHOWN)} {OF_PATHS[error.errno]}"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 LIBRARIES = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib"))

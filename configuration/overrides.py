@@ -10,6 +10,7 @@ from common.errors import UserError
 from configuration.checks import check_values
 from configuration.compose import compose_config, delete, is_group, resolved, typed_keys
 from configuration.nodes import lookup
+from configuration.stored import check_new_parts
 from configuration.values import NEUTRAL
 
 # What no result hangs on, or only by chance, or what follows from the data.
@@ -74,5 +75,6 @@ def settings_from_overrides(words: list[str]) -> dict[str, Any]:
     """Return the nodes that words name, e.g. {"solver": ...} of ["solver=rk4", "solver.steps=8"]. UserError if wrong."""
     config = resolved(compose_config(["run_name=sample", *words]))
     check_values(config)
+    check_new_parts(config)
     named = {key.split(".")[0].split("/")[0] for key in typed_keys(words)}
     return {name: config.get(name) for name in named}

@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from common.command_line import outputs, split
 from common.errors import UserError
+from common.files import end_of as regular_end
 from common.ranges import CountFrom2, Range, Seed
 from configuration.compose import compose_config, parse_overrides, resolved
 from configuration.nodes import lookup, nearest
+from configuration.overrides import settings_from_overrides
 from configuration.values import declared, kinds_in, whole_number
+from run_files.checks import check_writable
 from run_files.result import table
 
 if TYPE_CHECKING:
@@ -76,7 +79,7 @@ def search_of(words: list[str]) -> SamplingSearch:
         raise UserError(f"low={own['low']} must be below high={own['high']}")
     search = SamplingSearch(own, rest, key, texts, low, high, not texts and is_whole(key, rest, low, high))
     for value in texts or (low, high):
-        resolved(compose_config(["run_name=sample", *rest, search.override(value)]))
+        settings_from_overrides([*rest, search.override(value)])
     search.number("evaluations", Annotated[int, Range(5, most=1000)])
     search.number("n", CountFrom2), search.number("repeats", CountFrom2), search.number("seed", Seed)
     return search
@@ -147,6 +150,7 @@ def command(words: list[str]) -> str:
     path = Path(search.own["out"] or outputs() / "searches" / f"{Path(search.own['ckpt']).stem}_{clean(search.key)}.png")
     if path.suffix != ".png":
         raise UserError(f"out={path} must end in .png")
+    check_writable("out", regular_end(path).parent)
     from configuration.stored import allow
     from evaluation.sample import load
 
@@ -168,8 +172,6 @@ def scored(search: SamplingSearch, model: "TrainedModel") -> dict[float | str, l
     real = model.real(count, seed)[0].flatten(1)
 
     def score(value: float | str) -> float:
-        from configuration.overrides import settings_from_overrides
-
         own = copy(model)
         own.config = model.config | settings_from_overrides([*search.words, search.override(value)])
         samples = (own.sample(count, seed + repeat).flatten(1) for repeat in range(repeats))

@@ -1,5 +1,6 @@
 """What a model, a teacher or a guidance is asked for and cannot give is one sentence; what it can give follows the data."""
 
+import errno
 import os
 import shutil
 import signal
@@ -15,9 +16,10 @@ import pytest
 import torch
 
 import launcher
-from common.errors import UserError
+from common.errors import UserError, path_in_words
 from configuration.build import build
 from configuration.compose import CONFIG_DIR
+from configuration.overrides import settings_from_overrides
 from configuration.stored import targets_of
 from dataloaders.array_dataset import ArrayDataset
 from evaluation.generate import data_labels
@@ -26,6 +28,7 @@ from evaluation.sample import load
 from helpers_cfg import ClassifierFreeGuidance
 from losses.flow_matching_loss import FlowMatchingLoss
 from run_files.run_folder import RunFolder
+from scripts import runs, sample
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -287,3 +290,37 @@ def test_a_file_without_a_function_is_answered_with_those_it_has(tmp_path: Path)
     for end in ("", ":"):
         with pytest.raises(UserError, match=r"mine\.py:? names no function; write .*mine\.py:first or second$"):
             prepared([f"{tmp_path / 'mine.py'}{end}"])
+
+
+@pytest.mark.parametrize(
+    ("front", "words"),
+    [
+        (launcher, ["run_name=x", "output_dir={}"]),
+        (launcher, ["run_name=x", "loss=meanflow", "loss.teacher={}"]),
+        (launcher, ["--search", "golden", "key=solver.steps", "low=1", "high=8", "ckpt={}"]),
+        (sample, ["ckpt={}"]),
+        (runs, ["list", "output_dir={}"]),
+    ],
+)
+def test_a_path_that_the_file_system_does_not_take_is_one_sentence(front, words, tmp_path, capsys) -> None:
+    assert front.main([word.format(tmp_path / ("n" * 300)) for word in words]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "nnn... is too long for this file system; give a shorter one" in said
+
+
+def test_a_path_is_named_that_an_error_comes_from() -> None:
+    """A library's error on the way, as Hydra's around a constructor, hides it."""
+    cause = PermissionError(errno.EACCES, "Permission denied", "/shut/x.npy")
+    with pytest.raises(RuntimeError) as caught:
+        raise RuntimeError("cannot make it") from cause
+    assert str(path_in_words(caught.value)).startswith("/shut/x.npy may not be reached by this user; ")
+    assert path_in_words(RuntimeError("own")) is None and path_in_words(OSError(errno.EACCES, "no name")) is None
+
+
+@pytest.mark.parametrize(
+    ("target", "sentence"),
+    [("os.system", "is not a class"), ("collections.Counter", "is not the class of a solver; give one derived from")],
+)
+def test_what_samples_a_checkpoint_is_a_solver(target: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=rf"solver\._target_={target} {sentence}"):
+        settings_from_overrides([f"solver._target_={target}"])

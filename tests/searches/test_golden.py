@@ -71,6 +71,9 @@ def test_settings_share_their_noise_so_that_the_curve_is_smooth(checkpoint, caps
 def test_the_command_draws_and_says_how_to_sample(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["key=solver.steps", "low=1", "high=6", "evaluations=5", "repeats=2", "n=50", f"ckpt={checkpoint}", "out=p.png"]
+    assert launcher.main(["--search", "golden", *words[:-1], "out=/proc/p.png"]) == 1
+    said = capsys.readouterr()
+    assert "out=/proc cannot be written" in said.err and not said.out  # nothing was scored in vain
     assert launcher.main(["--search", "golden", *words, "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert f"python scripts/sample.py ckpt={checkpoint} solver.steps=" in out and (tmp_path / "p.png").is_file()
