@@ -59,6 +59,8 @@ def read_words(words: list[str]) -> tuple[Settings, list[str]]:
         raise UserError(f"out={settings.out} must end in .png")
     if settings.save is not None and (settings.save.suffix != ".pt" or len(lengths_of(settings.lengths)) > 1):
         raise UserError(f"save={settings.save} must end in .pt, and holds one length; give it by lengths=")
+    if settings.save is not None and settings.save.exists():
+        raise UserError(f"save={settings.save} exists already, and no weights are replaced; give another path, or remove it")
     for path in filter(None, (settings.out, settings.save)):
         check_writable("out" if path == settings.out else "save", end_of(path).parent)
     return settings, overrides
@@ -109,7 +111,7 @@ def stored_with(ckpt: Path, model: "TrainedModel") -> "Snapshots":
 
     name = model.config["run_name"]
     check_run_name(name)
-    output = next((folder.parent for folder in ckpt.resolve().parents if folder.name == "ckpts"), ckpt.parent)
+    output = next((folder.parent for folder in ckpt.resolve().parents if folder.name in ("ckpts", "runs")), ckpt.parent)
     folder = RunFolder(output / "runs" / name)
     check_entries(folder.path)
     files = [path for path in folder.averages() if folder.step_of(path) <= model.step]

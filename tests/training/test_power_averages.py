@@ -113,7 +113,8 @@ def test_a_run_stores_averages_resumes_bit_for_bit_and_is_swept_afterwards(small
     for found in (seen[0][1], weights_of(load(tmp_path / "short.pt", "cpu"))):
         torch.testing.assert_close(found, torch.cat([value.flatten() for value in saved["ema_0.05"].values()]))
     steps = [RunFolder.step_of(path) for path in one]
-    assert script.stored_with(checkpoint, SimpleNamespace(config={"run_name": "x"}, step=steps[2])).steps[-1] == steps[2]
+    for weights in (checkpoint, whole / "runs/x/model.safetensors"):
+        assert script.stored_with(weights, SimpleNamespace(config={"run_name": "x"}, step=steps[2])).steps[-1] == steps[2]
 
 
 def weights_of(model) -> torch.Tensor:
@@ -127,14 +128,17 @@ def weights_of(model) -> torch.Tensor:
         (["lengths=long"], "a length is a number"),
         (["out=x.jpg"], "must end in .png"),
         (["save=x.pt"], "holds one length"),
+        (["save={ckpt}", "lengths=0.1"], "exists already, and no weights are replaced"),
         ([], "train the run with ema=power"),
     ],
 )
 def test_what_cannot_be_swept_is_one_sentence(words, sentence, shared_run, capsys, tmp_path):
     checkpoint = shared_run("plain", "max_steps=2") / "ckpts/mlp/plain_last.pt"
+    before = checkpoint.read_bytes()
+    words = [word.format(ckpt=checkpoint) for word in words]
     assert script.main([f"ckpt={checkpoint}", f"out={tmp_path / 'x.png'}", *words]) == 1
     said = capsys.readouterr().err
-    assert sentence in said and len(said.splitlines()) == 1
+    assert sentence in said and len(said.splitlines()) == 1 and checkpoint.read_bytes() == before
 
 
 @pytest.mark.parametrize("length", [0.005, 0.28])
