@@ -76,10 +76,14 @@ def load_states(file: Path) -> torch.Tensor:
 
 
 def load_numbers(file: Path, member: str, nan: bool = False) -> torch.Tensor:
-    """Return a .npy, or one array of a .npz, (N, ...) in fp32. UserError where a row is not finite in fp32; `nan` may be."""
+    """Return a .npy, or one array of a .npz, (N, ...) in fp32. UserError where it holds no numbers, or a row is not finite
+    in fp32; `nan` may be.
+    """
     with reading(file):
         loaded = np.load(file, allow_pickle=False)
         array = loaded if file.suffix == ".npy" else loaded[member]
+    if array.dtype.kind not in "fiub" or not array.size:
+        raise UserError(f"{file} holds {array.dtype} of shape {list(array.shape)}; it takes real numbers, one or more")
     with np.errstate(over="ignore"):  # too large for fp32: infinite, and refused below
         numbers = torch.from_numpy(array.astype(np.float32))
     good = numbers.isfinite() | (numbers.isnan() & nan)

@@ -117,13 +117,18 @@ def test_digits_are_completed_from_the_command_line(shared_run: Callable[..., Pa
         (["observed={part}", "observed_noise=0"], "a number above 0"),
         (["observed={wide}"], "what is observed has shape [3]"),
         (["observed={endless}"], "are not finite"),
+        (["observed={text}"], "it takes real numbers, one or more"),
+        (["observed={complex}"], "it takes real numbers, one or more"),
+        (["observed={none}"], "holds float64 of shape [0]"),
     ],
 )
 def test_what_cannot_be_observed_is_one_sentence(shared_run, tmp_path: Path, capsys, words, sentence) -> None:
     checkpoint = shared_run("plain") / "ckpts/mlp/plain_last.pt"
-    for name, numbers in {"part": [0.1, np.nan], "wide": [1.0, 2.0, 3.0], "endless": [np.inf, 0.0]}.items():
+    contents = {"part": [0.1, np.nan], "wide": [1.0, 2.0, 3.0], "endless": [np.inf, 0.0]}
+    contents |= {"text": ["a", "b"], "complex": [1j, 2.0], "none": []}
+    for name, numbers in contents.items():
         np.save(tmp_path / f"{name}.npy", np.array(numbers))
-    places = {name: tmp_path / f"{name}.npy" for name in ("part", "wide", "endless")}
+    places = {name: tmp_path / f"{name}.npy" for name in contents}
     assert sample.main([f"ckpt={checkpoint}", f"out={tmp_path / 'x.npy'}", *(word.format(**places) for word in words)]) == 1
     said = capsys.readouterr().err
     assert sentence in said and said.count("\n") == 1 and not (tmp_path / "x.npy").exists()
