@@ -16,7 +16,7 @@ from configuration.build import build
 from configuration.checks import check_contradictions, check_devices, check_memory, check_values
 from configuration.compose import Own, compose_config, parse_overrides, resolved, typed_keys, without
 from configuration.engines import check_engine
-from configuration.nodes import rebuilt
+from configuration.nodes import lookup, rebuilt
 from configuration.overrides import differences, laid_over
 from configuration.stored import (
     AS_TYPED,
@@ -77,6 +77,11 @@ def with_teacher(config: dict[str, Any]) -> dict[str, Any]:
     check_values(teacher)
     check_contradictions(teacher)
     name, place = teacher["run_name"], Path(teacher["output_dir"]) / "ckpts" / teacher["choices"]["model"]
+    if not config["resume"] and name not in (lookup(config, "loss.coupling.teacher"), lookup(config, "loss.teacher")):
+        raise UserError(
+            f"teacher= trains the run {name}, of which this one reads nothing; add loss=distillation and "
+            "'loss.coupling.teacher=${run_name}_teacher', or leave teacher out"
+        )
     save = lambda node: {k: str(place / f"{name}_last.pt") if v == name else v for k, v in node.items()}  # noqa: E731
     if config["resume"] and not run_folder_of(config).config_path.is_file() and run_folder_of(teacher).config_path.is_file():
         config |= {"resume": False, "overrides": without(config["overrides"], ("resume",))}  # stopped in the teacher's time

@@ -232,7 +232,8 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     unset: Any = OmegaConf.to_container(cfg)
     missing = [key for key in flat_keys(cfg) if lookup(unset, key) == "???"]
     if missing:
-        example = "run_name=my_experiment" if missing[0] == "run_name" else f"{missing[0]}=..."
+        own_teacher = f"'{missing[0]}=${{run_name}}_teacher'" if unset.get("teacher") and "teacher" in missing[0] else None
+        example = "run_name=my_experiment" if missing[0] == "run_name" else own_teacher or f"{missing[0]}=..."
         raise UserError(f"{missing[0]} is missing; add it to the command, such as {example}")
     reading = [key for key in flat_keys(cfg) if re.search(r"\$\{\s*oc\.env\b", str(lookup(unset, key)))]
     if reading:
