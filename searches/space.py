@@ -37,9 +37,9 @@ class Varied:
     whole: bool = False
 
     def word(self, value: Value) -> str:
-        """Return the override that gives the key a value."""
+        """Return the override that gives the key a value; one that is added, as +optimizer.eps, has its plus."""
         text = value if isinstance(value, str) else str(int(value) if self.whole else float(value))
-        return f"{self.key}={text}"
+        return f"{'+' * (len(self.typed) - len(self.typed.lstrip('+')))}{self.key}={text}"
 
     @property
     def ends(self) -> list[Value]:

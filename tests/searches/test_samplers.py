@@ -24,6 +24,11 @@ def trials(*values: float | None) -> Any:
     return [SimpleNamespace(values=None if value is None else [value]) for value in values]
 
 
+def test_a_key_that_is_added_keeps_its_plus() -> None:
+    assert varied("+optimizer.eps=interval(1e-8,1e-6)").word(1e-7) == "+optimizer.eps=1e-07"
+    assert varied("++a=choice(x,y)").word("x") == "++a=x" and varied("a=choice(x,y)").word("x") == "a=x"
+
+
 @pytest.mark.parametrize(
     ("typed", "kind", "log", "whole"),
     [
