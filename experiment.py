@@ -208,13 +208,17 @@ def rows_of(data: Any) -> tuple[Tensor, Tensor | None]:
         ) from error
     if len(tensors) not in (1, 2):
         raise UserError(f"data takes states, or (states, labels), not {len(tensors)} arrays")
+    if tensors[0].is_complex():
+        raise UserError(
+            "data takes real numbers, not complex ones; give both parts as dimensions, torch.view_as_real(x).flatten(1)"
+        )
     return tensors[0], tensors[1] if len(tensors) == 2 else None
 
 
 def check_rows(states: Tensor, labels: Tensor | None) -> None:
     """Raise UserError for states or labels that are no data to learn from."""
     shape, rows = list(states.shape), len(states) if states.ndim else 0
-    if states.ndim not in (2, 4) or rows < MIN_ROWS or 0 in shape or states.is_complex():
+    if states.ndim not in (2, 4) or rows < MIN_ROWS or 0 in shape:
         raise UserError(f"data takes states of shape (N, D) or (N, C, H, W), N being {MIN_ROWS} or more, not {shape}")
     if bad := int((~states.flatten(1).isfinite().all(1)).sum()):
         raise UserError(f"{bad} of the {rows} rows of data are not finite in fp32; remove or rescale them")

@@ -232,7 +232,9 @@ def check_all(node: Any, key: str = "") -> None:
 
 
 def check_run_name(name: Any) -> None:
-    """Raise UserError for a run_name that cannot name files safely."""
+    """Raise UserError for a run_name that cannot name files safely, or is read as a number."""
+    if isinstance(name, int | float):
+        raise UserError(f"run_name={shown(name)} is read as {NOUNS[type(name)]}; let a name have a letter, as in run_{name}")
     if not isinstance(name, str) or not RUN_NAME.fullmatch(name):
         raise UserError(
             f"run_name={str(name)[:60]!r} cannot name files; use the letters a to z and A to Z, digits and . _ = + - only, "

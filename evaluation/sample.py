@@ -14,7 +14,7 @@ from common.device import full_products, pick_device
 from common.distributed import concatenated, world
 from common.errors import UserError
 from common.progress import watched
-from common.ranges import Count, Positive
+from common.ranges import Count, Positive, Steps
 from common.seeds import generator_for
 from configuration.checks import check_rows_fit
 from configuration.stored import stored_config
@@ -71,6 +71,7 @@ class TrainedModel:
         UserError for more samples than this machine's memory holds.
         """
         check_value("n", n, Setting(Count))
+        check_value("evaluations", evaluations, Setting(Steps | None))
         check_rows_fit("n", n, self.config["dataloaders"]["state_shape"])
         source, labels, flow = parts.build_source(self.config, CPU), self.labels(n, label, condition), self.flow(guidance)
         if evaluations is not None:

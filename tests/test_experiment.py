@@ -132,6 +132,8 @@ def test_objects_train_bit_for_bit_as_the_files_they_stand_for(tmp_path):
     ema = load_checkpoint(own.checkpoint())["ema"]
     assert own.trained_network().state_dict().keys() == ema.keys() == network.state_dict().keys()
     assert own.evaluate()["eval/loss"] == result.scores["eval/loss"]
+    with pytest.raises(Exception, match="evaluations takes a whole number of at least 1, not 0"):
+        own.sample(5, evaluations=0)
 
 
 def test_an_interrupted_run_goes_on_in_another_session_that_is_given_the_same_objects(tmp_path, capsys):
@@ -241,6 +243,8 @@ class Asks(nn.Module):
     ([], {"data": points()[:5]}, r"N being 10 or more, not \[5, 2\]"),
     ([], {"data": points().reshape(10, 20, 4)}, r"\(N, D\) or \(N, C, H, W\)"),
     ([], {"data": points() / 0}, "rows of data are not finite"),
+    ([], {"data": points().double() * 1e300}, "rows of data are not finite in fp32"),
+    ([], {"data": points() + 1j}, "data takes real numbers"),
     ([], {"data": (points(), torch.ones(400))}, "one whole number from 0 up for each of its 400 rows"),
     ([], {"data": object()}, "data takes a tensor or array of states"),
     ([], {"callbacks": [print]}, "callbacks takes objects of subclasses of training.run.Callback, not print"),

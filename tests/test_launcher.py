@@ -28,6 +28,7 @@ MISTAKES = [
     (["run_name=..."], "cannot name files"),
     (["run_name='a b'"], "cannot name files"),
     (["run_name=" + "x" * 300], "cannot name files"),
+    (["run_name=20261126"], "run_name=20261126 is read as a whole number; let a name have a letter, as in run_20261126"),
     (["run_name=x", "modle=mlp"], "did you mean model?"),
     (["run_name=x", "model=mpl"], "did you mean mlp?"),
     (["run_name=x", "loss/path=cosin"], "did you mean cosine?"),
