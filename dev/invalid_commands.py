@@ -44,12 +44,12 @@ BOOLEANS = ("compile", "deterministic", "conditional", "overwrite", "overfit", "
 WORDS = ("device", "precision", "compile_mode", "resume", "on_save_error")
 CONTRADICTIONS = (
     ["model=cnn"], ["model=unet"], ["model=dit_s"], ["dataloaders=digits"], ["dataloaders=random_images"],
-    ["dataloaders=array"], ["dataloaders=array", "dataloaders.path=missing.npy"], ["loss=reflow"],
+    ["dataloaders=array"], ["dataloaders=array", "dataloaders.path=missing.npy"], ["loss=reflow"], ["loss=distillation"],
     ["resume=true", "overwrite=true"], ["resume=true", "init_from=x.pt"], ["resume=true"], ["resume=force"],
     ["init_from=missing.pt"], ["eval_checkpoint=missing.pt"], ["guidance=autoguidance"],
     ["loss=meanflow", "loss.teacher=missing.pt"], ["loss=meanflow", "loss.teacher=exact", "dataloaders=moons"],
-    ["guidance=autoguidance", "guidance.checkpoint=missing.pt"], ["guidance=cfg"],
-    ["experiment=digits", "model=mlp"],
+    ["guidance=autoguidance", "guidance.checkpoint=missing.pt"], ["guidance=cfg"], ["experiment=digits", "model=mlp"],
+    ["ema=power", "ema.lengths=[0.05,0.05]"], ["ema=power", "ema.decay=0.9"], ["teacher='loss=mse'"],
     ["~model"], ["~loss"], ["~run_name"], ["model=null"], ["loss=null"], ["output_dir=/proc/nowhere"],
     ["source=moons", "dataloaders=digits", "model=cnn"], ["evaluation.final_samples=100000000000"],
     ["batch_size=100000000000000", "dataloaders.epoch_size=100000000000000"], ["seed=1,2"], ["model=mlp,cnn"],
@@ -127,6 +127,7 @@ EXTREMES = [
     "model.width=90000", "seed=9223372036854775808", "dataloaders.epoch_size=0", "dataloaders.centroids=[[1],[1,2]]",
     "dataloaders.centroids=[]", "dataloaders.centroids=[[]]", "loss_weights={a: b}", "log.targets={eval/loss: abc}",
     "loss_weights=[1]", "tracker.enabled=false", "optimizer.betas=[0.9,0.99,0.999]", "optimizer.betas=0.9",
+    *(f"{key}={'n' * 300}" for key in ("output_dir", "init_from", "eval_checkpoint")),
 ]  # fmt: skip
 EXTREMES_OF_CHOICES = [
     ["solver=dopri5", "solver.rtol=1e-300", "solver.atol=1e-300"], ["solver=dopri5", "solver.rtol=0"],
@@ -154,7 +155,7 @@ SEARCHES = [
     ["seed=range(5,1)"], ["seed=glob(*)"], ["run_name=choice(a,b)"], ["output_dir=a,b"], ["device=cpu,cuda"],
     ["resume=true", RATE], ["overwrite=true", RATE], ["eval_checkpoint=x.pt", RATE], ["model.colour=interval(0,1)"],
     ["model=choice(mlp,cnn)"], ["model=interval(0,1)"], ["solver=choice(euler,nothing)"], ["-m", RATE],
-    [RATE, "--cfg", "job"], [RATE, "optimizer.lr=1e-3"],
+    [RATE, "--cfg", "job"], [RATE, "optimizer.lr=1e-3"], ["+optimizer.eps=interval(1e-6,1e-8)"],
     ["--backend", "slurm", RATE], ["--backend", "modal", RATE], [RATE, RATE], ["lr=interval(0,1)"],
 ]  # fmt: skip
 SCALE = ["key=guidance.scale", "low=1", "high=8", "ckpt=missing.pt"]
@@ -167,6 +168,8 @@ GOLDENS = [
     ["key=solver.steps", "values=4", SCALE[3]], ["key=solver.steps", "values=4,4", SCALE[3]],
     ["key=solver.steps", "values=4,words", SCALE[3]], ["key=guidance.interval", "values=[0,2],[0,1]", SCALE[3]],
 ]  # fmt: skip
+PROOFS = [[], ["loss=nothing"], ["missing.py"], ["missing.py:loss"], ["loss=mse", "convention=reversed"], ["loss=mse", "-m"],
+          ["loss=reflow"], [f"{'n' * 300}.py:loss"], ["loss=mse", "--dry-run"]]  # fmt: skip
 mistakes: dict[str, st.SearchStrategy[Command]] = {
     "an unknown key": st.tuples(made_up, st.sampled_from(["1", "true", "x", "[1]"])).map(lambda p: [f"{p[0]}={p[1]}"]),
     "an unknown key of a group": st.tuples(st.sampled_from(["model", "optimizer", "solver", "loss"]), made_up).map(
@@ -204,6 +207,7 @@ mistakes: dict[str, st.SearchStrategy[Command]] = {
     "an extreme": st.sampled_from(EXTREMES).map(lambda word: [word]),
     "a wrong search": st.sampled_from(SEARCHES).map(lambda words: ["--search", "optuna", *words]),
     "a wrong search of samplers": st.sampled_from(GOLDENS).map(lambda words: ["--search", "golden", *words]),
+    "a wrong proof": st.sampled_from(PROOFS).map(lambda words: ["--prove", *words]),
     "no kind of search": st.sampled_from([["--search"], ["--search", "golf"], ["--search="]]).map(lambda w: [*w, RATE]),
     "an extreme of a choice": st.sampled_from(EXTREMES_OF_CHOICES),
 }  # fmt: skip
