@@ -14,6 +14,7 @@ from common.files import read_own
 
 MOST_BYTES = {"config.yaml": 2**19, "status.json": 2**22, "overrides.txt": 2**19, "metrics.jsonl": 2**31}
 MOST_NUMBER = 1e300  # in size, that a score or a step may be
+DEEPEST = 50  # settings within settings of a configuration
 CONFIG_KINDS = {
     "run_name": str, "output_dir": str, "command": str, "overrides": list, "changed": dict, "choices": dict, "log": dict,
     "trackio": dict, "callbacks": dict, "epochs": int, "max_steps": int | None, "seed": int, "monitor": str,
@@ -73,22 +74,37 @@ def note_once(note: str) -> None:
 def parsed_config(text: str, where: str) -> dict[str, Any]:
     """Return the settings in the text of a config.yaml, no interpolation worked out.
 
-    UserError, naming `where`, for another text, and for one with YAML aliases, of which a few lines stand for any number of
-    values.
+    UserError, naming `where`, for another text, and for one that takes long to read, see `endless`.
     """
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        aliases = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
-        config: Any = None if aliases else all_printable(OmegaConf.to_container(OmegaConf.create(text)))
-        wrong = "has YAML aliases, which no run writes" if aliases else wrong_config(config)
+        wrong = endless(text)
+        config: Any = None if wrong else all_printable(OmegaConf.to_container(OmegaConf.create(text)))
+        wrong = wrong or wrong_config(config)
     except (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
         wrong = f"cannot be read ({str(error).splitlines()[0]})"
     if wrong:
         raise UserError(f"{where} {wrong}; {CONFIG_REMEDY}")
     return {str(key): value for key, value in config.items()}
+
+
+def endless(text: str) -> str | None:
+    """Return why a few lines of YAML would take long to read, or None: aliases stand for any number of values, and each
+    depth of nesting is looked at again at every further one.
+    """
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text):
+        if isinstance(event, yaml.AliasEvent):
+            return "has YAML aliases, which no run writes"
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            return f"nests its settings more than {DEEPEST} deep, which no run does"
+    return None
 
 
 def wrong_config(config: Any) -> str | None:

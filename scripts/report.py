@@ -184,7 +184,7 @@ def go_on(run: RunRecord) -> str:
     """Return the command that trains a finished run for as long again."""
     from configuration.compose import twice_as_long
 
-    place = run.config["output_dir"]
+    place = str(run.config["output_dir"])
     folder = "" if place == "outputs" else f" output_dir={shlex.quote(place)}"
     return f"python launcher.py run_name={run.name} resume=true {twice_as_long(run.config)}{folder}"
 
@@ -232,7 +232,8 @@ def advice(run: RunRecord) -> list[str]:
     losses = [row["eval/loss"] for row in run.rows if row.get("eval/loss") is not None]
     if one is None and len(losses) > 2 and losses[-1] > 1.05 * min(losses):  # a learned map's loss moves with its targets
         found.append("eval/loss has risen from its best, which is saved as <run_name>_best.pt; patience=5 stops there.")
-    if run.config and state(run.folder, run.status) == "finished" and "rain longer" in " ".join(found):
+    whole = run.config.keys() >= {"output_dir", "max_steps", "epochs"}  # a folder of anyone's may lack them
+    if whole and state(run.folder, run.status) == "finished" and "rain longer" in " ".join(found):
         found.append(f"To go on to twice the length: {go_on(run)}")
     return found or ["Nothing stands out; the next seed tells how much of this is luck."]
 

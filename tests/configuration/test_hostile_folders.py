@@ -52,6 +52,8 @@ HOSTILE: dict[str, Callable[[Path, Path], object]] = {
     "a callback that is a command": written("config.yaml", node_replaced("callbacks", "x: {" + CALL + "}")),
     "an interpolation": written("config.yaml", node_replaced("ema", "decay: ${oc.create:{%s}}" % CALL)),  # noqa: UP031
     "a bomb of aliases": written("config.yaml", lambda text: f"{text}{BOMB}\n"),
+    "lists within lists": written("config.yaml", lambda text: f"{text}deep: {'[' * 20_000}{']' * 20_000}\n"),
+    "half a configuration": written("config.yaml", lambda text: "run_name: x\n"),
     "a configuration of lists": written("config.yaml", node_replaced("log", "- 1")),
     "a log elsewhere": written(
         "config.yaml", node_replaced("log", "expect: x\n  source: null\n  reason: null\n  targets: {}\n  file: ../outside")
