@@ -6,6 +6,7 @@ unknown key, a wrong type or a value out of range becomes one sentence that name
 
 import difflib
 import re
+import sys
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 from functools import cache
@@ -26,6 +27,7 @@ from configuration.nodes import CONFIG_DIR, groups, lookup, named_in_configs, ne
 from configuration.resolvers import register_resolvers
 from configuration.values import as_typed, check_run_name, check_value, declared
 
+UNREADABLE = re.compile("[\ud800-\udfff]")  # what stands for a byte of the command line that is no text
 Own = Mapping[str, tuple[str, dict[str, Any]]]  # key of a configuration -> what stands there is called, and its node
 
 
@@ -37,6 +39,11 @@ def parse_overrides(overrides: list[str]) -> list[Override]:
 @cache
 def parsed(text: str) -> Override:
     """Return Hydra's reading of one override, which takes it some milliseconds. UserError where it cannot be read."""
+    if UNREADABLE.search(text):
+        raise UserError(
+            f"{text!a} holds bytes that are no text in {sys.getfilesystemencoding()}; rename the file or folder, or set "
+            "LC_ALL=C.UTF-8 if its name is in UTF-8"
+        )
     if re.fullmatch(r"run_name=[\w.+\-]+=[\w.=+\-]*", text):  # a sweep's run_name holds =, which Hydra wants quoted
         text = f"run_name='{text.removeprefix('run_name=')}'"
     if re.fullmatch(r"trust=[\w.]+(,[\w.]+)+", text):  # a list, not the jobs of a sweep
