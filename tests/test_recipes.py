@@ -10,6 +10,17 @@ import pytest
 Official = Callable[[str], dict[str, Any]]
 SMALL = {
     "photos": ("photos", "unet_small", ["model.width=8", "model.multipliers=[1,1]"]),
+    "mnist_one_step": (
+        "mnist",
+        "unet_small",
+        [
+            "model.width=8",
+            "loss.coupling.count=20",
+            "solver.steps=1",
+            "teacher='loss=mse conditional=true model.patch_size=2 "
+            "model.multipliers=[1,2] guidance=cfg solver=dpm_solver_2m solver.steps=2 batch_size=16 max_steps=2'",
+        ],
+    ),
     "cifar10_meanflow": ("cifar10", "unet", ["model.width=8", "model.multipliers=[1,1,1]", "model.blocks=1"]),
     "imagenet_meanflow": (
         "imagenet",
