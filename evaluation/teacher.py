@@ -40,7 +40,8 @@ def exact_velocity(objective: FlowObjective, dataset: FlowDataset, source: Sourc
     """
     flow = known_flow(objective, dataset, source)
     if isinstance(flow, str):
-        raise UserError(f"loss.teacher=exact: {flow}; give a trained flow's checkpoint, or leave loss.teacher out")
+        without = "" if objective.marginals_only else ", or leave loss.teacher out"
+        raise UserError(f"loss.teacher=exact: {flow}; give a trained flow's checkpoint{without}")
     return flow.plain.to(device, torch.float32)
 
 
@@ -49,7 +50,10 @@ def learned_velocity(objective: FlowMapObjective, config: dict[str, Any], device
     assert objective.teacher is not None
     with fork_generators(device):  # building reseeds torch's own
         model = load(objective.teacher, device.type)
-    model.objective.check_learns_velocity()
+    if not model.objective.learns_velocity:
+        raise UserError(
+            f"loss.teacher={objective.teacher} has learned no velocity at an instant; give a flow, trained with loss=mse"
+        )
     theirs, ours = flow_of(model.objective, model.config), flow_of(objective, config)
     for what, value in theirs.items():
         if value != ours[what]:
