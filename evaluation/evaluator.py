@@ -114,9 +114,16 @@ class GeneratorEvaluator(Evaluator):
         return self.final_samples if final and self.metrics else self.samples
 
     def rows(self, objective: FlowObjective, dataset: FlowDataset, solver: Sampler, final: bool) -> int:
-        """Return how many rows an evaluation takes through the network, as far as can be known before."""
+        """Return how many rows an evaluation takes through the network for its samples and its loss, as far as can be known
+        before.
+        """
         each = solver.evaluations_ahead + sum(metric.evaluations_ahead(objective) for metric in self.metrics.values())
         return self.count(final) * each + int(min(self.loss_samples, dataset.held_out_size))
+
+    def all_rows(self, objective: FlowObjective, dataset: FlowDataset, solver: Sampler, final: bool) -> int:
+        """Return how many rows an evaluation takes through the network in all, as far as can be known before."""
+        beside = sum(metric.rows_ahead(objective, dataset, final) for metric in self.metrics.values())
+        return self.rows(objective, dataset, solver, final) + beside
 
     @torch.no_grad()
     def evaluate(self, given: EvaluationInputs) -> GeneratorEvaluation:
@@ -126,7 +133,7 @@ class GeneratorEvaluator(Evaluator):
         assert isinstance(given.objective, FlowObjective)
         objective, dataset, solver = given.objective.eval(), given.dataset, given.solver
         flow, count = (given.flow or objective).eval(), self.count(given.final)
-        with watched(flow.network, f"evaluation, {count:,} samples", self.rows(flow, dataset, solver, given.final)):
+        with watched(flow.network, f"evaluation, {count:,} samples", self.all_rows(flow, dataset, solver, given.final)):
             generation = self.sample(flow, given)
             values = self.held_out_loss(objective, generation) | {"eval/nfe": float(solver.evaluations)}
             results = [result for name, metric in self.metrics.items() for result in given_by(name, metric, generation)]

@@ -64,7 +64,7 @@ class EquilibriumMatchingLoss(FlowObjective):
             chance = weights.repeat_interleave(len(z))[:, None] * world.density(states, at, labels)[:, None]
             moved = chance * self.decay(at)[:, None] * world.velocity(states, at, at, labels)
             total, mass = (part.view(len(times), len(z), -1).sum(0) for part in (moved, chance))
-            return total / mass
+            return torch.div(total, mass)
 
         return field
 

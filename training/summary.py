@@ -148,7 +148,7 @@ def print_times(run: Run, row: RowSeconds) -> None:
             "them; loss.coupling.label_weight=1e6 pairs within classes"
         )
     if flow is not None and isinstance(evaluator, GeneratorEvaluator):
-        rows_of = [evaluator.rows(flow, run.dataset, run.inputs.solver, final) for final in (False, True)]
+        rows_of = [evaluator.all_rows(flow, run.dataset, run.inputs.solver, final) for final in (False, True)]
         each, last = (row.sampling * count / run.world for count in rows_of)
         if max(each, last) > LONG:
             words += f"; an evaluation {in_words(each)}, the last one {in_words(last)}"

@@ -219,6 +219,10 @@ class Metric(ABC):
         """Return how many evaluations of the network the scores cost for each sample, if many."""
         return 0
 
+    def rows_ahead(self, objective: FlowObjective, dataset: FlowDataset, final: bool) -> int:
+        """Return how many rows the scores take through the network beside the samples', if many."""
+        return 0
+
     @abstractmethod
     def compute(self, generation: Generation) -> list[Score | Absent]:
         """Return scores of the generated samples, or why there is none. Runs under torch.no_grad()."""

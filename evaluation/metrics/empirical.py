@@ -1,5 +1,6 @@
 """How much of finite data a network has learned by heart: its velocity beside the exact flow of its training rows."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +16,7 @@ from dataloaders.tensor_dataset import TensorDataset
 from evaluation.empirical_flow import EmpiricalFlow
 from evaluation.metrics.base_metric import Absent, Generation, LongMetric, Score
 from evaluation.metrics.nearest import count_of, is_part, stored_rows
-from evaluation.metrics.oracles import standard_error, why_unknown
+from evaluation.metrics.oracles import standard_error, why_other_pairs, why_unknown
 from helpers_cfg import Guidance
 from losses.objective import FlowObjective, expand_time
 from models.inputs import classes_in
@@ -183,7 +184,7 @@ def memorisation(objective: FlowObjective, dataset: FlowDataset, source: Source,
         odds, unseen_odds = odds * (counts[labels.cpu()] > 1), unseen_odds * (counts[unseen_labels.cpu()] > 0)
     if not odds.any() or not unseen_odds.any():
         return "there are no two training rows" + " of one label" * (labels is not None)
-    each = max(LEAST, min(draws, OPERATIONS // (rows.numel() * (1 + flow.mirrored))) // TIMES)
+    each = states_of_a_time(draws, rows.numel() * (1 + flow.mirrored))
     a = states_of(objective, flow, rows, labels, odds, each, "training rows")
     b = states_of(objective, flow, unseen, unseen_labels, unseen_odds, each, "held-out rows")
     times = flow.times(a.z, a.t)
@@ -203,6 +204,11 @@ def memorisation(objective: FlowObjective, dataset: FlowDataset, source: Source,
         of=f"{TIMES * each:,} states of {TIMES} times, {count_of(dataset, len(rows))} training rows",
         subsample_error=change_by_half(flow, b, memoriser) if is_part(dataset, len(rows)) else None,
     )
+
+
+def states_of_a_time(draws: int, numbers: int) -> int:
+    """Return how many states of each time are made, of so many drawn in all, beside rows of so many numbers."""
+    return max(LEAST, min(draws, OPERATIONS // numbers) // TIMES)
 
 
 def change_by_half(flow: EmpiricalFlow, at: States, whole: Tensor) -> float:
@@ -232,6 +238,15 @@ class Memorised(LongMetric):
 
     def names(self) -> list[str]:
         return [EXCESS, COPYING]
+
+    def rows_ahead(self, objective: FlowObjective, dataset: FlowDataset, final: bool) -> int:
+        network = objective.network
+        unknown = why_other_pairs(objective) or isinstance(network, Guidance) or network.condition_shape or dataset.altered
+        if unknown or not objective.learns_velocity or dataset.held_out_size == math.inf:
+            return 0
+        rows = len(dataset.train_states) if isinstance(dataset, TensorDataset) else min(POINTS, dataset.epoch_size)
+        numbers = rows * math.prod(dataset.state_shape) * (1 + dataset.mirrored)
+        return 2 * TIMES * states_of_a_time(self.final_draws if final else self.draws, numbers)
 
     def compute(self, generation: Generation) -> list[Score | Absent]:
         draws = self.final_draws if generation.final else self.draws

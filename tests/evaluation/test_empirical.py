@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from backends.submission import prepare
 from dataloaders.augmentation import Augmentation
 from dataloaders.gaussian_mixture import GaussianMixture
 from dataloaders.photos import Photos
 from dataloaders.sources import GaussianSource
 from dataloaders.synthetic import KMeans
 from dataloaders.tensor_dataset import TensorDataset
+from evaluation import evaluator
 from evaluation.closed_forms import ExactFlow
 from evaluation.empirical_flow import EmpiricalFlow
 from evaluation.metrics.base_metric import Absent, Generation
@@ -31,6 +33,7 @@ from models.inputs import split_unified_flow_matching_input
 from models.velocity_model import VelocityModel
 from scripts.report import report
 from solvers.runge_kutta import Euler
+from training.assemble import assemble
 from visualizers.curves import metrics_of
 
 PATHS = [LinearPath(), CosinePath(), VariancePreservingPath()]
@@ -289,3 +292,21 @@ def test_a_run_on_digits_says_whether_it_copies(small_run: Callable[..., Path], 
     assert not {name for name in metrics_of([scores]) if name.endswith("_t3")}
     page = report(["x", f"output_dir={folder}"]).read_text()
     assert "Does the network copy?" in page and "it does not copy" in page and "It copies its training data" not in page
+
+
+@pytest.mark.parametrize("words", [[], ["loss/coupling=minibatch_ot"]])
+def test_the_progress_of_an_evaluation_counts_all_rows(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["dataloaders=digits", "model=cnn", "model.width=8", "evaluation.samples=20", "solver.steps=2", "device=cpu"]
+    metric = "{_target_: evaluation.metrics.empirical.Memorised, draws: 100}"
+    given += ["evaluation=loss_only", f"+evaluation.metrics.memorised={metric}", "evaluation.final_samples=30"]
+    run = assemble(prepare(["run_name=x", *given, *words]))
+    flow, seen = run.inputs.flow, list[int]()
+    assert flow is not None and isinstance(run.evaluator, evaluator.GeneratorEvaluator)
+    flow.network.register_forward_hook(lambda module, given, answer: seen.append(len(given[0])))
+    counted = list[int]()
+    real = evaluator.watched
+    monkeypatch.setattr(
+        evaluator, "watched", lambda network, what, rows: (counted.append(rows), real(network, what, rows))[1]
+    )
+    run.evaluate(final=False)
+    assert [sum(seen)] == counted == [run.evaluator.all_rows(flow, run.dataset, run.inputs.solver, final=False)]
