@@ -77,7 +77,8 @@ def with_teacher(config: dict[str, Any]) -> dict[str, Any]:
     check_values(teacher)
     check_contradictions(teacher)
     name, place = teacher["run_name"], Path(teacher["output_dir"]) / "ckpts" / teacher["choices"]["model"]
-    if not config["resume"] and name not in (lookup(config, "loss.coupling.teacher"), lookup(config, "loss.teacher")):
+    readers = ("loss.coupling.teacher", "loss.teacher", "init_from")
+    if not config["resume"] and name not in [lookup(config, key) for key in readers]:
         raise UserError(
             f"teacher= trains the run {name}, of which this one reads nothing; add loss=distillation and "
             "'loss.coupling.teacher=${run_name}_teacher', or leave teacher out"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from backends.submission import prepare
 from common.errors import UserError
 from configuration.build import build
 from configuration.compose import CONFIG_DIR, compose_config, groups, resolved
@@ -182,7 +183,7 @@ EVERY_CHOICE = [(group, choice) for group, choices in groups().items() for choic
 def test_every_choice_composes_and_builds(group, choice, tmp_path, official):
     settings = official(data_of(group, choice))
     overrides = ["run_name=x", f"{group}={choice}", *companions(group, choice, tmp_path, settings)]
-    config = resolved(compose_config(overrides))
+    config = prepare(overrides) if group == "experiment" else resolved(compose_config(overrides))
     with torch.device("meta"):
         large = build(config["model"]).parameter_count() > META_ABOVE
     if not large:

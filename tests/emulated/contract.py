@@ -55,6 +55,7 @@ from tests.emulated.surroundings import (
     waits_its_turn,
 )
 
+LOSS_OF_SOLVER = {"flow_map": ["loss=meanflow"], "ascent": ["loss=equilibrium_matching"]}  # not every loss
 CLASSIFIERS = {"small_cnn_classifier", "resnet9", "vit_tiny"}
 
 
@@ -119,7 +120,7 @@ def run_cases() -> Iterator[tuple[str, Callable[[], str]]]:
     for name, words in runs.items():
         yield name, lambda words=words: same_scores(*words)
     for file in sorted((CONFIGS / "solver").glob("*.yaml")):
-        words = [*POINTS, *FEW, f"solver={file.stem}", *["loss=meanflow"] * (file.stem == "flow_map")]
+        words = [*POINTS, *FEW, f"solver={file.stem}", *LOSS_OF_SOLVER.get(file.stem, [])]
         words += ["solver.rtol=1e-2", "solver.atol=1e-2"] if file.stem == "dopri5" else ["solver.steps=3"]
         yield f"solver {file.stem}", lambda words=words: same_samples(*words)
 

@@ -23,7 +23,8 @@ def installed(monkeypatch):
 @pytest.mark.parametrize("words", [
     "ema=power", "optimizer=muon", "optimizer=adam", "precision=fp16", "on_nan=skip", "deterministic=true", "devices=2",
     "compile_mode=max-autotune", "checkpoint_activations=true", "device=cuda", "loss=drifting", "loss/prediction=x1",
-    "loss=meanflow loss.teacher=exact", "teacher='loss=mse'", "model.dropout=0.1", "backend=modal",
+    "loss=meanflow loss.teacher=exact", "init_from=${run_name}_teacher teacher='loss=mse'", "backend=modal",
+    "model.dropout=0.1",
     "dataloaders=digits loss=cross_entropy model=resnet9", "dataloaders=digits loss=cross_entropy loss.superloss=1",
 ])  # fmt: skip
 def test_what_mlx_does_not_have_is_refused_and_named(words, installed, tmp_path):

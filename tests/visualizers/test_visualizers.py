@@ -88,7 +88,7 @@ def test_a_drawing_of_other_states_says_which_to_take(
         drawing.draw(scene([f"ckpt={checkpoints[kind]}", f"out={tmp_path}"], n=4, frames=2))
 
 
-@pytest.mark.parametrize("solver", sorted(file.stem for file in (ROOT / "configs" / "solver").glob("*.yaml")))
+@pytest.mark.parametrize("solver", sorted({file.stem for file in (ROOT / "configs/solver").glob("*.yaml")} - {"ascent"}))
 def test_particles_go_by_every_solver(solver: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     made = scene([f"ckpt={checkpoints['points']}", f"out={tmp_path}", f"solver={solver}", "n=8", "frames=3"], n=1, frames=2)
     (_, states), jump = particles.ways(made).items()
