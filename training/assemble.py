@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -232,42 +232,76 @@ def fit_samples(run: Run, config: dict[str, Any]) -> None:
     """
     evaluator, node = run.evaluator, config["evaluation"]
     asked = SAMPLE_COUNTS.intersection(typed_keys(config["overrides"]))
-    if not isinstance(evaluator, GeneratorEvaluator) or len(run.dataset.state_shape) != 3 or asked:
+    images = len(run.dataset.state_shape) == 3 and run.inputs.flow is not None
+    if not isinstance(evaluator, GeneratorEvaluator) or not images or asked:
         return
-    before, counts = (evaluator.samples, evaluator.final_samples), affordable_samples(run, evaluator)
-    if counts == before:
+    before, left = (evaluator.samples, evaluator.final_samples), rows_of_evaluations(run, evaluator)
+    if affordable_samples(run, evaluator, replace(left, beside=0)) == before:
         return
+    for name, metric in evaluator.metrics.items():
+        settings = metric.thinned(left.allowed / left.all)
+        node["metrics"][name] |= settings
+        vars(metric).update(settings)
+    counts = affordable_samples(run, evaluator, rows_of_evaluations(run, evaluator))
+    evaluator.samples, evaluator.final_samples = counts
     why = "so that they take about a fifth of this run"
-    if FEWEST_SAMPLES in counts:
+    if FEWEST_SAMPLES in counts and rows_of_evaluations(run, evaluator).all > 1.2 * left.allowed:
         why = f"{FEWEST_SAMPLES} being the fewest, which costs so short a run more than a fifth"
     print(
         f"note: evaluations draw {counts[0]:,} samples and the last one {counts[1]:,}, not {before[0]:,} and "
         f"{before[1]:,}, {why}; set evaluation.samples= and evaluation.final_samples= for others"
     )
     node |= {"samples": counts[0], "final_samples": counts[1], "loss_samples": evaluator.loss_samples}
-    evaluator.samples, evaluator.final_samples = counts
 
 
-def affordable_samples(run: Run, evaluator: GeneratorEvaluator) -> tuple[int, int]:
-    """Return how many samples evaluations draw, and the last one, to take a fifth of the run.
-
-    A rule of the shape, the network, the kind of device and the length of the run alone, a training step counted as three
-    forward passes. Evaluations of about ten seconds (LIGHT) stay as they are.
+@dataclass(frozen=True)
+class EvaluationRows:
+    """Rows through the network: of an evaluation during the run and of the last for their samples, of all for other scores,
+    and how many take a fifth of the run. count: of the evaluations but the last.
     """
-    flow, counts = run.inputs.flow, (evaluator.samples, evaluator.final_samples)
-    if flow is None:
-        return counts
-    passes = 1 + isinstance(flow.network, Guidance)
-    during, last = (passes * evaluator.rows(flow, run.dataset, run.inputs.solver, final) for final in (False, True))
-    evaluations = (-(-run.total_steps // run.steps_per_epoch) - 1) // run.settings.eval_every
+
+    during: float
+    last: float
+    beside: float
+    allowed: float
+    count: int
+
+    @property
+    def all(self) -> float:
+        return self.count * self.during + self.last + self.beside
+
+
+def rows_of_evaluations(run: Run, evaluator: GeneratorEvaluator) -> EvaluationRows:
+    """Return those of a run of images.
+
+    A rule of the shape, the network and the length of the run alone, a training step counted as three forward passes.
+    """
+    flow = run.inputs.flow
+    assert flow is not None
+    passes, given = 1 + isinstance(flow.network, Guidance), (flow, run.dataset, run.inputs.solver)
+    of_samples, of_all = ([rows(*given, final) for final in (False, True)] for rows in (evaluator.rows, evaluator.all_rows))
+    during, last = (passes * rows for rows in of_samples)
+    count = (-(-run.total_steps // run.steps_per_epoch) - 1) // run.settings.eval_every
     allowed = 3 * run.dataset.epoch_size * run.total_steps / run.steps_per_epoch / 4
-    share = min(1.0, allowed / (evaluations * during + last))
+    beside = count * (of_all[0] - of_samples[0]) + of_all[1] - of_samples[1]
+    return EvaluationRows(during, last, beside, allowed, count)
+
+
+def affordable_samples(run: Run, evaluator: GeneratorEvaluator, rows: EvaluationRows) -> tuple[int, int]:
+    """Return how many samples evaluations draw, and the last one, to take what is allowed.
+
+    Evaluations whose samples take about ten seconds on such a device (LIGHT) stay as they are.
+    """
+    samples, final = evaluator.samples, evaluator.final_samples
     size = run.state.objective.network.parameter_count() * math.prod(run.dataset.state_shape[1:])
     light = LIGHT.get(run.device.type, LIGHT_GPU)
-    fewer = [min(count, max(FEWEST_SAMPLES, int(share * count))) for count in counts]
+    share = (rows.allowed - rows.beside) / (rows.all - rows.beside)
+    fewer = min(samples, max(FEWEST_SAMPLES, int(share * samples)))
+    left = rows.allowed - rows.beside - rows.count * rows.during * fewer / samples
+    fewest = min(final, max(FEWEST_SAMPLES, int(left / rows.last * final)))
     return (
-        fewer[0] if size * during > light else counts[0],
-        fewer[1] if size * last > light and evaluator.metrics else counts[1],
+        fewer if size * rows.during > light else samples,
+        fewest if size * rows.last > light and evaluator.metrics else final,
     )
 
 

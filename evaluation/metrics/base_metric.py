@@ -223,6 +223,10 @@ class Metric(ABC):
         """Return how many rows the scores take through the network beside the samples', if many."""
         return 0
 
+    def thinned(self, share: float) -> dict[str, int]:
+        """Return the settings by which the scores take about that share of those rows, by name."""
+        return {}
+
     @abstractmethod
     def compute(self, generation: Generation) -> list[Score | Absent]:
         """Return scores of the generated samples, or why there is none. Runs under torch.no_grad()."""

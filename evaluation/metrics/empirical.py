@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from common.device import full_products
-from common.ranges import Count
+from common.ranges import Count, CountOr0
 from common.seeds import generator_for
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
@@ -228,12 +228,13 @@ class Memorised(LongMetric):
     oracle/memoriser_loss_t<k>, its and v_emp's on held-out rows. oracle/copying_t<k> and oracle/copying_held_out_t<k>: see
     Memorisation; oracle/copying: their least quotient. oracle/nearest_posterior_t<k>: mean of max_i w_i at states made of
     training rows, which from some time on know what they were made of.
-    draws, final_draws: states of each kind, during the run / at its end. Losses are those of standardised states.
+    draws, final_draws: states of each kind, during the run (0: none before its end) / at its end. Losses are those of
+    standardised states.
     """
 
     needs = "velocity"
 
-    def __init__(self, draws: Count = 1024, final_draws: Count = 4096):
+    def __init__(self, draws: CountOr0 = 1024, final_draws: Count = 4096):
         self.draws, self.final_draws = draws, final_draws
 
     def names(self) -> list[str]:
@@ -242,14 +243,24 @@ class Memorised(LongMetric):
     def rows_ahead(self, objective: FlowObjective, dataset: FlowDataset, final: bool) -> int:
         network = objective.network
         unknown = why_other_pairs(objective) or isinstance(network, Guidance) or network.condition_shape or dataset.altered
-        if unknown or not objective.learns_velocity or dataset.held_out_size == math.inf:
+        draws = self.final_draws if final else self.draws
+        if unknown or not draws or not objective.learns_velocity or dataset.held_out_size == math.inf:
             return 0
         rows = len(dataset.train_states) if isinstance(dataset, TensorDataset) else min(POINTS, dataset.epoch_size)
         numbers = rows * math.prod(dataset.state_shape) * (1 + dataset.mirrored)
-        return 2 * TIMES * states_of_a_time(self.final_draws if final else self.draws, numbers)
+        return 2 * TIMES * states_of_a_time(draws, numbers)
+
+    def thinned(self, share: float) -> dict[str, int]:
+        draws, least = int(share * self.draws), LEAST * TIMES
+        return {
+            "draws": min(self.draws, draws) if draws >= least else 0,
+            "final_draws": min(self.final_draws, max(least, int(share * self.final_draws))),
+        }
 
     def compute(self, generation: Generation) -> list[Score | Absent]:
         draws = self.final_draws if generation.final else self.draws
+        if not draws:
+            return self.absent("it is looked at in the last evaluation alone")
         found = memorisation(generation.objective, generation.dataset, generation.source, draws)
         if not isinstance(found, str) and not found.loss.isfinite().all():
             found = "the network's velocities are not finite"

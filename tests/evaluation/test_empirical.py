@@ -238,6 +238,7 @@ class Unsaid(GaussianRows):
     ("one", "there are no two training rows"),
     ("labels", "there are no two training rows of one label"),
     ("diverged", "the network's velocities are not finite"),
+    ("unlooked", "it is looked at in the last evaluation alone"),
 ])  # fmt: skip
 def test_why_there_is_no_verdict(case: str, words: str, tmp_path: Path) -> None:
     datasets = {"afresh": KMeans, "unsaid": Unsaid, "one": lambda: GaussianRows(1, 2)}
@@ -260,7 +261,7 @@ def test_why_there_is_no_verdict(case: str, words: str, tmp_path: Path) -> None:
         final=False, noise=nothing, samples=nothing,
     )  # fmt: skip
     with torch.no_grad():
-        excess, copying = Memorised(draws=400).compute(made)
+        excess, copying = Memorised(draws=0 if case == "unlooked" else 400).compute(made)
     assert isinstance(excess, Absent) and isinstance(copying, Absent) and copying.reason == excess.reason
     assert words in copying.reason
 
@@ -310,3 +311,8 @@ def test_the_progress_of_an_evaluation_counts_all_rows(words: list[str], monkeyp
     )
     run.evaluate(final=False)
     assert [sum(seen)] == counted == [run.evaluator.all_rows(flow, run.dataset, run.inputs.solver, final=False)]
+
+
+@pytest.mark.parametrize(("share", "during", "last"), [(1.0, 1024, 4096), (0.5, 512, 2048), (0.1, 0, 409), (0.01, 0, 128)])
+def test_a_share_of_the_states_is_looked_at_in_short_runs_and_too_few_are_not(share: float, during: int, last: int) -> None:
+    assert Memorised().thinned(share) == {"draws": during, "final_draws": last}
