@@ -131,8 +131,8 @@ def test_evaluations_of_images_cost_about_a_fifth_of_the_run_unless_asked_for(
 
 
 def test_a_run_that_goes_on_keeps_its_counts(small_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.assemble.LIGHT", {"cpu": 0.0})
-    monkeypatch.setattr("training.assemble.SAMPLE_COUNTS", set())  # small_run types them
+    monkeypatch.setattr("training.evaluation_budget.LIGHT", {"cpu": 0.0})
+    monkeypatch.setattr("training.evaluation_budget.SAMPLE_COUNTS", set())  # small_run types them
     folder = small_run("x", "dataloaders=digits", "dataloaders.epoch_size=1438", "model=cnn", "model.width=8", "max_steps=2")
     resume = ["run_name=x", "resume=true", f"output_dir={folder}", f"log.file={tmp_path / 'log.md'}"]
     assert counts(*resume, "max_steps=20000") == counts(*resume) == (19, 64)

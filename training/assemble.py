@@ -1,8 +1,7 @@
 """From a resolved configuration to the objects of a run."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,10 +18,8 @@ from configuration.nodes import RECOMMENDATIONS
 from configuration.stored import stored_config
 from dataloaders.base_dataloaders import FlowDataset
 from evaluation import parts
-from evaluation.evaluator import GeneratorEvaluator
 from evaluation.metrics.base_metric import EvaluationInputs
 from evaluation.teacher import give_teacher
-from helpers_cfg import Guidance
 from losses.objective import FlowObjective, Objective
 from models.layers import recompute_blocks
 from run_files.checkpoint import load_checkpoint
@@ -30,6 +27,7 @@ from run_files.checkpoint_folder import CheckpointFolder
 from run_files.run_folder import run_folder_of, saves_of
 from run_files.trackers import NullTracker, tracker_from_config
 from training.ema import EMA
+from training.evaluation_budget import fit_samples
 from training.records import Records, SilentRecords
 from training.run import LogSettings, LoopSettings, Run
 from training.sharding import is_sharded, shard
@@ -40,13 +38,7 @@ if TYPE_CHECKING:
     from engines.mlx_engine import MlxEngine
 
 T = TypeVar("T")
-SAMPLE_COUNTS = {
-    "evaluation.samples", "evaluation.final_samples", "dataloaders.training.evaluation_samples",
-    "dataloaders.training.final_evaluation_samples",
-}  # fmt: skip
-FEWEST_SAMPLES = 8
 MOMENT_ROWS = 2000
-LIGHT, LIGHT_GPU = {"cpu": 2.5e12}, 5e14  # parameters x pixels x rows through the network that take about ten seconds
 
 
 def start_weights(objective: Objective, path: Path) -> None:
@@ -223,86 +215,6 @@ def moments(dataset: FlowDataset) -> dict[str, list[float]]:
     numbers = part[0].double().transpose(0, 1).flatten(1)
     std = numbers.std(1, correction=0)
     return {"mean": numbers.mean(1).tolist(), "std": torch.where(std > 0, std, 1.0).tolist()}
-
-
-def fit_samples(run: Run, config: dict[str, Any]) -> None:
-    """Draw fewer samples of images where evaluations that nobody asked for would cost more than a fifth of the run.
-
-    The counts become part of the configuration, so a run that goes on keeps them.
-    """
-    evaluator, node = run.evaluator, config["evaluation"]
-    asked = SAMPLE_COUNTS.intersection(typed_keys(config["overrides"]))
-    images = len(run.dataset.state_shape) == 3 and run.inputs.flow is not None
-    if not isinstance(evaluator, GeneratorEvaluator) or not images or asked:
-        return
-    before, left = (evaluator.samples, evaluator.final_samples), rows_of_evaluations(run, evaluator)
-    if affordable_samples(run, evaluator, replace(left, beside=0)) == before:
-        return
-    for name, metric in evaluator.metrics.items():
-        settings = metric.thinned(left.allowed / left.all)
-        node["metrics"][name] |= settings
-        vars(metric).update(settings)
-    counts = affordable_samples(run, evaluator, rows_of_evaluations(run, evaluator))
-    evaluator.samples, evaluator.final_samples = counts
-    why = "so that they take about a fifth of this run"
-    if FEWEST_SAMPLES in counts and rows_of_evaluations(run, evaluator).all > 1.2 * left.allowed:
-        why = f"{FEWEST_SAMPLES} being the fewest, which costs so short a run more than a fifth"
-    print(
-        f"note: evaluations draw {counts[0]:,} samples and the last one {counts[1]:,}, not {before[0]:,} and "
-        f"{before[1]:,}, {why}; set evaluation.samples= and evaluation.final_samples= for others"
-    )
-    node |= {"samples": counts[0], "final_samples": counts[1], "loss_samples": evaluator.loss_samples}
-
-
-@dataclass(frozen=True)
-class EvaluationRows:
-    """Rows through the network: of an evaluation during the run and of the last for their samples, of all for other scores,
-    and how many take a fifth of the run. count: of the evaluations but the last.
-    """
-
-    during: float
-    last: float
-    beside: float
-    allowed: float
-    count: int
-
-    @property
-    def all(self) -> float:
-        return self.count * self.during + self.last + self.beside
-
-
-def rows_of_evaluations(run: Run, evaluator: GeneratorEvaluator) -> EvaluationRows:
-    """Return those of a run of images.
-
-    A rule of the shape, the network and the length of the run alone, a training step counted as three forward passes.
-    """
-    flow = run.inputs.flow
-    assert flow is not None
-    passes, given = 1 + isinstance(flow.network, Guidance), (flow, run.dataset, run.inputs.solver)
-    of_samples, of_all = ([rows(*given, final) for final in (False, True)] for rows in (evaluator.rows, evaluator.all_rows))
-    during, last = (passes * rows for rows in of_samples)
-    count = (-(-run.total_steps // run.steps_per_epoch) - 1) // run.settings.eval_every
-    allowed = 3 * run.dataset.epoch_size * run.total_steps / run.steps_per_epoch / 4
-    beside = count * (of_all[0] - of_samples[0]) + of_all[1] - of_samples[1]
-    return EvaluationRows(during, last, beside, allowed, count)
-
-
-def affordable_samples(run: Run, evaluator: GeneratorEvaluator, rows: EvaluationRows) -> tuple[int, int]:
-    """Return how many samples evaluations draw, and the last one, to take what is allowed.
-
-    Evaluations whose samples take about ten seconds on such a device (LIGHT) stay as they are.
-    """
-    samples, final = evaluator.samples, evaluator.final_samples
-    size = run.state.objective.network.parameter_count() * math.prod(run.dataset.state_shape[1:])
-    light = LIGHT.get(run.device.type, LIGHT_GPU)
-    share = (rows.allowed - rows.beside) / (rows.all - rows.beside)
-    fewer = min(samples, max(FEWEST_SAMPLES, int(share * samples)))
-    left = rows.allowed - rows.beside - rows.count * rows.during * fewer / samples
-    fewest = min(final, max(FEWEST_SAMPLES, int(left / rows.last * final)))
-    return (
-        fewer if size * rows.during > light else samples,
-        fewest if size * rows.last > light and evaluator.metrics else final,
-    )
 
 
 def check_shards(objective: Objective, ema: EMA, config: dict[str, Any]) -> None:
