@@ -45,7 +45,7 @@ def path_in_words(error: BaseException | None) -> str | None:
         if isinstance(error, OSError) and error.errno in OF_PATHS and error.filename:
             path = printable(str(error.filename))
             return f"{path[:PATH_SHOWN]}{'...' * (len(path) > PATH_SHOWN)} {OF_PATHS[error.errno]}"
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
     return None
 
 

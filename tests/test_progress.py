@@ -15,6 +15,8 @@ from evaluation.evaluator import GeneratorEvaluator
 from evaluation.metrics.empirical import Memorised
 from evaluation.sample import TrainedModel, load
 from training.assemble import assemble
+from training.evaluation_budget import EvaluationRows, affordable_samples
+from training.run import Run
 
 
 class Clock:
@@ -93,9 +95,15 @@ def test_a_trial_of_what_is_slow_stops_early() -> None:
     assert tried[0] == 2 and tried[-2:] == [1000, 1000]
 
 
+def judged(*overrides: str) -> tuple[Run, GeneratorEvaluator]:
+    run = assemble(prepare(["run_name=x", "device=cpu", *overrides]))
+    assert isinstance(run.evaluator, GeneratorEvaluator)
+    return run, run.evaluator
+
+
 def counts(*overrides: str) -> tuple[int, int]:
     """Samples of evaluations and of the last one."""
-    run = assemble(prepare(["run_name=x", "device=cpu", *overrides]))
+    run, _ = judged(*overrides)
     assert isinstance(run.evaluator, GeneratorEvaluator)
     assert run.records.config["evaluation"]["samples"] == run.evaluator.samples
     assert run.records.config["evaluation"]["final_samples"] == run.evaluator.final_samples
@@ -128,6 +136,24 @@ def test_evaluations_of_images_cost_about_a_fifth_of_the_run_unless_asked_for(
 ) -> None:
     assert counts(*overrides) == expected
     assert ("more than a fifth" in capsys.readouterr().out) == (expected == (8, 8))
+
+
+@pytest.mark.parametrize(("typed", "during"), [([], 0), (["evaluation.metrics.memorised.draws=700"], 700)])
+def test_a_short_run_looks_for_copies_at_its_end_alone_unless_asked_to(typed: list[str], during: int) -> None:
+    _, evaluator = judged(*SHORT, *[f"+{word}" for word in typed])
+    memorised = evaluator.metrics["memorised"]
+    assert isinstance(memorised, Memorised) and (memorised.draws, memorised.final_draws) == (during, 128)
+
+
+@pytest.mark.parametrize(("count", "allowed"), [(3, 3000), (3, 1500), (0, 3000)])
+def test_samples_take_what_the_other_scores_leave_of_a_fifth(count: int, allowed: int) -> None:
+    run, evaluator = judged(*SHORT)
+    evaluator.samples, evaluator.final_samples = 1000, 4000
+    rows = EvaluationRows(during=1e9, last=4e9, beside=5e8, allowed=allowed * 1e6, count=count)
+    during, last = affordable_samples(run, evaluator, rows)
+    taken = rows.count * rows.during * during / 1000 + rows.last * last / 4000 + rows.beside
+    assert 8 < during < 1000 and 8 < last < 4000 and 0.99 * rows.allowed < taken <= rows.allowed
+    assert during / 1000 == pytest.approx(last / 4000, rel=0.02)
 
 
 def test_a_run_that_goes_on_keeps_its_counts(small_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,17 +23,18 @@ def fit_samples(run: Run, config: dict[str, Any]) -> None:
     The counts become part of the configuration, so a run that goes on keeps them.
     """
     evaluator, node = run.evaluator, config["evaluation"]
-    asked = SAMPLE_COUNTS.intersection(typed_keys(config["overrides"]))
+    typed = typed_keys(config["overrides"])
     images = len(run.dataset.state_shape) == 3 and run.inputs.flow is not None
-    if not isinstance(evaluator, GeneratorEvaluator) or not images or asked:
+    if not isinstance(evaluator, GeneratorEvaluator) or not images or SAMPLE_COUNTS.intersection(typed):
         return
     before, left = (evaluator.samples, evaluator.final_samples), rows_of_evaluations(run, evaluator)
     if affordable_samples(run, evaluator, replace(left, beside=0)) == before:
         return
     for name, metric in evaluator.metrics.items():
-        settings = metric.thinned(left.allowed / left.all)
-        node["metrics"][name] |= settings
-        vars(metric).update(settings)
+        for key, value in metric.thinned(left.allowed / left.all).items():
+            if f"evaluation.metrics.{name}.{key}" not in typed:
+                node["metrics"][name][key] = value
+                setattr(metric, key, value)
     counts = affordable_samples(run, evaluator, rows_of_evaluations(run, evaluator))
     evaluator.samples, evaluator.final_samples = counts
     why = "so that they take about a fifth of this run"
