@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from common.distributed import concatenated
+from common.errors import UserError
 from common.seeds import generator_for
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
@@ -92,6 +93,16 @@ def few_step_solver(objective: FlowObjective, evaluations: int) -> Sampler:
     if objective.learns == "velocity":
         return Euler(evaluations)
     return FlowMapSolver(evaluations, renoise=objective.learns == "endpoint_map" and evaluations > 1)
+
+
+def check_guides_a_step(flow: FlowObjective, evaluations: int) -> None:
+    """Raise UserError when guidance lies in an interval that none of so many equal steps starts in."""
+    low, high = flow.network.interval if isinstance(flow.network, Guidance) else (0.0, 1.0)
+    if not any(low <= k / evaluations <= high for k in range(evaluations)):
+        raise UserError(
+            f"guidance.interval=[{low:g},{high:g}] guides none of {evaluations} step(s), at 0, 1/{evaluations}, ...; "
+            "widen it, take more steps, or leave guidance out"
+        )
 
 
 def few_step_words(objective: FlowObjective, evaluations: int | None = None) -> str:

@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.seeds import fork_generators, generator_for
 from evaluation.generate import data_labels, fixed_noise
 from evaluation.metrics.cache import cache_file, cached
-from evaluation.parts import build_dataset, build_solver, build_source, file_hash
+from evaluation.parts import build_dataset, build_solver, file_hash
 from evaluation.sample import TrainedModel, load
 from losses.couplings import IndependentCoupling, Paths
 from losses.objective import FlowObjective
@@ -63,7 +63,7 @@ def made_paths(model: TrainedModel, count: int, points: int) -> Paths:
         states = model.sample(count, seed=REFLOW_SEED, label=label, solver=recorder).transpose(0, 1).contiguous()
         times = recorder.kept_times()
     else:
-        noise = fixed_noise(build_source(model.config, CPU), count, REFLOW_SEED)
+        noise = fixed_noise(model.source, count, REFLOW_SEED)
         states, times = torch.stack([noise, model.sample(count, seed=REFLOW_SEED, label=label)]), torch.tensor([0.0, 1.0])
     guided, own = model.config.get("guidance"), isinstance(objective.coupling, IndependentCoupling)
     return Paths(states, times, label, own and not guided and not build_solver(model.config).renoises)

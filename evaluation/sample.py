@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +18,11 @@ from common.progress import watched
 from common.ranges import Count, Positive, Steps
 from common.seeds import generator_for
 from configuration.checks import check_rows_fit
+from configuration.overrides import settings_from_overrides
 from configuration.stored import stored_config
 from configuration.values import Setting, check_value, shown
 from dataloaders.base_dataloaders import Batch
+from dataloaders.sources import Source
 from evaluation import generate, parts
 from evaluation.metrics.base_metric import Generation, as_images
 from helpers_cfg import ClassifierFreeGuidance, Guidance, guided
@@ -73,9 +76,9 @@ class TrainedModel:
         check_value("n", n, Setting(Count))
         check_value("evaluations", evaluations, Setting(Steps | None))
         check_rows_fit("n", n, self.config["dataloaders"]["state_shape"])
-        source, labels, flow = parts.build_source(self.config, CPU), self.labels(n, label, condition), self.flow(guidance)
+        source, labels, flow = self.source, self.labels(n, label, condition), self.flow(guidance)
         if evaluations is not None:
-            check_guides_a_step(flow, evaluations)
+            generate.check_guides_a_step(flow, evaluations)
             solver = generate.few_step_solver(flow, evaluations)
         solver, fresh = solver or parts.build_solver(self.config), generate.fresh_noise(source, seed)
 
@@ -107,7 +110,7 @@ class TrainedModel:
         """
         self.objective.check_learns_velocity()
         check_value("noise", noise, Setting(Positive))
-        source, chosen = parts.build_source(self.config, CPU), solver or parts.build_solver(self.config)
+        source, chosen = self.source, solver or parts.build_solver(self.config)
         if source.gaussian_std is None or not isinstance(chosen, BaseSolver):
             raise UserError(
                 "samples given an observation need noise of a centred Gaussian and a solver of ODEs; use solver=midpoint"
@@ -176,6 +179,11 @@ class TrainedModel:
             )
         return join_condition(classes, given.expand(n, *shape))
 
+    @property
+    def source(self) -> Source:
+        """Return where the noise that samples begin at comes from, on the CPU."""
+        return parts.build_source(self.config, CPU)
+
     @cached_property
     def known_labels(self) -> Tensor:
         """Return labels of held-out rows (N, 2 + P)."""
@@ -233,7 +241,7 @@ class TrainedModel:
         solver: dopri5 unless given.
         """
         self.objective.check_learns_velocity()
-        source = parts.build_source(self.config, self.device)
+        source = self.source.to(self.device)
         label = None if label is None else label.to(self.device)
         x = self.objective.standardised(x.to(self.device))
         field = lambda z, t: self.objective.velocity(z, t, label)  # noqa: E731
@@ -290,18 +298,11 @@ class TrainedModel:
         return self.objective.flow_map(z, r, t, label)
 
 
-def check_guides_a_step(flow: FlowObjective, evaluations: int) -> None:
-    """Raise UserError when guidance lies in an interval that none of so many equal steps starts in."""
-    low, high = flow.network.interval if isinstance(flow.network, Guidance) else (0.0, 1.0)
-    if not any(low <= k / evaluations <= high for k in range(evaluations)):
-        raise UserError(
-            f"guidance.interval=[{low:g},{high:g}] guides none of {evaluations} step(s), at 0, 1/{evaluations}, ...; "
-            "widen it, take more steps, or leave guidance out"
-        )
+def load(path: str | Path, device: str = "auto", words: Sequence[str] = ()) -> TrainedModel:
+    """Return the generator of a checkpoint, rebuilt from the configuration stored in it. UserError for a classifier.
 
-
-def load(path: str | Path, device: str = "auto") -> TrainedModel:
-    """Return the generator of a checkpoint, rebuilt from the configuration stored in it. UserError for a classifier."""
+    words: solver and guidance settings in the place of the run's own, as on a command line.
+    """
     path = Path(path)
     payload, chosen = load_checkpoint(path), pick_device(device)
     config = stored_config(path, payload)
@@ -311,6 +312,7 @@ def load(path: str | Path, device: str = "auto") -> TrainedModel:
             f"{path} holds a classifier, which makes no samples; judge it by eval_checkpoint={path}, or let it judge a "
             f"generator's by evaluation.metrics.features.network={path}"
         )
+    config |= settings_from_overrides(list(words)) if words else {}
     return TrainedModel(objective, config, chosen, payload["step"])
 
 
@@ -333,7 +335,7 @@ def generation_of(model: TrainedModel, n: int, seed: int, label: Label, evaluati
     samples = model.sample(n, seed, label, given.solver, evaluations, together=True)
     made = {
         "objective": flow, "seed": seed, "samples": samples.to(device),
-        "noise": generate.fixed_noise(parts.build_source(model.config, CPU), n, seed).to(device),
+        "noise": generate.fixed_noise(model.source, n, seed).to(device),
         "label": None if labels is None else labels.to(device),
     }  # fmt: skip
     few = evaluations is not None

@@ -80,15 +80,13 @@ def lengths_of(text: str) -> list[float]:
 def sweep(words: list[str]) -> str:
     """Carry out the command: print a line for each length, draw the picture; return where it is."""
     settings, overrides = read_words(words)
-    from configuration.overrides import settings_from_overrides
     from configuration.stored import allow
     from evaluation.parts import load_network
     from evaluation.sample import load
 
     lengths = lengths_of(settings.lengths)
     allow(settings.trust)
-    model = load(settings.ckpt, settings.device)
-    model.config |= settings_from_overrides(overrides)
+    model = load(settings.ckpt, settings.device, overrides)
     snapshots = stored_with(settings.ckpt, model)
     found: dict[float, list[Score]] = {}
     for length in lengths:

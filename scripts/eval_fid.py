@@ -105,12 +105,10 @@ def replicates_of(settings: Settings, network: "FeatureNetwork") -> int:
 
 def of_checkpoint(settings: Settings, overrides: list[str]) -> "list[Score | Absent]":
     """Return samples of a checkpoint against its own data, or against files."""
-    from configuration.overrides import settings_from_overrides
     from evaluation.metrics.features import FeatureMetric
     from evaluation.sample import generation_of, load
 
-    model = load(str(settings.ckpt), settings.device)
-    model.config |= settings_from_overrides(overrides)
+    model = load(str(settings.ckpt), settings.device, overrides)
     spec = settings.network or model.config["dataloaders"].get("training", {}).get("feature_network")
     if spec is None:
         raise UserError(

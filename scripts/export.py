@@ -58,13 +58,11 @@ def export(words: list[str]) -> str:
     settings, overrides = read_words(words)
     import numpy as np
 
-    from configuration.overrides import settings_from_overrides
     from configuration.stored import allow
     from evaluation.sample import load
 
     allow(settings.trust)
-    model = load(settings.ckpt, settings.device)
-    model.config |= settings_from_overrides(overrides)
+    model = load(settings.ckpt, settings.device, overrides)
     arrays = network_arrays(model.objective.network) | plan(model) | start(model, settings)
     with replacing(settings.out) as file:
         np.savez_compressed(file, **arrays)
@@ -95,11 +93,10 @@ def start(model: "TrainedModel", settings: Settings) -> dict[str, Any]:
     """Return the noise (n, D), each sample's row of the class embedding (n, W), W = 0 without one, and the data's units."""
     import torch
 
-    from evaluation import generate, parts
+    from evaluation.generate import fixed_noise
     from models.flow_matching.mlp import MLP
 
-    source = parts.build_source(model.config, torch.device("cpu"))
-    noise, labels = generate.fixed_noise(source, settings.n, settings.seed), model.labels(settings.n, settings.label)
+    noise, labels = fixed_noise(model.source, settings.n, settings.seed), model.labels(settings.n, settings.label)
     assert isinstance(model.objective.network, MLP)
     embedding = model.objective.network.class_embedding
     rows = torch.zeros(settings.n, 0) if embedding is None else embedding.rows(labels, settings.n)

@@ -103,14 +103,12 @@ def sample(words: list[str]) -> Path:
     """Carry out the command; returns the file written."""
     settings, overrides = read_words(words)
     path = output_path(settings)
-    from configuration.overrides import settings_from_overrides
     from configuration.stored import allow
     from evaluation.sample import load
     from models.inputs import classes_in
 
     allow(settings.trust)
-    model = load(settings.ckpt, settings.device)
-    model.config |= settings_from_overrides(overrides)
+    model = load(settings.ckpt, settings.device, overrides)
     labels = model.labels(
         settings.n,
         settings.label,

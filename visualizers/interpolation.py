@@ -45,11 +45,9 @@ def carried(scene: Scene, noise: Tensor, label: Tensor | None) -> Tensor:
     import torch
 
     from evaluation.generate import fresh_noise, generate
-    from evaluation.parts import build_source
 
-    fresh = fresh_noise(build_source(scene.model.config, torch.device("cpu")), scene.seed)
     with torch.no_grad():
-        return generate(scene.model.flow(), scene.own_solver(), noise, label, fresh)
+        return generate(scene.model.flow(), scene.own_solver(), noise, label, fresh_noise(scene.model.source, scene.seed))
 
 
 def draw(scene: Scene) -> list[Path]:

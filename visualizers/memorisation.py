@@ -94,14 +94,11 @@ def picture_of_scores(name: str, scores: Mapping[str, float | None]) -> tuple[Fi
 
 
 def draw(scene: Scene) -> list[Path]:
-    import torch
-
     from evaluation.metrics.empirical import memorisation
-    from evaluation.parts import build_dataset, build_source
+    from evaluation.parts import build_dataset
 
     model = scene.model
-    dataset, source = build_dataset(model.config, model.device), build_source(model.config, torch.device("cpu"))
-    found = memorisation(model.objective.eval(), dataset, source, scene.n)
+    found = memorisation(model.objective.eval(), build_dataset(model.config, model.device), model.source, scene.n)
     if isinstance(found, str):
         raise UserError(f"there is nothing to compare {scene.name} with: {found}")
     by_time = {name: values.numpy() for name, values in found.by_time.items()}

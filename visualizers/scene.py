@@ -91,21 +91,15 @@ class Scene:
 
     def noise(self) -> Tensor:
         """Return the source states (n, ...) at t = 0, on the model's device; those of sample i are its own, whatever n."""
-        import torch
-
         from evaluation.generate import fixed_noise
-        from evaluation.parts import build_source
 
-        return fixed_noise(build_source(self.model.config, torch.device("cpu")), self.n, self.seed).to(self.model.device)
+        return fixed_noise(self.model.source, self.n, self.seed).to(self.model.device)
 
     def fresh(self) -> FreshNoise:
         """Return the noise that stochastic solvers add, that of `samples`."""
-        import torch
-
         from evaluation.generate import fresh_noise
-        from evaluation.parts import build_source
 
-        drawn = fresh_noise(build_source(self.model.config, torch.device("cpu")), self.seed)
+        drawn = fresh_noise(self.model.source, self.seed)
         return lambda k: drawn(k, 0, self.n).to(self.model.device)
 
     def real(self, n: int) -> np.ndarray:
@@ -135,12 +129,10 @@ class Scene:
         from evaluation.closed_forms import ExactFlow
         from evaluation.guided_flows import GuidedFlow
         from evaluation.metrics.oracles import known_flow
-        from evaluation.parts import build_dataset, build_source
+        from evaluation.parts import build_dataset
 
-        cpu = torch.device("cpu")
         flow = self.model.flow()
-        dataset, source = build_dataset(self.model.config, cpu), build_source(self.model.config, cpu)
-        known = known_flow(flow, dataset, source)
+        known = known_flow(flow, build_dataset(self.model.config, torch.device("cpu")), self.model.source)
         one_class = flow.network.num_classes and isinstance(self.label, int)
         return known.of_class(self.label) if one_class and isinstance(known, ExactFlow | GuidedFlow) else known
 
@@ -271,13 +263,11 @@ def scene(
     label = settings["label"] if settings["label"] in ("", "all") else whole_number("label", settings["label"], Seed)
     checkpoint = Path(settings["ckpt"]) if settings["ckpt"] else newest_checkpoint(fits)
 
-    from configuration.overrides import settings_from_overrides
     from configuration.stored import allow
     from evaluation.sample import load
 
     allow(settings["trust"])
-    model = load(checkpoint, settings["device"])
-    model.config |= settings_from_overrides(overrides)
+    model = load(checkpoint, settings["device"], overrides)
     folder = Path(settings["out"] or outputs_of(checkpoint) / "pictures" / model.config["run_name"])
     made = Scene(model, n, seed, frames, settings["format"], folder, None if label == "" else label)
     if points and not settings["n"] and made.shape == (2,):

@@ -193,10 +193,11 @@ class Metric(ABC):
     """One or several scores of a generation. A new metric is one subclass and one entry in configs/evaluation.
 
     needs: what the scores are of: samples, whoever made them, the velocity at an instant, or each sample's own end, which
-    only a flow gives it.
+    only a flow gives it. name: of its one score; a metric of several overrides `names`.
     """
 
     needs: Literal["samples", "velocity", "ends"] = "samples"
+    name: str = ""
 
     def results(self, generation: Generation) -> list[Score | Absent]:
         """Return what `compute` gives, or why this objective has no such scores."""
@@ -208,8 +209,8 @@ class Metric(ABC):
         return self.compute(generation)
 
     def names(self) -> list[str]:
-        """Return the names of its scores, for those that say why there are none."""
-        return []
+        """Return the names of its scores, under which a reason stands why there are none."""
+        return [self.name] if self.name else []
 
     def absent(self, reason: str) -> list[Score | Absent]:
         """Return every score as absent for this reason."""

@@ -22,9 +22,6 @@ class BetweenClusters(Metric):
     def __init__(self, stds: Positive = 5.0):
         self.stds = stds
 
-    def names(self) -> list[str]:
-        return [self.name]
-
     def compute(self, generation: Generation) -> list[Score | Absent]:
         mixture, samples = generation.dataset.mixture, generation.samples
         if mixture is None or len(mixture.weights) == 1:

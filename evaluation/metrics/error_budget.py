@@ -31,43 +31,36 @@ class ErrorBudget(Oracle):
     at the middle of each of 8 equal parts of the path's time. samples: how many are looked at.
     """
 
-    needs = "velocity"
+    needs, name = "velocity", "oracle/budget_field"
 
     def __init__(self, samples: CountFrom2 = 1000):
         self.samples = samples
 
-    def names(self) -> list[str]:
-        return ["oracle/budget_field"]
-
     def errors(self, generation: Generation, flow: KnownFlow) -> list[Score | Absent]:
         if not generation.final:
             return []
-        noise, label = (
-            generation.noise[: self.samples],
-            None if generation.label is None else generation.label[: self.samples],
-        )
+        noise, label = generation.noise[: self.samples], generation.label
+        label = None if label is None else label[: self.samples]
         truth = exact_ends(generation, flow)[: self.samples]
         own, path = self.own_path(generation, noise, label)
-        reason = not_finite(own)
-        if reason is not None:
+        if reason := not_finite(own):
             return self.absent(reason)
         field = ends(own) - truth
         found = [self.part("field", field, extra=self.path_errors(generation, flow, path))]
         if isinstance(generation.solver, BaseSolver) and not_finite(generation.samples) is None:
             total = ends(generation.samples[: self.samples]) - truth
-            found += [
-                self.part("solver", total - field, extra=whole("total", total, {"field": field, "solver": total - field}))
-            ]
+            shares = whole("total", total, {"field": field, "solver": total - field})
+            found.append(self.part("solver", total - field, extra=shares))
         if generation.objective.learns == "flow_map":
             total = ends(few_steps(generation.objective, noise, label, 1)) - truth
-            found += [
-                self.part("map", total - field, extra=whole("map_total", total, {"map_field": field, "map": total - field}))
-            ]
+            shares = whole("map_total", total, {"map_field": field, "map": total - field})
+            found.append(self.part("map", total - field, extra=shares))
         if isinstance(flow, GuidedFlow):
             plain = exact_ends(generation, flow.plain)[: self.samples]
-            found += [self.part("guidance", truth - plain)]
-            if generation.objective.learns == "flow_map" and flow.interval[0] == 0 and guides(generation):
-                found += [self.part("guided_map", self.guided_map(generation, flow, plain) - truth)]
+            found.append(self.part("guidance", truth - plain))
+            samples_guided = isinstance(generation.objective.network, Guidance)  # else the training alone
+            if generation.objective.learns == "flow_map" and flow.interval[0] == 0 and samples_guided:
+                found.append(self.part("guided_map", self.guided_map(generation, flow, plain) - truth))
         return list(found)
 
     def part(self, name: str, error: Tensor, extra: dict[str, float] | None = None) -> Score:
@@ -103,11 +96,6 @@ class ErrorBudget(Oracle):
             exact = flow.flow_map(exact, times[k], times[k + 1], label)
             found[f"oracle/flow_map_error{end}"] = (ends(path[k]) - ends(exact)).square().sum(1).mean().sqrt().item()
         return found
-
-
-def guides(generation: Generation) -> bool:
-    """Whether the samples are guided, and not the training alone."""
-    return isinstance(generation.objective.network, Guidance)
 
 
 def middles(last: float) -> Tensor:

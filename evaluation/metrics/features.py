@@ -73,8 +73,7 @@ class FeatureMetric(LongMetric):
     def compute(self, generation: Generation) -> list[Score | Absent]:
         if self.given is None or (self.final_only and not generation.final):
             return []
-        reason = self.refusal(generation)
-        if reason is not None:
+        if reason := self.refusal(generation):
             return self.absent(reason)
         network, count = self.network, len(generation.samples)
         x = self.features(generation, generation.samples)

@@ -61,8 +61,7 @@ class NearestTraining(LongMetric):
         part = stored_rows(dataset, self.points)
         if isinstance(part, str):
             return self.absent(part)
-        reason = not_finite(generation.samples)
-        if reason is not None:
+        if reason := not_finite(generation.samples):
             return self.absent(reason)
         if dataset.value_range is not None:
             states = states.clamp(*dataset.value_range)

@@ -48,8 +48,7 @@ def known_flow(objective: FlowObjective, dataset: FlowDataset, source: Source, o
     law = source.law
     if law is None:
         return "the density of the source is not known in closed form"
-    reason = why_other_pairs(objective, of_map)
-    if reason is not None:
+    if reason := why_other_pairs(objective, of_map):
         return reason
     noise = law.to("cpu", torch.float64) if isinstance(law, GaussianMixture) else law
     if objective.network.condition_shape is not None:
@@ -209,14 +208,10 @@ class OracleFlowMapError(Oracle):
     def __init__(self, exact_field: bool = True):
         self.exact_field = exact_field
 
-    def names(self) -> list[str]:
-        return [self.name]
-
     def errors(self, generation: Generation, flow: KnownFlow) -> list[Score | Absent]:
         if self.exact_field and generation.solver.renoises:
             return self.absent("this solver adds fresh noise, so that a sample's own noise has no one true end")
-        reason = not_finite(generation.samples)
-        if reason is not None:
+        if reason := not_finite(generation.samples):
             return self.absent(reason)
         noise = generation.noise.cpu().double()
         truth = exact_ends(generation, flow)
@@ -262,9 +257,6 @@ class OracleLogProbError(Oracle):
 
     def __init__(self, points: CountFrom2 = 500):
         self.points = points
-
-    def names(self) -> list[str]:
-        return [self.name]
 
     def errors(self, generation: Generation, flow: KnownFlow) -> list[Score | Absent]:
         if not generation.final:

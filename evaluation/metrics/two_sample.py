@@ -52,15 +52,11 @@ class TwoSampleMetric(Metric):
     floor_note says. least: states that a side must have.
     """
 
-    name: str
     least: int = 1
     pools: int | None = None
 
     def __init__(self, replicates: Replicates = 230):
         self.replicates = replicates
-
-    def names(self) -> list[str]:
-        return [self.name]
 
     @abstractmethod
     def distance(self, x: Tensor, y: Tensor) -> float:
@@ -75,8 +71,7 @@ class TwoSampleMetric(Metric):
         return not_finite(generation.samples)
 
     def compute(self, generation: Generation) -> list[Score | Absent]:
-        reason = self.refusal(generation)
-        if reason is not None:
+        if reason := self.refusal(generation):
             return self.absent(reason)
         samples = generation.samples
         real = generation.dataset.held_out(len(samples), generation.generator("held_out"))[0].to(samples.device)
