@@ -85,9 +85,11 @@ class Experiment:
                 raise UserError(f"{part}= and the word {KEYS[part]}= both say what it is; leave one of them out")
             name, make, node = FORMS[part](thing, cfg)
             self.add(part, KEYS[part], name, make, node)
+        unfit = [it for it in callbacks if not isinstance(it, Callback)] if isinstance(callbacks, Sequence) else [callbacks]
+        if unfit:
+            kind = "training.run.Callback"
+            raise UserError(f"callbacks takes a list of objects of subclasses of {kind}, not {called(unfit[0])}")
         for i, callback in enumerate(callbacks):
-            if not isinstance(callback, Callback):
-                raise UserError(f"callbacks takes objects of subclasses of training.run.Callback, not {called(callback)}")
             self.add(f"callback {i}", f"callbacks.own_{i}", called(callback), lambda it=callback: it, {})
 
     def add(self, part: str, key: str, name: str, make: Callable[..., Any], node: dict[str, Any]) -> None:

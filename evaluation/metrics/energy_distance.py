@@ -42,8 +42,8 @@ class EnergyDistance(TwoSampleMetric):
     def distance(self, x: Tensor, y: Tensor) -> float:
         return energy_distance(x, y)
 
-    def replicate(self, generation: Generation, first: int, second: int) -> list[float]:
-        n, m, *distances = super().replicate(generation, min(first, MOST), min(second, MOST))
+    def floor(self, generation: Generation, first: int, second: int) -> list[float]:
+        n, m, *distances = super().floor(generation, min(first, MOST), min(second, MOST))
         if not distances:
             return [n, m]
         scale = (1 / first + 1 / second) / (1 / n + 1 / m)

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from sklearn import metrics
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from evaluation.classifier_evaluator import by_class, calibration_error, confusion_matrix, macro, matthews
 
@@ -11,6 +9,9 @@ from evaluation.classifier_evaluator import by_class, calibration_error, confusi
 @pytest.mark.parametrize("classes", [2, 7, 40])
 @pytest.mark.parametrize("sure", [0.0, 2.0, 50.0])
 def test_scores_are_those_of_scikit_learn(classes, sure):
+    from sklearn import metrics  # both take seconds to import, which not every process need spend
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
     generator = torch.Generator().manual_seed(classes)
     label = torch.randint(0, classes, (500,), generator=generator)
     label[label == classes - 1] = 0 if classes > 2 else 1  # a class without images
