@@ -54,6 +54,13 @@ def lookup(config: dict[str, Any], key: str) -> Any:
     return node
 
 
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of a nested dict by dotted key, such as {"optimizer.lr": 1} of {"optimizer": {"lr": 1}}."""
+    if not isinstance(config, dict) or not config:
+        return {prefix.rstrip("."): config} if prefix else {}
+    return {k: v for key, value in config.items() for k, v in flat(value, f"{prefix}{key}.").items()}
+
+
 def nearest(word: str, known: list[str]) -> str:
     """' (did you mean x?)' or nothing."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)

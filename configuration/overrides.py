@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from common.errors import UserError
 from configuration.checks import check_values
 from configuration.compose import compose_config, delete, is_group, resolved, typed_keys
-from configuration.nodes import lookup
+from configuration.nodes import flat, lookup
 from configuration.stored import check_new_parts
 from configuration.values import NEUTRAL
 
@@ -45,13 +45,6 @@ def laid_over(stored: dict[str, Any], config: dict[str, Any], typed: list[Overri
     plain = OmegaConf.to_container(merged)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
-
-
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of a nested dict by dotted key."""
-    if not isinstance(config, dict) or not config:
-        return {prefix.rstrip("."): config}
-    return {k: v for key, value in config.items() for k, v in flat(value, f"{prefix}{key}.").items()}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -50,11 +50,7 @@ class ArrayDataset(OwnTensors):
     """
 
     def __init__(
-        self,
-        path: str,
-        held_out_fraction: Inside = 0.1,
-        standardize: bool = False,
-        **described: Unpack[Described],
+        self, path: str, held_out_fraction: Inside = 0.1, standardize: bool = False, **described: Unpack[Described]
     ):
         """path: the file, with states (N, D) or (N, C, H, W), 10 rows or more.
 
@@ -62,17 +58,12 @@ class ArrayDataset(OwnTensors):
         for a state_shape, epoch_size, num_classes or condition_shape that contradict the file.
         """
         file, value_range = Path(path), described.get("value_range")
-        states, found = load_states(file), read_labels(file)
+        state_shape(file)
+        states, found = load_numbers(file, "x"), read_labels(file)
         conditions = None if array_condition(path) is None else load_numbers(file, "condition")
         require_values_in(states, value_range, file)
         labels = None if found is None else torch.from_numpy(found.astype(np.int64))
         super().__init__(states, labels, held_out_fraction, standardize, conditions, **described)
-
-
-def load_states(file: Path) -> torch.Tensor:
-    """Return states (N, D) or (N, C, H, W) in fp32. UserError when the file is unfit or a value is not finite in fp32."""
-    state_shape(file)
-    return load_numbers(file, "x")
 
 
 def load_numbers(file: Path, member: str, nan: bool = False) -> torch.Tensor:

@@ -44,15 +44,9 @@ from dev.peers_benchmark import peer_tables
 from dev.saves_benchmark import SAVED_RUN, saves_seconds
 
 COLUMNS = (
-    "step_ms",
-    "data_ms",
-    "data_share",
-    "train_samples_per_second",
-    "generated_per_second",
-    "peak_memory_mb",
-    "live_mb",
+    "step_ms", "data_ms", "data_share", "train_samples_per_second", "generated_per_second", "peak_memory_mb", "live_mb",
     "gflop",
-)
+)  # fmt: skip
 JVP_MODELS = {
     "unet_small, batch 32": "dataloaders=random_images dataloaders.state_shape=[1,8,8] model=unet_small batch_size=32",
     "dit_s, batch 8": "dataloaders=random_images model=dit_s batch_size=8",

@@ -82,7 +82,8 @@ def gpu_tables(common: str, quick: bool) -> Iterator[Table]:
         yield from derivatives(name, trained[name], sizes)
     image = next(reversed(models.values())) if quick else models["unet_small"]
     rows = {f"solver={solver}": f"{image} solver={solver}" for solver in sizes.solvers}
-    yield from attempted("samplers", rows, lambda words: sampling_figures(words, sizes))
+    pace = "generated_per_second"
+    yield from attempted("samplers", rows, lambda words: {pace: rounds_of(Contestant(words), sizes)[pace]})
 
 
 def attempted(title: str, rows: dict[str, str], measure: Callable[[str], dict[str, float]]) -> Iterator[Table]:
@@ -92,13 +93,10 @@ def attempted(title: str, rows: dict[str, str], measure: Callable[[str], dict[st
         try:
             table.append({"row": name, **measure(words)})
         except UNABLE as error:
-            yield f"- {title}, {name}: not on this device: {type(error).__name__}: {first_line(error)}", []
+            said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:150]
+            yield f"- {title}, {name}: not on this device: {type(error).__name__}: {said}", []
     if table:
         yield title, table
-
-
-def first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:150]
 
 
 def correctness(words: str) -> Iterator[Table]:
@@ -181,7 +179,3 @@ def derivatives(model: str, words: str, sizes: Sizes) -> Iterator[Table]:
             for engine in engines for percent in (25, 100)
         }  # fmt: skip
         yield from attempted(f"{model}: derivatives, {mode}", rows, ratio)
-
-
-def sampling_figures(words: str, sizes: Sizes) -> dict[str, float]:
-    return {"generated_per_second": rounds_of(Contestant(words), sizes)["generated_per_second"]}

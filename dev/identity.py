@@ -140,15 +140,12 @@ def make_fixtures(folder: Path, only: list[str] | None) -> None:
         if (folder / name).exists():
             raise UserError(f"{folder / name} exists; give a new folder, or remove it")
         with tempfile.TemporaryDirectory(prefix="identity-") as place:
-            small = f"{PLAIN} {SHRUNK.get(name, MLP)} max_steps=2 keep_saves=1 evaluation=" + evaluation_of(name)
+            small = f"{PLAIN} {SHRUNK.get(name, MLP)} max_steps=2 keep_saves=1"
+            small += " evaluation=classifier" if name.endswith("classifier") else " evaluation=loss_only"
             train([f"run_name={name}", f"experiment={name}", *small.split()], Path(place))
             keep(Path(place), folder / name, name)
         size = sum(path.stat().st_size for path in (folder / name).rglob("*") if path.is_file())
         print(f"{folder / name}: {size / 1024:.0f} kB", flush=True)
-
-
-def evaluation_of(name: str) -> str:
-    return "classifier" if name.endswith("classifier") else "loss_only"
 
 
 def keep(place: Path, to: Path, name: str) -> None:

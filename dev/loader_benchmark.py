@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from evaluation.threads import one_thread
+
 PICTURES, LATENTS = 512, 2048
 DEVICE_SET = "pictures on the device: CIFAR-10, mirrored and augmented, unet_small"
 STREAM = "pictures from files: 512 JPEGs of 256x256 as 64x64, unet_small"
@@ -18,16 +20,21 @@ def data_preset(place: Path) -> dict[str, list[str]]:
     write_cifar(place / "cifar")
     write_pictures(place / "pictures")
     write_latents(place / "latents")
-    cifar, folder, latents = (f"{words} solver=euler solver.steps=1" for words in (
-        f"dataloaders=cifar10 dataloaders.root={place / 'cifar'} model=unet_small batch_size=64",
-        f"dataloaders=image_folder dataloaders.root={place / 'pictures'} model=unet_small batch_size=16",
-        f"dataloaders=imagenet dataloaders.path={place / 'latents'} model=dit_s batch_size=8",
-    ))  # fmt: skip
+    cifar, folder, latents = (f"{words} solver=euler solver.steps=1" for words in sets_below(place))
     return {
         DEVICE_SET: [cifar, f"{cifar} dataloaders.augment=0.12"],
         STREAM: [f"{folder} num_workers={workers}" for workers in (0, 1, 2)],
         CACHE: [f"{latents} num_workers={workers}" for workers in (0, 1)],
     }
+
+
+def sets_below(place: Path) -> list[str]:
+    """Return the words that choose one set of each kind, with a model and a batch size for it."""
+    return [
+        f"dataloaders=cifar10 dataloaders.root={place / 'cifar'} model=unet_small batch_size=64",
+        f"dataloaders=image_folder dataloaders.root={place / 'pictures'} model=unet_small batch_size=16",
+        f"dataloaders=imagenet dataloaders.path={place / 'latents'} model=dit_s batch_size=8",
+    ]
 
 
 def write_cifar(place: Path) -> None:
@@ -87,6 +94,7 @@ def rate(count: int, work: Callable[[], Any], repeats: int) -> float:
     return best
 
 
+@one_thread()
 def loader_rates(place: Path) -> dict[str, float]:
     """Return rows a second that the loaders alone serve on one core, without any worker process."""
     import torch
@@ -96,9 +104,6 @@ def loader_rates(place: Path) -> dict[str, float]:
     from dataloaders.stream import Rows
     from evaluation.parts import build_dataset
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-
     def dataset(words: str) -> Any:
         return build_dataset(resolved(compose_config(["run_name=x", *words.split(), "num_workers=0"])), torch.device("cpu"))
 
@@ -106,8 +111,8 @@ def loader_rates(place: Path) -> dict[str, float]:
         for _ in served.epoch(EpochPlan(batch_size, torch.Generator().manual_seed(0), torch.Generator())):
             pass
 
-    rows = data_preset_words(place)
-    cifar, augmented, folder, latents = (dataset(words) for words in rows)
+    cifar, folder, latents = map(dataset, words := sets_below(place))
+    augmented = dataset(f"{words[0]} dataloaders.augment=0.12")
     numbers = torch.randperm(2 * LATENTS, generator=torch.Generator().manual_seed(0)).split(256)
     plan = [Rows(part.tolist(), 0) for part in numbers]
 
@@ -127,13 +132,4 @@ def loader_rates(place: Path) -> dict[str, float]:
     found["pictures on the device, mirrored"] = rate(10_000, lambda: pass_through(cifar, 64), 3)
     found["pictures on the device, mirrored and augmented"] = rate(10_000, lambda: pass_through(augmented, 64), 1)
     found["pictures from files"] = rate(len(folder.train), lambda: pass_through(folder, 64), 2)
-    torch.set_num_threads(threads)
     return found
-
-
-def data_preset_words(place: Path) -> list[str]:
-    """Return one set of each kind, as launcher words."""
-    cifar = f"dataloaders=cifar10 dataloaders.root={place / 'cifar'} model=unet_small"
-    folder = f"dataloaders=image_folder dataloaders.root={place / 'pictures'} model=unet_small"
-    latents = f"dataloaders=imagenet dataloaders.path={place / 'latents'} model=unet_small"
-    return [cifar, f"{cifar} dataloaders.augment=0.12", folder, latents]

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dataloaders.base_dataloaders import EpochPlan
 from dev.contestant import Contestant
+from evaluation.threads import one_thread
 from losses.couplings import MinibatchOTCoupling
 from models.inputs import make_unified_flow_matching_input
 from solvers.runge_kutta import Midpoint
@@ -42,8 +43,6 @@ def peer_tables(rounds: int, steps: int, common: str) -> Iterator[Table]:
     there = {name: importlib.util.find_spec(name) is not None for name in ("torchcfm", "flow_matching", "torchdiffeq")}
     for name in (name for name, found in there.items() if not found):
         yield f"{name} is not installed, its rows are left out: pip install 'denoising-zoo[peers]'", []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     common = f"device=cpu {common}"
     points = Contestant(f"{POINTS} {common}")
     steppers = there["torchcfm"] or there["flow_matching"]
@@ -54,11 +53,11 @@ def peer_tables(rounds: int, steps: int, common: str) -> Iterator[Table]:
         (there["torchdiffeq"], f"midpoint, {EVALUATIONS} evaluations of 1,024 rows", lambda: samplers(points)),
         (True, "the batches of an epoch of digits", lambda: data_paths(common)),
     ]  # fmt: skip
-    for _, title, make in (maker for maker in makers if maker[0]):
-        yield title, rows_of(interleaved(make(), rounds, steps))
-    if there["torchcfm"]:
-        yield f"a step of U-Nets{', compiled' * ('compile=true' in common)}, by operations", unets(rounds, steps, common)
-    torch.set_num_threads(threads)
+    with one_thread():
+        for _, title, make in (maker for maker in makers if maker[0]):
+            yield title, rows_of(interleaved(make(), rounds, steps))
+        if there["torchcfm"]:
+            yield f"a step of U-Nets{', compiled' * ('compile=true' in common)}, by operations", unets(rounds, steps, common)
 
 
 def interleaved(works: dict[str, Work], rounds: int, repeats: int) -> dict[str, list[float]]:

@@ -36,21 +36,9 @@ def begun(folder: Path, options: argparse.Namespace) -> subprocess.Popen[bytes]:
     space = SPACES.get(options.sampler, SPACE)
     varied = {word.partition("=")[0] for word in space}
     small = [word for word in SMALL if word.partition("=")[0] not in varied]
-    words = [
-        f"run_name={NAME}",
-        f"n={options.trials}",
-        f"jobs={options.jobs}",
-        f"sampler={options.sampler}",
-        f"metric={METRIC}",
-    ]
-    words += [
-        f"output_dir={folder}",
-        f"log.file={folder / 'log.md'}",
-        "epochs=3",
-        "dataloaders.epoch_size=6400",
-        *small,
-        *space,
-    ]
+    search = f"run_name={NAME} n={options.trials} jobs={options.jobs} sampler={options.sampler} metric={METRIC}".split()
+    place = [f"output_dir={folder}", f"log.file={folder / 'log.md'}"]
+    words = [*search, *place, "epochs=3", "dataloaders.epoch_size=6400", *small, *space]
     with folder.with_suffix(".txt").open("ab") as printed:
         return subprocess.Popen(
             [sys.executable, str(ROOT / "launcher.py"), "--search", "optuna", *dict.fromkeys(words)],

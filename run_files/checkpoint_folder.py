@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from common.errors import UserError
 from common.files import remove_temporaries, share
@@ -15,12 +17,9 @@ from run_files.run_folder import save_name
 ASYNC_BYTES = 64 * 2**20  # a smaller save is written in less time than a thread is worth
 
 
-def tensor_bytes(node: Any) -> int:
-    """Return bytes of all tensors in nested dicts and lists."""
-    if isinstance(node, torch.Tensor):
-        return node.nbytes
-    inner = node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ()
-    return sum(map(tensor_bytes, inner))
+def tensors_in(node: Any) -> list[Tensor]:
+    """Return every tensor of nested dicts and lists."""
+    return [leaf for leaf in tree_leaves(node) if isinstance(leaf, Tensor)]
 
 
 def frozen(node: Any) -> Any:
@@ -28,28 +27,16 @@ def frozen(node: Any) -> Any:
 
     From CUDA they are copied to pinned memory, all on their way at once; the host waits at the end.
     """
-    copy = copied(node)
+
+    def copied(tensor: Tensor) -> Tensor:
+        on_cuda = tensor.device.type == "cuda"
+        place = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_cuda)
+        return place.copy_(tensor.detach(), non_blocking=on_cuda)
+
+    copy = tree_map_only(Tensor, copied, node)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return copy
-
-
-def copied(node: Any) -> Any:
-    if isinstance(node, torch.Tensor):
-        on_cuda = node.device.type == "cuda"
-        place = torch.empty(node.shape, dtype=node.dtype, pin_memory=on_cuda)
-        return place.copy_(node.detach(), non_blocking=on_cuda)
-    if isinstance(node, dict):
-        return {key: copied(inner) for key, inner in node.items()}
-    return type(node)(map(copied, node)) if isinstance(node, list | tuple) else node
-
-
-def on_accelerator(node: Any) -> bool:
-    """Return whether a tensor of nested dicts and lists lies elsewhere than on the CPU."""
-    if isinstance(node, torch.Tensor):
-        return node.device.type != "cpu"
-    inner = node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ()
-    return any(map(on_accelerator, inner))
 
 
 class CheckpointFolder:
@@ -85,11 +72,13 @@ class CheckpointFolder:
     def save(self, payload: dict[str, Any], epoch: int | None, best: bool) -> None:
         """Save the state, once the save before has ended: at once, or as a thread's work that `settle` waits for."""
         self.settle()
-        large = tensor_bytes(payload) >= ASYNC_BYTES
+        tensors = tensors_in(payload)
+        large = sum(tensor.nbytes for tensor in tensors) >= ASYNC_BYTES
         if large if self.in_background is None else self.in_background:
             self.pending = self.writer.submit(self.write, frozen(payload), epoch, best)
         else:
-            self.write(frozen(payload) if on_accelerator(payload) else payload, epoch, best)
+            elsewhere = any(tensor.device.type != "cpu" for tensor in tensors)
+            self.write(frozen(payload) if elsewhere else payload, epoch, best)
 
     def settle(self) -> None:
         """Wait for the save that is being written, if any. Raises what stopped it, once."""

@@ -17,6 +17,7 @@ HIGHER_IS_BETTER = (  # in metric names
     "accuracy", "f1_macro", "inception_score", "mcc", "precision", "recall", "density", "coverage", "class_share_min",
     "oracle/copying",
 )  # fmt: skip
+SCORES = ("eval/", "oracle/")  # how the names of scores begin
 BY_TIME = tuple(f"_t{k}" for k in range(8))  # ends of the names of a score's values at eight times
 # Ends of the names of what stands beside a score.
 BESIDE = (
@@ -94,6 +95,10 @@ class MetricsFile:
             where = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
             note_once(f"{self.path} is damaged; left out: line {where}")
         return [(number, numbers_in(row, "provenance")) for number, row in rows if row is not None]
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Return the rows that hold scores; the others are not parsed."""
+        return [row for _, row in self.numbered_rows(holding='"eval/')]
 
     def lines(self) -> list[str]:
         """Return the whole lines: what follows the last line break is torn."""

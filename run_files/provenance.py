@@ -36,8 +36,8 @@ def package_versions() -> dict[str, str]:
 
 
 def made_with(device: str) -> dict[str, str]:
-    """Return what the numbers of a run may hang on beside its settings; device: its kind, such as cpu."""
-    return {"torch": package_versions()["torch"], "device": device}
+    """Return what the numbers of a run depend on beside its settings; device: its name, of which the kind counts."""
+    return {"torch": package_versions()["torch"], "device": device.partition(" ")[0]}
 
 
 def weights_in_words(config: dict[str, Any], step: int) -> str:

@@ -14,8 +14,8 @@ import yaml
 from common.errors import UserError
 from configuration.build import build
 from configuration.compose import compose_config, groups, resolved
-from configuration.nodes import nearest
-from configuration.overrides import differences, flat
+from configuration.nodes import flat, nearest
+from configuration.overrides import differences
 from configuration.values import NEUTRAL
 from evaluation.leaderboard_table import SECONDS, TAUGHT
 from run_files.run_folder import RunFolder

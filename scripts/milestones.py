@@ -28,7 +28,7 @@ from common.ranges import CountFrom2
 from configuration.compose import groups
 from configuration.overrides import meaningful
 from evaluation.milestones import Milestone, Milestones, path_of, plain
-from run_files.metrics_file import SIDE
+from run_files.metrics_file import SCORES, SIDE
 from run_files.provenance import made_with
 from run_files.run_folder import RunFolder
 from scripts.settings import read_settings
@@ -86,7 +86,7 @@ def collected(folders: list[RunFolder], command: str) -> Milestones:
             )
     scores = [scored(folder) for folder in folders]
     names = [name for name in scores[0] if not name.endswith(SIDE) and all(name in run for run in scores)]
-    made = made_with(str(folders[0].status.read().get("device", "")).split(" ")[0])
+    made = made_with(str(folders[0].status.read().get("device", "")))
     found = {name: over_seeds([run[name] for run in scores]) for name in names}
     return Milestones(f"{command}, {date.today().isoformat()}", [c["seed"] for c in configs], made, settings, found)
 
@@ -94,9 +94,9 @@ def collected(folders: list[RunFolder], command: str) -> Milestones:
 def scored(folder: RunFolder) -> dict[str, dict[int, float]]:
     """Return the scores of a run by name and step."""
     found: dict[str, dict[int, float]] = {}
-    for _, row in folder.metrics.numbered_rows(holding='"eval/'):
+    for row in folder.metrics.evaluations():
         for name, value in row.items():
-            if name.startswith(("eval/", "oracle/")) and isinstance(value, int | float):
+            if name.startswith(SCORES) and isinstance(value, int | float):
                 found.setdefault(name, {})[row["step"]] = value
     return found
 

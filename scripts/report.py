@@ -29,10 +29,11 @@ from common.command_line import front, outputs, unknown
 from common.errors import UserError
 from common.files import write_atomically
 from common.ranges import NotNegative
+from configuration.nodes import flat
 from evaluation.milestones import Milestones, milestones_for, standing
 from run_files.metrics_file import BESIDE, COPIES
 from scripts.run_record import Figure, RunRecord, record_of
-from scripts.runs import flat, number, rows_that_differ, state
+from scripts.runs import number, rows_that_differ, state
 from scripts.settings import known_settings
 from visualizers.curves import BAND, MILESTONES
 

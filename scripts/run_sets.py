@@ -11,7 +11,7 @@ from common.errors import UserError
 from configuration.compose import without
 from configuration.overrides import meaningful
 from configuration.values import NEUTRAL
-from run_files.metrics_file import SIDE, UNDIRECTED, higher_is_better
+from run_files.metrics_file import SCORES, SIDE, UNDIRECTED, higher_is_better
 from run_files.result import result_of, table
 from run_files.run_folder import RunFolder
 from run_files.stored_values import CONFIG_REMEDY
@@ -78,7 +78,7 @@ def run_set(label: str, pattern: str, folders: dict[str, RunFolder], best: bool)
 
 def last_scores(folder: RunFolder, config: dict[str, Any], best: bool) -> dict[str, float]:
     """Return the scores of a run's last evaluation, or of that with the best monitored value; floors among them."""
-    rows = [row for _, row in folder.metrics.numbered_rows(holding='"eval/')]
+    rows = folder.metrics.evaluations()
     if not rows:
         raise UserError(f"run {folder.name} has no evaluation in {folder.metrics.path}; leave it out")
     metric = config["monitor"]
@@ -87,7 +87,7 @@ def last_scores(folder: RunFolder, config: dict[str, Any], best: bool) -> dict[s
         raise UserError(f"run {folder.name} never logged what it monitors, {metric}; leave out --best")
     pick = max if higher_is_better(metric, config.get("monitor_mode", "auto")) else min
     row = pick(monitored, key=lambda row: row[metric]) if best else rows[-1]
-    return {name: value for name, value in row.items() if name.startswith(("eval/", "oracle/")) and value is not None}
+    return {name: value for name, value in row.items() if name.startswith(SCORES) and value is not None}
 
 
 def check_comparable(a: RunSet, b: RunSet, best: bool) -> None:

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command_line import front, matching, outputs, split, unknown
 from common.errors import UserError
 from common.files import write_atomically
+from configuration.nodes import flat
 from run_files.metrics_file import higher_is_better
 from run_files.result import table
 from run_files.run_folder import RunFolder
@@ -291,8 +292,7 @@ def epochs(status: dict[str, Any]) -> str:
 def best_scores(folder: RunFolder) -> dict[str, float]:
     """Return the best value of each eval metric, over metrics.jsonl and the status."""
     best: dict[str, float] = {}
-    evaluations = [row for _, row in folder.metrics.numbered_rows(holding='"eval/')]  # the others are not parsed
-    for scores in (folder.status.read().get("scores", {}), *evaluations):
+    for scores in (folder.status.read().get("scores", {}), *folder.metrics.evaluations()):
         for name, value in scores.items():
             if name.startswith("eval/") and not NO_SCORE.search(name) and isinstance(value, int | float):
                 pick = max if higher_is_better(name) else min
@@ -312,14 +312,6 @@ def last_metrics(folder: RunFolder) -> dict[str, float | None]:
 def read_config(folder: RunFolder) -> dict[str, Any]:
     """Return the resolved configuration, empty where the run stored none."""
     return folder.read_config() if folder.config_path.is_file() else {}
-
-
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested keys joined by dots: {"optimizer": {"lr": 1}} to {"optimizer.lr": 1}."""
-    if not isinstance(config, dict) or not config:
-        return {prefix: config} if prefix else {}
-    pairs = [flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in config.items()]
-    return {name: value for part in pairs for name, value in part.items()}
 
 
 def rows_that_differ(columns: list[dict[str, Any]], show: Callable[[Any], str], ignored: tuple[str, ...]) -> list[list[str]]:

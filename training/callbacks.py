@@ -150,7 +150,7 @@ class MilestoneNotes(Callback):
         from evaluation.milestones import milestones_for
 
         found, _ = milestones_for(run.records.config)
-        words = found and found.said(run.state.step, run.evaluation.values, made_with(run.device_words.split()[0]))
+        words = found and found.said(run.state.step, run.evaluation.values, made_with(run.device_words))
         if words:
             print(f"note: {words}", file=sys.stderr)
 

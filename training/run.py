@@ -22,6 +22,7 @@ from evaluation.metrics.base_metric import EvaluationInputs
 from losses.objective import Objective
 from losses.terms import LossOutput, Weight
 from run_files.checkpoint import FORMAT
+from run_files.metrics_file import SCORES
 from run_files.provenance import git_commit, package_versions, weights_in_words
 from training.records import Progress, Records
 from training.sharding import gathered, gradients_shared, is_sharded
@@ -255,7 +256,7 @@ class Run:
         self.write_status("running")
 
     def write_status(self, state: str, why: str = "") -> None:
-        scores = {name: v for name, v in self.last_values.items() if name.startswith(("eval/", "oracle/"))}
+        scores = {name: v for name, v in self.last_values.items() if name.startswith(SCORES)}
         self.records.write_status(state, self.now, scores, why, self.device_words)
 
 

@@ -2,10 +2,17 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from common.errors import UserError
 from common.ranges import CountOr0, NotNegative, Share, ShareAbove0
+
+
+class WarmUp(TypedDict, total=False):
+    """What every schedule takes besides its own settings; meanings as in Schedule."""
+
+    warmup_steps: CountOr0
+    warmup_epochs: NotNegative
 
 
 class Schedule(ABC):
@@ -59,8 +66,8 @@ class Constant(Schedule):
 class Linear(Schedule):
     """Falls linearly from 1 to `final`."""
 
-    def __init__(self, final: Share = 0.0, warmup_steps: CountOr0 = 0, warmup_epochs: NotNegative = 0.0):
-        super().__init__(warmup_steps, warmup_epochs)
+    def __init__(self, final: Share = 0.0, **warm_up: Unpack[WarmUp]):
+        super().__init__(**warm_up)
         self.final = final
 
     def shape(self, share: float, step: int, total_steps: int) -> float:
@@ -77,10 +84,8 @@ class Cosine(Linear):
 class Step(Schedule):
     """Multiplied by `gamma` at each of the given shares of the run, e.g. [0.5, 0.75]."""
 
-    def __init__(
-        self, milestones: list[Share], gamma: ShareAbove0 = 0.1, warmup_steps: CountOr0 = 0, warmup_epochs: NotNegative = 0.0
-    ):
-        super().__init__(warmup_steps, warmup_epochs)
+    def __init__(self, milestones: list[Share], gamma: ShareAbove0 = 0.1, **warm_up: Unpack[WarmUp]):
+        super().__init__(**warm_up)
         self.milestones, self.gamma = milestones, gamma
 
     def shape(self, share: float, step: int, total_steps: int) -> float:
@@ -90,8 +95,8 @@ class Step(Schedule):
 class Exponential(Linear):
     """Falls from 1 to `final` by the same ratio each step."""
 
-    def __init__(self, final: Share = 0.01, warmup_steps: CountOr0 = 0, warmup_epochs: NotNegative = 0.0):
-        super().__init__(final, warmup_steps, warmup_epochs)
+    def __init__(self, final: Share = 0.01, **warm_up: Unpack[WarmUp]):
+        super().__init__(final, **warm_up)
 
     def shape(self, share: float, step: int, total_steps: int) -> float:
         return self.final**share
@@ -104,15 +109,8 @@ class OneCycle(Schedule):
     `final`. torch's own peak may lie between two steps, and in very short runs before the first.
     """
 
-    def __init__(
-        self,
-        rise: Share = 0.3,
-        start: Share = 0.04,
-        final: Share = 4e-6,
-        warmup_steps: CountOr0 = 0,
-        warmup_epochs: NotNegative = 0.0,
-    ):
-        super().__init__(warmup_steps, warmup_epochs)
+    def __init__(self, rise: Share = 0.3, start: Share = 0.04, final: Share = 4e-6, **warm_up: Unpack[WarmUp]):
+        super().__init__(**warm_up)
         self.rise, self.start, self.final = rise, start, final
 
     def shape(self, share: float, step: int, total_steps: int) -> float:
@@ -129,10 +127,8 @@ class OneCycle(Schedule):
 class Plateau(Schedule):
     """Multiplied by `gamma` when the monitored metric has not improved for more than `patience` evaluations."""
 
-    def __init__(
-        self, gamma: ShareAbove0 = 0.5, patience: CountOr0 = 3, warmup_steps: CountOr0 = 0, warmup_epochs: NotNegative = 0.0
-    ):
-        super().__init__(warmup_steps, warmup_epochs)
+    def __init__(self, gamma: ShareAbove0 = 0.5, patience: CountOr0 = 3, **warm_up: Unpack[WarmUp]):
+        super().__init__(**warm_up)
         self.gamma, self.patience = gamma, patience
         self.best, self.waited, self.drops = math.inf, 0, 0
 

@@ -217,7 +217,7 @@ def end_lines(run: Run) -> list[tuple[str, str]]:
     files, lines = saves_of(saves.output_dir, name), []
     if records.config.get("teacher"):
         lines.append(("teacher", scores_of_teacher(RunFolder(folder.path.with_name(f"{name}_teacher")))))
-    if words := standing(records.config, folder.metrics.read(), made_with(run.device_words.split()[0])):
+    if words := standing(records.config, folder.metrics.read(), made_with(run.device_words)):
         lines.append(("milestones", words))
     if picture.exists():
         lines.append(("picture", str(picture)))

@@ -27,7 +27,7 @@ import numpy as np
 from common.command_line import front, matching, outputs, split, unknown
 from common.errors import UserError
 from evaluation.pictures import INK, new_figure, save_figure
-from run_files.metrics_file import SIDE
+from run_files.metrics_file import SCORES, SIDE
 from run_files.run_folder import RunFolder
 from visualizers.scene import outputs_of
 
@@ -82,7 +82,7 @@ def series(rows: list[dict[str, Any]], metric: str) -> np.ndarray:
 
 def metrics_of(rows: list[dict[str, Any]]) -> list[str]:
     """Return what is worth a panel: the training loss and every score, in the order they appear."""
-    names = [name for row in rows for name in row if name == "train/loss" or name.startswith(("eval/", "oracle/"))]
+    names = [name for row in rows for name in row if name == "train/loss" or name.startswith(SCORES)]
     return [name for name in dict.fromkeys(names) if not name.endswith(SIDE) and not name.startswith("oracle/budget_")]
 
 
