@@ -2,17 +2,19 @@
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from common.errors import UserError
 from common.ranges import Interval, NotNegative, ShareBelow1
-from losses.objective import FlowObjective
+from losses.objective import FlowObjective, Objective
 from losses.predictions import DataPrediction, VelocityPrediction
 from models.inputs import split_unified_flow_matching_input
 from models.velocity_model import VelocityModel
+
+AnyObjective = TypeVar("AnyObjective", bound=Objective)
 
 
 class Guidance(VelocityModel, ABC):
@@ -167,21 +169,19 @@ class Autoguidance(Guidance):
         return self.combine(unified_input, weak, strong)
 
 
+def around(objective: AnyObjective, network: torch.nn.Module) -> AnyObjective:
+    """Return a copy of the objective that shares all but the network, which is this one; the original stays as it is."""
+    shallow = copy.copy(objective)
+    shallow._modules = {**objective._modules, "network": network}
+    return shallow
+
+
 def unguided(objective: FlowObjective) -> FlowObjective:
     """Return the objective around the network alone; itself where nothing guides it."""
-    if not isinstance(objective.network, Guidance):
-        return objective
-    shallow = copy.copy(objective)
-    shallow._modules = {**objective._modules, "network": objective.network.network}
-    return shallow
+    return around(objective, objective.network.network) if isinstance(objective.network, Guidance) else objective
 
 
 def guided(objective: FlowObjective, guidance: Guidance) -> FlowObjective:
-    """Return a copy of the objective that shares all but the network, which is the guidance; the original stays as it is.
-
-    UserError when the objective's training does not allow this guidance.
-    """
+    """Return the objective around the guidance. UserError when its training does not allow this guidance."""
     guidance.check(objective)
-    shallow = copy.copy(objective)
-    shallow._modules = {**objective._modules, "network": guidance}
-    return shallow
+    return around(objective, guidance)

@@ -14,7 +14,7 @@ def saves_seconds(payload: dict[str, Any], place: Path, rounds: int) -> dict[str
 
     payload: what a checkpoint holds; it is written below `place`.
     """
-    from run_files.checkpoint_folder import CheckpointFolder, tensor_bytes
+    from run_files.checkpoint_folder import CheckpointFolder, tensors_in
 
     ways = {"at once": False, "in the background": True}
     folders = {
@@ -29,5 +29,5 @@ def saves_seconds(payload: dict[str, Any], place: Path, rounds: int) -> dict[str
             held[f"seconds held up, {way}"].append(time.perf_counter() - begun)
             folder.settle()
             held[f"seconds until it is written, {way}"].append(time.perf_counter() - begun)
-    megabytes = tensor_bytes(payload) / 2**20
+    megabytes = sum(tensor.nbytes for tensor in tensors_in(payload)) / 2**20
     return {"size of a save, MiB": megabytes} | {what: statistics.median(seconds[1:]) for what, seconds in held.items()}

@@ -60,17 +60,17 @@ class ClassifierEvaluator(Evaluator):
     def __init__(self, samples: CountFrom2, final_samples: CountFrom2, batch_size: Count = 1024):
         self.samples, self.final_samples, self.batch_size = samples, final_samples, batch_size
 
-    def check(self, objective: Objective) -> None:
+    def check(self, objective: Objective) -> CrossEntropyLoss:
         if not isinstance(objective, CrossEntropyLoss):
             raise UserError("evaluation=classifier judges classifiers, and this loss trains none; use evaluation=generator")
+        return objective
 
     @torch.no_grad()
     def evaluate(self, given: EvaluationInputs) -> ClassifierEvaluation:
         """Return how the objective's network classifies held-out images, in eval mode on their device."""
-        begun, objective, dataset = time.perf_counter(), given.objective, given.dataset
-        self.check(objective)
-        assert isinstance(objective, CrossEntropyLoss)
-        network = objective.eval().network
+        begun, dataset = time.perf_counter(), given.dataset
+        objective = self.check(given.objective).eval()
+        network = objective.network
         generator = generator_for(0, "evaluation/classifier", 0, next(network.parameters()).device)
         images, label = held_out_states(dataset, self.final_samples if given.final else self.samples, generator)
         label = split_label(label)[0]

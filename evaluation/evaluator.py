@@ -74,8 +74,8 @@ class Evaluator(ABC):
     """Judges the network of an objective by held-out data; a generator by its samples, a classifier by its answers."""
 
     @abstractmethod
-    def check(self, objective: Objective) -> None:
-        """Raise UserError when this objective trains another kind of network; asked before a run trains."""
+    def check(self, objective: Objective) -> Objective:
+        """Return the objective. UserError when it trains another kind of network; asked before a run trains."""
 
     @abstractmethod
     def evaluate(self, given: EvaluationInputs) -> Evaluation:
@@ -105,9 +105,10 @@ class GeneratorEvaluator(Evaluator):
         self.samples, self.final_samples, self.metrics = samples, final_samples, metrics
         self.batch_size, self.loss_weights = batch_size, loss_weights or {}
 
-    def check(self, objective: Objective) -> None:
+    def check(self, objective: Objective) -> FlowObjective:
         if not isinstance(objective, FlowObjective):
             raise UserError("this evaluation scores samples, and a classifier makes none; use evaluation=classifier")
+        return objective
 
     def count(self, final: bool) -> int:
         """Return how many samples are drawn."""
@@ -129,9 +130,7 @@ class GeneratorEvaluator(Evaluator):
     def evaluate(self, given: EvaluationInputs) -> GeneratorEvaluation:
         """Sample on the dataset's device and compute every metric; eval/loss is the objective's own, without guidance."""
         begun = time.perf_counter()
-        self.check(given.objective)
-        assert isinstance(given.objective, FlowObjective)
-        objective, dataset, solver = given.objective.eval(), given.dataset, given.solver
+        objective, dataset, solver = self.check(given.objective).eval(), given.dataset, given.solver
         flow, count = (given.flow or objective).eval(), self.count(given.final)
         with watched(flow.network, f"evaluation, {count:,} samples", self.all_rows(flow, dataset, solver, given.final)):
             generation = self.sample(flow, given)
@@ -147,9 +146,7 @@ class GeneratorEvaluator(Evaluator):
     @torch.no_grad()
     def evaluate_on_worker(self, given: EvaluationInputs) -> None:
         """Make this rank's share of the samples."""
-        flow = given.flow or given.objective
-        assert isinstance(flow, FlowObjective)
-        self.sample(flow.eval(), given)
+        self.sample((given.flow or self.check(given.objective)).eval(), given)
 
     def sample(self, flow: FlowObjective, given: EvaluationInputs) -> Generation:
         """Return samples on the dataset's device; all ranks call this."""

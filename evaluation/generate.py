@@ -42,6 +42,11 @@ def data_labels(dataset: FlowDataset, conditional: bool, count: int, generator: 
         return None
     labels = dataset.held_out(count, generator)[1]
     assert labels is not None, "a conditional network has learned from labels"
+    return in_turn(labels, count)
+
+
+def in_turn(labels: Tensor, count: int) -> Tensor:
+    """Return `count` labels: these in order, again and again."""
     return labels[torch.arange(count, device=labels.device) % len(labels)]
 
 

@@ -169,7 +169,7 @@ class TrainedModel:
             return label.cpu()
         classes = self.classes(n, label)
         if condition is None:
-            known = self.known_labels[torch.arange(n) % len(self.known_labels)]
+            known = generate.in_turn(self.known_labels, n)
             return known if label is None or classes is None else join_class(known, classes)
         given = torch.as_tensor(condition).cpu().float()
         if given.shape not in (shape, (n, *shape)):

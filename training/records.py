@@ -17,7 +17,7 @@ from run_files.checkpoint_folder import CheckpointFolder
 from run_files.run_folder import RunFolder
 from run_files.trackers import Tracker
 
-Progress = tuple[int, int, float]  # step, epoch, seconds in the loop
+Moment = tuple[int, int, float]  # step, epoch, seconds in the loop
 
 
 class Records:
@@ -65,7 +65,7 @@ class Records:
         shown = {key: value for key, value in self.config.items() if key not in ("changed", "overrides")}
         self.tracker.start(self.folder.name, shown, self.folder.path, resumed_at, bool(self.config["overwrite"]))
 
-    def log(self, now: Progress, metrics: dict[str, float], provenance: dict[str, str] | None) -> None:
+    def log(self, now: Moment, metrics: dict[str, float], provenance: dict[str, str] | None) -> None:
         """Write a row to metrics.jsonl and to the tracker; provenance to metrics.jsonl alone."""
         with self.writing():
             self.folder.metrics.append(*now, metrics, provenance)
@@ -106,7 +106,7 @@ class Records:
                 f"{self.refusal}; step {step} is in no save, {self.last_save()}; make room, then go on with resume=true"
             )
 
-    def write_status(self, state: str, now: Progress, scores: dict[str, float], why: str, device: str) -> None:
+    def write_status(self, state: str, now: Moment, scores: dict[str, float], why: str, device: str) -> None:
         with self.writing():
             self.folder.status.write(state, *now, scores, why, device=device)
 
@@ -123,7 +123,7 @@ class SilentRecords(Records):
 
     def begin(self, resumed_at: int | None) -> None: ...
 
-    def log(self, now: Progress, metrics: dict[str, float], provenance: dict[str, str] | None) -> None: ...
+    def log(self, now: Moment, metrics: dict[str, float], provenance: dict[str, str] | None) -> None: ...
 
     def save(self, payload: dict[str, Any], epoch: int | None, best: bool) -> None: ...
 
@@ -131,6 +131,6 @@ class SilentRecords(Records):
 
     def check_saved(self, step: int) -> None: ...
 
-    def write_status(self, state: str, now: Progress, scores: dict[str, float], why: str, device: str) -> None: ...
+    def write_status(self, state: str, now: Moment, scores: dict[str, float], why: str, device: str) -> None: ...
 
     def export(self, payload: dict[str, Any]) -> None: ...

@@ -24,7 +24,7 @@ from losses.terms import LossOutput, Weight
 from run_files.checkpoint import FORMAT
 from run_files.metrics_file import SCORES
 from run_files.provenance import git_commit, package_versions, weights_in_words
-from training.records import Progress, Records
+from training.records import Moment, Records
 from training.sharding import gathered, gradients_shared, is_sharded
 from training.state import TrainState
 from training.step_hooks import StepHook
@@ -147,7 +147,7 @@ class Run:
         return -(-self.state.step // self.steps_per_epoch)
 
     @property
-    def now(self) -> Progress:
+    def now(self) -> Moment:
         """Return step, epoch, and seconds spent in the loop, earlier sittings included."""
         return self.state.step, self.epoch, self.state.elapsed + self.clock.elapsed()
 

@@ -1,22 +1,21 @@
 """All of a run that changes while it trains, and nothing else: what a checkpoint holds."""
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.distributed import all_reduce_mean
+from helpers_cfg import AnyObjective, around
 from losses.objective import Objective
 from training.ema import EMA
 from training.schedules import Schedule
 from training.sharding import is_sharded, shared_like, whole
 
 COUNTS = ("step", "best", "waited", "elapsed", "skipped")
-AnyObjective = TypeVar("AnyObjective", bound=Objective)
 
 
 class Window:
@@ -164,6 +163,4 @@ def match_layout(optimizer: torch.optim.Optimizer) -> None:
 
 def averaged_objective(objective: AnyObjective, ema: EMA) -> AnyObjective:
     """Return the same objective around the average of its network."""
-    shallow = copy.copy(objective)
-    shallow._modules = {**objective._modules, "network": ema.average_of(objective.network)}
-    return shallow.eval()
+    return around(objective, ema.average_of(objective.network)).eval()

@@ -90,31 +90,30 @@ def print_start(run: Run) -> None:
     flow, many, config = isinstance(run.state.objective, FlowObjective), run.world > 1, run.records.config
     print_notes(run)
     print(f"{run.notes.run_name}: {choices['model']} learns {choices['dataloaders']} by {choices['loss']}")
-    device = f"{run.device_words}, {loop.precision}" + (", compiled" if config["compile"] else "")
-    lines = [("device", (f"{run.world} x " if many else "") + device)]
-    if many:
-        share = f"{loop.batch_size} rows, {loop.batch_size // run.world} on each device"
-        lines.append(("global batch", f"{share}; lr {learning_rate:g} is that of the global batch, as typed"))
-    if is_sharded(network):
-        lines.append(
-            ("sharding", f"each device keeps 1/{run.world} of weights, average and optimizer, and gathers a block at a time")
-        )
-    shape = "x".join(map(str, dataset.state_shape))
-    lines.append(("data", f"{choices['dataloaders']}, states {shape}, {dataset.epoch_size:,} draws an epoch"))
+    share = f"{loop.batch_size} rows, {loop.batch_size // run.world} on each device"
     model = f"{choices['model']}, {network.parameter_count():,} parameters"
     model += f", {network.num_classes} classes" if network.num_classes else ""
     model += f", conditions {'x'.join(map(str, network.condition_shape))}" if network.condition_shape else ""
     frequencies = config["model"].get("time_frequencies")
-    lines.append(("model", model + (f", time frequencies {frequencies}" if frequencies else "")))
     parts = f", path {choices.get('loss/path')}, coupling {choices.get('loss/coupling')}" if flow else ""
-    lines.append(("objective", choices["loss"] + parts))
-    lines.append(("optimizer", f"{choices['optimizer']}, lr {learning_rate:g}, schedule {choices['schedule']}"))
     begun = f", from step {run.state.step:,}" if run.state.step else ""
-    lines.append(("steps", f"{run.total_steps:,} of {rows_of_step(run)}, {run.steps_per_epoch:,} an epoch{begun}"))
-    lines.append(("evaluation", f"every {loop.eval_every} epoch(s): {scored(run)}"))
-    lines.append(("run folder", str(run.records.folder.path)))
     kept = f"newest {keep} epoch saves" if keep else "every epoch save"
-    print_lines([*lines, ("checkpoints", f"{run.records.checkpoints.folder} ({kept}, last and best)")])
+    lines = {
+        "device": f"{run.world} x " * many + f"{run.device_words}, {loop.precision}" + ", compiled" * config["compile"],
+        "global batch": f"{share}; lr {learning_rate:g} is that of the global batch, as typed" * many,
+        "sharding": f"each device keeps 1/{run.world} of weights, average and optimizer, and gathers a block at a time"
+        * is_sharded(network),
+        "data": f"{choices['dataloaders']}, states {'x'.join(map(str, dataset.state_shape))}, {dataset.epoch_size:,} draws "
+        "an epoch",
+        "model": model + (f", time frequencies {frequencies}" if frequencies else ""),
+        "objective": choices["loss"] + parts,
+        "optimizer": f"{choices['optimizer']}, lr {learning_rate:g}, schedule {choices['schedule']}",
+        "steps": f"{run.total_steps:,} of {rows_of_step(run)}, {run.steps_per_epoch:,} an epoch{begun}",
+        "evaluation": f"every {loop.eval_every} epoch(s): {scored(run)}",
+        "run folder": str(run.records.folder.path),
+        "checkpoints": f"{run.records.checkpoints.folder} ({kept}, last and best)",
+    }
+    print_lines([(name, words) for name, words in lines.items() if words])
 
 
 def scored(run: Run) -> str:

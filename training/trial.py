@@ -22,7 +22,7 @@ from common.progress import seconds_a_row
 from common.seeds import fork_generators
 from dataloaders.base_dataloaders import Batch
 from evaluation.evaluator import GeneratorEvaluator, given_by
-from evaluation.generate import CHUNK
+from evaluation.generate import CHUNK, in_turn
 from evaluation.metrics.base_metric import Generation
 from losses.cross_entropy_loss import LabelledBatch
 from losses.objective import FlowBatch, FlowObjective
@@ -129,9 +129,9 @@ def try_network(run: Run, x1: Tensor, label: Tensor | None, generator: torch.Gen
         check_tensor("the model", network.named, answer, (len(x1), network.num_classes), "a number for each class")
 
 
-def in_turn(label: Tensor | None, rows: int) -> Tensor | None:
-    """Return some labels in turn, as many as `rows`."""
-    return None if label is None else label[torch.arange(rows, device=label.device) % len(label)]
+def labels_for(rows: int, label: Tensor | None) -> Tensor | None:
+    """Return as many labels as `rows`, or None."""
+    return None if label is None else in_turn(label, rows)
 
 
 def seconds_of_training(run: Run, label: Tensor | None, generator: torch.Generator) -> float:
@@ -139,7 +139,7 @@ def seconds_of_training(run: Run, label: Tensor | None, generator: torch.Generat
     objective = run.state.objective.train()
 
     def drawn(rows: int) -> Any:
-        return objective.batch(run.source, run.source.sample(rows, generator), in_turn(label, rows), generator, 0.0)
+        return objective.batch(run.source, run.source.sample(rows, generator), labels_for(rows, label), generator, 0.0)
 
     def train(rows: int) -> None:
         batch = drawn(rows)
@@ -172,7 +172,7 @@ def seconds_of_sampling(run: Run, label: Tensor | None, generator: torch.Generat
 
     def answer(rows: int) -> None:
         x = run.source.sample(rows, generator)
-        velocity = flow.velocity(x, torch.tensor(0.5, device=run.device), in_turn(label, rows))
+        velocity = flow.velocity(x, torch.tensor(0.5, device=run.device), labels_for(rows, label))
         check_tensor("the objective's velocity", flow, velocity, x.shape, "a velocity of the state's shape")
 
     with calling("the objective's velocity", flow):
@@ -192,7 +192,7 @@ def try_solver(run: Run, flow: FlowObjective, seconds: float, label: Tensor | No
         print(f"note: sampling is first tried by an evaluation: {ROWS} samples take {both:.0f} s")
         return
     x0 = run.source.sample(ROWS, generator)
-    label = in_turn(label, ROWS)
+    label = labels_for(ROWS, label)
     fresh = partial(run.source.sample, ROWS, generator)
     samples = tried("the solver", solver, lambda: solver.sample(flow, x0, label, lambda _: fresh()))
     check_tensor("the solver", solver, samples, x0.shape, "states where the path ends")
@@ -205,7 +205,7 @@ def try_metrics(run: Run, label: Tensor | None, generator: torch.Generator) -> N
         return
     count = min(evaluator.samples, max(ROWS, NUMBERS // math.prod(run.dataset.state_shape)))
     noise = run.source.sample(count, generator)
-    made = {"objective": flow, "noise": noise, "samples": noise, "label": in_turn(label, count)}
+    made = {"objective": flow, "noise": noise, "samples": noise, "label": labels_for(count, label)}
     generation = Generation(**vars(run.inputs) | made)
     for name, metric in evaluator.metrics.items():
         given_by(name, metric, generation, trial=True)
