@@ -121,11 +121,9 @@ def check_value(key: str, value: Any, setting: Setting) -> None:
     raise UserError(f"{key} takes {words(kind, ends)}{example}, not {shown(value)}")
 
 
-def whole_number(key: str, text: str, kind: Any = Count, otherwise: str = "") -> int:
+def whole_number(key: str, text: str, kind: Any = Count) -> int:
     """Return the whole number that a script's key=text gives. UserError for another text, or a number out of range."""
     number = int(text) if re.fullmatch(r"-?[0-9]{1,50}", text) else text
-    if not isinstance(number, int) and otherwise:
-        raise UserError(f"{key} takes {words(kind, range_in(kind).words())}{otherwise}, not {text!r}")
     check_value(key, number, Setting(kind))
     return int(number)
 

@@ -1,5 +1,6 @@
 """Pictures that are read, cut and resized as they are needed."""
 
+import copy
 import os
 import random
 import struct
@@ -51,9 +52,9 @@ class PictureReader(Reader):
 
     def subset(self, rows: np.ndarray) -> "PictureReader":
         """Return a reader of some of the files."""
-        labels = None if self.labels is None else self.labels[torch.from_numpy(rows)].tolist()
-        names = [self.name(int(row)) for row in rows]
-        return PictureReader(self.root, names, labels, self.size, self.crop, self.channels, self.centre)
+        part = copy.copy(self)
+        part.names, part.labels = self.names[rows], None if self.labels is None else self.labels[torch.from_numpy(rows)]
+        return part
 
     def __getitem__(self, rows: Rows) -> Read:
         pictures, taken, unreadable = read_each(rows, len(self), (self.channels, self.size, self.size), self.read)

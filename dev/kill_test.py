@@ -175,16 +175,10 @@ def files(folder: Path) -> set[str]:
 
 
 def same(first: Any, second: Any) -> bool:
-    """Whether nested values are equal, tensors bit for bit."""
-    import torch
+    """Return whether nested values are equal, tensors bit for bit."""
+    from run_files.checkpoint import digest_of
 
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(same, first, second))
-    return bool(first == second)
+    return digest_of(first) == digest_of(second)
 
 
 def check_equal(killed: Path, alone: Path) -> None:

@@ -1,6 +1,8 @@
 """The exact flow of a finite data set: what a network follows that has learned its training rows by heart."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ class Posterior(NamedTuple):
     nearest: Tensor
 
 
+@dataclass(eq=False)
 class EmpiricalFlow:
     """Marginal flow of z_t = alpha_t x1 + sigma_t x0, x1 one of N rows and x0 ~ N(0, s^2 I) independent of it:
 
@@ -30,23 +33,22 @@ class EmpiricalFlow:
 
     Callable as a field, where sigma > 0. The weights of float32 states are computed in float32 where sigma is 0.1 or more,
     else in float64; each chunk of rows costs two matrix products.
+
+    rows: (N, ...), on the device that computes. labels (N,): each label then has a flow of its own. mirrored: the mirror
+    image of each row, along the last dimension, is a row too. shares (N,): how often each is drawn, of mean 1.
     """
 
-    def __init__(
-        self,
-        rows: Tensor,
-        source_std: float,
-        path: ProbabilityPath,
-        labels: Tensor | None = None,
-        mirrored: bool = False,
-        shares: Tensor | None = None,
-    ):
-        """rows: (N, ...), on the device that computes. labels (N,): each label then has a flow of its own. mirrored: the
-        mirror image of each row, along the last dimension, is a row too. shares (N,): how often each is drawn, of mean 1.
-        """
-        self.rows, self.source_std, self.path, self.labels, self.mirrored = rows, source_std, path, labels, mirrored
-        self.shares = shares
-        self.centre = rows.mean(0).double()  # what rows are measured from: smaller numbers, smaller errors
+    rows: Tensor
+    source_std: float
+    path: ProbabilityPath
+    labels: Tensor | None = None
+    mirrored: bool = False
+    shares: Tensor | None = None
+
+    @cached_property
+    def centre(self) -> Tensor:
+        """Return what rows are measured from: smaller numbers, smaller errors."""
+        return self.rows.mean(0).double()
 
     def __call__(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         return self.velocity(z, t, label)

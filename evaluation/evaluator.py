@@ -53,9 +53,9 @@ class GeneratorEvaluation(Evaluation):
         return f"scores of {count}{guidance_words(self.generation.objective)} (noise floor: real against real)"
 
 
-def given_by(name: str, metric: Metric, generation: Generation, trial: bool = False) -> list[Score | Absent]:
-    """Return what a metric gives, or gives on trial. UserError where it fails, where that is no list of Score and Absent, or
-    a score's value is no number.
+def checked_results(name: str, metric: Metric, generation: Generation, trial: bool = False) -> list[Score | Absent]:
+    """Return a metric's results, or its trial's. UserError where it raises, or returns anything but a list of Score and
+    Absent, or a value that is no number.
     """
     with calling(f"the metric {name}", metric):
         given = metric.trial(generation) if trial else metric.results(generation)
@@ -135,12 +135,12 @@ class GeneratorEvaluator(Evaluator):
         with watched(flow.network, f"evaluation, {count:,} samples", self.all_rows(flow, dataset, solver, given.final)):
             generation = self.sample(flow, given)
             values = self.held_out_loss(objective, generation) | {"eval/nfe": float(solver.evaluations)}
-            results = [result for name, metric in self.metrics.items() for result in given_by(name, metric, generation)]
-        scores = [result for result in results if isinstance(result, Score)]
+            found = [result for named in self.metrics.items() for result in checked_results(*named, generation)]
+        scores = [result for result in found if isinstance(result, Score)]
         for score in scores:
             values |= score.values()
         real = dataset.held_out(min(count, 2000), generation.generator("reference"))
-        absent = [result for result in results if isinstance(result, Absent)]
+        absent = [result for result in found if isinstance(result, Absent)]
         return GeneratorEvaluation(scores, absent, values, time.perf_counter() - begun, generation, *real)
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """The exact flow under guidance: two exact fields, and the rule by which guidance joins them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -20,6 +21,7 @@ OF_PROJECTIONS = 1e-6  # tolerance: where the weak velocity passes by 0 they tur
 Rule = Callable[[Tensor, Tensor], Tensor]  # (weak, strong) velocities (B, ...) -> the guided one
 
 
+@dataclass(frozen=True)
 class GuidedFlow:
     """The flow of the field that is rule(weak, strong) at times within the interval, and strong alone at others.
 
@@ -29,18 +31,13 @@ class GuidedFlow:
     Callable as a field, as ExactFlow is; of the label None the strong field is that of all classes.
     """
 
-    def __init__(
-        self,
-        strong: ExactFlow,
-        weak: ExactFlow,
-        scale: float,
-        rule: Rule,
-        interval: tuple[float, float],
-        labelled: bool,
-        affine: bool = True,
-    ):
-        self.strong, self.weak, self.scale, self.rule, self.affine = strong, weak, scale, rule, affine
-        self.interval, self.labelled = interval, labelled
+    strong: ExactFlow
+    weak: ExactFlow
+    scale: float
+    rule: Rule
+    interval: tuple[float, float]
+    labelled: bool
+    affine: bool = True
 
     @property
     def plain(self) -> ExactFlow:
@@ -51,16 +48,8 @@ class GuidedFlow:
     def key(self) -> dict[str, object]:
         """Return what, besides the data and the path, its flow map depends on, as JSON values."""
         weak = [part.tolist() for part in (self.weak.mixture.weights, self.weak.mixture.means, self.weak.mixture.stds)]
-        guidance = [
-            self.scale,
-            *self.interval,
-            self.labelled,
-            self.affine,
-            self.weak.pairs.chances.tolist(),
-            *weak,
-            self.weak.key,
-        ]
-        return self.strong.key | {"guidance": guidance}
+        rule, chances = [self.scale, *self.interval, self.labelled, self.affine], self.weak.pairs.chances.tolist()
+        return self.strong.key | {"guidance": [*rule, chances, *weak, self.weak.key]}
 
     @property
     def path(self) -> ProbabilityPath:
@@ -71,10 +60,8 @@ class GuidedFlow:
         low, high = self.interval
         time = t.to(z.device, torch.float32).expand(len(z)).reshape(-1, *(1,) * (z.ndim - 1))
         strong = self.strong(z, t, label)
-        return torch.where((low <= time) & (time <= high), self.rule(self.of_weak(z, t, label), strong), strong)
-
-    def of_weak(self, z: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        return self.weak(z, t, label if self.labelled else None)
+        weak = self.weak(z, t, label if self.labelled else None)
+        return torch.where((low <= time) & (time <= high), self.rule(weak, strong), strong)
 
     @torch.no_grad()
     def flow_map(self, z: Tensor, r: float, t: float, label: Tensor | None = None) -> Tensor:
@@ -91,8 +78,7 @@ class GuidedFlow:
         flows = (self.strong, self.weak)
         part = Part(z, [linear(flow) if self.affine else flow.to("cpu", torch.float64) for flow in flows])
         strong, weak = part.flows
-        inner = GuidedFlow(strong, weak, self.scale, self.rule, (0.0, 1.0), self.labelled, self.affine)
-        field = inner if inside else strong
+        field = replace(self, strong=strong, weak=weak, interval=(0.0, 1.0)) if inside else strong
         moved = lambda states, t: field(states, t, label)  # noqa: E731
         if self.affine:
             return part.back(carried(moved, part.states, self.path, times))
@@ -102,8 +88,7 @@ class GuidedFlow:
     def of_class(self, label: int) -> "GuidedFlow":
         """Return the guided flow to one class."""
         weak = self.weak.of_class(label) if self.labelled else self.weak
-        strong = self.strong.of_class(label)
-        return GuidedFlow(strong, weak, self.scale, self.rule, self.interval, self.labelled, self.affine)
+        return replace(self, strong=self.strong.of_class(label), weak=weak)
 
     def end_log_prob(self, x: Tensor, label: Tensor | None, source_log_prob: Density) -> Tensor:
         """Return log p_1(x) in nats of data x (B, ...), float64 on the CPU: (B,), by the change of variables."""

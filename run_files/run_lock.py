@@ -3,6 +3,7 @@
 import fcntl
 import os
 import platform
+from os.path import samestat
 from pathlib import Path
 from typing import TextIO
 
@@ -51,8 +52,7 @@ class RunLock:
         """Return whether this object holds the file that is at the path now."""
         if self.file is None or not self.path.exists():
             return False
-        there, held = self.path.stat(), os.fstat(self.file.fileno())
-        return (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino)
+        return samestat(self.path.stat(), os.fstat(self.file.fileno()))
 
     def check(self) -> None:
         """Raise UserError when the folder held was deleted or moved: nothing is made in its place."""

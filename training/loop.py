@@ -20,7 +20,7 @@ from training.run import Run
 from training.sharding import is_sharded, plain
 from training.step_hooks import total_norm
 
-RANK_SEED_STRIDE = 2**24  # whose random numbers are distinct from those of another rank
+RANK_SEED_STRIDE = 2**24  # between the indices of two ranks' generators at one step; runs are shorter
 MAX_CONSECUTIVE_SKIPS = 20  # steps in a row that on_nan=skip leaves out; more are no accident
 
 
@@ -33,7 +33,7 @@ def fit(run: Run) -> None:
         run.notify("epoch_begin")
         for group in epoch_groups(run):
             tune_kernels(run.device, all(len(batch) * run.world == run.settings.batch_size for batch in group))
-            values = train_step(run, group) if run.engine is None else step_elsewhere(run, group)
+            values = train_step(run, group) if run.engine is None else engine_step(run, group)
             after_step(run, values)
             if run.state.step >= run.total_steps or run.must_stop():
                 break
@@ -63,13 +63,13 @@ def epoch_groups(run: Run) -> Iterator[list[Any]]:
         seed_network(seed, index, run.device)
         progress = step / run.total_steps
         yield [
-            run.state.objective.batch(run.source, *with_a_row(x1, label), generator, progress)
+            run.state.objective.batch(run.source, *never_empty(x1, label), generator, progress)
             for x1, label in islice(batches, accumulate)
         ]
 
 
-def with_a_row(x1: Tensor, label: Tensor | None) -> Batch:
-    """Return data x1 (B, ...) and its label; where an epoch left this rank none, a row of zeros that weighs nothing."""
+def never_empty(x1: Tensor, label: Tensor | None) -> Batch:
+    """Return data x1 (B, ...) and its label; where this rank has no row of the batch, a row of zeros, whose weight is 0."""
     if len(x1):
         return x1, label
     return x1.new_zeros(1, *x1.shape[1:]), None if label is None else label.new_zeros(1, *label.shape[1:])
@@ -84,15 +84,15 @@ def train_step(run: Run, group: list[Any]) -> dict[str, Tensor]:
     # Accumulate gradients: each batch weighs by its rows; the last backward pass averages them over the ranks.
     run.hook.begin(state)
     values: dict[str, Tensor] = {}
-    for i, (batch, share) in enumerate(zip(group, run.shares(group), strict=True)):
+    for i, (batch, share) in enumerate(zip(group, run.row_shares(group), strict=True)):
         with run.gradient_sync(last=i == len(group) - 1):
             with autocast(run.device, run.settings.precision):
                 terms = named_terms(
                     run.forward(batch, state.teacher), run.settings.loss_weights, state.step / run.total_steps
                 )
-            state.scaler.scale(weighed(terms["loss"], share)).backward()
+            state.scaler.scale(weighted(terms["loss"], share)).backward()
         for name, term in terms.items():
-            part = weighed(term.detach(), share)
+            part = weighted(term.detach(), share)
             values[name] = values[name] + part if name in values else part
     # Clip gradients.
     state.scaler.unscale_(state.optimizer)
@@ -110,17 +110,17 @@ def train_step(run: Run, group: list[Any]) -> dict[str, Tensor]:
     return values
 
 
-def step_elsewhere(run: Run, group: list[Any]) -> dict[str, Tensor]:
-    """Do as train_step by an engine that is not torch."""
+def engine_step(run: Run, group: list[Any]) -> dict[str, Tensor]:
+    """Take one optimizer step by an engine that is not torch; return what train_step does."""
     assert run.engine is not None
     state, settings = run.state, run.state.optimizer.param_groups[0]
     settings["lr"] = settings["initial_lr"] * state.schedule.factor(state.step, run.total_steps)
     state.step += 1
-    return run.engine.step(group, run.shares(group), settings["lr"], state.ema.share(state.step))
+    return run.engine.step(group, run.row_shares(group), settings["lr"], state.ema.share(state.step))
 
 
-def weighed(term: Tensor, share: float) -> Tensor:
-    """Return share * term, by no operation where the share is the whole."""
+def weighted(term: Tensor, share: float) -> Tensor:
+    """Return share * term; the term itself, without an operation on the device, where the share is 1."""
     return term if share == 1 else term * share
 
 
@@ -207,7 +207,7 @@ def end_epoch(run: Run) -> None:
 
 
 def evaluate(run: Run, final: bool) -> dict[str, float]:
-    """Return the scores by name. What goes wrong with them is raised once the epoch is saved: it costs no training."""
+    """Return the scores by name. An error is raised only after the epoch has been saved, so that no training is lost."""
     tune_kernels(run.device, True)
     try:
         return run.evaluate(final)
@@ -220,7 +220,7 @@ def evaluate(run: Run, final: bool) -> dict[str, float]:
 
 
 def judge(run: Run, values: dict[str, float]) -> bool:
-    """Return whether the monitored metric is the best so far; plateau and patience are given it."""
+    """Return whether the monitored metric is the best so far; pass it to the schedule (plateau) and to early stopping."""
     state, monitor, patience = run.state, run.settings.monitor, run.settings.patience
     if monitor not in values:
         run.save(epoch=None, best=False)

@@ -105,8 +105,8 @@ class Clock:
 class Run:
     """Everything one process of a run holds; rank and world count processes.
 
-    inputs: of an evaluation, but for what changes between two. asked: why this process wants the run to end, at any moment;
-    stop: why it does end, the same on every rank. engine: None where torch takes the steps itself.
+    inputs: of evaluations; `evaluate` replaces what differs between two. asked: why this process wants the run to end, set
+    at any moment, by a signal for example; stop: what all ranks agreed on. engine: None where torch takes the steps.
     """
 
     settings: LoopSettings
@@ -153,12 +153,12 @@ class Run:
 
     @property
     def device_words(self) -> str:
-        """Return what a person calls what the run is computed on."""
+        """Return the name of the device, or of the engine, that the run is computed on."""
         return device_name(self.device) if self.engine is None else self.engine.name
 
     @property
     def shared_device(self) -> torch.device:
-        """Return the device that others may use too: Metal is the same one for both engines."""
+        """Return the device that is shared with other processes: torch's, or Metal where MLX computes on it."""
         return torch.device("mps") if self.engine is not None and self.engine.on_metal else self.device
 
     @property
@@ -185,15 +185,13 @@ class Run:
         return self.stop
 
     def must_stop(self) -> bool:
-        """Return whether the run ends after this step, the same on every rank: of several, by what was asked a step ago."""
+        """Return whether the run ends after this step, the same on every rank; several ranks vote one step ahead."""
         asked = self.ballot.cast((self.stop or self.asked) is not None or orphaned())
         return asked and self.agreed_stop() is not None
 
-    def shares(self, group: list[Any]) -> list[float]:
-        """Return what the mean loss of each batch of the coming step weighs here, so that the mean over ranks is that of all
-        rows.
-
-        A batch's rows over the step's, times the number of ranks: that of a batch that left this rank no row is 0.
+    def row_shares(self, group: list[Any]) -> list[float]:
+        """Return the weight of each batch's mean loss on this rank in the coming step: its own rows over all the step's,
+        times the number of ranks, so that the mean over ranks is the mean over all rows. 0 where this rank has no row.
         """
         if self.world == 1:
             rows = [len(batch) for batch in group]

@@ -24,13 +24,13 @@ class Window:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.steps = 0
-        self.left_out: int | Tensor = 0  # of them, as on_nan=skip leaves out
-        self.whole: int | Tensor = 0  # steps until a sum was no longer finite
+        self.skipped: int | Tensor = 0  # of these steps, by on_nan=skip
+        self.finite: int | Tensor = 0  # steps after which all sums were still finite
 
     @property
     def count(self) -> int:
-        """Return the steps that were added. Waits for the device where some may have been left out."""
-        return self.steps - int(self.left_out)
+        """Return how many steps the sums are of. Waits for the device where some may have been skipped."""
+        return self.steps - int(self.skipped)
 
     @torch.no_grad()
     def add(self, values: Mapping[str, Tensor], broken: Tensor | None = None) -> None:
@@ -38,14 +38,14 @@ class Window:
         new = {name: value.float() for name, value in values.items()}
         if broken is not None:
             new = {name: torch.where(broken > 0, 0.0, value) for name, value in new.items()}
-            self.left_out = self.left_out + broken
+            self.skipped = self.skipped + broken
         known = [name for name in new if name in self.sums]
         added = torch._foreach_add([self.sums[n] for n in known], [new[n] for n in known]) if known else []
         self.sums |= {name: value.clone() for name, value in new.items() if name not in self.sums}
         self.sums |= zip(known, added, strict=True)
         self.steps += 1
         largest = torch.linalg.vector_norm(torch.stack(list(self.sums.values())), math.inf)  # NaN where one of them is
-        self.whole = self.whole + (largest < math.inf)
+        self.finite = self.finite + (largest < math.inf)
 
     def all_reduce_mean(self) -> None:
         """Replace each sum by its mean over the ranks, all of which call this."""
@@ -66,17 +66,17 @@ class Window:
 
     def broken_step(self, step: int) -> int | None:
         """Return the first step whose values were not all finite, None if all were; the window ends with `step`."""
-        return step - self.steps + int(self.whole) + 1 if int(self.whole) < self.steps else None
+        return step - self.steps + int(self.finite) + 1 if int(self.finite) < self.steps else None
 
     def clear(self) -> None:
-        self.sums, self.steps, self.left_out, self.whole = {}, 0, 0, 0
+        self.sums, self.steps, self.skipped, self.finite = {}, 0, 0, 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": dict(self.sums) if self.count else {}, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self.steps = self.whole = state["count"]  # nothing broken is saved
+        self.steps = self.finite = state["count"]  # nothing broken is saved
 
 
 @dataclass
@@ -152,8 +152,8 @@ def shares(optimizer: torch.optim.Optimizer, part: Any, state: dict[str, Any]) -
 
 
 def match_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Lay out what the optimizer remembers as its weights are, which fused kernels go through as memory: a save of another
-    kind of device may have had them otherwise.
+    """Give the optimizer's tensors the memory layout of their weights, which fused kernels rely on: a save from another kind
+    of device may have another layout.
     """
     for weight, slots in optimizer.state.items():
         for name, value in slots.items():

@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.progress import seconds_a_row
 from common.seeds import fork_generators
 from dataloaders.base_dataloaders import Batch
-from evaluation.evaluator import GeneratorEvaluator, given_by
+from evaluation.evaluator import GeneratorEvaluator, checked_results
 from evaluation.generate import CHUNK, in_turn
 from evaluation.metrics.base_metric import Generation
 from losses.cross_entropy_loss import LabelledBatch
@@ -208,4 +208,4 @@ def try_metrics(run: Run, label: Tensor | None, generator: torch.Generator) -> N
     made = {"objective": flow, "noise": noise, "samples": noise, "label": labels_for(count, label)}
     generation = Generation(**vars(run.inputs) | made)
     for name, metric in evaluator.metrics.items():
-        given_by(name, metric, generation, trial=True)
+        checked_results(name, metric, generation, trial=True)

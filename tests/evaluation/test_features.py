@@ -18,7 +18,7 @@ from dataloaders.encoded import EncodedImages
 from dataloaders.image_folder import ImageFolder
 from dataloaders.synthetic import KMeans
 from evaluation.data_hash import data_hash
-from evaluation.evaluator import given_by
+from evaluation.evaluator import checked_results
 from evaluation.feature_networks import ClassifierFeatures, classifier_features, weights_hash
 from evaluation.image_sets import write_pictures
 from evaluation.metrics.base_metric import Absent, Generation, Metric, Score, to_bytes
@@ -332,4 +332,4 @@ def test_what_a_metric_gives_wrong_is_one_sentence(given: object) -> None:
             return given  # type: ignore[return-value]
 
     with pytest.raises(UserError, match=r"the metric mine \(Mine\) gives .*returns a list of Score"):
-        given_by("mine", Mine(), None)  # type: ignore[arg-type]
+        checked_results("mine", Mine(), None)  # type: ignore[arg-type]
