@@ -19,7 +19,7 @@ from common.device import own_turn
 from common.distributed import explained_lost_ranks, rank
 from common.errors import UserError
 from common.files import DISK_ERRORS, disk_sentence
-from common.signals import handled_by, heeded, when_asked_again
+from common.signals import handled_by, stop_signals, when_asked_again
 from configuration.stored import allow_for
 from evaluation.eval_checkpoint import evaluate_checkpoint
 from run_files.checks import check_run_is_new
@@ -144,7 +144,7 @@ def closed_whatever_comes(run: Run) -> Iterator[None]:
 
 def ask_to_stop(run: Run, number: int, _: object) -> None:
     """Stop the loop after its step; a second signal ends the process at once, unless it is the first one again."""
-    for either in heeded():
+    for either in stop_signals():
         signal.signal(either, when_asked_again())
     name = signal.Signals(number).name
     run.asked = run.asked or Stop(f"stopped by {name}", signal=number)

@@ -43,6 +43,12 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
         signal.signal(signal.SIGALRM, before)
 
 
+def check_ends(key: str, path: Path, suffix: str) -> None:
+    """Raise UserError for a path of another ending."""
+    if path.suffix != suffix:
+        raise UserError(f"{key}={path} must end in {suffix}")
+
+
 def split(words: list[str], settings: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     """Return the settings with what key=value words say of them, and all other words."""
     pairs = [(word, word.partition("=")) for word in words]

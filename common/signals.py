@@ -13,15 +13,15 @@ def when_asked_again() -> signal.Handlers:
     return signal.SIG_IGN if ONCE in os.environ else signal.SIG_DFL
 
 
-def heeded() -> list[signal.Signals]:
+def stop_signals() -> list[signal.Signals]:
     """Return SIGINT, SIGTERM and SIGHUP; a SIGHUP that is ignored, as under nohup, stays so."""
     return [signal.SIGINT, signal.SIGTERM] + [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
 
 
 @contextmanager
 def handled_by(handle: Callable[[int, object], None]) -> Iterator[None]:
-    """Have them call `handle` with their number in the block."""
-    before = {number: signal.signal(number, handle) for number in heeded()}
+    """Have the stop signals call `handle` with their number in the block."""
+    before = {number: signal.signal(number, handle) for number in stop_signals()}
     try:
         yield
     finally:

@@ -77,11 +77,11 @@ def check(name: str, metric: TwoSampleMetric, samples: int, replicates: int, cac
     states = dataset.held_out(samples, generator_for(1, "floor_check"))[0]
     sizes, scale = (samples, len(states)), float(states.std(0).mean())
     alarms = int((distances(metric, dataset, sizes, replicates, 0.0) > score.floor_q99).sum())
-    told = lambda shift, sets: int((distances(metric, dataset, sizes, sets, shift) > score.floor_q99).sum())  # noqa: E731
+    seen = lambda shift, sets: int((distances(metric, dataset, sizes, sets, shift) > score.floor_q99).sum())  # noqa: E731
     if typed:
-        found = f"a shift of {typed:g} in {told(typed, replicates)} of {replicates}"
+        found = f"a shift of {typed:g} in {seen(typed, replicates)} of {replicates}"
     else:
-        found = str(next((shift for shift in SHIFTS if told(shift * scale, SETS) >= 0.8 * SETS), f"above {SHIFTS[-1]}"))
+        found = str(next((shift for shift in SHIFTS if seen(shift * scale, SETS) >= 0.8 * SETS), f"above {SHIFTS[-1]}"))
     upper = f"{score.floor:.3g}, {score.floor_q99:.3g}"
     return f"| {name} | {metric.name} | {upper} | {alarms} of {replicates} | {found} |", alarms
 

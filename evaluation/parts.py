@@ -126,13 +126,8 @@ def load_guide(
     guide = build_objective(stored, device)
     if not isinstance(guide, FlowObjective):
         raise UserError(f"guidance.checkpoint={path} holds a classifier; give a weaker model trained on the same data")
-    theirs, ours = meaning(guide, stored), meaning(objective, config)
-    for what, value in theirs.items():
-        if value != ours[what]:
-            raise UserError(
-                f"guidance.checkpoint={path} cannot guide this model: its {what} is {value}, here it is {ours[what]}; "
-                "give a weaker model trained on the same data with the same loss"
-            )
+    what, remedy = "cannot guide this model", "give a weaker model trained on the same data with the same loss"
+    check_agree(f"guidance.checkpoint={path} {what}", meaning(guide, stored), meaning(objective, config), remedy)
     load_network(guide.network, payload["ema"], path)
     flow: KnownFlow | str = "the truth of the data that the guide learned is not known in closed form"
     if derives(
@@ -157,6 +152,13 @@ def meaning(objective: FlowObjective, config: dict[str, Any]) -> dict[str, Any]:
         "kind of output": objective.learns,
         "standardization of the data": config.get("standardized"),
     }
+
+
+def check_agree(what: str, theirs: dict[str, Any], ours: dict[str, Any], remedy: str) -> None:
+    """Raise UserError, which begins with `what`, for the first fact of another model that is not this run's."""
+    for name, value in theirs.items():
+        if value != ours[name]:
+            raise UserError(f"{what}: its {name} is {value}, here it is {ours[name]}; {remedy}")
 
 
 def build_decoder(config: dict[str, Any], device: torch.device) -> Decode | None:

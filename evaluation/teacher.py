@@ -9,7 +9,7 @@ from common.seeds import fork_generators
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
 from evaluation.metrics.oracles import known_flow
-from evaluation.parts import meaning
+from evaluation.parts import check_agree, meaning
 from evaluation.sample import load
 from losses.flow_map_objective import FlowMapObjective, Velocity
 from losses.objective import FlowObjective, Objective
@@ -54,13 +54,8 @@ def learned_velocity(objective: FlowMapObjective, config: dict[str, Any], device
         raise UserError(
             f"loss.teacher={objective.teacher} has learned no velocity at an instant; give a flow, trained with loss=mse"
         )
-    theirs, ours = flow_of(model.objective, model.config), flow_of(objective, config)
-    for what, value in theirs.items():
-        if value != ours[what]:
-            raise UserError(
-                f"loss.teacher={objective.teacher} is a flow of other states: its {what} is {value}, here it is "
-                f"{ours[what]}; give a flow trained with the same"
-            )
+    what, theirs = f"loss.teacher={objective.teacher} is a flow of other states", flow_of(model.objective, model.config)
+    check_agree(what, theirs, flow_of(objective, config), "give a flow trained with the same")
     data, own = model.config["choices"]["dataloaders"], config["choices"]["dataloaders"]
     if data != own:
         print(f"note: loss.teacher={objective.teacher} learned dataloaders={data}, and this run draws its states from {own}")

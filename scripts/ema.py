@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import front
+from common.command_line import check_ends, front
 from common.errors import UserError
 from common.files import end_of
 from common.ranges import AverageLength, CountFrom2, Range, Seed, Steps
@@ -55,8 +55,7 @@ class Settings:
 def read_words(words: list[str]) -> tuple[Settings, list[str]]:
     """Return own settings and solver overrides of a command line. UserError for anything else."""
     settings, overrides = read_settings(words, Settings, ("solver",))
-    if settings.out.suffix != ".png":
-        raise UserError(f"out={settings.out} must end in .png")
+    check_ends("out", settings.out, ".png")
     if settings.save is not None and (settings.save.suffix != ".pt" or len(lengths_of(settings.lengths)) > 1):
         raise UserError(f"save={settings.save} must end in .pt, and holds one length; give it by lengths=")
     if settings.save is not None and settings.save.exists():

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import front
+from common.command_line import check_ends, front
 from common.errors import UserError
 from common.files import replacing
 from common.ranges import Count, Seed
@@ -48,8 +48,7 @@ class Settings:
 def read_words(words: list[str]) -> tuple[Settings, list[str]]:
     """Return own settings and solver overrides of a command line. UserError for anything else."""
     settings, overrides = read_settings(words, Settings, ("solver",))
-    if settings.out.suffix != ".npz":
-        raise UserError(f"out={settings.out} must end in .npz")
+    check_ends("out", settings.out, ".npz")
     return settings, overrides
 
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
-from common.command_line import front, outputs, unknown
+from common.command_line import check_ends, front, outputs, unknown
 from common.errors import UserError
 from common.files import write_atomically
 from common.ranges import NotNegative
@@ -292,8 +292,7 @@ def report(words: list[str]) -> Path:
             raise UserError(unknown(name, vars(settings)) + "; and no run has that name")
     runs = [record_of(output_dir, name) for name in dict.fromkeys(names)]
     path = settings.out or output_dir / "reports" / f"{file_name(runs)}.html"
-    if path.suffix != ".html":
-        raise UserError(f"out={path} must end in .html")
+    check_ends("out", path, ".html")
     write_atomically(path, page(runs, settings.price).replace(str(Path.home()), "~"))
     return path
 

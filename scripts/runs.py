@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import front, matching, outputs, split, unknown
+from common.command_line import check_ends, front, matching, outputs, split, unknown
 from common.errors import UserError
 from common.files import write_atomically
 from configuration.nodes import flat
@@ -117,8 +117,8 @@ def list_row(folder: RunFolder) -> list[str]:
     minutes = f"{status.get('seconds', 0) / 60:.1f}"
     scores = best_scores(folder)
     headlines = [name for name in HEADLINES if name in scores][:HEADLINES_SHOWN]
-    told = ", ".join(f"{name.removeprefix('eval/')} {number(scores[name])}" for name in headlines)
-    return [folder.name, state(folder, status), str(status.get("step", "-")), epochs(status), minutes, told or "-"]
+    shown = ", ".join(f"{name.removeprefix('eval/')} {number(scores[name])}" for name in headlines)
+    return [folder.name, state(folder, status), str(status.get("step", "-")), epochs(status), minutes, shown or "-"]
 
 
 def show_run(options: argparse.Namespace) -> str:
@@ -152,8 +152,7 @@ def write_csv(folder: RunFolder, path: Path) -> str:
     A number that was not finite is nan, one that a row does not have is empty. UserError for a path that is no .csv in a
     folder that exists, and for a run without metrics.
     """
-    if path.suffix != ".csv":
-        raise UserError(f"csv={path} must end in .csv")
+    check_ends("csv", path, ".csv")
     if not path.absolute().parent.is_dir():
         raise UserError(f"csv={path} lies in a folder that does not exist; make it or choose another")
     rows = folder.metrics.read()

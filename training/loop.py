@@ -1,4 +1,8 @@
-"""The training loop: one for every model, objective and device."""
+"""The training loop: one for every model, objective and device.
+
+`fit` runs the epochs: `epoch_groups` draws the batches of each optimizer step, `train_step` takes it, `after_step` logs,
+`end_epoch` evaluates and saves.
+"""
 
 import math
 import sys

@@ -56,11 +56,11 @@ def try_parts(run: Run) -> RowSeconds:
         with torch.no_grad():
             try_network(run, x1, label, generator)
         training = seconds_of_training(run, label, generator)
-        heeded = label if run.inputs.flow is not None and run.inputs.flow.network.is_conditional else None
+        given = label if run.inputs.flow is not None and run.inputs.flow.network.is_conditional else None
         with torch.no_grad(), gathered(run.state.ema_objective.network):
-            sampling = seconds_of_sampling(run, heeded, generator)
+            sampling = seconds_of_sampling(run, given, generator)
             if run.rank == 0:
-                try_metrics(run, heeded, generator)
+                try_metrics(run, given, generator)
     return RowSeconds(training, sampling)
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from common.command_line import front, split
+from common.command_line import check_ends, front, split
 from common.errors import UserError
 from evaluation.leaderboard_table import ENERGY, SHORT, START, STOP
 
@@ -149,8 +149,7 @@ def draw(words: list[str]) -> Path:
     path = Path(settings["out"])
     if rest:
         raise UserError(f"cannot use {rest[0]!r}; the keys are log and out, as key=value")
-    if path.suffix != ".png":
-        raise UserError(f"out={path} must end in .png")
+    check_ends("out", path, ".png")
     tables = read_tables(Path(settings["log"]))
     save_figure(picture(tables), path, Source=digest(tables))
     return path

@@ -121,7 +121,7 @@ def test_in_a_job_a_request_that_comes_again_changes_nothing(monkeypatch):
     class Asked:
         asked, world, rank = None, 2, 1
 
-    before = {number: signal.getsignal(number) for number in signals.heeded()}
+    before = {number: signal.getsignal(number) for number in signals.stop_signals()}
     for once, after in ((True, signal.SIG_IGN), (False, signal.SIG_DFL)):
         monkeypatch.setenv(signals.ONCE, "1") if once else monkeypatch.delenv(signals.ONCE)
         try:
