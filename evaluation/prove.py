@@ -48,12 +48,16 @@ WORLDS = {
 
 @dataclass
 class Plan:
-    """How much is drawn for a world: batches of so many rows for the mean gradient, and for the curvature; a run's words."""
+    """How much is drawn for a world: batches of so many rows for the mean gradient, and for the curvature; a run's words.
+
+    seconds: at most so many for a world, in which the batches are doubled until they decide.
+    """
 
     batches: int = 160
     rows: int = 2048
     curvature: int = 16
     seed: int = 0
+    seconds: float = 0.0
     loss_weights: dict[str, Weight] = field(default_factory=dict)
 
 
@@ -141,8 +145,8 @@ class Stage:
     """What one world says. Sizes are shares of the root mean square of the exact field.
 
     bias, spread: how far off the optimum is, by those parts of the gradient that differ significantly from zero, and its
-    standard error; seen: the least bias, in whatever direction, that would have been seen; reason: why nothing is decided,
-    where that is so.
+    standard error; seen: the least bias, in whatever direction, that would have been seen, in so many batches; reason: why
+    nothing is decided, where that is so.
     """
 
     world: str
@@ -155,6 +159,7 @@ class Stage:
     direction: str = ""
     seconds: float = 0.0
     reason: str = ""
+    batches: int = 0
 
     @property
     def verdict(self) -> str:
@@ -192,12 +197,12 @@ class Proof:
         probe.teach(objective, exact, world, intervals=has_intervals(objective, plan.rows))
         self.probe, self.teacher = probe, copy.deepcopy(objective).requires_grad_(False) if objective.needs_teacher else None
 
-    def gradients(self, c: Tensor, stream: str, batches: int) -> Tensor:
-        """Return the gradient at c of each of so many batches' losses, (batches, dof)."""
+    def gradients(self, c: Tensor, stream: str, batches: range) -> Tensor:
+        """Return the gradient at c of the loss of each of these batches, (batches, dof)."""
         for objective in (self.objective, self.teacher):
             if objective is not None:
                 objective.network.c.data = c.clone()
-        return torch.stack([self.gradient(stream, index) for index in range(batches)])
+        return torch.stack([self.gradient(stream, index) for index in batches])
 
     def gradient(self, stream: str, index: int) -> Tensor:
         generator = generator_for(self.plan.seed, f"prove/{stream}", index)
@@ -217,22 +222,40 @@ class Proof:
 
     def columns(self) -> Iterator[Tensor]:
         for unit in torch.eye(len(self.probe.c), dtype=torch.float64):
-            ahead, behind = (self.gradients(e * unit, "curvature", self.plan.curvature).mean(0) for e in (NUDGE, -NUDGE))
+            batches = range(self.plan.curvature)
+            ahead, behind = (self.gradients(e * unit, "curvature", batches).mean(0) for e in (NUDGE, -NUDGE))
             yield (ahead - behind) / (2 * NUDGE)
 
+    def exact_gradients(self, batches: range) -> Tensor:
+        """Return the gradients of these batches at the exact field, (batches, dof)."""
+        return self.gradients(torch.zeros_like(self.probe.c.data), "gradient", batches)
+
     def carried_out(self, stage: Stage) -> Stage:
-        """Return the stage with what was found."""
-        found = self.gradients(torch.zeros_like(self.probe.c.data), "gradient", self.plan.batches)
-        curvature = self.curvature()
+        """Return the stage with what was found, the batches doubled while they decide nothing and the seconds last.
+
+        Whether to go on is asked of the power alone, so that a proof looks for a bias twice at most, and a false alarm
+        stays below twice its level.
+        """
+        begun, found, curvature = time.perf_counter(), self.exact_gradients(range(self.plan.batches)), self.curvature()
         if not (found.isfinite().all() and curvature.isfinite().all()):
             stage.reason = "its gradient at the exact field is NaN or infinite"
             return stage
+        self.judge(stage, found, curvature)
+        if stage.verdict != "undecided":
+            return stage
+        while not stage.seen < ENOUGH and 2 * (time.perf_counter() - begun) < self.plan.seconds:
+            found = torch.cat([found, self.exact_gradients(range(len(found), 2 * len(found)))])
+            self.judge(stage, found, curvature)
+        return stage
+
+    def judge(self, stage: Stage, found: Tensor, curvature: Tensor) -> None:
+        """Write into the stage what the gradients (batches, dof) and the curvature (dof, dof) say."""
         batches, dof = found.shape
         mean, noise = found.mean(0), torch.cov(found.T) / batches + (NOTHING * curvature) @ (NOTHING * curvature).T
         variances, axes = torch.linalg.eigh(noise)
         scale = variances.clamp(min=UNSEEN).sqrt()
         scores = axes.T @ mean / scale
-        stage.dof, stage.statistic = dof, float(scores.square().sum())
+        stage.batches, stage.dof, stage.statistic = batches, dof, float(scores.square().sum())
         stage.p = float(f.sf(stage.statistic * (batches - dof) / (dof * (batches - 1)), dof, batches - dof))
         sharpness = torch.linalg.svdvals(axes.T @ curvature / scale[:, None])
         stage.seen = (noncentrality(dof) ** 0.5 / sharpness[-1]).item()
@@ -241,7 +264,6 @@ class Proof:
         stage.bias = float(step.norm())
         stage.spread = float((to_step.T @ step).norm() / step.norm().clamp(min=1e-12))
         stage.direction = self.probe.in_words(step)
-        return stage
 
 
 def noncentrality(dof: int) -> float:

@@ -9,8 +9,10 @@ from hydra.utils import get_class
 
 from common.command_line import split
 from common.errors import UserError
+from common.ranges import CountOr0
 from configuration.build import build
 from configuration.compose import compose_config, resolved
+from configuration.values import whole_number
 from evaluation.prove import CHANCE, WORLDS, Builder, Plan, Stage, prove
 from losses.objective import FlowObjective
 from losses.paths import ProbabilityPath
@@ -18,6 +20,7 @@ from losses.plain_loss import Function, PlainLoss
 
 STATUS = {"stationary": 0, "biased": 3, "undecided": 4}
 CONVENTIONS = ("forward", "reversed")
+SECONDS = 60  # at most for a world whose first batches decide nothing
 USAGE = "python launcher.py --prove loss=NAME, or --prove path/to/file.py:function convention=forward|reversed"
 
 
@@ -49,7 +52,7 @@ def functions_of(word: str) -> list[str]:
 
 def prepared(words: list[str]) -> tuple[str, Builder | str, ProbabilityPath | None, list[str], Plan]:
     """Return a command line's name, its objective's builder or why it has none, its path, the worlds and the plan."""
-    settings, words = split(words, {"convention": ""})
+    settings, words = split(words, {"convention": "", "seconds": str(SECONDS)})
     files = [word for word in words if re.fullmatch(r"[^=]+\.py:\w+", word)]
     losses = [word for word in words if re.match(r"loss[=/.]", word)]
     bare = next((word for word in words if re.fullmatch(r"[^=]+\.py:?", word)), None)
@@ -60,6 +63,7 @@ def prepared(words: list[str]) -> tuple[str, Builder | str, ProbabilityPath | No
     if settings["convention"] not in (CONVENTIONS if files else ()) and settings["convention"]:
         where = f"is one of {', '.join(CONVENTIONS)}" if files else "is of a function in a file"
         raise UserError(f"convention={settings['convention']}: a convention {where}; {USAGE}")
+    seconds = whole_number("seconds", settings["seconds"], CountOr0)
     cfg = compose_config(["run_name=prove", *(word for word in words if word not in files)])
     kind = get_class(cfg.loss["_target_"])
     if not issubclass(kind, FlowObjective):
@@ -72,7 +76,7 @@ def prepared(words: list[str]) -> tuple[str, Builder | str, ProbabilityPath | No
         )
     config = resolved(cfg)
     path: ProbabilityPath = build(config["loss"]["path"])
-    plan = Plan(seed=config["seed"], loss_weights=config["loss_weights"])
+    plan = Plan(seed=config["seed"], loss_weights=config["loss_weights"], seconds=seconds)
     if files:
         function = function_in(files[0])
         plain = lambda network: PlainLoss(network, function, settings["convention"] == "reversed", path)  # noqa: E731
@@ -113,7 +117,9 @@ def summed_up(stages: list[Stage]) -> tuple[str, str]:
         )
     else:
         reasons = [stage.reason for stage in stages if stage.reason]
-        meaning = reasons[0] if reasons else f"only an error of {least} would have been seen"
+        meaning = (
+            reasons[0] if reasons else f"only an error of {least} would have been seen; more seconds={SECONDS} see more"
+        )
     return verdict, f"{verdict}: {meaning}"
 
 

@@ -15,7 +15,7 @@ from configuration.compose import CONFIG_DIR, compose_config, groups
 from evaluation import prove as prove_module
 from evaluation import prove_command
 from evaluation.exact_worlds import MixtureWorld
-from evaluation.prove import WORLDS, Plan, Stage, prove
+from evaluation.prove import ENOUGH, WORLDS, Plan, Stage, prove
 from evaluation.prove_command import prepared, summed_up
 from launcher import main
 from losses.flow_matching_loss import FlowMatchingLoss
@@ -163,6 +163,16 @@ def test_a_wrong_rate_of_the_path_is_found(monkeypatch):
     assert stage.verdict == "biased" and stage.bias > 0.1, stage
 
 
+@pytest.mark.parametrize(("words", "verdict"), [(PLAIN, "stationary"), (["loss=contrastive"], "biased")])
+def test_batches_are_doubled_until_they_decide(words, verdict):
+    few = Plan(batches=16, rows=640, curvature=2)
+    (short,), (long,) = (proven(words, plan=replace(few, seconds=seconds)) for seconds in (0, 1e9))
+    assert short.verdict == "undecided" and short.seen > ENOUGH and short.batches == 16
+    assert long.verdict == verdict and long.seen < ENOUGH and long.batches in (32, 64, 128, 256)
+    (at_once,) = proven(words, plan=replace(few, batches=long.batches))
+    assert (at_once.statistic, at_once.seen) == pytest.approx((long.statistic, long.seen), rel=1e-6)
+
+
 def test_the_bias_of_a_contrastive_loss_is_measured():
     """Its optimum is v* + l / (1 - l) (v* - E v*), l = 0.05: a declared bias of five per cent is kept, no other."""
     (stage,) = proven(["loss=contrastive"], plan=FINE)
@@ -266,6 +276,7 @@ def test_the_verdict_is_told_in_words_and_by_the_exit_status(words, status, verd
         (["{}:flow_matching", "{}:absolute"], "takes one loss"),
         (["{}:nothing"], "defines no function nothing"),
         (["nowhere.py:f"], "no file nowhere.py"),
+        (["loss=mse", "seconds=many"], "seconds takes a whole number"),
         (["{}:broken"], "AttributeError"),
         (["{}:blind"], "does not depend on its network"),
         (["loss=mse", "--dry-run"], "--dry-run"),
