@@ -42,6 +42,7 @@ from dev.loader_benchmark import data_preset, loader_rates
 from dev.operations_benchmark import operations_rows
 from dev.peers_benchmark import peer_tables
 from dev.saves_benchmark import SAVED_RUN, saves_seconds
+from run_files.result import markdown
 
 COLUMNS = (
     "step_ms", "data_ms", "data_share", "train_samples_per_second", "generated_per_second", "peak_memory_mb", "live_mb",
@@ -89,18 +90,6 @@ def benchmark(rows: list[str], rounds: int, steps: int) -> list[dict[str, Any]]:
         }
         for contestant, median in zip(contestants, medians, strict=True)
     ]
-
-
-def markdown(results: list[dict[str, Any]]) -> str:
-    """Return rows as a table: the settings, then each figure under its name."""
-    columns = [name for name in results[0] if name != "row"]
-    lines = ["| settings | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
-    return "\n".join([*lines, *(f"| `{r['row']}` | " + " | ".join(f"{r[c]:.4g}" for c in columns) + " |" for r in results)])
-
-
-def two_columns(title: str, figures: dict[str, float]) -> str:
-    """Figures by name, as a table."""
-    return "\n".join([f"| {title} | |", "|---|---|", *(f"| {name} | {value:,.4g} |" for name, value in figures.items())])
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -159,12 +148,14 @@ def carry_out(words: list[str]) -> None:
 
 
 def block(title: str, figures: list[dict[str, Any]] | dict[str, float]) -> str:
-    """Return a table under its title, or the title alone where it has no rows."""
+    """Return a table under its title, of rows or of figures by name; the title alone where there are no rows."""
     if isinstance(figures, dict):
-        return f"\n{two_columns(title, figures)}"
+        return "\n" + markdown((title, ""), ((name, f"{value:,.4g}") for name, value in figures.items()))
     if not figures:
         return f"\n{title}"
-    return (f"\n{title}\n\n" if title else "") + markdown(figures)
+    columns = [name for name in figures[0] if name != "row"]
+    rows = ([f"`{row['row']}`", *(f"{row[name]:.4g}" for name in columns)] for row in figures)
+    return (f"\n{title}\n\n" if title else "") + markdown(("settings", *columns), rows)
 
 
 def main(words: list[str]) -> int:

@@ -33,6 +33,7 @@ from evaluation.metrics.energy_distance import EnergyDistance
 from evaluation.metrics.two_sample import TwoSampleMetric
 from evaluation.metrics.wasserstein import SlicedWasserstein, Wasserstein
 from evaluation.parts import build_dataset, build_source, dataset_key
+from run_files.result import markdown
 from scripts.settings import read_settings
 
 SHIFTS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)  # standard deviations of the data
@@ -67,12 +68,14 @@ def distances(
     return torch.tensor(found)
 
 
-def check(name: str, metric: TwoSampleMetric, samples: int, replicates: int, cache: Path, typed: float) -> tuple[str, int]:
+def check(
+    name: str, metric: TwoSampleMetric, samples: int, replicates: int, cache: Path, typed: float
+) -> tuple[list[str], int]:
     """Return a row of the table, and how many false alarms there were."""
     generation = real(name, samples, cache)
     (score,) = metric.compute(generation)
     if not isinstance(score, Score) or score.floor_q99 is None:
-        return f"| {name} | {metric.name} | not given | | |", 0
+        return [name, metric.name, "not given", "", ""], 0
     dataset = generation.dataset
     states = dataset.held_out(samples, generator_for(1, "floor_check"))[0]
     sizes, scale = (samples, len(states)), float(states.std(0).mean())
@@ -83,7 +86,7 @@ def check(name: str, metric: TwoSampleMetric, samples: int, replicates: int, cac
     else:
         found = str(next((shift for shift in SHIFTS if seen(shift * scale, SETS) >= 0.8 * SETS), f"above {SHIFTS[-1]}"))
     upper = f"{score.floor:.3g}, {score.floor_q99:.3g}"
-    return f"| {name} | {metric.name} | {upper} | {alarms} of {replicates} | {found} |", alarms
+    return [name, metric.name, upper, f"{alarms} of {replicates}", found], alarms
 
 
 @dataclass(frozen=True)
@@ -99,24 +102,17 @@ class Settings:
 def carry_out(words: list[str]) -> str:
     """Carry out the command; returns the table."""
     settings, _ = read_settings(words, Settings)
-    rows, total = [], 0
+    rows, total = list[list[str]](), 0
     with tempfile.TemporaryDirectory() as folder:
         for name in settings.data:
             for metric in (EnergyDistance(), SlicedWasserstein(), Wasserstein()):
                 row, alarms = check(name, metric, settings.samples, settings.replicates, Path(folder), settings.shift)
                 rows.append(row)
                 total += alarms
-                print(row, file=sys.stderr, flush=True)
+                print(*row, sep=", ", file=sys.stderr, flush=True)
     given = sum("not given" not in row for row in rows)
-    head = "| data | score | floor's mean, upper end | false alarms | found, standard deviations |\n|---|---|---|---|---|"
-    return "\n".join(
-        [
-            head,
-            *rows,
-            "",
-            f"{total / max(1, given * settings.replicates):.2%} false alarms of {given * settings.replicates:,}",
-        ]
-    )
+    head = markdown(("data", "score", "floor's mean, upper end", "false alarms", "found, standard deviations"), rows)
+    return f"{head}\n\n{total / max(1, given * settings.replicates):.2%} false alarms of {given * settings.replicates:,}"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import os
 import pickle
-import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,12 +86,7 @@ def forget(files: list[Path]) -> None:
 
 def rate(count: int, work: Callable[[], Any], repeats: int) -> float:
     """Return the best rate, in units a second, over so many repeats of `work` of `count` units each."""
-    best = 0.0
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        work()
-        best = max(best, count / (time.perf_counter() - begun))
-    return best
+    return count / min(timeit.repeat(work, number=1, repeat=repeats))
 
 
 @one_thread()

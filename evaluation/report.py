@@ -17,6 +17,7 @@ from evaluation.metrics.base_metric import Absent, Decode, Generation, Score, as
 from evaluation.metrics.distances import nearest, squared_distances
 from losses.weightings import UniformWeighting
 from models.inputs import classes_in
+from run_files.result import markdown
 
 OF_FINITE_DATA = ("oracle/empirical", "oracle/copying")  # oracles that want no known density
 Span = tuple[float, float] | None
@@ -143,15 +144,15 @@ def wrapped(line: str) -> str:
 
 def class_table(evaluation: ClassifierEvaluation) -> str:
     """Return a Markdown table: of each class its held-out images, accuracy, precision, F1, and what it is taken for most."""
-    lines = ["| class | images | accuracy | precision | F1 | most often taken for |", "|---|---|---|---|---|---|"]
+    lines = []
     found = by_class(evaluation.confusion)
     names = [re.sub(r"([|<&`])", r"\\\1", name) for name in evaluation.names]
     wrong = evaluation.confusion - evaluation.confusion.diag().diag()
     for k, (row, share) in enumerate(zip(wrong, evaluation.class_accuracy.tolist(), strict=True)):
         mistaken = f"{names[int(row.argmax())]} ({int(row.max())} times)" if row.any() else ""
-        more = " | ".join(f"{found[name][k]:.1%}" for name in ("precision", "f1"))
-        lines.append(f"| {names[k]} | {int(evaluation.confusion[k].sum())} | {share:.1%} | {more} | {mistaken} |")
-    return "\n".join(lines)
+        shares = (share, found["precision"][k], found["f1"][k])
+        lines.append([names[k], f"{int(evaluation.confusion[k].sum())}", *(f"{one:.1%}" for one in shares), mistaken])
+    return markdown(("class", "images", "accuracy", "precision", "F1", "most often taken for"), lines)
 
 
 def draw_picture(path: Path, evaluation: Evaluation, title: str, images: int = 100) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ def result_of(config: dict[str, Any], best: float | None = None) -> RunResult:
 def scores_file(config: dict[str, Any]) -> Path:
     """Return where the scores of a checkpoint (eval_checkpoint) go, beside their picture."""
     return Path(config["output_dir"]) / "evaluations" / f"{config['run_name']}.json"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return rows below their heads as a Markdown table."""
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines)
 
 
 def table(rows: list[list[str]]) -> str:

@@ -126,6 +126,11 @@ def run_folder_of(config: dict[str, Any]) -> RunFolder:
     return RunFolder(Path(config["output_dir"]) / "runs" / config["run_name"])
 
 
+def run_folders(output_dir: Path, holding: str = "status.json") -> dict[str, RunFolder]:
+    """Return the runs below an output folder that have this file, by name and in the order of their names."""
+    return {path.parent.name: RunFolder(path.parent) for path in sorted((output_dir / "runs").glob(f"*/{holding}"))}
+
+
 class StatusFile:
     """One JSON object, replaced in one step: state, step, epoch, why, started, updated, seconds, scores, pid, host."""
 

@@ -30,7 +30,7 @@ from common.files import write_atomically
 from configuration.nodes import flat
 from run_files.metrics_file import higher_is_better
 from run_files.result import table
-from run_files.run_folder import RunFolder
+from run_files.run_folder import RunFolder, run_folders, saves_of
 from run_files.stored_values import note_once
 
 NO_SCORE = re.compile(r"_floor\w*$|_se$|_p$|_ratio$|^eval/(nfe|seconds)$")  # of these none is the best
@@ -83,7 +83,7 @@ def main(words: list[str]) -> int:
 
 def list_runs(options: argparse.Namespace) -> str:
     """Return one line a run, the latest last."""
-    folders = sorted(run_folders(options.output_dir), key=lambda folder: folder.status.read().get("started", ""))
+    folders = sorted(run_folders(options.output_dir).values(), key=lambda folder: folder.status.read().get("started", ""))
     queued = queued_states(options.output_dir)
     if not folders and not queued:
         return f"no runs under {options.output_dir}: python launcher.py run_name=my_experiment makes one"
@@ -179,7 +179,7 @@ def compare_runs(options: argparse.Namespace) -> str:
     names = list(dict.fromkeys(options.names))
     if len(names) < 2:
         raise UserError("compare needs at least two different runs: python scripts/runs.py compare A B")
-    known = {folder.name: folder for folder in run_folders(options.output_dir)}
+    known = run_folders(options.output_dir)
     if len(names) == 2 and not {*names} <= {*known}:
         from scripts.run_sets import compare_sets
 
@@ -205,7 +205,7 @@ def table_of_runs(options: argparse.Namespace) -> str:
     """Return the table that closes a sweep, of the runs whose names an expression matches."""
     from scripts.run_sets import table_of
 
-    known = {folder.name: folder for folder in run_folders(options.output_dir)}
+    known = run_folders(options.output_dir)
     if not matching(options.names[0], known):
         find_run(options.output_dir, options.names[0])  # says which is the nearest
     return table_of([known[name] for name in matching(options.names[0], known)])
@@ -215,8 +215,6 @@ def delete_runs(options: argparse.Namespace) -> str:
     """Delete runs of exactly these names: folder, saves, tracker run. UserError, and nothing goes, if one is trained, or
     saves may lie where this user cannot look.
     """
-    from run_files.run_folder import saves_of
-
     folders = [find_run(options.output_dir, name) for name in dict.fromkeys(options.names)]
     saves = options.output_dir / "ckpts"
     shut = next(
@@ -255,19 +253,13 @@ def delete_tracked(folder: RunFolder, dry_run: bool) -> int:
     return found
 
 
-def run_folders(output_dir: Path) -> list[RunFolder]:
-    """Return every run under the output folder, by name."""
-    paths = (output_dir / "runs").glob("*/status.json")
-    return [RunFolder(path.parent) for path in sorted(paths)]
-
-
 def find_run(output_dir: Path, name: str) -> RunFolder:
     """Return the run of that name.
 
     Raises:
         UserError: there is none; the message names the nearest.
     """
-    folders = {folder.name: folder for folder in run_folders(output_dir)}
+    folders = run_folders(output_dir)
     if name in folders:
         return folders[name]
     near = difflib.get_close_matches(name, folders, n=1, cutoff=0.4)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command_line import front
 from common.errors import UserError
-from run_files.run_folder import RunFolder
+from run_files.run_folder import RunFolder, run_folders
 from run_files.trackio_tracker import TrackioTracker
 
 
@@ -34,7 +34,7 @@ def carry_out(words: list[str]) -> str:
     """Rebuild the runs and return a line for each. UserError for a run without metrics, before any is rebuilt."""
     options = parse(words)
     place = options.output_dir / "runs"
-    names = sorted(path.parent.name for path in place.glob("*/metrics.jsonl")) if options.all else options.runs
+    names = list(run_folders(options.output_dir, "metrics.jsonl")) if options.all else options.runs
     if not names:
         raise UserError(f"say which runs of {place}: their names, or --all for those that have a metrics.jsonl")
     folders = [RunFolder(place / name) for name in names]

@@ -90,6 +90,7 @@ def check_compiles_recomputed(config: dict[str, Any]) -> None:
 
 def assemble(config: dict[str, Any]) -> Run:
     """Return every part of the run, on its device, at its start or where its newest save left it. Writes nothing."""
+    # Pick the device, and complete the configuration.
     by_mlx = config.get("engine") == "mlx"
     device = pick_device("cpu" if by_mlx else config["device"])  # MLX's device is its own, and torch draws on the CPU
     set_numerics(device, config["deterministic"])
@@ -97,6 +98,7 @@ def assemble(config: dict[str, Any]) -> Run:
         config.pop("standardized", None)  # resume=force may have turned it off
     if config["init_from"] and not config["resume"]:
         adopt_model(config, Path(config["init_from"]))
+    # Build the network in its objective, the solver and the evaluator, which must go together.
     objective, evaluator = parts.build_objective(config, device), build(config["evaluation"])
     solver = parts.build_solver(config)
     evaluator.check(objective)
@@ -107,6 +109,7 @@ def assemble(config: dict[str, Any]) -> Run:
     if config.get("checkpoint_activations"):  # which is in no configuration of before it
         recompute_blocks(objective.network)
         check_compiles_recomputed(config)
+    # Take up the newest save where there is one, then build the data and what evaluations need.
     records, loop = assemble_records(config), settings_of(LoopSettings, config)
     state = assemble_state(objective, records.checkpoints, config, device)
     dataset, source = assemble_data(state, config, device), parts.build_source(config, device)
@@ -116,6 +119,7 @@ def assemble(config: dict[str, Any]) -> Run:
         Path(config["output_dir"]) / "cache", False, parts.sampled_flow(state.ema_objective, config, device),
         parts.build_decoder(config, device),
     )  # fmt: skip
+    # Join all to a run.
     hook = (SkipNonFinite if loop.on_nan == "skip" else StepHook)(loop.log_every)
     callbacks = [build(node) for node in config["callbacks"].values() if node and rank() == 0]
     run = Run(

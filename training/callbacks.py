@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,8 @@ from evaluation.report import per_dimension
 from run_files.experiment_log import ExperimentLog
 from run_files.metrics_file import higher_is_better
 from run_files.provenance import made_with
-from run_files.run_folder import RunFolder
+from run_files.result import markdown
+from run_files.run_folder import run_folders
 from run_files.telemetry import Telemetry, telemetry_for
 from training.run import Callback
 
@@ -130,7 +130,7 @@ class ExperimentNotes(Callback):
         from evaluation.report import class_table, provenance_lines, score_rows
 
         step, _, seconds = run.now
-        parts = [table("score | value | noise floor", score_rows(run.evaluation))]
+        parts = [markdown(("score", "value", "noise floor"), score_rows(run.evaluation))]
         parts.append(f"{step} steps, {seconds:.0f} s in the loop, seed {run.notes.seed}.")
         parts += provenance_lines(run.evaluation.scores)
         if isinstance(run.evaluation, ClassifierEvaluation):
@@ -155,12 +155,6 @@ class MilestoneNotes(Callback):
             print(f"note: {words}", file=sys.stderr)
 
 
-def table(head: str, rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table; head: names of the columns, between bars."""
-    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines)
-
-
 def target_table(values: dict[str, float], targets: dict[str, float]) -> str:
     """Return metrics beside their acceptable values: some are to be reached, such as accuracy, the others not passed."""
     rows = []
@@ -171,20 +165,17 @@ def target_table(values: dict[str, float], targets: dict[str, float]) -> str:
             rows.append((name, f"{sign} {wanted:g}", f"{values[name]:.4g}", "yes" if met else "no"))
         else:
             rows.append((name, f"{wanted:g}", "not measured", "no"))
-    return table("target | acceptable | reached | met", rows)
+    return markdown(("target", "acceptable", "reached", "met"), rows)
 
 
 def compared_table(run: Run) -> list[str]:
     """Return the difference to the last finished run of the same data, model and loss, as a table; none without one."""
     assert run.evaluation is not None
-    found = []
-    for path in run.records.folder.path.parent.glob("*/status.json"):
-        folder = RunFolder(path.parent)
-        status = folder.status.read()
-        finished = path.parent != run.records.folder.path and status.get("state") == "finished"
-        if finished and folder.config_path.is_file():
-            found.append((str(status.get("updated", "")), folder, status.get("scores", {})))
-    for _, folder, scores in sorted(found, key=lambda item: item[0], reverse=True):
+    folders = run_folders(run.records.folder.path.parents[1]).values()
+    others = [folder for folder in folders if folder.name != run.notes.run_name and folder.config_path.is_file()]
+    found = [(folder, status) for folder in others if (status := folder.status.read()).get("state") == "finished"]
+    for folder, status in sorted(found, key=lambda pair: str(pair[1].get("updated", "")), reverse=True):
+        scores = status.get("scores", {})
         try:
             choices = folder.read_config().get("choices", {})
         except UserError:  # of another run, whose files are damaged
@@ -192,7 +183,7 @@ def compared_table(run: Run) -> list[str]:
         if all(choices.get(group) == run.notes.choices[group] for group in ("dataloaders", "model", "loss")):
             known = [(score, scores[score.name]) for score in run.evaluation.scores if scores.get(score.name) is not None]
             rows = [(s.name, f"{before:.4g}", f"{s.value:.4g}", f"{s.value - before:+.2g}") for s, before in known]
-            return [table(f"score | {folder.name} | here | difference", rows)]
+            return [markdown(("score", folder.name, "here", "difference"), rows)]
     return []
 
 

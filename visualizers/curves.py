@@ -28,7 +28,7 @@ from common.command_line import front, matching, outputs, split, unknown
 from common.errors import UserError
 from evaluation.pictures import INK, new_figure, save_figure
 from run_files.metrics_file import SCORES, SIDE
-from run_files.run_folder import RunFolder
+from run_files.run_folder import RunFolder, run_folders
 from visualizers.scene import outputs_of
 
 if TYPE_CHECKING:
@@ -54,24 +54,21 @@ MILESTONES = (
 LINE = 15  # pixels of a line of the caption
 
 
-def chosen_runs(words: list[str], runs: Path) -> list[RunFolder]:
+def chosen_runs(words: list[str], output: Path) -> list[RunFolder]:
     """Return the runs whose names match one of the words, the newest without words. UserError when one matches none."""
-    folders = [RunFolder(path.parent) for path in runs.glob("*/metrics.jsonl")]
-    if not folders:
-        raise UserError(f"there are no runs with metrics in {runs}; train one, or give output_dir=<folder>")
-    folders.sort(key=lambda folder: folder.metrics.path.lstat().st_mtime)
-    if not words:
-        return folders[-1:]
-    found = []
+    known, chosen = run_folders(output, "metrics.jsonl"), dict[str, RunFolder]()
+    if not known:
+        raise UserError(f"there are no runs with metrics in {output / 'runs'}; train one, or give output_dir=<folder>")
+    by_time = sorted(known.values(), key=lambda folder: folder.metrics.path.lstat().st_mtime)
     for word in words:
-        names = [word, *matching(word, [folder.name for folder in folders])]
-        asked = [folder for folder in folders if folder.name in names]
+        names = {word, *matching(word, known)}
+        asked = {folder.name: folder for folder in by_time if folder.name in names}
         if not asked and "=" in word:
             raise UserError(unknown(word, KEYS) + "; and no run has that name")
         if not asked:
-            raise UserError(f"no run in {runs} is called {word}; `python scripts/runs.py list` shows them")
-        found += [folder for folder in asked if folder not in found]
-    return found
+            raise UserError(f"no run in {output / 'runs'} is called {word}; `python scripts/runs.py list` shows them")
+        chosen |= asked  # one that is there already keeps its place
+    return list(chosen.values()) if words else by_time[-1:]
 
 
 def series(rows: list[dict[str, Any]], metric: str) -> np.ndarray:
@@ -137,7 +134,7 @@ def draw(words: list[str]) -> Path:
 
         name = load_checkpoint(Path(settings["ckpt"]))["run_name"]
         names, folder = [*names, re.escape(name)], folder / name
-    runs = {folder.name: folder.metrics.read() for folder in chosen_runs(names, output / "runs")}
+    runs = {folder.name: folder.metrics.read() for folder in chosen_runs(names, output)}
     every = list(dict.fromkeys(name for rows in runs.values() for name in metrics_of(rows)))
     wanted = settings["metrics"].split(",") if settings["metrics"] else every[:MOST]
     for name in wanted:
