@@ -29,7 +29,7 @@ def on_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-def in_words(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Return a duration such as 8 s, 6 min, 1.5 h or 3 days."""
     for most, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
         if seconds < most:
@@ -83,7 +83,7 @@ class Progress:
         due = gone > 1 and gone + left > LONG if self.silent else now - self.spoken > max(BETWEEN, (gone + left) / 10)
         if due and left > 0:
             share = "" if self.silent else f"{self.done / self.total:.0%} done, "
-            print(f"{self.what}: {share}about {in_words(left)} left", file=sys.stderr, flush=True)
+            print(f"{self.what}: {share}about {duration(left)} left", file=sys.stderr, flush=True)
             self.silent, self.spoken = False, now
 
 

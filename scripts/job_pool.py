@@ -86,9 +86,9 @@ class JobPool:
         left = len(self.waiting) + len(self.live)
         if not left or not self.seconds:
             return ""
-        from common.progress import in_words  # imports torch
+        from common.progress import duration  # imports torch
 
-        return f", about {in_words(statistics.fmean(self.seconds) * left / self.jobs)} left"
+        return f", about {duration(statistics.fmean(self.seconds) * left / self.jobs)} left"
 
     def fail(self, entry: Entry, why: str) -> None:
         self.failed.append(entry)

@@ -10,7 +10,7 @@ import torch
 
 import common.progress as progress_module
 from backends.submission import prepare
-from common.progress import Progress, each, in_words, seconds_a_row
+from common.progress import Progress, duration, each, seconds_a_row
 from evaluation.evaluator import GeneratorEvaluator
 from evaluation.metrics.empirical import Memorised
 from evaluation.sample import TrainedModel, load
@@ -41,7 +41,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     [(3.21, "3.2 s"), (119, "119 s"), (400, "6.7 min"), (5400, "90 min"), (9000, "2.5 h"), (3e7, "347 days")],
 )
 def test_times_are_said_as_people_say_them(seconds: float, words: str) -> None:
-    assert in_words(seconds) == words
+    assert duration(seconds) == words
 
 
 def test_a_long_job_says_how_long_and_goes_on_saying_it_sparsely(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:

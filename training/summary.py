@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from common.progress import LONG, in_words, seconds_a_row
+from common.progress import LONG, duration, seconds_a_row
 from configuration.compose import CONFIG_DIR, twice_as_long
 from dataloaders.stream import Rows, StreamDataset
 from dataloaders.tensor_dataset import TensorDataset
@@ -131,7 +131,7 @@ def print_times(run: Run, row: RowSeconds) -> None:
     epoch = (
         beside_reading(run, row.training) * run.dataset.epoch_size / run.world + seconds_of_update(run) * run.steps_per_epoch
     )
-    words = f"about {in_words(epoch)} an epoch, {in_words(epoch * left / run.steps_per_epoch)} of training"
+    words = f"about {duration(epoch)} an epoch, {duration(epoch * left / run.steps_per_epoch)} of training"
     flow, evaluator = run.inputs.flow, run.evaluator
     coupling, rows = None if flow is None else flow.coupling, run.settings.batch_size // run.world
     paired = min(coupling.group or rows, rows) if isinstance(coupling, MinibatchOTCoupling) else 0
@@ -150,7 +150,7 @@ def print_times(run: Run, row: RowSeconds) -> None:
         rows_of = [evaluator.all_rows(flow, run.dataset, run.inputs.solver, final) for final in (False, True)]
         each, last = (row.sampling * count / run.world for count in rows_of)
         if max(each, last) > LONG:
-            words += f"; an evaluation {in_words(each)}, the last one {in_words(last)}"
+            words += f"; an evaluation {duration(each)}, the last one {duration(last)}"
     print_lines([(f"{'time':<11}", words)])
 
 

@@ -64,13 +64,13 @@ def read_table(name: str, body: str) -> Table:
     found = {place: re.fullmatch(rf"{SHORT[ENERGY]}, (\d+)", title) for place, title in enumerate(header)}
     counts = {int(match[1]): place for place, match in found.items() if match}
     scores = {
-        count: {line[0].partition(" (")[0]: cell for line in lines if (cell := number(line[place])) is not None}
+        count: {line[0].partition(" (")[0]: cell for line in lines if (cell := read_cell(line[place])) is not None}
         for count, place in counts.items()
     }
-    return Table(name.strip(), number(floor[counts[1]]) or (0.0, 0.0), scores)
+    return Table(name.strip(), read_cell(floor[counts[1]]) or (0.0, 0.0), scores)
 
 
-def number(cell: str) -> tuple[float, float] | None:
+def read_cell(cell: str) -> tuple[float, float] | None:
     """Return the mean of a cell and its spread, 0 where none is given."""
     match = NUMBER.search(cell)
     return (float(match[1]), float(match[2] or 0.0)) if match else None

@@ -157,7 +157,7 @@ def states_of(
     return States(row, x1, z, t, label, objective.path.conditional_velocity(x0, x1, wide), torch.cat(v).to(z))
 
 
-def distances(a: Tensor, b: Tensor) -> Tensor:
+def squared_gaps(a: Tensor, b: Tensor) -> Tensor:
     """Return |a - b|^2 of velocities (8 n, ...), on the CPU: (8, n)."""
     return (a - b).flatten(1).double().square().sum(1).cpu().reshape(TIMES, -1)
 
@@ -192,14 +192,14 @@ def memorisation(objective: FlowObjective, dataset: FlowDataset, source: Source,
     exact, memoriser = flow.read(posterior.mean, a.z, times), flow(b.z, b.t, b.label)
     return Memorisation(
         t=a.t[::each].cpu(),
-        excess=distances(a.v, exact),
-        without=distances(a.v, flow.velocity(a.z, a.t, a.label, a.row)),
-        loss=distances(a.v, a.v_c),
-        least=distances(exact, a.v_c),
-        held_out_loss=distances(b.v, b.v_c),
-        memoriser_loss=distances(memoriser, b.v_c),
-        of_memoriser=distances(b.v, memoriser),
-        with_row=distances(b.v, flow.velocity_with(b.z, b.t, b.x1, b.label)),
+        excess=squared_gaps(a.v, exact),
+        without=squared_gaps(a.v, flow.velocity(a.z, a.t, a.label, a.row)),
+        loss=squared_gaps(a.v, a.v_c),
+        least=squared_gaps(exact, a.v_c),
+        held_out_loss=squared_gaps(b.v, b.v_c),
+        memoriser_loss=squared_gaps(memoriser, b.v_c),
+        of_memoriser=squared_gaps(b.v, memoriser),
+        with_row=squared_gaps(b.v, flow.velocity_with(b.z, b.t, b.x1, b.label)),
         nearest=posterior.nearest.cpu().reshape(TIMES, -1),
         of=f"{TIMES * each:,} states of {TIMES} times, {count_of(dataset, len(rows))} training rows",
         subsample_error=change_by_half(flow, b, memoriser) if is_part(dataset, len(rows)) else None,
