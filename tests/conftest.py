@@ -98,6 +98,15 @@ def shared_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return trained
 
 
+@pytest.fixture(scope="session", autouse=True)
+def leave_nothing_in_the_checkout() -> Iterator[None]:
+    """The default output_dir is for users: a test that forgets its own fails the session."""
+    place = Path(__file__).parents[1] / "outputs"
+    before = place.exists()
+    yield
+    assert before or not place.exists(), f"a test wrote into {place}; give it an output_dir below tmp_path"
+
+
 @pytest.fixture(autouse=True)
 def restore_global_state() -> Iterator[None]:
     """Runs seed torch's global generator and set numerics; tests must not see each other's."""

@@ -296,11 +296,13 @@ def test_a_run_on_digits_says_whether_it_copies(small_run: Callable[..., Path], 
 
 
 @pytest.mark.parametrize("words", [[], ["loss/coupling=minibatch_ot"]])
-def test_the_progress_of_an_evaluation_counts_all_rows(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_progress_of_an_evaluation_counts_all_rows(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     given = ["dataloaders=digits", "model=cnn", "model.width=8", "evaluation.samples=20", "solver.steps=2", "device=cpu"]
     metric = "{_target_: evaluation.metrics.empirical.Memorised, draws: 100}"
     given += ["evaluation=loss_only", f"+evaluation.metrics.memorised={metric}", "evaluation.final_samples=30"]
-    run = assemble(prepare(["run_name=x", *given, *words]))
+    run = assemble(prepare(["run_name=x", f"output_dir={tmp_path}", *given, *words]))
     flow, seen = run.inputs.flow, list[int]()
     assert flow is not None and isinstance(run.evaluator, evaluator.GeneratorEvaluator)
     flow.network.register_forward_hook(lambda module, given, answer: seen.append(len(given[0])))
