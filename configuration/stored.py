@@ -165,12 +165,17 @@ def targets_of(key: str) -> set[str]:
     return named_in_configs("_target_", f"{own if (CONFIG_DIR / own).is_dir() else parts[0]}/*.yaml")
 
 
+def output_dir_of(path: Path) -> Path | None:
+    """Return the output folder that a checkpoint, or the export of a run, lies in; None where it lies in none."""
+    return next((folder.parent for folder in path.resolve().parents if folder.name in ("ckpts", "runs")), None)
+
+
 def places_of(path: Path, config: dict[str, Any]) -> list[Path]:
     """Return where relative paths in a checkpoint's configuration may start: the run's working folder, this, the checkout.
 
     The first is known by where the run's output_dir lies, unless that was absolute.
     """
-    outputs = next((folder.parent for folder in path.resolve().parents if folder.name in ("ckpts", "runs")), None)
+    outputs = output_dir_of(path)
     below = Path(str(config.get("output_dir", "outputs")))
     relative = outputs and not below.is_absolute() and outputs.parts[-len(below.parts) :] == below.parts
     made_in = outputs.parents[len(below.parts) - 1] if outputs and relative else Path.cwd()

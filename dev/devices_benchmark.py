@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from common.command_line import ROOT
 from common.errors import UserError
 
-LAUNCHER = Path(__file__).resolve().parents[1] / "launcher.py"
+LAUNCHER = ROOT / "launcher.py"
 BATCH = 64  # of the recipe photos, whose shape and model these are
 RUN = f"dataloaders=random_images dataloaders.state_shape=[3,32,32] model=unet_small batch_size={BATCH} device=cpu"
 QUIET = "evaluation=loss_only callbacks=none trackio.enabled=false"

@@ -171,10 +171,7 @@ def pairings(ours: Contestant, count: int) -> dict[str, Work]:
     theirs, coupling, generator = OTPlanSampler(method="exact"), MinibatchOTCoupling(), torch.Generator().manual_seed(0)
     x1 = ours.data()[:count]
     x0 = ours.run.source.sample(count, generator)
-    return {
-        "torchcfm": lambda: theirs.sample_plan(x0, x1),
-        "this project": lambda: coupling.pair(x0, x1, None, generator),
-    }
+    return {"torchcfm": lambda: theirs.sample_plan(x0, x1), "this project": lambda: coupling.pair(x0, x1, None, generator)}
 
 
 def samplers(ours: Contestant) -> dict[str, Work]:

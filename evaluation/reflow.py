@@ -101,12 +101,7 @@ class PathRecorder(Sampler):
         return self.solver.times(torch.zeros(1))[self.kept]
 
     def sample(
-        self,
-        flow: FlowObjective,
-        x0: Tensor,
-        label: Tensor | None,
-        fresh: FreshNoise,
-        callback: StepCallback | None = None,
+        self, flow: FlowObjective, x0: Tensor, label: Tensor | None, fresh: FreshNoise, callback: StepCallback | None = None
     ) -> Tensor:
         states: list[Tensor] = []
         self.solver.sample(flow, x0, label, fresh, lambda x, t: states.append(x))

@@ -6,10 +6,10 @@ import shutil
 import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from common.command_line import ROOT
+
 COMMIT_VARIABLE = "DENOISING_ZOO_COMMIT"  # says the commit where the files were sent without their history
 
 

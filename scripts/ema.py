@@ -101,6 +101,7 @@ def sweep(words: list[str]) -> str:
 
 def stored_with(ckpt: Path, model: "TrainedModel") -> "Snapshots":
     """Return the averages that the checkpoint's run had stored up to it. UserError where there are none."""
+    from configuration.stored import output_dir_of
     from configuration.values import check_run_name
     from evaluation.power_averages import snapshots_of
     from run_files.run_folder import RunFolder
@@ -108,8 +109,7 @@ def stored_with(ckpt: Path, model: "TrainedModel") -> "Snapshots":
 
     name = model.config["run_name"]
     check_run_name(name)
-    output = next((folder.parent for folder in ckpt.resolve().parents if folder.name in ("ckpts", "runs")), ckpt.parent)
-    folder = RunFolder(output / "runs" / name)
+    folder = RunFolder((output_dir_of(ckpt) or ckpt.parent) / "runs" / name)
     check_entries(folder.path)
     files = [path for path in folder.averages() if folder.step_of(path) <= model.step]
     if not files:

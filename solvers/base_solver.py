@@ -54,12 +54,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def sample(
-        self,
-        flow: FlowObjective,
-        x0: Tensor,
-        label: Tensor | None,
-        fresh: FreshNoise,
-        callback: StepCallback | None = None,
+        self, flow: FlowObjective, x0: Tensor, label: Tensor | None, fresh: FreshNoise, callback: StepCallback | None = None
     ) -> Tensor:
         """Return samples (B, ...) from the noise x0 (B, ...), for label (B,) or None. callback sees (state, time) at every
         point of the grid.
@@ -94,12 +89,7 @@ class Walker(Sampler, ABC):
     """A sampler that takes the grid's intervals one after the other, each by `step`."""
 
     def sample(
-        self,
-        flow: FlowObjective,
-        x0: Tensor,
-        label: Tensor | None,
-        fresh: FreshNoise,
-        callback: StepCallback | None = None,
+        self, flow: FlowObjective, x0: Tensor, label: Tensor | None, fresh: FreshNoise, callback: StepCallback | None = None
     ) -> Tensor:
         self.check(flow)
         return self.walk(flow, x0, self.times(x0), label, fresh, callback)
@@ -140,12 +130,7 @@ class BaseSolver(Sampler, ABC):
         """
 
     def sample(
-        self,
-        flow: FlowObjective,
-        x0: Tensor,
-        label: Tensor | None,
-        fresh: FreshNoise,
-        callback: StepCallback | None = None,
+        self, flow: FlowObjective, x0: Tensor, label: Tensor | None, fresh: FreshNoise, callback: StepCallback | None = None
     ) -> Tensor:
         """Raise UserError when the objective does not learn the velocity at an instant."""
         self.check(flow)

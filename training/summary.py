@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from common.command_line import ROOT
 from common.progress import LONG, duration, seconds_a_row
 from configuration.compose import CONFIG_DIR, twice_as_long
 from dataloaders.stream import Rows, StreamDataset
@@ -33,7 +34,6 @@ COPIED = 10**7  # weights, at most, that are copied to see how long an update ta
 MANY_PAIRED = 256  # rows whose exact assignment takes longer than a step of a small network
 # Commands are shown as they can be typed again, from where this one was typed.
 RUNNER = "uv run " if "UV" in os.environ else ""
-ROOT = Path(__file__).resolve().parents[1]
 PLACE = Path() if Path.cwd() == ROOT else ROOT
 LAUNCH, SAMPLE = f"{RUNNER}python {PLACE / 'launcher.py'}", f"{RUNNER}python {PLACE / 'scripts/sample.py'}"
 

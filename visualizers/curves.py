@@ -29,7 +29,6 @@ from common.errors import UserError
 from evaluation.pictures import INK, new_figure, save_figure
 from run_files.metrics_file import SCORES, SIDE
 from run_files.run_folder import RunFolder, run_folders
-from visualizers.scene import outputs_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,13 +126,14 @@ def draw_milestones(axes: Axes, milestones: list[Milestone]) -> None:
 def draw(words: list[str]) -> Path:
     """Carry out the command; return the file written."""
     settings, names = split(words, dict.fromkeys(KEYS, ""))
-    default = outputs_of(Path(settings["ckpt"])) if settings["ckpt"] else outputs()
-    output, folder = Path(settings["output_dir"] or default), Path("pictures")
+    own, folder = None, Path("pictures")
     if settings["ckpt"]:
+        from configuration.stored import output_dir_of
         from run_files.checkpoint import load_checkpoint
 
-        name = load_checkpoint(Path(settings["ckpt"]))["run_name"]
+        name, own = load_checkpoint(Path(settings["ckpt"]))["run_name"], output_dir_of(Path(settings["ckpt"]))
         names, folder = [*names, re.escape(name)], folder / name
+    output = Path(settings["output_dir"] or own or outputs())
     runs = {folder.name: folder.metrics.read() for folder in chosen_runs(names, output)}
     every = list(dict.fromkeys(name for rows in runs.values() for name in metrics_of(rows)))
     wanted = settings["metrics"].split(",") if settings["metrics"] else every[:MOST]

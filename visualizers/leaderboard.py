@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from common.command_line import check_ends, front, split
+from common.command_line import ROOT, check_ends, front, split
 from common.errors import UserError
 from evaluation.leaderboard_table import ENERGY, SHORT, START, STOP
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[1]
 LINEAR = 1e-3  # energy distance up to which the axis is linear
 AXIS = "energy distance, linear up to .001 and logarithmic beyond; bars: spread over seeds, as in its tables"
 BAND = 3.0  # standard deviations of the floor

@@ -18,14 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from evaluation.pictures import (
-    GENERATED_COLOR,
-    REAL_COLOR,
-    image_grid_picture,
-    new_figure,
-    save_figure,
-    shared_limits,
-)
+from evaluation.pictures import GENERATED_COLOR, REAL_COLOR, image_grid_picture, new_figure, save_figure, shared_limits
 from models.inputs import classes_in
 from visualizers.scene import Scene, main, plane, solver_label
 

@@ -222,12 +222,6 @@ def newest_checkpoint(fits: Callable[[dict[str, Any]], bool] = makes_samples) ->
     return saves[0] if len(saves) == 1 else next((save for save in saves if fits(load_checkpoint(save))), saves[0])
 
 
-def outputs_of(checkpoint: Path) -> Path:
-    """Return the output folder that a checkpoint lies in; the usual one where it lies in none."""
-    found = next((folder.parent for folder in checkpoint.resolve().parents if folder.name == "ckpts"), None)
-    return outputs() if found is None else found
-
-
 def solver_label(solver: Sampler) -> str:
     """Return the name of a solver and the evaluations a sample took, for a legend."""
     count = solver.evaluations or solver.steps
@@ -238,11 +232,7 @@ def solver_label(solver: Sampler) -> str:
 
 
 def scene(
-    words: list[str],
-    n: int,
-    frames: int,
-    points: int | None = None,
-    fits: Callable[[dict[str, Any]], bool] = makes_samples,
+    words: list[str], n: int, frames: int, points: int | None = None, fits: Callable[[dict[str, Any]], bool] = makes_samples
 ) -> Scene:
     """Return the scene a command line asks for; n (points: that of points in the plane), frames and the newest save that
     fits: unless it says otherwise. UserError for what it cannot be.
@@ -263,12 +253,12 @@ def scene(
     label = settings["label"] if settings["label"] in ("", "all") else whole_number("label", settings["label"], Seed)
     checkpoint = Path(settings["ckpt"]) if settings["ckpt"] else newest_checkpoint(fits)
 
-    from configuration.stored import allow
+    from configuration.stored import allow, output_dir_of
     from evaluation.sample import load
 
     allow(settings["trust"])
     model = load(checkpoint, settings["device"], overrides)
-    folder = Path(settings["out"] or outputs_of(checkpoint) / "pictures" / model.config["run_name"])
+    folder = Path(settings["out"] or (output_dir_of(checkpoint) or outputs()) / "pictures" / model.config["run_name"])
     made = Scene(model, n, seed, frames, settings["format"], folder, None if label == "" else label)
     if points and not settings["n"] and made.shape == (2,):
         made.n = points
