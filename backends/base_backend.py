@@ -25,8 +25,19 @@ class Backend(ABC):
         UserError for all that `submit` would refuse at once. Starts, writes and sends nothing.
         """
 
+    def check(self, overrides: list[str], config: dict[str, Any]) -> None:
+        """Raise UserError for what describe refuses of the run's settings alone, wherever it is asked."""
+
+    def lacking(self) -> str | None:
+        """Return why no run can be submitted from this machine, in a sentence; None where one can."""
+        return None
+
     def submit_all(self, configs: list[dict[str, Any]], name: str) -> None:
         """Submit the jobs of a sweep at once, under one name; called where `queues`."""
+
+    def hand_in(self, configs: list[dict[str, Any]], name: str) -> str:
+        """Submit runs without a word; returns the number of their job. Called where `queues`."""
+        raise NotImplementedError
 
     def script(self, configs: list[dict[str, Any]], name: str) -> str:
         """Return the text that would be submitted for these runs; empty where there is none. UserError as in describe."""

@@ -73,6 +73,13 @@ class SlurmBackend(Backend):
         }  # fmt: skip
         self.nodes, self.gpus, self.setup, self.save_seconds = nodes, gpus_per_node, setup, save_seconds
         self.container = words_in(container)
+        self.frozen: tuple[Path, str] | None = None  # of what this object has submitted, all from one copy
+
+    def check(self, overrides: list[str], config: dict[str, Any]) -> None:
+        self.devices(overrides, config)
+
+    def lacking(self) -> str | None:
+        return lacking_cluster()
 
     def submit(self, overrides: list[str], config: dict[str, Any]) -> float | None:
         job = queued_runs(Path(config["output_dir"])).get(config["run_name"])
@@ -94,15 +101,8 @@ class SlurmBackend(Backend):
             self.send(left, name)
 
     def send(self, configs: list[dict[str, Any]], name: str) -> None:
-        """Freeze the code, submit, and say how to follow what was submitted."""
-        if lacking := lacking_slurm():
-            raise UserError(lacking)
-        self.try_out(configs, name)
-        output_dir = Path(configs[0]["output_dir"])
-        place, of_code = freeze(output_dir)
-        number = sbatch(self.script_of(configs, name, place, of_code), "--parsable").strip().partition(";")[0]
-        note_submission(output_dir, number, name, {config["run_name"]: config["overrides"] for config in configs})
-        many = len(configs) > 1
+        """Submit, and say how to follow what was submitted."""
+        number, many, output_dir = self.hand_in(configs, name), len(configs) > 1, Path(configs[0]["output_dir"])
         folder = "" if output_dir == Path("outputs") else f"--output-dir {shlex.quote(str(output_dir))} "
         log = shlex.quote(str(output_dir / "submitted" / f"{number}{'_0' * many}.log"))
         print(
@@ -112,6 +112,17 @@ class SlurmBackend(Backend):
             f"  cancel    scancel {number}{f'          # one run of it: scancel {number}_0' * many}"
         )
 
+    def hand_in(self, configs: list[dict[str, Any]], name: str) -> str:
+        """Freeze the code, and submit."""
+        if lacking := lacking_slurm():
+            raise UserError(lacking)
+        self.try_out(configs, name)
+        output_dir = Path(configs[0]["output_dir"])
+        self.frozen = self.frozen or freeze(output_dir)
+        number = sbatch(self.script_of(configs, name, *self.frozen), "--parsable").strip().partition(";")[0]
+        note_submission(output_dir, number, name, {config["run_name"]: config["overrides"] for config in configs})
+        return number
+
     def describe(self, overrides: list[str], config: dict[str, Any]) -> dict[str, str]:
         partition, minutes = self.options["partition"] or "the default partition", self.options["time"]
         nodes = f"{self.nodes} node{'s' * (self.nodes > 1)}"
@@ -119,11 +130,11 @@ class SlurmBackend(Backend):
         return {
             "where": f"Slurm, {nodes} of {partition}, {gpus}, {minutes} min for each attempt",
             "processes": str(self.devices(overrides, config)),
-            "slurm": lacking_cluster() or "found",
+            "slurm": self.lacking() or "found",
         }
 
     def script(self, configs: list[dict[str, Any]], name: str) -> str:
-        if not lacking_cluster():
+        if not self.lacking():
             self.try_out(configs, name)
         of_code = digest(code())
         return self.script_of(configs, name, frozen_place(Path(configs[0]["output_dir"]), of_code), of_code)

@@ -1,21 +1,25 @@
 """Slurm's commands, and which runs of an output folder they know of. No torch here."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from backends.processes import last_line
 from common.errors import UserError
 from common.files import read_own, write_atomically
-from run_files.run_folder import timestamp
+from run_files.run_folder import RunFolder, timestamp
 from run_files.stored_values import as_object
 
-COLUMNS = "JobArrayID:|,State:|,RestartCnt:|,Name:200"  # of squeue, which cuts them where no width is given
+COLUMNS = "JobArrayID:|,State:|,RestartCnt:|,Name:200|,STDOUT:4096"  # of squeue, which cuts them where no width is given
 MOST_BYTES = 2**22  # of a note
 SECONDS = 60  # that a command of Slurm's may take
+LOOK, PATIENCE = 5.0, 600.0  # seconds between two looks at the queue, and that it may give no answer
 
 
 @dataclass(frozen=True)
@@ -105,20 +109,74 @@ def queued_runs(output_dir: Path) -> dict[str, QueuedJob]:
     """Return your jobs that wait or run, by the runs of this output folder that they carry out; empty where none was ever
     submitted, or this machine has no Slurm.
 
-    A number that Slurm has given again, to a job of another name, is not counted.
+    A number that Slurm has given again, to a job of another name, is not counted. A single run whose submitter was killed
+    before it could note the job is known by where its log goes.
     """
-    notes = sorted(jobs_folder(output_dir).glob("*.json"))
-    if not notes or lacking_slurm():
+    logs = output_dir.absolute() / "submitted"
+    if not logs.is_dir() or lacking_slurm():
         return {}
     listed = asked(["squeue", "--me", "--noheader", "--array", f"--Format={COLUMNS}"])
-    jobs = {
-        (number, name.strip()): QueuedJob(number, state, int(restarts or 0))
-        for number, state, restarts, name in (line.split("|", 3) for line in listed.splitlines())
-    }
-    found = {}
-    for note in map(read_note, notes):
+    jobs, found = {}, {}
+    for number, state, restarts, name, log in (line.split("|", 4) for line in listed.splitlines()):
+        jobs[number, name.strip()] = QueuedJob(number, state, int(restarts or 0))
+        if "_" not in number and Path(log.strip()).parent in (logs, Path(str(logs).replace("%", "%%"))):
+            found[name.strip()] = jobs[number, name.strip()]
+    for note in map(read_note, sorted(jobs_folder(output_dir).glob("*.json"))):
         for task, run in enumerate(note["runs"]):
             job = jobs.get((f"{note['job']}_{task}" if note["array"] else str(note["job"]), note["name"]))
             if job is not None:
                 found[run] = job
     return found
+
+
+class Queue:
+    """The jobs that carry out runs of an output folder, as they stood at the last look."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.output_dir, self.known = output_dir, dict[str, QueuedJob]()
+        self.looked = self.answered = -math.inf
+
+    def jobs(self) -> dict[str, QueuedJob]:
+        """Return them by their runs. UserError once Slurm has not answered for PATIENCE seconds."""
+        now = time.monotonic()
+        if now >= self.looked + LOOK:
+            self.looked = now
+            try:
+                self.known, self.answered = queued_runs(self.output_dir), now
+            except UserError:
+                if now > self.answered + PATIENCE:
+                    raise
+        return self.known
+
+    def run(self, name: str) -> "QueuedRun | None":
+        """Return the run of that name where a job waits or runs for it."""
+        job = self.jobs().get(name)
+        return None if job is None else QueuedRun(self, name, job.number)
+
+    def submitted(self, name: str, number: str) -> "QueuedRun":
+        """Return a run whose job has been submitted since the last look."""
+        self.known[name] = QueuedJob(number, "PENDING", 0)
+        return QueuedRun(self, name, number)
+
+
+class QueuedRun:
+    """A run whose job waits or runs, looked after as a process is. printed: what the job prints."""
+
+    def __init__(self, queue: Queue, name: str, number: str) -> None:
+        self.queue, self.name, self.number = queue, name, number
+        self.printed = queue.output_dir / "submitted" / f"{number}.log"
+
+    def poll(self) -> int | None:
+        """Return None as long as the job is in the queue; then 1 where the run has failed, -1 where it was ended."""
+        job = self.queue.jobs().get(self.name)
+        if job is not None and job.number == self.number:
+            return None
+        state = RunFolder(self.queue.output_dir / "runs" / self.name).status.read().get("state")
+        return 1 if state == "failed" or last_line(self.printed).startswith("launcher.py: ") else -1
+
+    def terminate(self) -> None:
+        """Have the run save and end, which takes until the job has left the queue."""
+        subprocess.run(["scancel", self.number], capture_output=True, check=False)
+
+    def wait(self) -> None:
+        """Wait for nothing: what `terminate` ends, Slurm sees to."""

@@ -156,7 +156,7 @@ SEARCHES = [
     ["resume=true", RATE], ["overwrite=true", RATE], ["eval_checkpoint=x.pt", RATE], ["model.colour=interval(0,1)"],
     ["model=choice(mlp,cnn)"], ["model=interval(0,1)"], ["solver=choice(euler,nothing)"], ["-m", RATE],
     [RATE, "--cfg", "job"], [RATE, "optimizer.lr=1e-3"], ["+optimizer.eps=interval(1e-6,1e-8)"],
-    ["--backend", "slurm", RATE], ["--backend", "modal", RATE], [RATE, RATE], ["lr=interval(0,1)"],
+    ["--backend", "modal", RATE], [RATE, RATE], ["lr=interval(0,1)"], 
 ]  # fmt: skip
 SCALE = ["key=guidance.scale", "low=1", "high=8", "ckpt=missing.pt"]
 GOLDENS = [

@@ -41,6 +41,8 @@ def by_optuna(words: list[str], dry_run: bool) -> int:
     if dry_run:
         print(described(plan))
         return 0
+    if lacking := plan.backend.lacking():
+        raise UserError(lacking)
     try:
         with search_of(plan) as search, handled_by(stop):
             print(described(plan), flush=True)

@@ -45,6 +45,11 @@ class Plan:
     def folder(self) -> Path:
         return Path(self.config["output_dir"]) / "searches" / self.name
 
+    @cached_property
+    def backend(self) -> Backend:
+        """Return where the trials are carried out."""
+        return build(self.config["backend"])
+
     @property
     def seed(self) -> int:
         return int(self.config["seed"])
@@ -127,18 +132,19 @@ def check(plan: Plan) -> None:
     """Raise UserError for a metric that no evaluation gives, a place where trials cannot run, or a value that may not be."""
     if not SCORE.fullmatch(plan.metric):
         raise UserError(f"metric={plan.metric} is not the name of a score; give one such as metric=eval/energy_distance")
-    backend: Backend = build(plan.config["backend"])
-    if backend.elsewhere or backend.queues:
+    if plan.backend.elsewhere:
         raise UserError(
-            f"a search runs its trials on this machine, and backend={plan.config['choices']['backend']} is another; leave "
-            "it out, and start the search itself where the trials are to run"
+            f"a search reads what its trials write, and those of backend={plan.config['choices']['backend']} are on other "
+            "files; leave it out, use backend=slurm, or start the search itself where the trials are to run"
         )
     for words in corners(plan):
         config = resolved(compose_config([f"run_name={plan.trial_name(plan.count)}", *words]))
         check_values(config)
         check_contradictions(config)
+        plan.backend.check(words, config)
     if not (plan.folder / "journal.jsonl").exists():
-        prepare(plan.trial_words(0, {varied.key: varied.ends[0] for varied in plan.space}))
+        first = prepare(plan.trial_words(0, {varied.key: varied.ends[0] for varied in plan.space}))
+        plan.backend.script([first], first["run_name"])
 
 
 def corners(plan: Plan) -> Iterator[list[str]]:

@@ -30,6 +30,8 @@ def described(plan: Plan) -> str:
     goal = f"the {'highest' if plan.higher else 'lowest'} {plan.metric}"
     lines = {varied.key: varied.words() for varied in plan.space}
     lines |= {"sampler": plan.sampler, "pruner": plan.pruner, "jobs": str(plan.jobs), "folder": str(plan.folder)}
+    if plan.backend.queues:
+        lines |= plan.backend.describe(list(plan.words), plan.config)
     width = max(map(len, lines))
     rows = [f"  {key:<{width}}  {value}" for key, value in lines.items()]
     return "\n".join([f"search {plan.name}: {plan.count} trials for {goal}", *rows])

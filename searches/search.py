@@ -1,13 +1,14 @@
-"""The trials of a search, each an ordinary run in a process of its own: chosen, carried out, judged, and written down.
+"""The trials of a search, each an ordinary run in a process or a job of its own: chosen, carried out, judged, written down.
 
 What is not in the journal is in the runs: after a kill the same command finds each trial that has not ended, waits for its
-process where that lives on, goes on with its run, or reads what it came to.
+process or its job where that lives on, goes on with its run, or reads what it came to.
 """
 
 import fcntl
 import os
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +22,10 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from backends.processes import last_line, started, stop_all, threads_each
+from backends.slurm_queue import Queue, QueuedRun
 from backends.submission import begun_job
 from common.errors import UserError
+from configuration.compose import compose_config, resolved
 from run_files.metrics_file import SIDE
 from run_files.result import OF_ANOTHER, RunResult, result_of
 from run_files.run_folder import RunFolder, run_folder_of
@@ -32,7 +35,7 @@ from searches.plan import Plan
 from searches.samplers import generation_size, sampler_for
 from searches.space import Value
 
-PAUSE = 0.05  # seconds between looks at the runs
+PAUSE, QUEUE_PAUSE = 0.05, 1.0  # seconds between looks at the runs, here and in a queue
 DEATHS = 5  # of a trial's processes without a step forward, after which it has failed
 MOST_SAID = 200  # characters of why one has failed
 FIRST = 3  # trials: when so many have failed and none has ended well, the search stops
@@ -48,7 +51,7 @@ class Trial:
     """A trial that has not ended.
 
     words: its command line; config: of all trials, under its run_name; held: the file that a process of it has locked from
-    its first moment on.
+    its first moment on; printed: what its process, or its job, prints.
     """
 
     number: int
@@ -56,7 +59,7 @@ class Trial:
     config: dict[str, Any]
     held: Path
     printed: Path
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] | QueuedRun | None = None
     deaths: int = 0
     step: int = 0
     failed: str = ""
@@ -68,6 +71,11 @@ class Trial:
     def is_alive(self) -> bool:
         """Return whether a process of it lives, perhaps one that a killed search has left."""
         return self.process is not None or is_locked(self.held)
+
+    def follow(self, job: QueuedRun | None) -> None:
+        """Look after its job, if it has one, in the place of a process."""
+        if job is not None:
+            self.process, self.printed = job, job.printed
 
     def start(self, words: list[str], threads: int) -> None:
         """Start its process, which holds the lock until it ends, however it ends."""
@@ -90,6 +98,10 @@ class Search:
     open: list[Trial] = field(default_factory=list)
 
     @cached_property
+    def queue(self) -> Queue:
+        return Queue(Path(self.plan.config["output_dir"]))
+
+    @cached_property
     def storage(self) -> Any:
         return self.study._storage
 
@@ -97,8 +109,11 @@ class Search:
         return self.study.get_trials(deepcopy=False)
 
     def carry_out(self) -> None:
-        """Go on until all trials have ended. UserError where they fail from the first on; a signal has them save first."""
+        """Go on until all trials have ended. UserError where they fail from the first on; a signal has them save first, and
+        leaves jobs to their queue."""
         self.open = [self.trial(t.number, t.params) for t in self.trials() if t.state == TrialState.RUNNING]
+        for trial in self.open:
+            trial.follow(self.queue.run(self.plan.trial_name(trial.number)))
         try:
             while self.may_ask() or not all(trial.failed for trial in self.open):
                 for trial in list(self.open):
@@ -106,10 +121,9 @@ class Search:
                 while self.may_ask() and all(trial.is_alive() or trial.failed for trial in self.open) and self.has_room():
                     self.open.append(self.ask())
                     self.attend(self.open[-1])
-                time.sleep(PAUSE)
+                time.sleep(QUEUE_PAUSE if self.plan.backend.queues else PAUSE)
         except BaseException:
-            if live := [trial.process for trial in self.open if trial.process is not None]:
-                stop_all(live)
+            leave([trial.process for trial in self.open if trial.process is not None])
             raise
         if self.open:
             self.stop(self.open[-1])
@@ -165,7 +179,17 @@ class Search:
                 self.tell(trial, made)
         elif self.has_room():
             self.report(trial, f"{'begins' if made == trial.words else 'goes on'}: {shlex.join(self.own_words(trial))}")
-            trial.start(made, threads_each(self.plan.jobs))
+            if self.plan.backend.queues:
+                self.submit(trial, made)
+            else:
+                trial.start(made, threads_each(self.plan.jobs))
+
+    def submit(self, trial: Trial, words: list[str]) -> None:
+        """Hand a trial to the queue; the job itself checks the rest of its words, as a process does."""
+        name = self.plan.trial_name(trial.number)
+        number = self.plan.backend.hand_in([resolved(compose_config(words)) | {"overrides": words}], name)
+        trial.follow(self.queue.submitted(name, number))
+        self.report(trial, f"submitted as job {number}")
 
     def own_words(self, trial: Trial) -> list[str]:
         return trial.words[-len(self.plan.space) :]
@@ -256,6 +280,19 @@ class Search:
 
     def report(self, trial: Trial, words: str) -> None:
         print(f"{trial.number + 1} of {self.plan.count}  {self.plan.trial_name(trial.number)}: {words}", flush=True)
+
+
+def leave(live: list[subprocess.Popen[bytes] | QueuedRun]) -> None:
+    """End a search: its processes save and end, its jobs stay in their queue."""
+    jobs = [run for run in live if isinstance(run, QueuedRun)]
+    if processes := [run for run in live if not isinstance(run, QueuedRun)]:
+        stop_all(processes)
+    if jobs:
+        print(
+            f"{len(jobs)} job(s) stay in the queue, and the same command goes on; to end them: scancel "
+            f"{' '.join(job.number for job in jobs)}",
+            file=sys.stderr,
+        )
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from scripts import runs
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_CPU = ["--backend", "slurm", "backend.gpus_per_node=0", "backend.cpus_per_node=1"]
-SQUEUE = "7_0|RUNNING|0|s   \n7_1|PENDING|1|s   \n7_2|PENDING|0|s\n9|RUNNING|0|another\n11|PENDING|0|alone\n"
+JOBS = ("7_0|RUNNING|0|s   ", "7_1|PENDING|1|s   ", "7_2|PENDING|0|s", "9|RUNNING|0|another", "11|PENDING|0|alone")
+SQUEUE = "".join(f"{job}|/elsewhere/%j.log   \n" for job in JOBS)
 
 Submitted = list[tuple[list[str], str, dict[str, str]]]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from backends import checkout
+from backends import checkout, slurm_queue
 from dev.kill_test import same
 from run_files.checkpoint import load_checkpoint
 from run_files.run_folder import RunFolder
@@ -193,3 +193,26 @@ def test_at_the_time_limit_runs_are_saved_requeued_and_finished(cluster: Cluster
         steps = [int(step) for step in re.findall(rf"{name} interrupted \(stopped by SIGTERM\) at step (\d+)", log)]
         assert steps and steps == sorted(set(steps)) and log.count("goes back to the queue") == len(steps), log
         assert (cluster.status(name)["state"], cluster.status(name)["step"]) == ("finished", 1100)
+
+
+def test_a_search_whose_launcher_is_killed_and_a_job_requeued_ends_as_one_here(cluster: Cluster) -> None:
+    words = ["--search", "optuna", "run_name=t", "n=6", "sampler=random", "metric=eval/loss", "epochs=20", "loss=slow",
+             *SMALL, "optimizer.lr=interval(1e-4,1e-2)", "model.dropout=interval(0,0.5)"]  # fmt: skip
+    queued = [*words, "jobs=2", *SLURM, "backend.setup=['export OMP_NUM_THREADS=1']"]
+    search = subprocess.Popen([sys.executable, str(cluster.code / "launcher.py"), *queued], cwd=cluster.work)
+    cluster.wait(lambda: cluster.status("t_0001").get("step", 0) > 20)
+    search.kill()
+    search.wait()
+    jobs = slurm_queue.queued_runs(cluster.work / "outputs")
+    assert sorted(jobs) == ["t_0000", "t_0001"]
+    call("scontrol", "requeue", jobs["t_0001"].number)
+    said = cluster.launch(*queued)
+    assert said.count("submitted as job") == said.count("begins") == 4 and "t_0001 interrupted" in cluster.logs()
+    assert cluster.launch(*queued).count("begins") == 0
+    cluster.launch(*words, f"jobs={os.cpu_count()}", "output_dir=alone")
+    mine, theirs = ((cluster.work / place / "searches/t/trials.csv").read_text() for place in ("outputs", "alone"))
+    assert mine == theirs and mine.count("finished") == 6
+    for trial in range(6):
+        name = f"ckpts/mlp/t_{trial:04d}_last.pt"
+        one, other = (load_checkpoint(cluster.work / place / name) for place in ("outputs", "alone"))
+        assert one["step"] == 160 and all(same(one[key], other[key]) for key in ("network", "ema", "optimizer", "schedule"))

@@ -15,13 +15,27 @@ NAMED = {  # words of the sentence, by a word of the command
     "metric=nothing": "is not the name of a score", "n=99": "more than the 2 combinations", "sampler=cmaes": "two intervals",
     "optimizer.lr=interval(1e-2,1e-4)": "the first below the second", "optimizer.lr=interval(-1,1)": "above 0, not -1",
     "model.width=interval(0,8)": "at least 1, not 0", "device=cpu,cuda": "one for all trials", "-m": "leave -m out",
-    "resume=true": "the same command goes on", "slurm": "runs its trials on this machine",
+    "resume=true": "the same command goes on", "modal": "use backend=slurm",
+    "backend.nodes=3": "batch_size",
     "seed=range(0,1e9)": "more than 1000",
     "model=choice(mlp,cnn)": "takes images", "model.colour=interval(0,1)": "there is no setting model.colour",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("words", SEARCHES, ids=" ".join)
+QUEUED = [
+    ["--backend", "slurm", "backend.gpus_per_node=0", RATE, *words]
+    for words in (
+        ["backend.nodes=0"], ["backend.nodes=3"], ["devices=3", "backend.nodes=2"], ["backend.time_minutes=1"],
+        ["backend.partition='a b'"], ["backend.setup=['#SBATCH -x']"], ["backend.container="], ["device=cuda"],
+        ["backend.nodes=1,2"], ["backend.gpu=H100"], ["jobs=0"], ["backend.nodes=2", "batch_size=choice(128,127)"],
+        ["backend.cpus_per_node=interval(1,4)"], ["--backend", "slrum"], ["backend.memory_gb=4G"],
+        ["backend.time_minutes=2.5"], ["backend.save_seconds=3"], ["backend.gpus_per_node=1", "device=cpu"],
+        ["backend.constraint='$(id)'"], ["backend.account='a b'"],
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", SEARCHES + QUEUED, ids=" ".join)
 def test_a_wrong_search_is_one_sentence(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert launcher.main(["run_name=s", "--search", "optuna", *words]) == 1
