@@ -18,6 +18,12 @@ NUMBERS = 2**23  # in a chunk's differences
 Density = Callable[[Tensor], Tensor]  # states (B, ...) -> log density in nats (B,)
 
 
+def in_chunks(field: Callable[..., Tensor], most: int, z: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+    """Return field(z, t, label) at states z (N, ...), times t (N,) and labels (N,) or None, `most` of them at once."""
+    labels = [None] * len(z) if label is None else label.split(most)
+    return torch.cat([field(*part) for part in zip(z.split(most), t.split(most), labels, strict=False)])
+
+
 class Pairs:
     """Every pair c = (k, j) of a component of the data and one of the noise, in a row (P): their numbers, and states beside.
 
@@ -123,8 +129,7 @@ class ExactFlow:
         most = max(1, NUMBERS // self.pairs.means.numel())
         if len(z) <= most:
             return self.velocity(z, t, label)
-        times, labels = t.expand(len(z)).split(most), [None] * len(z) if label is None else label.split(most)
-        return torch.cat([self.velocity(*part) for part in zip(z.split(most), times, labels, strict=False)])
+        return in_chunks(self.velocity, most, z, t.expand(len(z)), label)
 
     def velocity(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Return v(z, t) of so many states that their differences from all pairs fit."""

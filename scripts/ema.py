@@ -15,14 +15,14 @@ is nearest to its own; how near, as a share, is printed beside it (Karras et al.
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command_line import check_ends, front
 from common.errors import UserError
 from common.files import end_of
-from common.ranges import AverageLength, CountFrom2, Range, Seed, Steps
+from common.ranges import AverageLength, CountFrom2, Seed, Steps
 from run_files.checks import check_writable
 from scripts.settings import read_settings
 
@@ -31,16 +31,13 @@ if TYPE_CHECKING:
     from evaluation.power_averages import Snapshots
     from evaluation.sample import TrainedModel
 
-LENGTHS = "0.03,0.05,0.07,0.1,0.15,0.2"
-LIMITS: Range = get_args(AverageLength)[1]
-
 
 @dataclass(frozen=True)
 class Settings:
     """The command line."""
 
     ckpt: Path = field(metadata={"example": "ckpt=outputs/ckpts/mlp/x_last.pt"})
-    lengths: str = LENGTHS
+    lengths: list[AverageLength] = field(default_factory=lambda: [0.03, 0.05, 0.07, 0.1, 0.15, 0.2])
     n: CountFrom2 = 10_000
     seed: Seed = 0
     nfe: Steps | None = None
@@ -56,24 +53,13 @@ def read_words(words: list[str]) -> tuple[Settings, list[str]]:
     """Return own settings and solver overrides of a command line. UserError for anything else."""
     settings, overrides = read_settings(words, Settings, ("solver",))
     check_ends("out", settings.out, ".png")
-    if settings.save is not None and (settings.save.suffix != ".pt" or len(lengths_of(settings.lengths)) > 1):
+    if settings.save is not None and (settings.save.suffix != ".pt" or len(set(settings.lengths)) > 1):
         raise UserError(f"save={settings.save} must end in .pt, and holds one length; give it by lengths=")
     if settings.save is not None and settings.save.exists():
         raise UserError(f"save={settings.save} exists already, and no weights are replaced; give another path, or remove it")
     for path in filter(None, (settings.out, settings.save)):
         check_writable("out" if path == settings.out else "save", end_of(path).parent)
     return settings, overrides
-
-
-def lengths_of(text: str) -> list[float]:
-    """Return the lengths in order. UserError for words that are no lengths."""
-    try:
-        lengths = sorted({float(word) for word in text.strip("[]").split(",")})
-    except ValueError:
-        lengths = []
-    if not lengths or not all(map(LIMITS.holds, lengths)):
-        raise UserError(f"lengths={text}: a length is a number{LIMITS.words()}; write lengths={LENGTHS}")
-    return lengths
 
 
 def sweep(words: list[str]) -> str:
@@ -83,7 +69,7 @@ def sweep(words: list[str]) -> str:
     from evaluation.parts import load_network
     from evaluation.sample import load
 
-    lengths = lengths_of(settings.lengths)
+    lengths = sorted(set(settings.lengths))
     allow(settings.trust)
     model = load(settings.ckpt, settings.device, overrides)
     snapshots = stored_with(settings.ckpt, model)

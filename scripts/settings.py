@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, TypeVar, Union, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from common.command_line import front, place_sentence
 from common.errors import UserError, printable
@@ -82,8 +82,9 @@ def parsed(text: str, options: Sequence[Any]) -> Any:
     """Return a word as one of these types; the text itself where it can be none of them."""
     if bool in options:
         return {"true": True, "false": False}.get(text, text)
-    if list[str] in options:
-        return text.split(",") if text else text
+    inner = next((get_args(option)[0] for option in options if get_origin(option) is list), None)
+    if inner is not None:
+        return [parsed(word, options_of(inner)) for word in text.strip("[]").split(",")] if text else text
     if int in options and re.fullmatch(r"-?[0-9]{1,50}", text):
         return int(text)
     if float in options and re.fullmatch(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]+)?", text, re.IGNORECASE):

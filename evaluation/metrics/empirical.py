@@ -13,6 +13,7 @@ from common.seeds import generator_for
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.sources import Source
 from dataloaders.tensor_dataset import TensorDataset
+from evaluation.closed_forms import in_chunks
 from evaluation.empirical_flow import EmpiricalFlow
 from evaluation.metrics.base_metric import Absent, Generation, LongMetric, Score
 from evaluation.metrics.nearest import count_of, is_part, stored_rows
@@ -152,9 +153,9 @@ def states_of(
     t = (objective.path.last_time * (torch.arange(TIMES, device=device) + 0.5) / TIMES).repeat_interleave(each)
     wide = expand_time(t, x1)
     z, place = objective.path.state(x0, x1, wide), next(objective.network.parameters()).device
-    parts = zip(z.split(CHUNK), t.split(CHUNK), [None] * len(z) if label is None else label.split(CHUNK), strict=False)
-    v = [objective.velocity(x.to(place), s.to(place), None if y is None else y.to(place)) for x, s, y in parts]
-    return States(row, x1, z, t, label, objective.path.conditional_velocity(x0, x1, wide), torch.cat(v).to(z))
+    own = None if label is None else label.to(place)
+    v = in_chunks(objective.velocity, CHUNK, z.to(place), t.to(place), own).to(z)
+    return States(row, x1, z, t, label, objective.path.conditional_velocity(x0, x1, wide), v)
 
 
 def squared_gaps(a: Tensor, b: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from common.seeds import generator_for
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.gaussian_mixture import GaussianMixture
 from dataloaders.sources import Source
-from evaluation.closed_forms import ExactFlow
+from evaluation.closed_forms import ExactFlow, in_chunks
 from evaluation.conditional_flow import ConditionalFlow
 from evaluation.guided_flows import GuidedFlow, with_guidance
 from evaluation.metrics.base_metric import Absent, Generation, LongMetric, Score
@@ -176,16 +175,11 @@ class OracleVelocity(Oracle):
             labels = (
                 (objective.drop_labels(label, generator) if hidden else label) if objective.network.is_conditional else None
             )
-            exact = in_chunks(flow, z.double(), t, labels)
+            exact = in_chunks(flow, CHUNK, z.double(), t, labels)
         device = generation.samples.device
-        learned = in_chunks(objective.velocity, z.to(device), t.to(device), None if labels is None else labels.to(device))
+        labels = None if labels is None else labels.to(device)
+        learned = in_chunks(objective.velocity, CHUNK, z.to(device), t.to(device), labels)
         return share, (learned.cpu().double() - exact).flatten(1).square().sum(1), exact.flatten(1).square().sum(1)
-
-
-def in_chunks(field: Callable[..., Tensor], z: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-    """Return field(z, t, label) at states z (N, ...), times t (N,) and labels (N,) or None."""
-    labels = [None] * len(z) if label is None else label.split(CHUNK)
-    return torch.cat([field(*part) for part in zip(z.split(CHUNK), t.split(CHUNK), labels, strict=label is not None)])
 
 
 def by_time(name: str, t: Tensor, values: Tensor) -> dict[str, float]:

@@ -124,8 +124,8 @@ def weights_of(model) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["lengths=0.5"], "a length is a number from 0.005 to 0.28"),
-        (["lengths=long"], "a length is a number"),
+        (["lengths=0.5"], "lengths takes a list of numbers from 0.005 to 0.28, not [0.5]"),
+        (["lengths=0.1,long"], "lengths takes a list of numbers from 0.005 to 0.28, not [0.1, 'long']"),
         (["out=x.jpg"], "must end in .png"),
         (["save=x.pt"], "holds one length"),
         (["save={ckpt}", "lengths=0.1"], "exists already, and no weights are replaced"),
