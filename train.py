@@ -17,7 +17,7 @@ from typing import Any
 
 from common.device import own_turn
 from common.distributed import explained_lost_ranks, rank
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import DISK_ERRORS, disk_sentence
 from common.signals import handled_by, stop_signals, when_asked_again
 from configuration.stored import allow_for
@@ -134,7 +134,7 @@ def closed_whatever_comes(run: Run) -> Iterator[None]:
         with suppress(OSError):  # the disk may be what failed
             run.records.settle()
         with suppress(OSError, UserError):  # or the folder is gone
-            run.write_status("failed", str(error).splitlines()[0] if str(error) else type(error).__name__)
+            run.write_status("failed", first_line(error))
         raise
     finally:
         for callback in run.callbacks:

@@ -29,6 +29,11 @@ class UserError(Exception):
         return [f"{type(self).__name__}: {self}"]
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an error says, its first line; its class where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 # What the system says of a path that was given, whatever is done with it.
 OF_PATHS = {
     errno.ENAMETOOLONG: "is too long for this file system; give a shorter one",

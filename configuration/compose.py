@@ -22,7 +22,7 @@ from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from configuration.nodes import CONFIG_DIR, groups, lookup, named_in_configs, nearest
 from configuration.resolvers import register_resolvers
 from configuration.values import as_typed, check_run_name, check_value, declared
@@ -98,7 +98,7 @@ def composed(configs: Path, *words: str) -> DictConfig:
         with initialize_config_dir(str(configs), version_base=None):
             cfg = compose("train", list(words), return_hydra_config=True)
     except HydraException as error:
-        raise UserError(f"cannot compose these choices: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot compose these choices: {first_line(error)}") from error
     finally:
         restore_gh_from_backup(outer)
     choices = {key: value for key, value in cfg.hydra.runtime.choices.items() if "hydra" not in key and "@" not in key}
@@ -265,7 +265,7 @@ def explained(error: OmegaConfBaseException, cfg: DictConfig) -> UserError:
         return cause
     group, _, rest = str(error.msg).partition("'")[2].partition("'")[0].partition(".")
     if not (isinstance(error, InterpolationKeyError) and rest and group in cfg["choices"]):
-        return UserError(f"a setting cannot be worked out: {str(error).splitlines()[0]}")
+        return UserError(f"a setting cannot be worked out: {first_line(error)}")
     lacking, asked = f"configs/{group}/{cfg['choices'][group]}.yaml", error.full_key
     add = "`training: {lr: 1e-3}`" if rest == "training.lr" else rest
     return UserError(

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,10 +32,9 @@ def reading(file: Path) -> Iterator[None]:
     try:
         yield
     except BROKEN as error:
-        first = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{file} is damaged, cut or no {file.suffix} file of NumPy ({first[:120]}); write it with numpy.save or "
-            "numpy.savez, or fetch it again"
+            f"{file} is damaged, cut or no {file.suffix} file of NumPy ({first_line(error)[:120]}); write it with "
+            "numpy.save or numpy.savez, or fetch it again"
         ) from error
 
 

@@ -24,6 +24,11 @@ def in_chunks(field: Callable[..., Tensor], most: int, z: Tensor, t: Tensor, lab
     return torch.cat([field(*part) for part in zip(z.split(most), t.split(most), labels, strict=False)])
 
 
+def law_to(source: float | GaussianMixture, device: torch.device | str, dtype: torch.dtype) -> float | GaussianMixture:
+    """Return the law of the noise from numbers on a device and in a precision."""
+    return source.to(device, dtype) if isinstance(source, GaussianMixture) else source
+
+
 class Pairs:
     """Every pair c = (k, j) of a component of the data and one of the noise, in a row (P): their numbers, and states beside.
 
@@ -184,8 +189,7 @@ class ExactFlow:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "ExactFlow":
         """Return the same flow from numbers on a device and in a precision, for many calls with states of that kind."""
-        source = self.source.to(device, dtype) if isinstance(self.source, GaussianMixture) else self.source
-        return ExactFlow(self.mixture.to(device, dtype), source, self.path)
+        return ExactFlow(self.mixture.to(device, dtype), law_to(self.source, device, dtype), self.path)
 
     def within(self, basis: Tensor) -> "ExactFlow":
         """Return the flow of coordinates along the columns of basis (D, R), which spans the means, and of the length of what

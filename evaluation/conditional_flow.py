@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dataloaders.gaussian_mixture import ConditionalMixture, GaussianMixture
-from evaluation.closed_forms import Density, ExactFlow
+from evaluation.closed_forms import Density, ExactFlow, law_to
 from losses.paths import ProbabilityPath
 from models.inputs import join_condition
 
@@ -68,9 +68,7 @@ class ConditionalFlow:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "ConditionalFlow":
         """Return the same flow from numbers on a device and in a precision."""
-        law = self.law.to(device, dtype)
-        source = self.source.to(device, dtype) if isinstance(self.source, GaussianMixture) else self.source
-        return ConditionalFlow(law, source, self.path)
+        return ConditionalFlow(self.law.to(device, dtype), law_to(self.source, device, dtype), self.path)
 
     def end_log_prob(self, x: Tensor, label: Tensor | None, source_log_prob: Density) -> Tensor:
         """Return log p(x | y) in nats of data x (B, D), float64 on the CPU: (B,); no y is to be hidden."""

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, printable
+from common.errors import UserError, first_line, printable
 from common.files import read_own
 
 MOST_BYTES = {"config.yaml": 2**19, "status.json": 2**22, "overrides.txt": 2**19, "metrics.jsonl": 2**31}
@@ -85,7 +85,7 @@ def parsed_config(text: str, where: str) -> dict[str, Any]:
         config: Any = None if wrong else all_printable(OmegaConf.to_container(OmegaConf.create(text)))
         wrong = wrong or wrong_config(config)
     except (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
-        wrong = f"cannot be read ({str(error).splitlines()[0]})"
+        wrong = f"cannot be read ({first_line(error)})"
     if wrong:
         raise UserError(f"{where} {wrong}; {CONFIG_REMEDY}")
     return {str(key): value for key, value in config.items()}

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from configuration.build import build
 from configuration.compose import compose_config, groups, resolved
 from configuration.nodes import flat, nearest
@@ -175,7 +175,7 @@ def read_board(path: Path) -> Board:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise UserError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} cannot be read as YAML: {first_line(error)}") from error
     kinds = {"jobs": int, "seeds": list, "datasets": list, "common": str, "objectives": dict}
     for key, kind in kinds.items():
         if not isinstance(found, dict) or not isinstance(found.get(key), kind) or not found[key]:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command_line import front
 from common.command_line import matching as names_that_match
-from common.errors import UserError, printable
+from common.errors import UserError, first_line, printable
 from run_files.trackio_tracker import delete_run, remove_leftovers, run_names
 
 
@@ -36,10 +36,9 @@ def carry_out(words: list[str]) -> str:
     try:
         return run(options)
     except (RuntimeError, OSError, sqlite3.Error) as error:
-        what = str(error).splitlines()[0]
         raise UserError(
-            f"trackio refuses the project {options.project}: {what}; --list shows what is left, try again when no other "
-            "program uses it"
+            f"trackio refuses the project {options.project}: {first_line(error)}; --list shows what is left, try again "
+            "when no other program uses it"
         ) from error
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command_line import front
-from common.errors import UserError
+from common.errors import UserError, first_line
 from run_files.run_folder import RunFolder, run_folders
 from run_files.trackio_tracker import TrackioTracker
 
@@ -62,9 +62,7 @@ def rebuild(folder: RunFolder, project: str | None) -> tuple[str, int]:
         tracker.start(folder.name, config, folder.path, max(steps, default=0), overwrite=True)
         tracker.finish()
     except (RuntimeError, ValueError, OSError, sqlite3.Error) as error:
-        raise UserError(
-            f"trackio did not take {folder.name}: {str(error).splitlines()[0]}; nothing is lost, try again"
-        ) from error
+        raise UserError(f"trackio did not take {folder.name}: {first_line(error)}; nothing is lost, try again") from error
     return project, len(steps)
 
 

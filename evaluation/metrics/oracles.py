@@ -13,7 +13,7 @@ from common.seeds import generator_for
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.gaussian_mixture import GaussianMixture
 from dataloaders.sources import Source
-from evaluation.closed_forms import ExactFlow, in_chunks
+from evaluation.closed_forms import ExactFlow, in_chunks, law_to
 from evaluation.conditional_flow import ConditionalFlow
 from evaluation.guided_flows import GuidedFlow, with_guidance
 from evaluation.metrics.base_metric import Absent, Generation, LongMetric, Score
@@ -49,7 +49,7 @@ def known_flow(objective: FlowObjective, dataset: FlowDataset, source: Source, o
         return "the density of the source is not known in closed form"
     if reason := why_other_pairs(objective, of_map):
         return reason
-    noise = law.to("cpu", torch.float64) if isinstance(law, GaussianMixture) else law
+    noise = law_to(law, "cpu", torch.float64)
     if objective.network.condition_shape is not None:
         return conditional_flow(objective, dataset, noise)
     return with_guidance(ExactFlow(dataset.mixture.to("cpu", torch.float64), noise, objective.path), objective)
