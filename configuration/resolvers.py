@@ -23,21 +23,19 @@ AUGMENT_PARAMETERS = 9  # of dataloaders.augmentation.parameters
 
 def vector_shape(shape: Any) -> Any:
     """Return the state shape, for models of vectors. UserError for images."""
-    if len(shape) != 1:
-        raise UserError(
-            f"this model takes vectors, but the data has states of shape {list(shape)}; "
-            "choose an image model (model=cnn) or a set of points (dataloaders=kmeans)"
-        )
-    return shape
+    return shape_of(shape, 1, "vectors", "choose an image model (model=cnn) or a set of points (dataloaders=kmeans)")
 
 
 def image_shape(shape: Any) -> Any:
     """Return the state shape, for models of images. UserError for vectors."""
-    if len(shape) != 3:
-        raise UserError(
-            f"this model takes images (channels, height, width), but the data has states of shape {list(shape)}; "
-            "choose model=mlp or an image set (dataloaders=digits)"
-        )
+    kind = "images (channels, height, width)"
+    return shape_of(shape, 3, kind, "choose model=mlp or an image set (dataloaders=digits)")
+
+
+def shape_of(shape: Any, dimensions: int, kind: str, remedy: str) -> Any:
+    """Return the state shape. UserError where it has another number of dimensions than the kind of states a model takes."""
+    if len(shape) != dimensions:
+        raise UserError(f"this model takes {kind}, but the data has states of shape {list(shape)}; {remedy}")
     return shape
 
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from evaluation.pictures import INK, new_figure, save_figure, shared_limits
+from evaluation.pictures import INK, new_figure, shared_limits
 from visualizers.scene import Scene, lattice, main, makes_points, plane
 
 CELLS = 64  # a side
@@ -67,9 +67,7 @@ def draw(scene: Scene) -> list[Path]:
     bar.set_label("per unit of area", color=INK)
     panels[0].set_ylabel("x₂")
     figure.subplots_adjust(left=0.045, right=0.95, bottom=0.12, top=0.82, wspace=0.12)
-    path = scene.folder / "density.png"
-    save_figure(figure, path)
-    return [path]
+    return scene.save(figure, "density")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from common.errors import UserError
-from evaluation.pictures import GENERATED_COLOR, INK, REAL_COLOR, new_figure, save_figure
+from evaluation.pictures import GENERATED_COLOR, INK, REAL_COLOR, new_figure
 from run_files.metrics_file import BY_TIME
 from visualizers.memorisation import TIMES, panel
 from visualizers.scene import Scene, main
@@ -165,9 +165,8 @@ def scores_of(scene: Scene) -> dict[str, float]:
 
 
 def draw(scene: Scene) -> list[Path]:
-    path = scene.folder / "error_budget.png"
-    save_figure(picture(f"{scene.heading}: error budget, {scene.n:,} samples", scores_of(scene)), path)
-    return [path]
+    title = f"{scene.heading}: error budget, {scene.n:,} samples"
+    return scene.save(picture(title, scores_of(scene)), "error_budget")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from common.errors import UserError
-from evaluation.pictures import GENERATED_COLOR, INK, REAL_COLOR, new_figure, save_figure
+from evaluation.pictures import GENERATED_COLOR, INK, REAL_COLOR, new_figure
 from run_files.metrics_file import BY_TIME, COPIES
 from visualizers.scene import Scene, main
 
@@ -102,10 +102,7 @@ def draw(scene: Scene) -> list[Path]:
     if isinstance(found, str):
         raise UserError(f"there is nothing to compare {scene.name} with: {found}")
     by_time = {name: values.numpy() for name, values in found.by_time.items()}
-    drawn = picture(f"{scene.name}, {found.of}", found.verdict, by_time)
-    path = scene.folder / "memorisation.png"
-    save_figure(drawn, path)
-    return [path]
+    return scene.save(picture(f"{scene.name}, {found.of}", found.verdict, by_time), "memorisation")
 
 
 if __name__ == "__main__":

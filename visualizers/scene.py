@@ -16,13 +16,14 @@ from common.command_line import front, outputs, split, unknown
 from common.errors import UserError
 from common.ranges import CountFrom2, Seed
 from configuration.values import whole_number
-from evaluation.pictures import INK
+from evaluation.pictures import INK, save_figure
 from run_files.checks import check_writable
 from visualizers.films import FORMS
 
 if TYPE_CHECKING:
     import torch
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from torch import Tensor
 
     from evaluation.metrics.oracles import KnownFlow
@@ -135,6 +136,12 @@ class Scene:
         known = known_flow(flow, build_dataset(self.model.config, torch.device("cpu")), self.model.source)
         one_class = flow.network.num_classes and isinstance(self.label, int)
         return known.of_class(self.label) if one_class and isinstance(known, ExactFlow | GuidedFlow) else known
+
+    def save(self, figure: Figure, name: str) -> list[Path]:
+        """Write a figure of this name, and return where."""
+        path = self.folder / f"{name}.png"
+        save_figure(figure, path)
+        return [path]
 
     def need_points(self, instead: str) -> None:
         """Raise UserError unless the states are points in the plane."""

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from evaluation.pictures import INK, new_figure, save_figure, shared_limits
+from evaluation.pictures import INK, new_figure, shared_limits
 from visualizers.scene import Scene, frame_times, main, makes_points, plane, solver_label, walk
 
 SHOWN = 250  # paths drawn; the number is of all n
@@ -79,9 +79,7 @@ def draw(scene: Scene) -> list[Path]:
     figure.subplots_adjust(left=0.16 / len(paths), right=1 - 0.24 / len(paths), bottom=0.12, top=0.79, wspace=0.06)
     bar = figure.colorbar(lines, ax=list(panels), fraction=0.03, pad=0.015, label="t")
     bar.ax.tick_params(colors=INK, labelsize=9)
-    path = scene.folder / "trajectories.png"
-    save_figure(figure, path)
-    return [path]
+    return scene.save(figure, "trajectories")
 
 
 if __name__ == "__main__":
