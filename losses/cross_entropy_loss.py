@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from common.errors import UserError
-from common.ranges import NotNegative, Share, ShareBelow1
+from common.ranges import NotNegative, Range, Share, ShareBelow1, SizeOr0
+from dataloaders.augmentation import Distortion
 from dataloaders.sources import Source
 from losses.objective import Objective
 from models.classifier.classifier import Classifier
@@ -36,7 +38,8 @@ class CrossEntropyLoss(Objective):
     focusing: power g of the focal loss, each row's loss times (1 - p(label))^g: easy rows count less (Lin et al. 2017, arXiv
     1708.02002, eq. 4). superloss: strength 1 / lambda of SuperLoss, which weighs rows that are harder than chance less, as
     wrong labels are (Castells et al. 2020, eq. 4). mixup: alpha of Beta(alpha, alpha), the share of another row of the batch
-    that is mixed into each (Zhang et al. 2017, arXiv 1710.09412). Each is off at 0.
+    that is mixed into each (Zhang et al. 2017, arXiv 1710.09412). rotation, elastic, blur, cutout: see Distortion. Each is
+    off at 0.
     Its terms also state the share of rows it gets right. Raises UserError around a network that is no classifier.
     """
 
@@ -49,6 +52,10 @@ class CrossEntropyLoss(Objective):
         focusing: NotNegative = 0.0,
         superloss: NotNegative = 0.0,
         mixup: Share = 0.0,
+        rotation: Annotated[float, Range(0, 180)] = 0.0,
+        elastic: NotNegative = 0.0,
+        blur: NotNegative = 0.0,
+        cutout: SizeOr0 = 0,
     ):
         super().__init__()
         if not isinstance(network, Classifier):
@@ -58,12 +65,14 @@ class CrossEntropyLoss(Objective):
             )
         self.network, self.label_smoothing = network, label_smoothing
         self.focusing, self.superloss, self.mixup = focusing, superloss, mixup
+        self.distortion = Distortion(rotation, elastic, blur, cutout)
 
     def batch(
         self, source: Source, x1: Tensor, label: Tensor | None, generator: Generator, progress: float
     ) -> LabelledBatch:
         label = split_label(label)[0]
         assert label is not None, "a classifier's model is not built for data without labels"
+        x1 = self.distortion(x1, generator)
         if self.mixup == 0:
             return LabelledBatch(x1, label)
         share = beta(self.mixup, len(x1), generator)

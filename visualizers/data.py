@@ -48,8 +48,8 @@ def looked_at(words: list[str]) -> tuple[Run, Any, dict[str, Any]]:
 
     words = [*words, "run_name=data"]
     if not any(word.startswith(("model=", "experiment=")) for word in words):
-        shape = compose_config(words).dataloaders.state_shape
-        words += ["model=cnn"] * (len(shape) == 3)
+        config = compose_config(words)
+        words += ["model=cnn"] * (len(config.dataloaders.state_shape) == 3 and config.choices.model == "mlp")
     with TemporaryDirectory() as nowhere:  # where there is no run of that name; nothing is written
         config = prepare([*words, f"output_dir={nowhere}"])
         run = assemble(config)

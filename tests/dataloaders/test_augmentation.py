@@ -6,12 +6,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 from torch import Tensor
 
 from backends.submission import prepare
 from common.errors import UserError
 from configuration.compose import compose_config, resolved
-from dataloaders.augmentation import ANISOTROPY, SCALE, Augmentation, draw_amounts, parameters, transformed
+from dataloaders.augmentation import (
+    ANISOTROPY,
+    ELASTIC_WIDTH,
+    SCALE,
+    Augmentation,
+    Distortion,
+    blurred,
+    draw_amounts,
+    parameters,
+    smooth_ways,
+    transformed,
+    turned,
+)
 from evaluation.parts import build_objective
 from losses.objective import FlowObjective
 from models.inputs import join_label, split_label, with_class
@@ -212,3 +225,102 @@ def test_a_run_with_every_augmentation(small_run) -> None:
     words += ["dataloaders.crop_padding=2", "conditional=true", "max_steps=2", "batch_size=16"]
     folder = small_run("x", *settings, *words)
     assert (folder / "runs/x/status.json").exists()
+
+
+def test_a_quarter_turn_is_rot90_and_no_turn_nothing() -> None:
+    x, still = pictures(), torch.zeros(())
+    quarters = torch.tensor([1, -1, 2, 0])
+    y = turned(x, quarters * math.pi / 2, still)
+    for row, k in enumerate(quarters.tolist()):
+        torch.testing.assert_close(y[row], torch.rot90(x[row], k, (1, 2)), atol=1e-5, rtol=0)
+
+
+def test_turns_and_ways_are_scipys() -> None:
+    """On pictures that are not square; scipy reads the places in rows and columns, without units of half a side."""
+    x, angle = pictures()[:, :, :10], torch.tensor([0.3, -0.7, 1.5, 0.0])
+    ways = 2 * smooth_ways(x, generator(3))
+    found = turned(x, angle, ways)
+    row, column = torch.meshgrid(torch.arange(10) - 4.5, torch.arange(16) - 7.5, indexing="ij")
+    for k in range(4):
+        cos, sin = angle[k].cos(), angle[k].sin()
+        across, down = cos * column - sin * row + ways[k, ..., 0], sin * column + cos * row + ways[k, ..., 1]
+        places = torch.stack([down + 4.5, across + 7.5]).numpy()
+        for channel in range(3):
+            expected = ndimage.map_coordinates(x[k, channel].numpy(), places, order=1, mode="reflect")
+            torch.testing.assert_close(found[k, channel], torch.from_numpy(expected), atol=1e-4, rtol=0)
+
+
+def test_elastic_ways_have_variance_1_at_edges_too_and_bend_as_slowly_as_stated() -> None:
+    x = torch.empty(4000, 1, 8, 12)
+    ways = smooth_ways(x, generator())
+    assert (ways.square().mean(0) - 1).abs().max() < 5 * math.sqrt(2 / 4000)
+    apart, std = 2, ELASTIC_WIDTH * 12  # a smoothed noise's correlation is a Gaussian of sqrt(2) its width
+    correlation = (ways[:, 4, 5] * ways[:, 4, 5 + apart]).mean()
+    assert correlation == pytest.approx(math.exp(-(apart**2) / (4 * std**2)), abs=0.05)
+
+
+def test_a_blurred_point_is_a_gaussian_and_a_constant_stays() -> None:
+    point = torch.zeros(3, 1, 21, 25)
+    point[:, :, 10, 12] = 1
+    std = torch.tensor([0.0, 0.8, 2.0])
+    found = blurred(point, std)
+    for k in range(3):
+        expected = ndimage.gaussian_filter(point[k, 0].double().numpy(), max(std[k].item(), 1e-3), radius=10)
+        torch.testing.assert_close(
+            found[k, 0, 1:-1, 3:-3].double(), torch.from_numpy(expected)[1:-1, 3:-3], atol=1e-5, rtol=0
+        )
+    assert torch.equal(found[0], point[0])
+    constant = torch.full_like(point, 0.7)
+    torch.testing.assert_close(blurred(constant, std), constant)
+
+
+@pytest.mark.parametrize("side", [1, 4, 5, 8])
+def test_cutout_takes_its_share_of_squares(side: int) -> None:
+    """Each place along an axis of n is covered by as many of the n centres as its square reaches."""
+    x = torch.ones(COUNT // 4, 2, 8, 10)
+    y = Distortion(cutout=side)(x, generator())
+    assert torch.equal(y[:, 0], y[:, 1]) and set(y.unique().tolist()) == {0.0, 1.0}
+    over = [
+        torch.tensor([sum(0 <= place - centre + side // 2 < side for centre in range(n)) / n for place in range(n)])
+        for n in (8, 10)
+    ]
+    expected = over[0][:, None] * over[1]
+    assert ((y[:, 0] == 0).float().mean(0) - expected).abs().max() < 5 * 0.5 / math.sqrt(COUNT // 4)
+    assert (y[:, 0] == 0).sum((1, 2)).max() == side * side
+
+
+@pytest.mark.parametrize("name, amount", [("rotation", 20.0), ("elastic", 1.0), ("blur", 1.5), ("cutout", 5)])
+def test_each_distortion_depends_on_the_generator_alone_and_differs_from_row_to_row(name: str, amount: float) -> None:
+    distortion, x = Distortion(**{name: amount}), pictures(1).expand(6, -1, -1, -1)
+    one, two, other = (distortion(x, generator(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+    assert len(one.flatten(1).unique(dim=0)) > 1 and one.shape == x.shape and one.abs().max() <= 1
+
+
+def test_turns_are_as_far_as_asked_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    monkeypatch.setattr("dataloaders.augmentation.turned", lambda x, angle, ways: seen.append(angle) or x)
+    Distortion(rotation=30.0)(torch.empty(COUNT, 1, 1, 1), generator())
+    degrees = seen[0].rad2deg()
+    assert -30 <= degrees.min() < -29.9 and 29.9 < degrees.max() <= 30 and degrees.mean().abs() < 5 * 17.4 / math.sqrt(COUNT)
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["loss=mse", "model=cnn", "loss.rotation=10"], "rotation"),
+    (["loss=meanflow", "model=cnn", "loss.cutout=2"], "cutout"),
+    (["loss=cross_entropy", "loss.rotation=200"], "loss.rotation takes a number from 0 to 180"),
+    (["loss=cross_entropy", "loss.blur=-1"], "loss.blur takes a number of at least 0"),
+])  # fmt: skip
+def test_only_classifiers_take_distortions(words: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence) as caught:
+        prepare(["run_name=x", "dataloaders=digits", *words])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_square_larger_than_the_picture_and_data_that_are_no_pictures_are_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"loss\.cutout=9 is larger than a picture of 8x12; give at most 8"):
+        Distortion(cutout=9)(torch.empty(2, 1, 8, 12), generator())
+    with pytest.raises(
+        UserError, match=r"loss.blur=0.5 changes images \(C, H, W\), and these data are \(2,\); leave it out"
+    ):
+        Distortion(blur=0.5)(torch.empty(3, 2), generator())

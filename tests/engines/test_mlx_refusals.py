@@ -71,7 +71,7 @@ WRITTEN = {
     "AlphaFlowLoss": "alpha switch guidance variance_reduction jvp teacher",
     "ShortcutLoss": "teacher",
     "SplitMeanFlowLoss": "teacher",
-    "CrossEntropyLoss": "label_smoothing focusing superloss mixup",
+    "CrossEntropyLoss": "label_smoothing focusing superloss mixup rotation elastic blur cutout",
 }
 OF_ALL = {
     "state_shape",

@@ -93,6 +93,20 @@ def test_mixup_mixes_images_and_losses_alike_and_depends_on_the_generator_alone(
     torch.testing.assert_close(loss(one)["loss"], expected)
 
 
+def test_images_are_distorted_before_they_are_mixed_and_labels_stay():
+    x = torch.rand(64, 1, 5, 1, generator=torch.Generator().manual_seed(0))
+    source, words = GaussianSource([1, 5, 1]), {"elastic": 0.5}
+    plain, mixed = (
+        CrossEntropyLoss(Plain(), **words, **more).batch(source, x, LABEL, torch.Generator().manual_seed(3), 0.5)
+        for more in ({}, {"mixup": 1.0})
+    )
+    assert plain.label is LABEL and plain.other is None and not torch.equal(plain.images, x)
+    other = next(k for k in range(64) if torch.allclose(
+        mixed.images[0], torch.lerp(plain.images[0], plain.images[k], mixed.share[0]), atol=1e-6
+    ))  # fmt: skip
+    assert mixed.other[0] == LABEL[other]
+
+
 def test_plain_cross_entropy_draws_nothing():
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()

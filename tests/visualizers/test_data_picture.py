@@ -62,7 +62,7 @@ def test_scales_that_are_learned_badly_are_said(tmp_path, capsys):
 
 
 def test_classifiers_have_their_images_and_latents_no_picture(tmp_path, capsys):
-    data.look(["experiment=digits_classifier", *ENOUGH, f"out={tmp_path}"])
+    data.look(["dataloaders=digits", "loss=cross_entropy", *ENOUGH, f"out={tmp_path}"])
     assert "data.png" in lines(capsys.readouterr().out)["picture"]
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(50, 4, 8, 8)).astype(np.float32))
     data.look(["dataloaders=array", f"dataloaders.path={tmp_path / 'x.npy'}", *ENOUGH, f"out={tmp_path}"])
