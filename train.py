@@ -31,6 +31,10 @@ from training.run import Run, Stop
 from training.summary import print_end, print_start, print_times
 from training.trial import RowSeconds, try_parts
 
+MEMORY_WORDS = (  # in errors of a full memory, of torch, then of MLX
+    "out of memory", "can't allocate memory", "unable to allocate", "attempting to allocate",
+)  # fmt: skip
+
 
 def carry_out(config: dict[str, Any]) -> float | None:
     """Train, or score a checkpoint. Returns the best monitored value, if any was found.
@@ -174,9 +178,7 @@ def explained_memory_errors() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        of_torch, of_mlx = ("out of memory", "can't allocate memory"), ("unable to allocate", "attempting to allocate")
-        said = (*of_torch, *of_mlx)
-        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in said):
+        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in MEMORY_WORDS):
             raise
         raise UserError(
             "out of memory; use a smaller model, a smaller batch_size with gradient_accumulation_steps to make up for it, "

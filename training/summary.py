@@ -4,6 +4,7 @@ import copy
 import os
 import shlex
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,21 +61,40 @@ def recipe_batch(config: dict[str, Any]) -> int | None:
     return rows and int(rows) * int(recipe.get("gradient_accumulation_steps") or 1)
 
 
-def print_notes(run: Run) -> None:
-    """Print a line where a step sees other rows than the recipe's, and where a flow's data are far from unit size."""
-    loop, dataset, config = run.settings, run.dataset, run.records.config
+def notes(run: Run) -> Iterator[str]:
+    """Yield what is unusual: other rows in a step than the recipe's, data far from unit size, slow or biased pairs."""
+    loop, dataset, config, flow = run.settings, run.dataset, run.records.config, run.inputs.flow
     rows = loop.batch_size * loop.gradient_accumulation_steps
     if (recipe := recipe_batch(config)) not in (None, rows):
         how = f" ({rows_of_step(run)})" * (loop.gradient_accumulation_steps > 1)
-        print(f"note: a step sees {rows:,} rows{how}, the recipe of this data {recipe:,}")
-    if not isinstance(dataset, TensorDataset) or dataset.states.dtype == torch.uint8:
+        yield f"a step sees {rows:,} rows{how}, the recipe of this data {recipe:,}"
+    if flow is None:
         return
-    scale = dataset.train_states.square().mean().sqrt().item()
-    plain = config["dataloaders"].get("standardize") is False and isinstance(run.state.objective, FlowObjective)
-    if plain and scale and not USUAL[0] <= scale <= USUAL[1]:
-        print(
-            f"note: the data's root mean square is {scale:.3g}, and flows from standard noise learn best near 1; add "
-            "dataloaders.standardize=true: samples and scores stay in the data's units"
+    if isinstance(dataset, TensorDataset) and dataset.states.dtype != torch.uint8:
+        scale = dataset.train_states.square().mean().sqrt().item()
+        plain = config["dataloaders"].get("standardize") is False
+        if plain and scale and not USUAL[0] <= scale <= USUAL[1]:
+            yield (
+                f"the data's root mean square is {scale:.3g}, and flows from standard noise learn best near 1; add "
+                "dataloaders.standardize=true: samples and scores stay in the data's units"
+            )
+    yield from notes_on_pairs(flow, loop.batch_size // run.world)
+
+
+def notes_on_pairs(flow: FlowObjective, rows: int) -> Iterator[str]:
+    """Yield what is slow, or biased, in how a flow's noise is paired with this many rows of data."""
+    coupling = flow.coupling
+    paired = min(coupling.group or rows, rows) if isinstance(coupling, MinibatchOTCoupling) else 0
+    if paired > MANY_PAIRED:
+        yield (
+            f"{paired:,} rows are paired exactly in each step, which takes time cubic in "
+            "their number; batch_size=256 or loss.coupling.group=128, pairs within groups of so many, is faster"
+        )
+    blind = isinstance(coupling, (MinibatchOTCoupling, SinkhornCoupling)) and not coupling.label_weight
+    if flow.network.num_classes and blind:
+        yield (
+            "noise is paired with data whatever its class, and samples of a class start from all noise, which biases "
+            "them; loss.coupling.label_weight=1e6 pairs within classes"
         )
 
 
@@ -88,7 +108,8 @@ def print_start(run: Run) -> None:
     loop, choices, network, dataset = run.settings, run.notes.choices, run.state.objective.network, run.dataset
     learning_rate, keep = run.state.optimizer.param_groups[0]["initial_lr"], run.records.checkpoints.keep
     flow, many, config = isinstance(run.state.objective, FlowObjective), run.world > 1, run.records.config
-    print_notes(run)
+    for note in notes(run):
+        print(f"note: {note}")
     print(f"{run.notes.run_name}: {choices['model']} learns {choices['dataloaders']} by {choices['loss']}")
     share = f"{loop.batch_size} rows, {loop.batch_size // run.world} on each device"
     model = f"{choices['model']}, {network.parameter_count():,} parameters"
@@ -133,19 +154,6 @@ def print_times(run: Run, row: RowSeconds) -> None:
     )
     words = f"about {duration(epoch)} an epoch, {duration(epoch * left / run.steps_per_epoch)} of training"
     flow, evaluator = run.inputs.flow, run.evaluator
-    coupling, rows = None if flow is None else flow.coupling, run.settings.batch_size // run.world
-    paired = min(coupling.group or rows, rows) if isinstance(coupling, MinibatchOTCoupling) else 0
-    if paired > MANY_PAIRED:
-        print(
-            f"note: {paired:,} rows are paired exactly in each step, which takes time cubic in "
-            "their number; batch_size=256 or loss.coupling.group=128, pairs within groups of so many, is faster"
-        )
-    blind = isinstance(coupling, (MinibatchOTCoupling, SinkhornCoupling)) and not coupling.label_weight
-    if flow is not None and flow.network.num_classes and blind:
-        print(
-            "note: noise is paired with data whatever its class, and samples of a class start from all noise, which biases "
-            "them; loss.coupling.label_weight=1e6 pairs within classes"
-        )
     if flow is not None and isinstance(evaluator, GeneratorEvaluator):
         rows_of = [evaluator.all_rows(flow, run.dataset, run.inputs.solver, final) for final in (False, True)]
         each, last = (row.sampling * count / run.world for count in rows_of)
