@@ -21,7 +21,11 @@ def stop_signals() -> list[signal.Signals]:
 @contextmanager
 def handled_by(handle: Callable[[int, object], None]) -> Iterator[None]:
     """Have the stop signals call `handle` with their number in the block."""
-    before = {number: signal.signal(number, handle) for number in stop_signals()}
+
+    def called(number: int, frame: object) -> None:  # signal() takes the repr of what it is given: that of a run is long
+        handle(number, frame)
+
+    before = {number: signal.signal(number, called) for number in stop_signals()}
     try:
         yield
     finally:

@@ -33,6 +33,7 @@ TRACKIO_FOLDER = tempfile.TemporaryDirectory(prefix="trackio-tests-", ignore_cle
 os.environ["TRACKIO_DIR"] = TRACKIO_FOLDER.name
 os.environ["OMP_NUM_THREADS"] = "1"  # tests are small: one thread is faster, and numbers do not hang on the machine
 torch.set_num_threads(1)
+os.fsync = lambda descriptor: None  # no test cuts the power, and a run waits for the disk some fifty times
 for number in (signal.SIGINT, signal.SIGHUP):  # a shell's background job, or nohup, has them ignored, and so its children
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from common.files import write_atomically
+from common.signals import handled_by
 from dev.kill_test import watched_disk
 from evaluation.leaderboard_table import write_between
 from evaluation.metrics.cache import cached_numbers
@@ -160,3 +161,15 @@ def test_a_signal_while_the_tracker_starts_ends_the_run_in_order(small_run, tmp_
     monkeypatch.setattr(NullTracker, "start", start)
     small_run("x", "resume=true")
     assert RunFolder(tmp_path / "outputs/runs/x").status.read()["state"] == "finished"
+
+
+def test_what_handles_a_signal_is_not_put_into_words() -> None:
+    class Handler:
+        def __call__(self, number: int, frame: object) -> None:
+            pass
+
+        def __repr__(self) -> str:
+            raise AssertionError("that of a run is all its tensors")
+
+    with handled_by(Handler()):
+        pass

@@ -15,7 +15,6 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> FakeRuns:
     fake = FakeRuns()
     monkeypatch.setattr(module, "started", fake.start)
     monkeypatch.setattr(module, "PAUSE", 0)
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
     return fake
 
 
