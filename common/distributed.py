@@ -18,6 +18,7 @@ PARENT = os.getppid()
 T = TypeVar("T")
 
 meeting: dist.Store | None = None  # where ranks leave words that outlive them
+own_share: int | None = None  # rows of this rank's share, while all draw a batch of training together
 
 
 class LostRankError(UserError):
@@ -150,6 +151,31 @@ def concatenated(parts: Sequence[T], work: Callable[[T], Tensor], together: bool
     dist.all_gather_object(done, own)
     everything = {k: values for some in done for k, values in some.items()}
     return torch.cat([everything[k] for k in range(len(parts))])
+
+
+@contextmanager
+def all_draw(rows: int) -> Iterator[None]:
+    """Say of the block that every rank draws its share of one batch there, this one `rows` rows of data: only in it may what
+    draws wait for the other ranks, since evaluations draw on some ranks more often than on others.
+    """
+    global own_share
+    own_share = rows
+    try:
+        yield
+    finally:
+        own_share = None
+
+
+def shares_of(own: Tensor) -> list[Tensor]:
+    """Return the tensors of all ranks (B_k, ...), which differ in their numbers of rows alone."""
+    sizes = torch.zeros(world(), dtype=torch.int64)
+    sizes[rank()] = len(own)
+    dist.all_reduce(sizes)
+    padded = own.new_zeros(int(sizes.max()), *own.shape[1:])
+    padded[: len(own)] = own
+    shares = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(shares, padded)
+    return [share[:size] for share, size in zip(shares, sizes.tolist(), strict=True)]
 
 
 def orphaned() -> bool:

@@ -8,6 +8,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from common import distributed
 from common.errors import UserError
 from common.ranges import Count, CountFrom2, NotNegative, Positive
 from models.inputs import split_label
@@ -52,19 +53,39 @@ class MinibatchOTCoupling(Coupling):
     label_weight: what a pair costs, beside its squared distance, whose noise came with data of another label (Cheng &
     Schwing 2025, arXiv 2503.10636): the data of a class would else be paired with noise of its own, and samples of the
     class are drawn from all of it. 1e6, or inf: pairs within a class alone.
+    across_devices: whether the batch is that of all devices of a run in training, the rows of rank 0 first, not each one's
+    share of it.
     """
 
-    def __init__(self, group: Count | None = None, label_weight: NotNegative = 0.0):
-        self.group, self.label_weight = group, label_weight
+    def __init__(self, group: Count | None = None, label_weight: NotNegative = 0.0, across_devices: bool = False):
+        self.group, self.label_weight, self.across_devices = group, label_weight, across_devices
 
     def pair(self, x0: Tensor, x1: Tensor, label: Tensor | None, generator: torch.Generator) -> Pairs:
+        if self.across_devices and distributed.own_share is not None and distributed.world() > 1:
+            return self.pair_across(x0, x1, label, distributed.own_share)
+        partner = self.assigned(x0, x1, label)
+        return x0, x1[partner], None if label is None else label[partner]
+
+    def pair_across(self, x0: Tensor, x1: Tensor, label: Tensor | None, rows: int) -> Pairs:
+        """Pair the first `rows` rows with those of the other ranks; further ones, which fill up an empty share, stay."""
+        noise, data = distributed.shares_of(x0[:rows]), torch.cat(distributed.shares_of(x1[:rows]))
+        labels = None if label is None else torch.cat(distributed.shares_of(label[:rows]))
+        partner = self.assigned(torch.cat(noise), data, labels).cpu() if distributed.rank() == 0 else None
+        partner = distributed.broadcast_from_rank0(partner)
+        assert partner is not None
+        first = sum(map(len, noise[: distributed.rank()]))
+        own = partner[first : first + rows].to(x1.device)
+        new = None if label is None or labels is None else torch.cat([labels[own], label[rows:]])
+        return x0, torch.cat([data[own], x1[rows:]]), new
+
+    def assigned(self, x0: Tensor, x1: Tensor, label: Tensor | None) -> Tensor:
+        """Return for each of x0 (B, ...) which of x1 (B, ...) is its partner, (B,), group by group."""
         others = other_labels(label, self.label_weight)
         size = self.group or len(x0)
-        partner = torch.cat([
+        return torch.cat([
             rows.start + self.partners(x0[rows], x1[rows], None if others is None else others[rows, rows])
             for rows in (slice(first, first + size) for first in range(0, len(x0), size))
         ])  # fmt: skip
-        return x0, x1[partner], None if label is None else label[partner]
 
     @staticmethod
     def partners(x0: Tensor, x1: Tensor, others: Tensor | None = None) -> Tensor:

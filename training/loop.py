@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.device import autocast, tune_kernels
+from common.distributed import all_draw
 from common.errors import UserError
 from common.seeds import generator_for, seed_network, stream_seed
 from dataloaders.base_dataloaders import Batch, EpochPlan
@@ -66,10 +67,13 @@ def epoch_groups(run: Run) -> Iterator[list[Any]]:
         generator.manual_seed(stream_seed(seed, "batch", index))
         seed_network(seed, index, run.device)
         progress = step / run.total_steps
-        yield [
-            run.state.objective.batch(run.source, *never_empty(x1, label), generator, progress)
-            for x1, label in islice(batches, accumulate)
-        ]
+        yield [drawn(run, x1, label, generator, progress) for x1, label in islice(batches, accumulate)]
+
+
+def drawn(run: Run, x1: Tensor, label: Tensor | None, generator: torch.Generator, progress: float) -> Any:
+    """Return what the objective makes of this rank's share of a batch."""
+    with all_draw(len(x1)):
+        return run.state.objective.batch(run.source, *never_empty(x1, label), generator, progress)
 
 
 def never_empty(x1: Tensor, label: Tensor | None) -> Batch:
