@@ -1,12 +1,14 @@
 """README.md and docs/: short enough to be read, whole, and true of the configuration and the code."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
+import launcher
 from configuration.compose import CONFIG_DIR, compose_config, groups, resolved
 from evaluation.leaderboard_table import START, STOP
 from scripts.leaderboard import Options
@@ -73,3 +75,19 @@ def test_the_settings_of_the_example_of_a_loss_name_it_and_choices_there_are():
     assert f"class {node['_target_'].rpartition('.')[2]}(" in code[1]
     parts = [f"loss/{group}={choice}" for part in node["defaults"] if part != "_self_" for group, choice in part.items()]
     assert resolved(compose_config(["run_name=x", *parts]))["loss"].keys() >= node.keys() - {"defaults"}
+
+
+def test_the_command_for_skypilot_is_one_that_would_run(tmp_path, monkeypatch, capsys):
+    """Its dry run, in a folder of this machine; the keys are those of SkyPilot's task files."""
+    found = re.search(r"```yaml\n(name: .*?)```", (ROOT / "docs/distributed.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    task = yaml.safe_load(found[1])
+    assert task.keys() == {"name", "workdir", "resources", "file_mounts", "setup", "run"}
+    (mount,) = task["file_mounts"]
+    words = shlex.split(task["run"])
+    assert words[:4] == ["uv", "run", "python", "launcher.py"] and f"output_dir={mount}/outputs" in words
+    monkeypatch.chdir(tmp_path)
+    assert launcher.main([*(word.replace(mount, "kept") for word in words[4:]), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"digits_seed={seed}: cnn learns digits by mse" in said for seed in range(3))
+    assert not list(tmp_path.iterdir())
