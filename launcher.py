@@ -104,6 +104,11 @@ def with_flags_as_overrides(arguments: list[str]) -> list[str]:
     return words
 
 
+def unknown_flag(arguments: list[str]) -> str | None:
+    """Return a word that looks like a flag and is neither the launcher's nor Hydra's."""
+    return next((w for w in arguments if w.startswith("-") and w.split("=")[0] not in HYDRA_FLAGS), None)
+
+
 def launch(overrides: list[str]) -> "RunResult":
     """Check and carry out one run, or this process's part in it; returns what came of it."""
     if os.environ.keys() >= RANK_VARIABLES:
@@ -240,9 +245,9 @@ def carry_out(arguments: list[str]) -> int:
         return command([word for word in arguments if word != "--prove"])
     arguments, search = without_search(arguments)
     words = [word for word in with_flags_as_overrides(arguments) if word != "--dry-run"]
-    unknown = [word for word in words if word.startswith("-") and word.split("=")[0] not in HYDRA_FLAGS]
-    if unknown:
-        raise UserError(f"there is no flag {unknown[0]}; `python launcher.py --help` lists them")
+    flag = unknown_flag(words)
+    if flag is not None:
+        raise UserError(f"there is no flag {flag}; `python launcher.py --help` lists them")
     if search is not None:
         return searched(search, words, "--dry-run" in arguments)
     if "--dry-run" in arguments:
