@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from PIL import Image
 
 import experiment
 import launcher
@@ -84,7 +85,7 @@ def check_launch(arguments: list[str]) -> None:
         (plan_of if search == "optuna" else search_of)([word for word in arguments if word != "..."])
         return
     words = [word for word in launcher.with_flags_as_overrides(arguments) if word not in ("--dry-run", "...")]
-    assert launcher.unknown_flag(words) is None
+    assert all(word.split("=")[0] in launcher.HYDRA_FLAGS for word in words if word.startswith("-"))
     overrides = [word for word in words if not word.startswith("-") and word != "job"]
     (jobs,) = BasicSweeper.split_arguments(parse_overrides(overrides), max_batch_size=None)
     for job in jobs if "-m" in words else [overrides]:
@@ -104,8 +105,9 @@ def files_of_the_examples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             Path(latents).mkdir(parents=True)
             facts = {"finished": True, "shape": [8, 32, 32], "num_classes": 1000, "shards": []}
             (Path(latents) / MANIFEST).write_text(json.dumps(facts))
-        Path("pictures/class").mkdir(parents=True)
-        Path("pictures/class/one.png").touch()
+        for folder in (Path("pictures/class"), Path("photos/colour/class")):
+            folder.mkdir(parents=True)
+            (folder / "one.png").touch()
         yield
 
 
@@ -149,6 +151,19 @@ def test_the_python_shown_without_torch_runs(tmp_path, monkeypatch):
     section = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8").partition("\n## Without torch\n")[2]
     exec(section.partition("```python\n")[2].partition("```")[0], {})
     assert (tmp_path / "moons.npz").is_file()
+
+
+def test_the_folders_shown_are_made_and_a_recipe_draws_one_from_the_other(tmp_path, monkeypatch, small_run):
+    monkeypatch.chdir(tmp_path)
+    section = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").partition("\nImage to image takes")[2]
+    exec(section.partition("```python\n")[2].partition("```")[0], {})
+    grey, colour = (sorted((tmp_path / "photos" / kind).rglob("*.png")) for kind in ("grey", "colour"))
+    assert len(grey) == len(colour) == 520 and len({path.read_bytes() for path in colour}) > 500
+    for one, other in zip(grey, colour, strict=True):
+        assert np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(other).convert("L")))
+    words = ("experiment=photos_folders", "model=cnn", "model.width=8", "model.inner_width=8", "model.embedding=8")
+    folder = small_run("x", *words, "dataloaders.epoch_size=null", "max_steps=2", "batch_size=16")
+    assert json.loads((folder / "runs/x/status.json").read_text())["step"] == 2
 
 
 def test_every_choice_that_is_named_exists():
