@@ -17,7 +17,7 @@ from engines.layers import (
     rms_norm,
     silu,
 )
-from models.classifier.residual_classifier import BasicBlock, ResidualClassifier
+from models.classifier.residual_classifier import BasicBlock, Bottleneck, PreactivatedBlock, ResidualClassifier
 from models.dit import dit
 from models.flow_matching import small_cnn
 from models.flow_matching.mlp import MLP
@@ -161,6 +161,15 @@ def basic_block(m: Part, x: mx.array) -> mx.array:
     return m.relu(h + m.skip(x))
 
 
+def bottleneck(m: Part, x: mx.array) -> mx.array:
+    return m.relu(m.inner(x) + m.skip(x))
+
+
+def preactivated_block(m: Part, x: mx.array) -> mx.array:
+    h = m.before(x)
+    return m.inner(h) + (x if m.same else m.skip(h))
+
+
 def residual_classifier(m: Part, images: mx.array) -> mx.array:
     return m.head(m.stages(m.stem(images)).mean((1, 2)))
 
@@ -185,6 +194,8 @@ FORWARDS.update(
         dit.DiTBlock: dit_block,
         dit.DiT: dit_network,
         BasicBlock: basic_block,
+        Bottleneck: bottleneck,
+        PreactivatedBlock: preactivated_block,
         ResidualClassifier: residual_classifier,
     }
 )

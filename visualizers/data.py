@@ -48,8 +48,8 @@ def looked_at(words: list[str]) -> tuple[Run, Any, dict[str, Any]]:
 
     words = [*words, "run_name=data"]
     if not any(word.startswith(("model=", "experiment=")) for word in words):
-        config = compose_config(words)
-        words += ["model=cnn"] * (len(config.dataloaders.state_shape) == 3 and config.choices.model == "mlp")
+        composed = compose_config(words)
+        words += ["model=cnn"] * (len(composed.dataloaders.state_shape) == 3 and composed.choices.model == "mlp")
     with TemporaryDirectory() as nowhere:  # where there is no run of that name; nothing is written
         config = prepare([*words, f"output_dir={nowhere}"])
         run = assemble(config)

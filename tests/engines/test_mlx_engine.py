@@ -32,6 +32,7 @@ DIT = [*DIGITS, "model=dit_s", "model.hidden_size=8", "model.depth=2", "model.he
 MLP = ["conditional=true", "model.width=16", "model.depth=2"]
 SMALL_CLASSIFIER = [*DIGITS[:2], "loss=cross_entropy", "model.width=8", "model.multipliers=[1,2]"]
 RESNET = [*SMALL_CLASSIFIER, "model=resnet18"]
+RESNETS = [RESNET, *([*RESNET, "model.blocks=1", f"model.block={block}"] for block in ("bottleneck", "preactivated"))]
 
 
 def objective_of(*words: str) -> tuple[dict[str, Any], Any]:
@@ -72,7 +73,9 @@ def test_velocities_are_those_of_torch(words):
     assert difference(layout.to_torch(weights), held(network)) == 0
 
 
-@pytest.mark.parametrize("words", [SMALL_CLASSIFIER, RESNET], ids=["group norm", "batch norm"])
+@pytest.mark.parametrize(
+    "words", [SMALL_CLASSIFIER, *RESNETS], ids=["group norm", "batch norm", "bottleneck", "preactivated"]
+)
 def test_logits_are_those_of_torch_in_training_and_after_it(words):
     """A batch norm goes by the moments of the batch, or by those it has seen."""
     config, objective = objective_of(*words)

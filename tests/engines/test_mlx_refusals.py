@@ -64,7 +64,7 @@ WRITTEN = {
     "SmallCNN": "width inner_width inner_blocks embedding time_frequencies dropout",
     "UNet": "width multipliers blocks attention_up_to embedding time_frequencies dropout augment_dim patch_size",
     "DiT": "patch_size hidden_size depth heads mlp_ratio qk_norm time_frequencies dropout",
-    "ResidualClassifier": "width multipliers blocks norm dropout",
+    "ResidualClassifier": "width multipliers blocks block norm dropout",
     "FlowMatchingLoss": "second_time",
     "MeanFlowLoss": "guidance variance_reduction jvp teacher",
     "ImprovedMeanFlowLoss": "guidance variance_reduction jvp teacher",

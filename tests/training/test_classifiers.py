@@ -39,12 +39,15 @@ NAMES = [
 ]
 every_classifier = pytest.mark.parametrize("name", NAMES)
 PARAMETERS = {
+    "lenet": 61_706,
     "resnet18": 11_173_962,
+    "resnet50": 25_557_032 - 2048 * 990 - 990 - (7 * 7 - 3 * 3) * 3 * 64,  # that of ImageNet but for its head and stem
+    "wide_resnet": 36_479_194,
     "resnet9": 6_573_120,
     "small_cnn_classifier": 480_450,
     "vit_base": 85_152_010,
-}  # of 3x32x32 and 1x8x8 images in 10 classes
-SHAPES = {"small_cnn_classifier": [1, 8, 8]}
+}  # of 3x32x32 images in 10 classes, or SHAPES
+SHAPES = {"small_cnn_classifier": [1, 8, 8], "lenet": [1, 32, 32]}
 SMALL = ["model.width=8", "loss=cross_entropy", "dataloaders=digits", "dataloaders.epoch_size=1438"]
 
 
@@ -102,7 +105,9 @@ def test_a_residual_pair_of_nothing_passes_its_input_on(norm: str) -> None:
 @every_classifier
 def test_the_compiled_loss_is_the_eager_one(name: str) -> None:
     """Traced whole; no kernels are generated."""
-    shallow = ["model.depth=2"] * name.startswith("vit_")
+    shallow = ["model.depth=2"] * name.startswith("vit_") + {
+        "resnet50": ["model.multipliers=[4,8]", "model.blocks=1"], "wide_resnet": ["model.blocks=1"]
+    }.get(name, [])  # fmt: skip
     loss = CrossEntropyLoss(fresh(name, "model.width=8", *shallow), label_smoothing=0.1).train()
     batch = LabelledBatch(images(name), torch.arange(4))
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
@@ -159,6 +164,7 @@ def test_a_classifiers_batch_is_the_images_themselves_and_draws_nothing() -> Non
         (["loss=cross_entropy", "dataloaders=digits", "model.width=12"], "multiples of 8"),
         (["loss=cross_entropy", "dataloaders=digits", "model.norm=layer"], "batch or group"),
         (["loss=cross_entropy", "dataloaders=digits", "model.multipliers=[1,1,1,1,1]"], "halve images 4 times"),
+        (["loss=cross_entropy", "dataloaders=digits", "model=resnet50", "model.multipliers=[4,8]"], "are of 4 stages, and"),
         (["loss=cross_entropy", "dataloaders=array", "dataloaders.path={npy}"], "a classifier needs labels"),
         (["balanced=true"], "balanced=true needs a finite set"),
     ],
