@@ -47,7 +47,7 @@ def by_optuna(words: list[str], dry_run: bool) -> int:
         with search_of(plan) as search, handled_by(stop):
             print(described(plan), flush=True)
             search.carry_out()
-            print(outcome(plan, search.study))
+            print(outcome(plan, search.study.optuna))
     except Stopped as stopped:
         raise SystemExit(128 + stopped.number) from None
     except OSError as error:

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from backends.processes import last_line, started, stop_all, threads_each
 from backends.slurm_queue import Queue, QueuedRun
@@ -30,20 +29,15 @@ from run_files.metrics_file import SIDE
 from run_files.result import OF_ANOTHER, RunResult, result_of
 from run_files.run_folder import RunFolder, run_folder_of
 from run_files.run_lock import RunLock, is_locked
-from searches.journal import Journal, opened
+from searches.journal import opened
 from searches.plan import Plan
-from searches.samplers import generation_size, sampler_for
 from searches.space import Value
+from searches.study import Study, study_in
 
 PAUSE, QUEUE_PAUSE = 0.05, 1.0  # seconds between looks at the runs, here and in a queue
 DEATHS = 5  # of a trial's processes without a step forward, after which it has failed
 MOST_SAID = 200  # characters of why one has failed
 FIRST = 3  # trials: when so many have failed and none has ended well, the search stops
-PRUNERS = {
-    "none": optuna.pruners.NopPruner,
-    "median": optuna.pruners.MedianPruner,
-    "halving": optuna.pruners.SuccessiveHalvingPruner,
-}
 
 
 @dataclass
@@ -93,33 +87,27 @@ class Search:
     """A search whose folder this process holds. open: its trials that have not ended."""
 
     plan: Plan
-    journal: Journal
-    study: optuna.Study
+    study: Study
     open: list[Trial] = field(default_factory=list)
 
     @cached_property
     def queue(self) -> Queue:
         return Queue(Path(self.plan.config["output_dir"]))
 
-    @cached_property
-    def storage(self) -> Any:
-        return self.study._storage
-
-    def trials(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False)
-
     def carry_out(self) -> None:
         """Go on until all trials have ended. UserError where they fail from the first on; a signal has them save first, and
         leaves jobs to their queue."""
-        self.open = [self.trial(t.number, t.params) for t in self.trials() if t.state == TrialState.RUNNING]
+        self.open = [self.trial(t.number, t.params) for t in self.study.trials() if t.state == TrialState.RUNNING]
         for trial in self.open:
             trial.follow(self.queue.run(self.plan.trial_name(trial.number)))
         try:
-            while self.may_ask() or not all(trial.failed for trial in self.open):
+            while self.study.may_ask() or not all(trial.failed for trial in self.open):
                 for trial in list(self.open):
                     self.attend(trial)
-                while self.may_ask() and all(trial.is_alive() or trial.failed for trial in self.open) and self.has_room():
-                    self.open.append(self.ask())
+                while (
+                    self.study.may_ask() and all(trial.is_alive() or trial.failed for trial in self.open) and self.has_room()
+                ):
+                    self.open.append(self.trial(*self.study.ask()))
                     self.attend(self.open[-1])
                 time.sleep(QUEUE_PAUSE if self.plan.backend.queues else PAUSE)
         except BaseException:
@@ -130,23 +118,6 @@ class Search:
 
     def has_room(self) -> bool:
         return sum(trial.is_alive() for trial in self.open) < self.plan.jobs
-
-    def may_ask(self) -> bool:
-        """Return whether a further trial may begin: one is left, and CMA-ES has the values of the generations before."""
-        trials = self.trials()
-        number = len(trials)
-        if self.plan.sampler == "cmaes":
-            size = generation_size(self.plan.space)
-            return number < self.plan.count and all(t.state.is_finished() for t in trials[: number // size * size])
-        return number < self.plan.count
-
-    def ask(self) -> Trial:
-        """Return a new trial, which the journal knows of from here on."""
-        plan, trials = self.plan, self.trials()
-        self.study.sampler = sampler_for(plan.sampler, plan.space, plan.seed, len(trials), trials, plan.higher)
-        with self.journal.together():
-            asked = self.study.ask({varied.key: varied.distribution for varied in plan.space})
-        return self.trial(asked.number, asked.params)
 
     def trial(self, number: int, values: dict[str, Value]) -> Trial:
         words = self.plan.trial_words(number, values)
@@ -178,7 +149,8 @@ class Search:
             if made.state != OF_ANOTHER:
                 self.tell(trial, made)
         elif self.has_room():
-            self.report(trial, f"{'begins' if made == trial.words else 'goes on'}: {shlex.join(self.own_words(trial))}")
+            own = shlex.join(trial.words[-len(self.plan.space) :])
+            self.report(trial, f"{'begins' if made == trial.words else 'goes on'}: {own}")
             if self.plan.backend.queues:
                 self.submit(trial, made)
             else:
@@ -191,30 +163,19 @@ class Search:
         trial.follow(self.queue.submitted(name, number))
         self.report(trial, f"submitted as job {number}")
 
-    def own_words(self, trial: Trial) -> list[str]:
-        return trial.words[-len(self.plan.space) :]
-
     def watch(self, trial: Trial) -> None:
         """End a trial early that the pruner finds worse than others were at its step."""
         if self.plan.pruner == "none":
             return
-        known = self.trials()[trial.number]
         for row in trial.folder.metrics.read():
             value, step = row.get(self.plan.metric), row["step"]
-            if value is None or step in known.intermediate_values:
-                continue
-            self.storage.set_trial_intermediate_value(known._trial_id, step, value)
-            if self.study.pruner.prune(self.study, self.storage.get_trial(known._trial_id)):
-                self.prune(trial, step)
+            if value is not None and self.study.prunes(trial.number, step, value):
+                self.report(trial, f"pruned at step {step:,}")
+                assert trial.process is not None
+                trial.process.terminate()
+                trial.process.wait()
+                self.close(trial)
                 return
-
-    def prune(self, trial: Trial, step: int) -> None:
-        self.study.tell(trial.number, state=TrialState.PRUNED)
-        self.report(trial, f"pruned at step {step:,}")
-        assert trial.process is not None
-        trial.process.terminate()
-        trial.process.wait()
-        self.close(trial)
 
     def ended(self, trial: Trial, status: int) -> None:
         """Tell what a trial came to whose process has ended; one that was killed goes on."""
@@ -238,8 +199,7 @@ class Search:
         if value is None:
             self.fail(trial, f"its last evaluation has no {self.plan.metric}")
             return
-        self.study.tell(trial.number, value)
-        best = self.study.best_trial.number == trial.number
+        best = self.study.tell(trial.number, value)
         self.report(trial, f"{self.plan.metric} {value:.4g}" + ", the best so far" * best)
         self.close(trial)
         for other in [other for other in self.open if other.failed]:
@@ -249,7 +209,7 @@ class Search:
         """Take note of a failure; told once a trial has ended well, since until then it may be the fault of the command."""
         trial.failed = why if len(why) <= MOST_SAID else f"{why[:MOST_SAID]}..."
         self.report(trial, f"FAILED: {trial.failed}")
-        if any(known.state == TrialState.COMPLETE for known in self.trials()):
+        if any(known.state == TrialState.COMPLETE for known in self.study.trials()):
             self.give_up(trial)
             return
         evaluated = [row for row in trial.folder.metrics.read() if "eval/loss" in row]
@@ -269,9 +229,7 @@ class Search:
         )
 
     def give_up(self, trial: Trial) -> None:
-        with self.journal.together():
-            self.storage.set_trial_user_attr(self.trials()[trial.number]._trial_id, "why", trial.failed)
-            self.study.tell(trial.number, state=TrialState.FAIL)
+        self.study.give_up(trial.number, trial.failed)
         self.close(trial)
 
     def close(self, trial: Trial) -> None:
@@ -303,18 +261,6 @@ def search_of(plan: Plan) -> Iterator[Search]:
     try:
         lock.acquire()
         journal = opened(plan.folder / "journal.jsonl", plan.settings(), plan.space)
-        yield Search(plan, journal, study_in(journal, plan))
+        yield Search(plan, study_in(journal, plan))
     finally:
         lock.release()
-
-
-def study_in(journal: Journal, plan: Plan) -> optuna.Study:
-    """Return the study of a journal, begun there where it is empty."""
-    storage, pruner = optuna.storages.JournalStorage(journal), PRUNERS[plan.pruner]()
-    if journal.rows:
-        return optuna.load_study(study_name=plan.name, storage=storage, pruner=pruner)
-    with journal.together():
-        direction = StudyDirection.MAXIMIZE if plan.higher else StudyDirection.MINIMIZE
-        study = optuna.create_study(storage=storage, study_name=plan.name, direction=direction, pruner=pruner)
-        study.set_user_attr("search", plan.settings())
-    return study

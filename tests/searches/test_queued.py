@@ -126,7 +126,7 @@ def test_a_search_that_stops_leaves_its_jobs_in_the_queue(queued, cluster, runs,
 def test_a_run_that_fails_in_its_job_fails_its_trial_with_the_last_line_of_its_log(queued, cluster, runs, capsys):
     runs.fails = lambda name: name == "s_0001"
     search = carried_out(queued("n=3"))
-    assert [trial.state.name for trial in search.trials()] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert [trial.state.name for trial in search.study.trials()] == ["COMPLETE", "FAIL", "COMPLETE"]
     assert "s_0001: FAILED: it diverged" in capsys.readouterr().out and len(cluster.scripts) == 3
 
 

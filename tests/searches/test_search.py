@@ -23,7 +23,7 @@ QUADRATIC = "model.depth=interval(2,5)"
 
 
 def values(search) -> list[tuple]:
-    return [(trial.number, trial.state, trial.params, trial.values) for trial in search.trials()]
+    return [(trial.number, trial.state, trial.params, trial.values) for trial in search.study.trials()]
 
 
 def test_random_parameters_are_uniform_in_log_and_hang_on_seed_and_number_alone(planned, runs):
@@ -32,17 +32,19 @@ def test_random_parameters_are_uniform_in_log_and_hang_on_seed_and_number_alone(
     first = carried_out(moved(replace(plan, count=9, jobs=1), "b"))
     other = carried_out(moved(replace(plan, count=4, config=plan.config | {"seed": 1}), "c"))
     assert values(more)[:9] == values(first) and values(other) != values(first)[:4]
-    rates = np.log10([trial.params["optimizer.lr"] for trial in more.trials()])
+    rates = np.log10([trial.params["optimizer.lr"] for trial in more.study.trials()])
     assert abs(rates.mean() + 3) < 3 * 2 / math.sqrt(12 * 60) and rates.min() < -3.8 and rates.max() > -2.2
-    depths = Counter(trial.params["model.depth"] for trial in more.trials())
+    depths = Counter(trial.params["model.depth"] for trial in more.study.trials())
     assert sorted(depths) == [2, 3, 4, 5] and min(depths.values()) > 4
 
 
 def test_a_grid_has_every_combination_once(planned, runs):
     search = carried_out(planned("sampler=grid", "optimizer.lr=choice(1e-3,2e-3)", "model.depth=2,3", "jobs=2"))
-    found = {tuple(trial.params.values()) for trial in search.trials()}
-    assert len(search.trials()) == len(found) == 12
-    assert search.study.best_params["optimizer.lr"] == "0.002" and search.study.best_params["model.depth"] == "3"
+    found = {tuple(trial.params.values()) for trial in search.study.trials()}
+    assert len(search.study.trials()) == len(found) == 12
+    assert (
+        search.study.optuna.best_params["optimizer.lr"] == "0.002" and search.study.optuna.best_params["model.depth"] == "3"
+    )
 
 
 def test_samplers_that_learn_find_the_minimum_more_closely_than_chance(planned, runs):
@@ -50,7 +52,7 @@ def test_samplers_that_learn_find_the_minimum_more_closely_than_chance(planned, 
         "n=60", "sampler=random", "space=own", "optimizer.lr=interval(1e-4,1e-2)", "model.dropout=interval(0,0.9)"
     )
     found = [carried_out(moved(replace(plan, sampler=kind), kind)) for kind in ("random", "tpe", "cmaes")]
-    by_chance, *learned = ([trial.values[0] for trial in search.trials()] for search in found)
+    by_chance, *learned = ([trial.values[0] for trial in search.study.trials()] for search in found)
     assert all(np.median(scores[-15:]) < 0.3 * np.median(by_chance) for scores in learned)
 
 
@@ -93,9 +95,9 @@ def test_failed_trials_are_told_once_another_has_ended_well_and_are_not_begun_ag
     runs.fails = lambda name: name in ("s_0000", "s_0002")
     plan = planned("n=5", "sampler=random")
     search = carried_out(plan)
-    states = [trial.state.name for trial in search.trials()]
+    states = [trial.state.name for trial in search.study.trials()]
     assert states == ["FAIL", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
-    assert "failed (it diverged)" in outcome(plan, search.study)
+    assert "failed (it diverged)" in outcome(plan, search.study.optuna)
     before = runs.operations
     carried_out(plan)
     assert runs.operations == before
@@ -107,7 +109,7 @@ def test_a_search_whose_first_trials_fail_stops_and_tries_them_again(planned, ru
     with pytest.raises(UserError, match=r"first 3 trial.*same command tries them again.*it diverged"):
         carried_out(plan)
     runs.fails = lambda name: False
-    assert all(trial.state == TrialState.COMPLETE for trial in carried_out(plan).trials())
+    assert all(trial.state == TrialState.COMPLETE for trial in carried_out(plan).study.trials())
     runs.fails = lambda name: True
     with pytest.raises(UserError, match="first 2 trial"):
         carried_out(moved(replace(plan, count=2), "two"))
@@ -116,16 +118,19 @@ def test_a_search_whose_first_trials_fail_stops_and_tries_them_again(planned, ru
 def test_the_table_is_sorted_and_the_best_command_gives_the_best_trial(planned, runs):
     plan = planned("n=25", "sampler=random", "jobs=2")
     search = carried_out(plan)
-    text = outcome(plan, search.study)
+    text = outcome(plan, search.study.optuna)
     lines = text.splitlines()
     scores = [float(line.split()[-1]) for line in lines[2:22]]
-    best = min(trial.values[0] for trial in search.trials())
+    best = min(trial.values[0] for trial in search.study.trials())
     assert scores == sorted(scores) and scores[0] == float(f"{best:.4g}") and lines[2].startswith("*")
     with (plan.folder / "trials.csv").open() as file:
         assert len(list(csv.reader(file))) == 26
     assert "25 trials" in lines[0] and (plan.folder / "search.png").read_bytes().startswith(b"\x89PNG")
     command = lines[-1].removeprefix("best: python launcher.py ")
-    assert command.startswith("run_name=s_best ") and f"optimizer.lr={search.study.best_params['optimizer.lr']!r}" in command
+    assert (
+        command.startswith("run_name=s_best ")
+        and f"optimizer.lr={search.study.optuna.best_params['optimizer.lr']!r}" in command
+    )
     shares = {key: float(share.rstrip("%")) for key, share in (part.rsplit(" ", 1) for part in lines[-3][15:].split(", "))}
     assert shares["model.width"] < min(shares["optimizer.lr"], shares["model.depth"])
 
@@ -151,8 +156,8 @@ def test_a_worse_run_is_pruned_and_stays_so(planned, runs, monkeypatch):
     monkeypatch.setattr("searches.search.started", lambda words, printed, *_: Reported(runs, words, printed))
     plan = planned("n=10", "sampler=random", "pruner=median", "space=own", "optimizer.lr=interval(1e-4,1e-2)")
     search = carried_out(plan)
-    pruned = [trial.number for trial in search.trials() if trial.state == TrialState.PRUNED]
-    rates = [trial.params["optimizer.lr"] for trial in search.trials()]
+    pruned = [trial.number for trial in search.study.trials() if trial.state == TrialState.PRUNED]
+    rates = [trial.params["optimizer.lr"] for trial in search.study.trials()]
     whole: list[float] = []
     for number, rate in enumerate(rates):
         worse = len(whole) >= 5 and rate > np.median(whole)
@@ -167,7 +172,7 @@ def test_the_journal_can_be_read_by_optuna_alone(planned, runs):
     search = carried_out(plan)
     backend = optuna.storages.journal.JournalFileBackend(str(plan.folder / "journal.jsonl"))
     study = optuna.load_study(study_name="s", storage=optuna.storages.JournalStorage(backend))
-    assert [trial.params for trial in study.trials] == [trial.params for trial in search.trials()]
+    assert [trial.params for trial in study.trials] == [trial.params for trial in search.study.trials()]
 
 
 class Dies(FakeRun):
@@ -199,7 +204,7 @@ def test_a_trial_that_is_killed_goes_on_until_five_processes_in_a_row_come_no_fu
     Dies.looked.clear()
     monkeypatch.setattr(Dies, "further", lambda self, look: look // 4 if look < 12 else None)
     moving = carried_out(moved(plan, "moving"))
-    assert [trial.state for trial in moving.trials()] == [TrialState.COMPLETE]
+    assert [trial.state for trial in moving.study.trials()] == [TrialState.COMPLETE]
 
 
 def test_as_many_trials_run_at_once_as_are_asked_for_and_all_are_stopped_with_the_search(planned, runs, monkeypatch):
@@ -253,5 +258,5 @@ def test_a_trial_lives_as_long_as_a_process_of_it_holds_its_lock(planned, runs, 
 def test_the_highest_accuracy_is_the_best(planned, runs):
     plan = planned("n=5", "sampler=random", "metric=eval/loss", "monitor_mode=max")
     search = carried_out(plan)
-    assert search.study.best_value == max(trial.values[0] for trial in search.trials())
-    assert "* the highest eval/loss" in outcome(plan, search.study)
+    assert search.study.optuna.best_value == max(trial.values[0] for trial in search.study.trials())
+    assert "* the highest eval/loss" in outcome(plan, search.study.optuna)
