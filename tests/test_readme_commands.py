@@ -82,7 +82,8 @@ def check_launch(arguments: list[str]) -> None:
         return
     arguments, search = launcher.without_search(arguments)
     if search is not None:
-        (plan_of if search == "optuna" else search_of)([word for word in arguments if word != "..."])
+        words = [word for word in launcher.with_flags_as_overrides(arguments) if word != "..."]
+        (plan_of if search == "optuna" else search_of)(words)
         return
     words = [word for word in launcher.with_flags_as_overrides(arguments) if word not in ("--dry-run", "...")]
     assert all(word.split("=")[0] in launcher.HYDRA_FLAGS for word in words if word.startswith("-"))
