@@ -9,14 +9,14 @@ from configuration.nodes import lookup
 
 MODELS = {
     "models.flow_matching.mlp.MLP", "models.flow_matching.small_cnn.SmallCNN", "models.unet.unet.UNet", "models.dit.dit.DiT",
-    "models.classifier.residual_classifier.ResidualClassifier",
+    "models.classifier.residual_classifier.ResidualClassifier", "models.classifier.resnet9.ResNet9",
 }  # fmt: skip
 LOSSES = {
     "losses.flow_matching_loss.FlowMatchingLoss", "losses.meanflow_loss.MeanFlowLoss",
     "losses.meanflow_loss.ImprovedMeanFlowLoss", "losses.alpha_flow_loss.AlphaFlowLoss", "losses.shortcut_loss.ShortcutLoss",
     "losses.split_meanflow_loss.SplitMeanFlowLoss", "losses.cross_entropy_loss.CrossEntropyLoss",
 }  # fmt: skip
-OPTIMIZERS = {"torch.optim.AdamW", "torch.optim.SGD"}
+OPTIMIZERS = {"torch.optim.AdamW", "torch.optim.Adam", "torch.optim.SGD"}
 PREDICTIONS = {None, "losses.predictions.VelocityPrediction"}
 WEIGHTINGS = {None, "losses.weightings.UniformWeighting", "losses.weightings.AdaptiveWeighting"}
 NOT_THERE = {

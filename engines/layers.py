@@ -172,6 +172,14 @@ def joined(x: mx.array) -> mx.array:
     return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)
 
 
+def max_pool(m: Part, x: mx.array) -> mx.array:
+    """Return the maxima of squares that do not overlap; of what is left at the far edges, nothing."""
+    rows, high, across, channels = x.shape
+    side = m.kernel_size
+    high, across = high // side, across // side
+    return x[:, : high * side, : across * side].reshape(rows, high, side, across, side, channels).max((2, 4))
+
+
 def identity(m: Part, x: mx.array) -> mx.array:
     return x
 
@@ -187,4 +195,5 @@ FORWARDS: dict[type[nn.Module], Callable[..., mx.array]] = {
     nn.Dropout: identity,  # of share 0: others are refused
     nn.Sequential: sequential,
     nn.BatchNorm2d: batch_norm,
+    nn.MaxPool2d: max_pool,
 }  # networks.py adds the project's own modules

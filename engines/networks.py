@@ -18,6 +18,7 @@ from engines.layers import (
     silu,
 )
 from models.classifier.residual_classifier import BasicBlock, Bottleneck, PreactivatedBlock, ResidualClassifier
+from models.classifier.resnet9 import Residual, ResNet9
 from models.dit import dit
 from models.flow_matching import small_cnn
 from models.flow_matching.mlp import MLP
@@ -174,6 +175,10 @@ def residual_classifier(m: Part, images: mx.array) -> mx.array:
     return m.head(m.stages(m.stem(images)).mean((1, 2)))
 
 
+def resnet9(m: Part, images: mx.array) -> mx.array:
+    return m.head(m.layers(images).max((1, 2)) / 8)
+
+
 FORWARDS.update(
     {
         TimeFeatures: time_features,
@@ -197,5 +202,7 @@ FORWARDS.update(
         Bottleneck: bottleneck,
         PreactivatedBlock: preactivated_block,
         ResidualClassifier: residual_classifier,
+        Residual: lambda m, x: x + m.inner(x),
+        ResNet9: resnet9,
     }
 )

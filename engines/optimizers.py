@@ -51,6 +51,16 @@ class AdamW(Rule):
         return [weight * decay - change, mean, square]
 
 
+class Adam(AdamW):
+    """torch.optim.Adam, whose weight decay is part of the gradient."""
+
+    def rates(self, rate: float, step: int) -> list[float]:
+        return [1.0, *super().rates(rate, step)[1:]]
+
+    def updated(self, weight: mx.array, gradient: mx.array, slots: list[mx.array], rates: list[mx.array]) -> list[mx.array]:
+        return super().updated(weight, gradient + self.settings["weight_decay"] * weight, slots, rates)
+
+
 class SGD(Rule):
     """torch.optim.SGD."""
 
@@ -67,7 +77,11 @@ class SGD(Rule):
         return [weight - rates[0] * direction, velocity]
 
 
-RULES: dict[type[torch.optim.Optimizer], type[Rule]] = {torch.optim.AdamW: AdamW, torch.optim.SGD: SGD}
+RULES: dict[type[torch.optim.Optimizer], type[Rule]] = {
+    torch.optim.AdamW: AdamW,
+    torch.optim.Adam: Adam,
+    torch.optim.SGD: SGD,
+}
 OFF = ("amsgrad", "maximize", "dampening")  # settings of torch's that these do not have
 
 
@@ -77,7 +91,7 @@ def rule_of(optimizer: torch.optim.Optimizer) -> Rule:
     on = next((f"optimizer.{name}" for name in OFF if settings.get(name)), None)
     if type(optimizer) not in RULES or on:
         raise UserError(
-            f"engine=mlx does not have {on or type(optimizer).__name__}; use optimizer=adamw, optimizer=sgd, or engine=torch"
+            f"engine=mlx does not have {on or type(optimizer).__name__}; use optimizer=adamw, adam or sgd, or engine=torch"
         )
     return RULES[type(optimizer)](settings)
 

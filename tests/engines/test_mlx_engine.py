@@ -32,6 +32,7 @@ DIT = [*DIGITS, "model=dit_s", "model.hidden_size=8", "model.depth=2", "model.he
 MLP = ["conditional=true", "model.width=16", "model.depth=2"]
 SMALL_CLASSIFIER = [*DIGITS[:2], "loss=cross_entropy", "model.width=8", "model.multipliers=[1,2]"]
 RESNET = [*SMALL_CLASSIFIER, "model=resnet18"]
+RESNET9 = ["dataloaders=digits", "loss=cross_entropy", "model=resnet9", "model.width=8"]
 RESNETS = [RESNET, *([*RESNET, "model.blocks=1", f"model.block={block}"] for block in ("bottleneck", "preactivated"))]
 
 
@@ -74,7 +75,9 @@ def test_velocities_are_those_of_torch(words):
 
 
 @pytest.mark.parametrize(
-    "words", [SMALL_CLASSIFIER, *RESNETS], ids=["group norm", "batch norm", "bottleneck", "preactivated"]
+    "words",
+    [SMALL_CLASSIFIER, *RESNETS, RESNET9],
+    ids=["group norm", "batch norm", "bottleneck", "preactivated", "resnet9"],
 )
 def test_logits_are_those_of_torch_in_training_and_after_it(words):
     """A batch norm goes by the moments of the batch, or by those it has seen."""
@@ -151,6 +154,7 @@ STEPS = {
     "split": [*MLP, "loss=split_meanflow", "optimizer=sgd"],
     "split unet": [*UNET, "loss=split_meanflow"],
     "classifier": [*SMALL_CLASSIFIER, "loss.label_smoothing=0.1", "loss.mixup=0.4", "loss.focusing=2"],
+    "adam": [*RESNET9, "optimizer=adam", "optimizer.weight_decay=0.1"],
     "resnet": [*RESNET, "optimizer=sgd", "optimizer.lr=0.02", "optimizer.nesterov=false", "optimizer.weight_decay=0.1"],
 }
 
