@@ -127,7 +127,8 @@ def described(config: dict[str, Any]) -> str:
     backend: Backend = build(config["backend"])
     name, choices, folder = config["run_name"], config["choices"], run_folder_of(config)
     what = f"{choices['model']} learns {choices['dataloaders']} by {choices['loss']}"
-    lines = {"backend": str(choices["backend"]), **backend.describe(config["overrides"], config)}
+    engine = "torch" if config["eval_checkpoint"] else config.get("engine", "torch")
+    lines = {"backend": str(choices["backend"]), "engine": engine, **backend.describe(config["overrides"], config)}
     if config["resume"] and backend.elsewhere:
         what = "goes on as it was begun there"
     elif config["eval_checkpoint"]:

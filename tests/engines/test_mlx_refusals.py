@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import launcher
 from backends.submission import prepare
 from common.errors import UserError
 from configuration import engines
@@ -33,6 +34,12 @@ def test_what_mlx_does_not_have_is_refused_and_named(words, installed, tmp_path)
     said = str(refusal.value).replace("loss.teacher='exact'", "loss.teacher=exact")
     assert said == f"engine=mlx does not have {words.split()[-1]}; leave that out, or use engine=torch"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words, engine", [([], "torch"), (["engine=mlx"], "mlx")])
+def test_a_dry_run_names_the_engine(words, engine, installed, tmp_path, capsys):
+    assert launcher.main(["run_name=x", f"output_dir={tmp_path}", "--dry-run", *words]) == 0
+    assert f"\n  engine       {engine}\n" in capsys.readouterr().out
 
 
 def test_without_mlx_the_sentence_names_the_extra_but_for_what_torch_does(monkeypatch, small_run):
