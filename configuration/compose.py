@@ -215,7 +215,7 @@ def checked(cfg: DictConfig, key: str, value: Any, text: str) -> Any:
     if setting is not None:
         value = as_typed(value, text, setting)
         check_value(key, value, setting)
-    elif isinstance(before, DictConfig) and value is not None and not isinstance(value, dict):
+    elif isinstance(before, DictConfig) and not isinstance(value, dict) and (value is not None or key == "log"):
         inner = [*flat_keys(before), "x"][0]
         raise UserError(f"{key} takes a group of settings: set one of its keys, such as {key}.{inner}, not {text!r}")
     return value
