@@ -30,6 +30,7 @@ from dataloaders.array_header import MAX_CLASSES, MIN_ROWS
 from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.torch_dataset import TorchDataset, TorchReader, described
 from evaluation.sample import Label, TrainedModel, load, trained_objective
+from helpers_cfg import around
 from losses.objective import FlowObjective, Objective
 from losses.plain_loss import PlainLoss
 from models.own_network import OwnClassifier, OwnNetwork
@@ -248,7 +249,7 @@ def own_loss(loss: Any, cfg: Any) -> Form:
     if isinstance(kind, type) and issubclass(kind, FlowObjective):
         base["training"] = base["training"] | {"learns": kind.learns}
         if isinstance(loss, FlowObjective):
-            return called(loss), lambda network, **_: around(loss, network), {"training": base["training"]}
+            return called(loss), lambda network, **_: around(copy.deepcopy(loss), network), {"training": base["training"]}
         return called(loss), lambda **parts: loss(**parts), base
     if not callable(loss) or isinstance(loss, Objective) or (isinstance(kind, type) and issubclass(kind, Objective)):
         raise UserError(
@@ -257,13 +258,6 @@ def own_loss(loss: Any, cfg: Any) -> Form:
         )
     node = {"path": base["path"], "state_shape": "${dataloaders.state_shape}", "training": {}}
     return called(loss), lambda network, path, state_shape: PlainLoss(network, loss, False, path, state_shape), node
-
-
-def around(objective: FlowObjective, network: nn.Module) -> FlowObjective:
-    """Return a copy of an objective around another network."""
-    copied = copy.copy(objective)
-    copied._modules = {**copy.deepcopy(objective)._modules, "network": network}
-    return copied
 
 
 def own_solver(solver: Any, cfg: Any) -> Form:

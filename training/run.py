@@ -167,8 +167,10 @@ class Run:
         return self.stop is not None and not self.stop.early and self.state.step < self.total_steps
 
     def notify(self, hook: str) -> None:
-        """Call a hook of every callback."""
+        """Call a hook of every callback. UserError where it may write, and the run's folder is gone."""
         for callback in self.callbacks:
+            if hook != "step_end":  # the one that writes no file of its own, and comes too often to look
+                self.records.folder.lock.check()
             with self.records.writing():
                 getattr(callback, hook)(self)
 

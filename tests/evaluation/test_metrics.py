@@ -136,6 +136,17 @@ def test_floor_is_drawn_once_for_a_dataset_and_its_counts(
     assert dataset.pairs == 3 * pools
 
 
+def test_the_energy_distances_floor_of_many_states_is_drawn_once_and_scaled(
+    generation: Callable[..., Generation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluation.metrics.energy_distance.MOST", 50)
+    dataset, metric = CountingKMeans(), EnergyDistance(20)
+    samples = dataset.held_out(200, torch.Generator().manual_seed(9))[0]
+    few, many = (only(metric, generation(dataset, samples[:count])) for count in (50, 200))
+    assert dataset.pairs == metric.pools and few.floor_sd is not None
+    assert many.floor_sd == pytest.approx(few.floor_sd / 4) and many.floor == pytest.approx((few.floor or 0) / 4)
+
+
 @pytest.mark.parametrize("metric", [EnergyDistance(4), SlicedWasserstein(16, 20)], ids=lambda m: m.name)
 def test_the_distances_of_splits_are_distances(metric: TwoSampleMetric) -> None:
     """All splits at once, of pools whose parts differ in size where the score's may."""
