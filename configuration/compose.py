@@ -210,12 +210,15 @@ def checked(cfg: DictConfig, key: str, value: Any, text: str) -> Any:
     if isinstance(value, str) and value.startswith("${"):
         return value
     setting, before = declared(key, held(cfg, f"{key.rpartition('.')[0]}._target_")), held(cfg, key)
+    needed = (
+        "." not in key and key not in groups() and bool(before)
+    )  # log, trackio: no choice of a file, and every run has it
     if isinstance(before, DictConfig) and isinstance(value, str) and key.replace(".", "/") in groups():
         raise UserError(chosen_by_slash(key, text))
     if setting is not None:
         value = as_typed(value, text, setting)
         check_value(key, value, setting)
-    elif isinstance(before, DictConfig) and not isinstance(value, dict) and (value is not None or key == "log"):
+    elif isinstance(before, DictConfig) and not isinstance(value, dict) and (value is not None or needed):
         inner = [*flat_keys(before), "x"][0]
         raise UserError(f"{key} takes a group of settings: set one of its keys, such as {key}.{inner}, not {text!r}")
     return value

@@ -105,6 +105,7 @@ MISTAKES = [
     (["run_name=x", "loss.path=cosin"], "write loss/path=cosine; the choices are cosine, linear"),
     (["run_name=x", "+evaluation.metrics.w2={_target_: losses.paths.LinearPath}"], "is not the class of a metric; give one"),
     (["run_name=x", "log=null"], "log takes a group of settings"),
+    (["run_name=x", "trackio=null"], "trackio takes a group of settings"),
     (["run_name=x", "dataloaders.training=5"], "dataloaders.training takes a group of settings"),
     (["run_name=x", "output_dir='out\udcff'"], "holds bytes that are no text in utf-8; rename the file or folder"),
 ]  # fmt: skip
