@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
+from common.files import replacing
 from common.progress import Progress
 from common.ranges import Count, CountOr0, Steps
 from evaluation.report import per_dimension
@@ -73,9 +75,17 @@ class SamplePictures(Callback):
         assert run.evaluation is not None
         name, step, records = run.notes.run_name, run.state.step, run.records
         path, beside = records.folder.sample_picture(step), records.folder.sample_picture(step, "_neighbours")
-        if draw_picture(path, run.evaluation, f"{name}, step {step}", self.images) and step:
+        with TemporaryDirectory() as place:  # drawing takes a while, in which the run's folder may be deleted
+            picture, neighbours = Path(place) / path.name, Path(place) / beside.name
+            made = draw_picture(picture, run.evaluation, f"{name}, step {step}", self.images)
+            made_beside = draw_neighbours(neighbours, run.evaluation, name)
+            records.folder.lock.check()
+            for file in Path(place).iterdir():
+                with replacing(path.with_name(file.name)) as kept:
+                    kept.write(file.read_bytes())
+        if made and step:
             records.tracker.log_image("samples", path, step)
-        if draw_neighbours(beside, run.evaluation, name) and step:
+        if made_beside and step:
             records.tracker.log_image("neighbours", beside, step)
 
 
