@@ -58,9 +58,13 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def seeds_in_words(count: int) -> str:
-    """Return over how many seeds the tables are, and what stands in their cells."""
-    return f"{count} seeds: mean ± standard deviation over them" if count > 1 else "one seed"
+def seeds_in_words(counts: dict[str, int]) -> str:
+    """Return over how many seeds the tables of each data set are, and what stands in their cells."""
+    if max(counts.values()) == 1:
+        return "one seed"
+    groups = {count: [name for name, own in counts.items() if own == count] for count in dict.fromkeys(counts.values())}
+    parts = [f"{count} seed{'s' * (count > 1)} of {', '.join(names)}" for count, names in groups.items()]
+    return f"{parts[0].split(' of ')[0] if len(parts) == 1 else '; '.join(parts)}: mean ± standard deviation over them"
 
 
 def rounded(value: float, spread: float | None) -> str:

@@ -83,7 +83,7 @@ def to_train(board: Board, entries: list[Entry], options: Options) -> tuple[list
     """Return the runs to carry out, with those they need, and how many of the chosen are not to be, being stale."""
     objectives = chosen("only", options.only, list(board.objectives))
     datasets = chosen("data", options.data, board.datasets)
-    seeds = chosen("seeds", options.seeds, list(map(str, board.seeds)))
+    seeds = chosen("seeds", options.seeds, list(map(str, board.every_seed)))
     wanted = {e for e in entries if e.objective in objectives and e.dataset in datasets and str(e.seed) in seeds}
     queue, left = set[Entry](), 0
     for entry in reversed(entries):  # those that need others first
@@ -102,7 +102,7 @@ def to_train(board: Board, entries: list[Entry], options: Options) -> tuple[list
 def collect(board: Board, entries: list[Entry]) -> tuple[Results, list[Entry]]:
     """Return every row of every data set, from the files of the runs, and the runs whose scores are in them."""
     done: list[Entry] = []
-    results: Results = {d: {o: Row([], len(board.seeds)) for o in board.objectives} for d in board.datasets}
+    results: Results = {d: {o: Row([], len(seeds)) for o in board.objectives} for d, seeds in board.seeds.items()}
     for entry in entries:
         row, state = results[entry.dataset][entry.objective], entry.condition()
         row.failed += state == "failed"
@@ -132,7 +132,7 @@ def caption(results: Results, entries: list[Entry], done: list[Entry], command: 
     steps = "by the flow map in equal steps" + (f" (Euler steps for {euler})" if euler else "")
     samples, solver = settings["evaluation"]["final_samples"], settings["choices"]["solver"]
     return (
-        f"{provenance(done)}; {seeds_in_words(len({entry.seed for entry in entries}))}. {samples:,} samples a run (W2: "
+        f"{provenance(done)}; {seeds_in_words(seeds_of(entries))}. {samples:,} samples a run (W2: "
         f"exact, of {min(points, samples):,}). The numbers "
         f"after the scores are evaluations a sample: 1, 2 and 4 {steps}, {solver_evaluations(results)} by the solver "
         f"{solver}. Floor: real data against real, mean ± standard deviation over replicates; of the flow-map error: the "
@@ -148,12 +148,20 @@ def taught_caption(entries: list[Entry], done: list[Entry], command: str, config
         return f"No run has finished yet: `{command}` trains them."
     samples = done[0].settings()["evaluation"]["final_samples"]
     return (
-        f"{provenance(done)}; {seeds_in_words(len({entry.seed for entry in entries}))}. {samples:,} samples a run, by the "
+        f"{provenance(done)}; {seeds_in_words(seeds_of(entries))}. {samples:,} samples a run, by the "
         "flow map in one evaluation each; the velocity error is that of u(z, r, r). With the exact teacher: the same run "
         "with `loss.teacher=exact`, the data's exact velocity in the place of v_c. Floor: real data against real, mean ± "
         "standard deviation over replicates. Training seconds: the fastest seed, without imports and evaluation. "
         f"`{command}`, settings in configs/{config}."
     )
+
+
+def seeds_of(entries: list[Entry]) -> dict[str, int]:
+    """Return how many seeds each data set has."""
+    return {
+        dataset: len({e.seed for e in entries if e.dataset == dataset})
+        for dataset in dict.fromkeys(e.dataset for e in entries)
+    }
 
 
 def provenance(done: list[Entry]) -> str:
@@ -207,8 +215,8 @@ def leaderboard(words: list[str]) -> int:
     options, extra = read_words(words)
     board = read_board(options.config)
     if options.teacher:
-        seeds = [int(seed) for seed in chosen("seeds", options.seeds, list(map(str, board.seeds)))]
-        board = with_teachers(board, options.only, options.data, seeds)
+        chosen("seeds", options.seeds, list(map(str, board.every_seed)))
+        board = with_teachers(board, options.only, options.data, list(map(int, options.seeds)))
     entries = board.entries(options.output_dir, extra)
     queue, stale = to_train(board, entries, replace(options, only=[]) if options.teacher else options)
     failed: list[Entry] = []

@@ -116,13 +116,20 @@ def by_key(words: Sequence[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Board:
-    """configs/leaderboard.yaml, read and checked. objectives: name -> launcher words."""
+    """configs/leaderboard.yaml, read and checked. seeds: those of each data set; objectives: name -> launcher words."""
 
     jobs: int
-    seeds: list[int]
-    datasets: list[str]
+    seeds: dict[str, list[int]]
     common: list[str]
     objectives: dict[str, list[str]]
+
+    @property
+    def datasets(self) -> list[str]:
+        return list(self.seeds)
+
+    @property
+    def every_seed(self) -> list[int]:
+        return list(dict.fromkeys(seed for seeds in self.seeds.values() for seed in seeds))
 
     def entries(self, output_dir: Path, extra: Sequence[str] = ()) -> list[Entry]:
         """Return every run, in the order they are trained: all of one seed first, what others need before them.
@@ -130,8 +137,8 @@ class Board:
         extra: launcher words for every run. UserError when a placeholder names no objective higher up.
         """
         entries: list[Entry] = []
-        for seed in self.seeds:
-            for dataset in self.datasets:
+        for seed in self.every_seed:
+            for dataset in (name for name, seeds in self.seeds.items() if seed in seeds):
                 higher: dict[str, Entry] = {}
                 for objective, words in self.objectives.items():
                     needs = [name for word in words for name in re.findall(r"\{(\w+)\}", word)]
@@ -165,7 +172,7 @@ def with_teachers(board: Board, objectives: list[str], datasets: list[str], seed
     doubled: dict[str, list[str]] = {}
     for name in objectives or learning:
         doubled |= {name: board.objectives[name], name + TAUGHT: [*board.objectives[name], "loss.teacher=exact"]}
-    return replace(board, seeds=seeds or board.seeds, datasets=datasets or known, objectives=doubled)
+    return replace(board, seeds={name: seeds or board.seeds[name] for name in datasets or known}, objectives=doubled)
 
 
 def read_board(path: Path) -> Board:
@@ -176,12 +183,16 @@ def read_board(path: Path) -> Board:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{path} cannot be read as YAML: {first_line(error)}") from error
-    kinds = {"jobs": int, "seeds": list, "datasets": list, "common": str, "objectives": dict}
+    if isinstance(found, dict) and isinstance(found.get("datasets"), list):  # the older form: one list of seeds for all
+        found["seeds"] = dict.fromkeys(found["datasets"], found.get("seeds"))
+    kinds = {"jobs": int, "seeds": dict, "common": str, "objectives": dict}
     for key, kind in kinds.items():
         if not isinstance(found, dict) or not isinstance(found.get(key), kind) or not found[key]:
             raise UserError(f"{path} needs {', '.join(kinds)}; {key} is missing, empty or not of its kind")
+    if not all(isinstance(seeds, list) and seeds for seeds in found["seeds"].values()):
+        raise UserError(f"{path}: seeds names the seeds of each data set, such as seeds: {{kmeans: [0, 1]}}")
     objectives = {str(name): shlex.split(str(words)) for name, words in found["objectives"].items()}
-    board = Board(found["jobs"], found["seeds"], found["datasets"], shlex.split(found["common"]), objectives)
+    board = Board(found["jobs"], found["seeds"], shlex.split(found["common"]), objectives)
     for dataset in board.datasets:
         chosen("dataloaders", [str(dataset)], groups()["dataloaders"])
     return board

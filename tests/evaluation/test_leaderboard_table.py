@@ -36,7 +36,9 @@ def test_cells_are_means_and_standard_deviations():
     record = score_record(values)
     assert record["standard_deviation"] == pytest.approx(deviation) and record["mean"] == pytest.approx(mean)
     assert record["standard_error"] == pytest.approx(deviation / math.sqrt(3)) and record["values"] == values
-    assert (seeds_in_words(1), seeds_in_words(3)) == ("one seed", "3 seeds: mean ± standard deviation over them")
+    what = ": mean ± standard deviation over them"
+    assert (seeds_in_words({"a": 1}), seeds_in_words({"a": 3, "b": 3})) == ("one seed", f"3 seeds{what}")
+    assert seeds_in_words({"a": 5, "b": 3, "c": 3}) == f"5 seeds of a; 3 seeds of b, c{what}"
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import yaml
 
 import launcher
 from backends import processes
+from common.errors import UserError
 from run_files.run_folder import RunFolder
 from scripts import job_pool
 from scripts import leaderboard as board_script
@@ -63,7 +64,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., in
 
 
 def write_board(folder: Path, objectives, seeds, datasets, common=TINY) -> Path:
-    board = {"jobs": 1, "seeds": list(seeds), "datasets": list(datasets), "common": common, "objectives": objectives}
+    board = {"jobs": 1, "seeds": {name: list(seeds) for name in datasets}, "common": common, "objectives": objectives}
     (folder / "board.yaml").write_text(yaml.safe_dump(board, sort_keys=False))
     return folder / "board.yaml"
 
@@ -247,6 +248,20 @@ def test_a_placeholder_must_stand_higher_up(command, capsys):
     assert "{mse} in the words of reflow names no objective above it" in capsys.readouterr().err
 
 
+def test_each_data_set_has_its_seeds(tmp_path):
+    config = write_board(tmp_path, {"mse": "loss=mse"}, (0, 1), ("gaussian",))
+    text = config.read_text().replace("seeds:", "seeds:\n  moons: [1, 2]")
+    config.write_text(text)
+    entries = board_script.read_board(config).entries(tmp_path)
+    assert [(e.dataset, e.seed) for e in entries] == [("moons", 1), ("gaussian", 1), ("moons", 2), ("gaussian", 0)]
+    older = {**yaml.safe_load(text), "seeds": [0, 1], "datasets": ["moons", "gaussian"]}
+    config.write_text(yaml.safe_dump(older))
+    assert board_script.read_board(config).seeds == {"moons": [0, 1], "gaussian": [0, 1]}
+    config.write_text(yaml.safe_dump({**older, "datasets": None, "seeds": {"moons": 3}}))
+    with pytest.raises(UserError, match="seeds names the seeds of each data set, such as"):
+        board_script.read_board(config)
+
+
 def test_as_many_runs_at_once_as_asked_for(command, monkeypatch):
     live: set[int] = set()
     most = []
@@ -308,6 +323,6 @@ def test_seconds_are_of_training_alone(command, tmp_path):
 def test_the_committed_table_composes():
     options, _ = board_script.read_words(["output_dir=/nowhere"])
     board = board_script.read_board(options.config)
-    entries = replace(board, seeds=[0], datasets=board.datasets[:1]).entries(options.output_dir)
+    entries = replace(board, seeds={board.datasets[0]: [0]}).entries(options.output_dir)
     assert {entry.settings()["evaluation"]["final_samples"] for entry in entries} == {10_000}
     assert [entry.objective for entry in entries] == list(board.objectives)
