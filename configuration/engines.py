@@ -10,6 +10,7 @@ from configuration.nodes import lookup
 MODELS = {
     "models.flow_matching.mlp.MLP", "models.flow_matching.small_cnn.SmallCNN", "models.unet.unet.UNet", "models.dit.dit.DiT",
     "models.classifier.residual_classifier.ResidualClassifier", "models.classifier.resnet9.ResNet9",
+    "models.classifier.lenet.LeNet", "models.classifier.vision_transformer.VisionTransformer",
 }  # fmt: skip
 LOSSES = {
     "losses.flow_matching_loss.FlowMatchingLoss", "losses.meanflow_loss.MeanFlowLoss",

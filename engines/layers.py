@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 Arrays = dict[str, mx.array]
 # Where a kernel's dimensions in MLX come from in torch.
@@ -161,10 +162,10 @@ def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     return mx.softmax((q * q.shape[-1] ** -0.5) @ k.swapaxes(-1, -2), axis=-1, precise=True) @ v
 
 
-def heads(m: Part, x: mx.array) -> mx.array:
-    """Return queries, keys and values (3, B, heads, N, d) of tokens (B, N, D)."""
-    rows, tokens, _ = x.shape
-    return m.qkv(x).reshape(rows, tokens, 3, m.heads, -1).transpose(2, 0, 3, 1, 4)
+def heads(projected: mx.array, count: int) -> mx.array:
+    """Return queries, keys and values (3, B, heads, N, d), which lie beside each other in (B, N, 3 D)."""
+    rows, tokens, _ = projected.shape
+    return projected.reshape(rows, tokens, 3, count, -1).transpose(2, 0, 3, 1, 4)
 
 
 def joined(x: mx.array) -> mx.array:
@@ -172,12 +173,26 @@ def joined(x: mx.array) -> mx.array:
     return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)
 
 
-def max_pool(m: Part, x: mx.array) -> mx.array:
-    """Return the maxima of squares that do not overlap; of what is left at the far edges, nothing."""
+def self_attention(m: Part, x: mx.array) -> mx.array:
+    projected = m.cast(x) @ m.cast(m.in_proj_weight).T + m.cast(m.in_proj_bias)
+    return m.out_proj(joined(attention(*heads(projected, m.num_heads))))
+
+
+def encoder_layer(m: Part, x: mx.array) -> mx.array:
+    """With norm_first and GELU, as the project has it."""
+    x = x + m.self_attn(m.norm1(x))
+    h = m.linear1(m.norm2(x))
+    return x + m.linear2(0.5 * h * (1 + mx.erf(h * 0.5**0.5)))
+
+
+def squares(m: Part, x: mx.array) -> mx.array:
+    """Return pictures (B, H, W, C) as squares that do not overlap, (B, rows, side, columns, side, C); without what is left
+    at the far edges.
+    """
     rows, high, across, channels = x.shape
     side = m.kernel_size
     high, across = high // side, across // side
-    return x[:, : high * side, : across * side].reshape(rows, high, side, across, side, channels).max((2, 4))
+    return x[:, : high * side, : across * side].reshape(rows, high, side, across, side, channels)
 
 
 def identity(m: Part, x: mx.array) -> mx.array:
@@ -195,5 +210,12 @@ FORWARDS: dict[type[nn.Module], Callable[..., mx.array]] = {
     nn.Dropout: identity,  # of share 0: others are refused
     nn.Sequential: sequential,
     nn.BatchNorm2d: batch_norm,
-    nn.MaxPool2d: max_pool,
+    nn.MaxPool2d: lambda m, x: squares(m, x).max((2, 4)),
+    nn.AvgPool2d: lambda m, x: squares(m, x).mean((2, 4)),
+    nn.Tanh: lambda m, x: mx.tanh(x),
+    nn.Flatten: lambda m, x: x.transpose(0, 3, 1, 2).reshape(len(x), -1),  # in torch's order
+    nn.LayerNorm: lambda m, x: layer_norm(x, m.eps) * m.weight + m.bias,
+    nn.MultiheadAttention: self_attention,
+    NonDynamicallyQuantizableLinear: linear,  # of an attention
+    nn.TransformerEncoderLayer: encoder_layer,
 }  # networks.py adds the project's own modules

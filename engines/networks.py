@@ -17,8 +17,10 @@ from engines.layers import (
     rms_norm,
     silu,
 )
+from models.classifier.lenet import LeNet
 from models.classifier.residual_classifier import BasicBlock, Bottleneck, PreactivatedBlock, ResidualClassifier
 from models.classifier.resnet9 import Residual, ResNet9
+from models.classifier.vision_transformer import VisionTransformer
 from models.dit import dit
 from models.flow_matching import small_cnn
 from models.flow_matching.mlp import MLP
@@ -106,7 +108,7 @@ def cnn(m: Part, z: mx.array, times: mx.array, label: mx.array | None) -> mx.arr
 
 
 def unet_attention(m: Part, x: mx.array) -> mx.array:
-    q, k, v = heads(m, m.norm(x).reshape(x.shape[0], -1, x.shape[-1]))
+    q, k, v = heads(m.qkv(m.norm(x).reshape(x.shape[0], -1, x.shape[-1])), m.heads)
     return x + m.project(joined(attention(q, k, v))).reshape(x.shape)
 
 
@@ -137,7 +139,7 @@ def unet_network(m: Part, z: mx.array, times: mx.array, label: mx.array | None) 
 
 
 def dit_attention(m: Part, x: mx.array) -> mx.array:
-    q, k, v = heads(m, x)
+    q, k, v = heads(m.qkv(x), m.heads)
     return m.project(joined(attention(m.query_norm(q), m.key_norm(k), v)))
 
 
@@ -179,6 +181,17 @@ def resnet9(m: Part, images: mx.array) -> mx.array:
     return m.head(m.layers(images).max((1, 2)) / 8)
 
 
+def lenet(m: Part, images: mx.array) -> mx.array:
+    return m.head(m.layers(images))
+
+
+def vision_transformer(m: Part, images: mx.array) -> mx.array:
+    patches = m.patches(images)
+    tokens = patches.reshape(len(images), -1, patches.shape[-1])
+    first = mx.broadcast_to(m.token, (len(tokens), *m.token.shape[1:])).astype(tokens.dtype)
+    return m.head(m.blocks(mx.concatenate([first, tokens], axis=1) + m.position)[:, 0])
+
+
 FORWARDS.update(
     {
         TimeFeatures: time_features,
@@ -204,5 +217,7 @@ FORWARDS.update(
         ResidualClassifier: residual_classifier,
         Residual: lambda m, x: x + m.inner(x),
         ResNet9: resnet9,
+        LeNet: lenet,
+        VisionTransformer: vision_transformer,
     }
 )

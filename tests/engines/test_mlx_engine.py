@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 mx = pytest.importorskip("mlx.core", reason="engine=mlx needs MLX: uv sync --extra mlx")
 
+from backends.submission import prepare
 from common.errors import UserError
 from configuration import engines
 from configuration.build import build
-from configuration.compose import compose_config, resolved
+from configuration.compose import CONFIG_DIR, compose_config, groups, resolved
 from dataloaders.sources import GaussianSource
 from engines.layers import FORWARDS, Layout, Part, Pass, states_to_mlx, states_to_torch
 from engines.mlx_engine import EngineSettings, MlxEngine, check_parts
@@ -33,6 +35,7 @@ MLP = ["conditional=true", "model.width=16", "model.depth=2"]
 SMALL_CLASSIFIER = [*DIGITS[:2], "loss=cross_entropy", "model.width=8", "model.multipliers=[1,2]"]
 RESNET = [*SMALL_CLASSIFIER, "model=resnet18"]
 RESNET9 = ["dataloaders=digits", "loss=cross_entropy", "model=resnet9", "model.width=8"]
+VIT = ["dataloaders=digits", "loss=cross_entropy", "model=vit_tiny", "model.width=128", "model.depth=1", "model.patch=4"]
 RESNETS = [RESNET, *([*RESNET, "model.blocks=1", f"model.block={block}"] for block in ("bottleneck", "preactivated"))]
 
 
@@ -59,7 +62,10 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     MLP, [*MLP, "model.activation=relu"], CNN, UNET, [*UNET, "model.patch_size=2"], DIT, [*DIT, "model.qk_norm=true"],
 ])  # fmt: skip
 def test_velocities_are_those_of_torch(words):
-    config, objective = objective_of(*words, "loss=meanflow")
+    assert_velocities_of_torch(*objective_of(*words, "loss=meanflow"))
+
+
+def assert_velocities_of_torch(config: dict[str, Any], objective: Any) -> None:
     shape = config["dataloaders"]["state_shape"]
     z, r, label = torch.randn(5, *shape), torch.rand(5), torch.arange(5) % 3
     layout, network = Layout(objective.network), objective.network
@@ -75,13 +81,14 @@ def test_velocities_are_those_of_torch(words):
 
 
 @pytest.mark.parametrize(
-    "words",
-    [SMALL_CLASSIFIER, *RESNETS, RESNET9],
-    ids=["group norm", "batch norm", "bottleneck", "preactivated", "resnet9"],
+    "words", [SMALL_CLASSIFIER, *RESNETS, RESNET9], ids=["group norm", "batch norm", "bottleneck", "preactivated", "resnet9"]
 )
 def test_logits_are_those_of_torch_in_training_and_after_it(words):
     """A batch norm goes by the moments of the batch, or by those it has seen."""
-    config, objective = objective_of(*words)
+    assert_logits_of_torch(*objective_of(*words))
+
+
+def assert_logits_of_torch(config: dict[str, Any], objective: Any) -> None:
     images, network = torch.randn(5, *config["dataloaders"]["state_shape"]), objective.network
     with torch.no_grad():
         for buffer in network.buffers():
@@ -90,6 +97,25 @@ def test_logits_are_those_of_torch_in_training_and_after_it(words):
             part = Part(network, Pass(Layout(network).to_mlx(held(network)), training=training))
             found, expected = states_to_torch(part(states_to_mlx(images))), network.train(training)(images)
             assert expected.std() > 0.1 and (found - expected).abs().max() < 1e-5
+
+
+TINY = {"depth": 1, "hidden_size": 16, "heads": 2, "width": 8, "inner_width": 8, "blocks": 1, "patch": 4, "dropout": 0.0}
+WIDTHS = {"lenet": 6, "wide_resnet": 1} | {name: 128 for name in groups()["model"] if name.startswith("vit")}
+
+
+@pytest.mark.parametrize("name", groups()["model"])
+def test_every_model_of_the_configuration_answers_as_in_torch_or_is_refused(name):
+    """Each file of configs/model, made small; a vision transformer of two heads."""
+    node = OmegaConf.load(CONFIG_DIR / "model" / f"{name}.yaml")
+    classifies, points = node["_target_"].startswith("models.classifier."), name == "mlp"
+    words = [f"model={name}", *([] if points else ["dataloaders=digits"])]
+    words += ["loss=cross_entropy"] if classifies else ["conditional=true", "loss=meanflow"]
+    words += [f"model.{key}={WIDTHS.get(name, v) if key == 'width' else v}" for key, v in TINY.items() if key in node]
+    if node["_target_"] in engines.MODELS:
+        (assert_logits_of_torch if classifies else assert_velocities_of_torch)(*objective_of(*words))
+    else:
+        with pytest.raises(UserError, match=f"engine=mlx does not have model={name}; .* use engine=torch"):
+            prepare(["run_name=x", "engine=mlx", *words])
 
 
 def steps_of_torch(objective, average, optimizer, ema, batches, clip) -> list[dict[str, float]]:
@@ -154,6 +180,8 @@ STEPS = {
     "split": [*MLP, "loss=split_meanflow", "optimizer=sgd"],
     "split unet": [*UNET, "loss=split_meanflow"],
     "classifier": [*SMALL_CLASSIFIER, "loss.label_smoothing=0.1", "loss.mixup=0.4", "loss.focusing=2"],
+    "lenet": ["dataloaders=digits", "loss=cross_entropy", "model=lenet"],
+    "vision transformer": VIT,
     "adam": [*RESNET9, "optimizer=adam", "optimizer.weight_decay=0.1"],
     "resnet": [*RESNET, "optimizer=sgd", "optimizer.lr=0.02", "optimizer.nesterov=false", "optimizer.weight_decay=0.1"],
 }
@@ -183,7 +211,7 @@ def test_a_compiled_step_is_that_of_torch():
 
 
 @pytest.mark.parametrize(
-    "words", [[*MLP, "loss=meanflow", *JVP], [*UNET, "loss=mse"], RESNET], ids=["mlp", "unet", "resnet"]
+    "words", [[*MLP, "loss=meanflow", *JVP], [*UNET, "loss=mse"], RESNET, VIT], ids=["mlp", "unet", "resnet", "vit"]
 )
 def test_bf16_rounds_as_torch_does(words):
     """The gradient is off by as much as torch's under autocast, and not by nothing."""

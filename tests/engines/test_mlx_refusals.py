@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import launcher
 from backends.submission import prepare
@@ -12,6 +13,7 @@ from common.errors import UserError
 from configuration import engines
 from configuration.compose import CONFIG_DIR, groups
 from configuration.signatures import parameters
+from experiment import Experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,13 +28,20 @@ def installed(monkeypatch):
     "compile_mode=max-autotune", "checkpoint_activations=true", "device=cuda", "loss=drifting", "loss/prediction=x1",
     "loss=meanflow loss.teacher=exact", "init_from=${run_name}_teacher teacher='loss=mse'", "backend=modal",
     "model.dropout=0.1",
-    "dataloaders=digits loss=cross_entropy model=vit_tiny", "dataloaders=digits loss=cross_entropy loss.superloss=1",
+    "dataloaders=digits loss=cross_entropy loss.superloss=1",
 ])  # fmt: skip
 def test_what_mlx_does_not_have_is_refused_and_named(words, installed, tmp_path):
     with pytest.raises(UserError) as refusal:
         prepare(["run_name=x", f"output_dir={tmp_path / 'out'}", "engine=mlx", *words.split(" ")])
     said = str(refusal.value).replace("loss.teacher='exact'", "loss.teacher=exact")
     assert said == f"engine=mlx does not have {words.split()[-1]}; leave that out, or use engine=torch"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_network_of_ones_own_is_refused_and_named(installed, tmp_path):
+    own = Experiment(f"output_dir={tmp_path / 'out'}", "engine=mlx", network=torch.nn.Linear(4, 2), data=torch.randn(99, 2))
+    with pytest.raises(UserError, match="engine=mlx does not have model=own-Linear; leave that out, or use engine=torch"):
+        own.fit()
     assert not (tmp_path / "out").exists()
 
 
@@ -73,6 +82,8 @@ WRITTEN = {
     "DiT": "patch_size hidden_size depth heads mlp_ratio qk_norm time_frequencies dropout",
     "ResidualClassifier": "width multipliers blocks block norm dropout",
     "ResNet9": "width norm dropout",
+    "LeNet": "width dropout",
+    "VisionTransformer": "width depth patch dropout",
     "FlowMatchingLoss": "second_time",
     "MeanFlowLoss": "guidance variance_reduction jvp teacher",
     "ImprovedMeanFlowLoss": "guidance variance_reduction jvp teacher",
