@@ -65,6 +65,10 @@ class ClassifierEvaluator(Evaluator):
             raise UserError("evaluation=classifier judges classifiers, and this loss trains none; use evaluation=generator")
         return objective
 
+    def names(self) -> list[str]:
+        means = [f"eval/{name}" for name in ("precision_macro", "recall_macro", "f1_macro", "mcc", "calibration_error")]
+        return ["eval/loss", "eval/accuracy", *means]
+
     @torch.no_grad()
     def evaluate(self, given: EvaluationInputs) -> ClassifierEvaluation:
         """Return how the objective's network classifies held-out images, in eval mode on their device."""

@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.progress import watched
 from common.ranges import Count, CountFrom2
 from common.seeds import generator_for
+from configuration.nodes import nearest
 from dataloaders.base_dataloaders import Batch, FlowDataset
 from evaluation.generate import data_labels, fixed_noise, fresh_noise, generate, guidance_words, solver_words
 from evaluation.metrics.base_metric import Absent, EvaluationInputs, Generation, Metric, Score
@@ -77,6 +78,19 @@ class Evaluator(ABC):
     def check(self, objective: Objective) -> Objective:
         """Return the objective. UserError when it trains another kind of network; asked before a run trains."""
 
+    def names(self) -> list[str]:
+        """Return what the names of its numbers begin with; [] where that is not known before an evaluation."""
+        return []
+
+    def check_monitor(self, monitor: str) -> None:
+        """UserError for a monitored number that no evaluation gives; asked before a run trains."""
+        names = self.names()
+        if names and not monitor.startswith(tuple(names)):
+            raise UserError(
+                f"monitor={monitor} is not among this run's evaluation metrics{nearest(monitor, names)}; use one of "
+                f"{', '.join(names)}"
+            )
+
     @abstractmethod
     def evaluate(self, given: EvaluationInputs) -> Evaluation:
         """Return the scores; rank 0 calls this."""
@@ -109,6 +123,15 @@ class GeneratorEvaluator(Evaluator):
         if not isinstance(objective, FlowObjective):
             raise UserError("this evaluation scores samples, and a classifier makes none; use evaluation=classifier")
         return objective
+
+    def names(self) -> list[str]:
+        parts = [(metric.names(), metric.beside) for metric in self.metrics.values()]
+        silent = any(not metric.name and type(metric).names is Metric.names for metric in self.metrics.values())
+        return (
+            []
+            if silent
+            else ["eval/loss", SQUARED_ERROR, "eval/nfe", *(n for names, beside in parts for n in (*names, *beside))]
+        )
 
     def count(self, final: bool) -> int:
         """Return how many samples are drawn."""

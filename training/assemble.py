@@ -102,6 +102,7 @@ def assemble(config: dict[str, Any]) -> Run:
     objective, evaluator = parts.build_objective(config, device), build(config["evaluation"])
     solver = parts.build_solver(config)
     evaluator.check(objective)
+    evaluator.check_monitor(config["monitor"])
     if by_mlx:
         check_has_mlx(objective)
     if isinstance(objective, FlowObjective):

@@ -193,11 +193,13 @@ class Metric(ABC):
     """One or several scores of a generation. A new metric is one subclass and one entry in configs/evaluation.
 
     needs: what the scores are of: samples, whoever made them, the velocity at an instant, or each sample's own end, which
-    only a flow gives it. name: of its one score; a metric of several overrides `names`.
+    only a flow gives it. name: of its one score; a metric of several overrides `names`. beside: what the names of further
+    numbers begin with, where they do not begin with a score's.
     """
 
     needs: Literal["samples", "velocity", "ends"] = "samples"
     name: str = ""
+    beside: tuple[str, ...] = ()
 
     def results(self, generation: Generation) -> list[Score | Absent]:
         """Return what `compute` gives, or why this objective has no such scores."""

@@ -234,6 +234,7 @@ class Memorised(LongMetric):
     """
 
     needs = "velocity"
+    beside = ("oracle/train_loss_t", "oracle/held_out_loss_t", "oracle/memoriser_loss_t", "oracle/nearest_posterior_t")
 
     def __init__(self, draws: CountOr0 = 1024, final_draws: Count = 4096):
         self.draws, self.final_draws = draws, final_draws

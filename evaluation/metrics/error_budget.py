@@ -31,7 +31,7 @@ class ErrorBudget(Oracle):
     at the middle of each of 8 equal parts of the path's time. samples: how many are looked at.
     """
 
-    needs, name = "velocity", "oracle/budget_field"
+    needs, name, beside = "velocity", "oracle/budget_field", ("oracle/budget", "oracle/flow_map_error_t")
 
     def __init__(self, samples: CountFrom2 = 1000):
         self.samples = samples

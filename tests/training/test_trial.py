@@ -94,6 +94,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
      (["loss.coupling._target_=mine.Two"], r"the coupling \(Two\) returned 2 values .* must return x0, x1, label$"),
      (["loss.time_sampler._target_=mine.One"], r"the time sampler \(One\) returned a tensor of shape \[2, 1\]"),
      (["loss.weighting._target_=mine.Rows"], r"the weighting \(Rows\) returned a tensor of shape \[2\]"),
+     (["monitor=eval/los"], r"monitor=eval/los is not among .*metrics \(did you mean eval/loss\?\); use one of eval/loss, "),
      (["solver._target_=mine.Lost"], r"the solver \(Lost\) returned None"),
      (["solver._target_=mine.Shifted"], r"the solver \(Shifted\) fails: TypeError.* in .*mine\.py"),
      ([*SCORED, "+evaluation.metrics.mine={_target_:mine.Number}"], r"the metric mine \(Number\) gives 1\.0; compute"),
