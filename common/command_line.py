@@ -62,7 +62,8 @@ def place_sentence(error: OSError) -> str:
         return said
     if error.errno not in (*DISK_ERRORS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST):
         raise error
-    return f"{printable(disk_sentence(error))}; make room there, or choose another place (most often by out=)"
+    room = "make room there, or " if error.errno in DISK_ERRORS else ""
+    return f"{printable(disk_sentence(error))}; {room}choose another place (most often by out=)"
 
 
 def front(words: list[str], doc: str | None, carry_out: Callable[[list[str]], object]) -> int:

@@ -268,6 +268,8 @@ def explained(error: OmegaConfBaseException, cfg: DictConfig) -> UserError:
         return cause
     group, _, rest = str(error.msg).partition("'")[2].partition("'")[0].partition(".")
     if not (isinstance(error, InterpolationKeyError) and rest and group in cfg["choices"]):
+        if emptied := re.search("node `(.+)` is not a container", str(error)):
+            return UserError(f"others are taken from inside {emptied[1]}, which has none; leave it as its file has it")
         return UserError(f"a setting cannot be worked out: {first_line(error)}")
     lacking, asked = f"configs/{group}/{cfg['choices'][group]}.yaml", error.full_key
     add = "`training: {lr: 1e-3}`" if rest == "training.lr" else rest

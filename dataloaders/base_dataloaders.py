@@ -99,7 +99,7 @@ class FlowDataset(ABC):
             same = (tuple(said) if isinstance(said, Sequence) else said) == true
             if not same and (key, said) != ("epoch_size", None):
                 raise UserError(
-                    f"{type(self).__name__} has {key}={typed(true)}, not {typed(said)}; leave dataloaders.{key} out, or set "
+                    f"{type(self).__name__} has {key}={typed(true)}, not {typed(said)} as dataloaders.{key} says; set "
                     f"dataloaders.{key}={typed(true)}" + "; limit_data shortens an epoch" * (key == "epoch_size")
                 )
 

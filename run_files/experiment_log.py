@@ -153,8 +153,8 @@ class Section:
         if self.pattern(part).search(self.text):
             self.text = self.pattern(part).sub(lambda _: marked, self.text, count=1)
         else:
-            end = self.end()
-            self.text = f"{self.text[:end].rstrip()}\n\n{marked}\n{self.text[end:]}"
+            before, after = self.text[: self.end()].rstrip(), self.text[self.end() :]
+            self.text = f"{before}\n\n{marked}\n" + f"\n{after}" * bool(after)
 
     def append(self, part: str, line: str) -> None:
         """Add a line to that part."""

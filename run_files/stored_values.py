@@ -85,10 +85,19 @@ def parsed_config(text: str, where: str) -> dict[str, Any]:
         config: Any = None if wrong else all_printable(OmegaConf.to_container(OmegaConf.create(text)))
         wrong = wrong or wrong_config(config)
     except (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
-        wrong = f"cannot be read ({first_line(error)})"
+        wrong = f"cannot be read ({yaml_fault(error)})"
     if wrong:
         raise UserError(f"{where} {wrong}; {CONFIG_REMEDY}")
     return {str(key): value for key, value in config.items()}
+
+
+def yaml_fault(error: Exception) -> str:
+    """Return what is wrong with a YAML text, and in which line where that is known."""
+    import yaml
+
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None or error.problem_mark is None:
+        return first_line(error)
+    return f"{error.problem} in line {error.problem_mark.line + 1}"
 
 
 def endless(text: str) -> str | None:

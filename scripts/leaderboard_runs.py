@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from common.errors import UserError, first_line
+from common.errors import UserError
 from configuration.build import build
 from configuration.compose import compose_config, groups, resolved
 from configuration.nodes import flat, nearest
@@ -19,6 +19,7 @@ from configuration.overrides import differences
 from configuration.values import NEUTRAL
 from evaluation.leaderboard_table import SECONDS, TAUGHT
 from run_files.run_folder import RunFolder
+from run_files.stored_values import yaml_fault
 
 # Settings that neither change what a run learns nor how it is scored.
 MEANINGLESS = {*NEUTRAL, "run_name", "seed", "evaluation.samples"}
@@ -182,7 +183,7 @@ def read_board(path: Path) -> Board:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise UserError(f"{path} cannot be read as YAML: {first_line(error)}") from error
+        raise UserError(f"{path} cannot be read as YAML: {yaml_fault(error)}") from error
     if isinstance(found, dict) and isinstance(found.get("datasets"), list):  # the older form: one list of seeds for all
         found["seeds"] = dict.fromkeys(found["datasets"], found.get("seeds"))
     kinds = {"jobs": int, "seeds": dict, "common": str, "objectives": dict}

@@ -95,7 +95,8 @@ def output_path(settings: Settings) -> Path:
     elif path.suffix not in SUFFIXES:
         raise UserError(f"out={path} must end in {', '.join(SUFFIXES)}, or in / for a folder of pictures")
     if settings.out and not path.absolute().parent.is_dir():
-        raise UserError(f"out={path} lies in a folder that does not exist; make it or choose another")
+        wrong = "below a file" if path.absolute().parent.is_file() else "in a folder that does not exist"
+        raise UserError(f"out={path} lies {wrong}; choose a folder that is there, or make one")
     return path
 
 

@@ -226,7 +226,7 @@ def test_a_folder_of_which_nothing_can_be_read_is_one_sentence(pictures: Path) -
     ({"held_out_fraction": 1.5}, "held_out_fraction takes"),
     ({"held_out_root": "/nowhere"}, "no folder /nowhere"),
     ({"num_classes": 3}, "has num_classes=2, not 3"),
-    ({"epoch_size": 5}, "leave dataloaders.epoch_size out"),
+    ({"epoch_size": 5}, "not 5 as dataloaders.epoch_size says; set"),
 ])  # fmt: skip
 def test_image_folder_refuses_in_one_sentence(pictures: Path, change: dict[str, Any], words: str) -> None:
     assert words in refusal("image_folder", folder(pictures) | change)

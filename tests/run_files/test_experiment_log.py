@@ -174,6 +174,15 @@ def test_what_looks_like_a_heading_in_the_words_of_a_run_is_not_one(log: Experim
     assert "- of x" in first and "table of x" in first and "- of y" in second and "table of y" in second
 
 
+def test_a_section_of_people_that_a_run_takes_up_is_followed_by_a_blank_line(log: ExperimentLog, path: Path) -> None:
+    path.write_text("# Log\n\n## x\n\nour words\n\n## plans\n\nmore\n")
+    log.begin("x", "command", "summary")
+    log.finish("x", "table")
+    text = path.read_text()
+    assert "our words\n\n<!-- x: before" in text and text.endswith("<!-- x: end of after -->\n\n## plans\n\nmore\n")
+    assert "\n\n\n" not in text
+
+
 def test_a_link_to_a_log_is_followed_and_a_log_that_is_not_text_is_refused(tmp_path: Path, path: Path) -> None:
     link = tmp_path / "elsewhere" / "log.md"
     link.parent.mkdir()
