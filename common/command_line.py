@@ -43,10 +43,10 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
         signal.signal(signal.SIGALRM, before)
 
 
-def check_ends(key: str, path: Path, suffix: str) -> None:
+def check_ends(key: str, path: Path, *suffixes: str) -> None:
     """Raise UserError for a path of another ending."""
-    if path.suffix != suffix:
-        raise UserError(f"{key}={path} must end in {suffix}")
+    if path.suffix not in suffixes:
+        raise UserError(f"{key}={path} must end in {' or '.join(suffixes)}")
 
 
 def split(words: list[str], settings: dict[str, str]) -> tuple[dict[str, str], list[str]]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,12 @@ def file_hash(path: Path) -> str:
 
 def load_network(network: torch.nn.Module, weights: dict[str, Any], path: Path) -> None:
     """Copy saved weights into a network. UserError when they are of another shape or kind, or not finite."""
-    ours = network.state_dict()
+    check_weights(network.state_dict(), weights, path)
+    network.load_state_dict(weights)
+
+
+def check_weights(ours: Mapping[str, torch.Tensor], weights: dict[str, Any], path: Path) -> None:
+    """Raise UserError when weights have other names, shapes or kinds than a network's, or are not finite."""
     wrong = [name for name, value in ours.items() if name not in weights or weights[name].shape != value.shape]
     wrong += [name for name in weights if name not in ours]
     if wrong:
@@ -204,4 +210,3 @@ def load_network(network: torch.nn.Module, weights: dict[str, Any], path: Path) 
             raise UserError(f"{path} holds {name} as {value.dtype}, and this model has {ours[name].dtype}; use another save")
         if not value.isfinite().all():
             raise UserError(f"{path} holds weights that are NaN or infinite (in {name}); use an earlier save")
-    network.load_state_dict(weights)

@@ -9,8 +9,9 @@ import zipfile
 import zlib
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -21,6 +22,7 @@ from configuration.values import RUN_NAME
 from run_files.stored_values import note_once
 
 FORMAT = "denoising-zoo-checkpoint-1"
+METADATA = "__metadata__"  # of a .npz: no weight's name, and what safetensors calls its own
 KINDS: dict[str, Any] = {
     "network": dict, "ema": dict, "optimizer": dict, "schedule": dict, "scaler": dict, "window": dict, "step": int,
     "best": int | float, "waited": int, "elapsed": int | float, "run_name": str, "second_time": str | None, "config": dict,
@@ -66,24 +68,66 @@ def add_to_digest(digest: Any, node: Any) -> None:
 
 
 def write_export(path: Path, payload: dict[str, Any]) -> None:
-    """Store the EMA weights of a payload as safetensors, its configuration and what load_checkpoint needs as metadata."""
+    """Store the EMA weights of a payload as .safetensors or, by that ending, as .npz: under their names, each as an array,
+    and as metadata the configuration and what load_checkpoint needs. UserError for weights that NumPy has no type for.
+    """
     weights = {name: tensor.contiguous().cpu() for name, tensor in payload["ema"].items()}
     facts = {key: payload[key] for key in ("run_name", "step", "second_time")}
     words = {"config": json.dumps(payload["config"]), "facts": json.dumps(facts)}
+    words["digest"] = digest_of([weights, words])
     with replacing(path) as file:
-        file.write(save(weights, words | {"digest": digest_of([weights, words])}))
+        if path.suffix == ".npz":
+            write_arrays(file, weights, words)
+        else:
+            file.write(save(weights, words))
+
+
+def write_arrays(file: BinaryIO, weights: dict[str, torch.Tensor], words: dict[str, str]) -> None:
+    """Write weights as np.savez does, whatever their names, and the words as JSON in bytes, which MLX can load too."""
+    lost = next((name for name, tensor in weights.items() if tensor.dtype is torch.bfloat16), None)
+    if lost is not None:
+        raise UserError(f"NumPy has no bfloat16, which {lost} is; use a file that ends in .safetensors")
+    arrays = {name: tensor.numpy() for name, tensor in weights.items()}
+    arrays[METADATA] = np.frombuffer(json.dumps(words).encode(), np.uint8)
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, array, allow_pickle=False)
 
 
 def read_export(path: Path, device: torch.device | str) -> tuple[Any, Any, Any]:
     """Return the payload of what write_export wrote, which no run resumes, its digest, and what that is of."""
-    with safe_open(path, "pt", device=str(device)) as opened:
-        words, weights = dict(opened.metadata() or {}), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    if path.suffix == ".npz":
+        weights, words = read_arrays(path)
+    else:
+        with safe_open(path, "pt") as opened:
+            words, weights = dict(opened.metadata() or {}), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     digest, config = words.pop("digest", None), json.loads(words["config"])
-    loss = config["loss"]
+    loss, content = config["loss"], [weights, words]
     facts = {"step": 0, "second_time": None if "cross_entropy" in loss["_target_"] else loss.get("second_time", "state")}
     facts |= {"run_name": config["run_name"]} | json.loads(words.get("facts", "{}"))
     state = {key: {} for key in KINDS} | {"best": 0.0, "waited": 0, "elapsed": 0.0, "format": FORMAT}
-    return state | facts | {"network": weights, "ema": weights, "config": config}, digest, [weights, words]
+    weights = {name: tensor.to(device) for name, tensor in weights.items()}
+    return state | facts | {"network": weights, "ema": weights, "config": config}, digest, content
+
+
+def read_arrays(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the weights of a .npz and the words that write_export put beside them. UserError where there are none."""
+    check_archive(path)
+    arrays = arrays_of(path)
+    if METADATA not in arrays:
+        raise UserError(
+            f"{path} holds no weights with their configuration; write them by `python scripts/export.py ckpt=... "
+            "form=weights out=x.npz`, which takes those of another file by weights="
+        )
+    words = json.loads(arrays.pop(METADATA).tobytes())
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}, words
+
+
+def arrays_of(path: Path) -> dict[str, Any]:
+    """Return the arrays of a .npz; ValueError where one is pickled."""
+    with np.load(path, allow_pickle=False) as opened:
+        return {name: opened[name] for name in opened.files}
 
 
 def read_archive(path: Path, device: torch.device | str) -> tuple[Any, Any, Any]:
@@ -122,12 +166,12 @@ def is_readable(path: Path) -> bool:
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Return the verified payload of a checkpoint, or of a run's model.safetensors. UserError for anything else."""
+    """Return the verified payload of a checkpoint, or of what write_export wrote. UserError for anything else."""
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}; `python scripts/runs.py list` shows the runs there are")
     payload: dict[str, Any] = {}
     try:
-        read = read_export if path.suffix == ".safetensors" else read_archive
+        read = read_export if path.suffix in (".safetensors", ".npz") else read_archive
         payload, digest, content = read(path, device)
         wrong = wrong_payload(payload)
         if wrong is None and digest is None:

@@ -1,15 +1,23 @@
 #!/usr/bin/env python
-"""A trained flow of points as one .npz that NumPy samples without torch.
+"""A trained flow of points as one .npz that NumPy samples without torch; or the weights of any model, as a file of arrays.
 
     python scripts/export.py ckpt=outputs/ckpts/mlp/first_flow_last.pt out=flow.npz
     python -m minigrad.sample flow.npz n=1000 out=samples.npy
+    python scripts/export.py ckpt=outputs/ckpts/cnn/digits_last.pt form=weights out=digits.npz        # or .safetensors
+    python scripts/export.py ckpt=digits.npz form=weights weights=trained_elsewhere.npz out=new.npz   # see below
 
-Keys: ckpt (required), out (required), n (1000: samples there is noise for), seed (0), label (a class, or all), device
-(auto), trust (modules, as a,b.c, that the checkpoint may build parts from), and any solver setting. The file holds the EMA
-weights of model=mlp, the noise, the time grid and the method's tableau; the samples are those of scripts/sample.py with the
-same settings.
+Keys: ckpt (required), out (required), form (flow), n (1000: samples there is noise for), seed (0), label (a class, or all),
+device (auto), trust (modules, as a,b.c, that the checkpoint may build parts from), and any solver setting. The file holds
+the EMA weights of model=mlp, the noise, the time grid and the method's tableau; the samples are those of scripts/sample.py
+with the same settings.
+
+form=weights writes the EMA weights of any model, each an array under torch's name for it and in its layout, and beside them
+the configuration. What reads checkpoints reads such a file: init_from=, eval_checkpoint=, scripts/sample.py. weights= takes
+the numbers from another file with the same names and shapes, .npz or .safetensors, or from a network that minigrad saved
+(model=mlp), and all else from ckpt.
 """
 
+import re
 import sys
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command_line import check_ends, front
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import replacing
 from common.ranges import Count, Seed
 from scripts.settings import read_settings
@@ -27,9 +35,13 @@ from scripts.settings import read_settings
 if TYPE_CHECKING:
     from torch import Tensor
 
+    import minigrad
     from evaluation.sample import TrainedModel
     from models.network import Network
     from solvers.base_solver import Sampler
+
+
+OF_WEIGHTS = ("ckpt", "out", "form", "weights")  # the keys that form=weights knows
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,8 @@ class Settings:
 
     ckpt: Path = field(metadata={"example": "ckpt=outputs/ckpts/mlp/last.pt"})
     out: Path = field(metadata={"example": "out=flow.npz"})
+    form: Literal["flow", "weights"] = "flow"
+    weights: Path | None = None
     n: Count = 1000
     seed: Seed = 0
     label: Seed | Literal["all"] | None = None
@@ -48,13 +62,80 @@ class Settings:
 def read_words(words: list[str]) -> tuple[Settings, list[str]]:
     """Return own settings and solver overrides of a command line. UserError for anything else."""
     settings, overrides = read_settings(words, Settings, ("solver",))
-    check_ends("out", settings.out, ".npz")
+    of_weights, typed = settings.form == "weights", (word.partition("=")[0] for word in words)
+    unused = next((key for key in typed if of_weights and key not in OF_WEIGHTS), None)
+    if unused or (settings.weights and not of_weights):
+        key, form = unused or "weights", settings.form
+        raise UserError(
+            f"{key}= says nothing of form={form}; leave it out, or use form={'flow' if of_weights else 'weights'}"
+        )
+    check_ends("out", settings.out, *((".npz", ".safetensors") if of_weights else (".npz",)))
     return settings, overrides
 
 
 def export(words: list[str]) -> str:
     """Carry out the command; the line to print. UserError for a model, solver or path that has no such form."""
     settings, overrides = read_words(words)
+    return export_weights(settings) if settings.form == "weights" else export_flow(settings, overrides)
+
+
+def export_weights(settings: Settings) -> str:
+    """Write the EMA weights of the checkpoint, or those of another file in their place; the line to print."""
+    from evaluation.parts import check_weights
+    from run_files.checkpoint import load_checkpoint, write_export
+
+    payload = load_checkpoint(settings.ckpt)
+    if settings.weights:
+        given = weights_of(settings.weights, payload)
+        check_weights(payload["ema"], given, settings.weights)
+        payload["ema"] = {name: given[name].to(own.dtype) for name, own in payload["ema"].items()}
+    write_export(settings.out, payload)
+    numbers = sum(tensor.numel() for tensor in payload["ema"].values())
+    return (
+        f"{settings.out}: {len(payload['ema'])} arrays, {numbers:,} numbers; a run starts there by init_from={settings.out}"
+    )
+
+
+def weights_of(path: Path, payload: dict[str, Any]) -> dict[str, "Tensor"]:
+    """Return the tensors of a file by name, a network of minigrad's as the MLP of a checkpoint. UserError for others."""
+    import torch
+    from safetensors.torch import load_file
+
+    from minigrad import MLP
+    from run_files.checkpoint import BROKEN, METADATA, arrays_of
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        arrays = arrays_of(path)
+        if "activations" in arrays:
+            return payload["ema"] | torch_names(MLP.of_arrays(arrays, str(path)), payload)
+        return {name: torch.from_numpy(array) for name, array in arrays.items() if name != METADATA}
+    except BROKEN as error:
+        raise UserError(
+            f"{path} cannot be read as weights ({first_line(error)}); give a .npz or .safetensors of them"
+        ) from None
+
+
+def torch_names(network: "minigrad.MLP", payload: dict[str, Any]) -> dict[str, "Tensor"]:
+    """Return the weights of a network of minigrad's under torch's names. ValueError unless it computes as the MLP does."""
+    import torch
+
+    places = sorted(int(name.split(".")[1]) for name in payload["ema"] if re.fullmatch(r"layers\.\d+\.weight", name))
+    if not places:
+        raise ValueError("a network of minigrad's is one of model=mlp, and the checkpoint holds another")
+    bend = payload["config"]["model"].get("activation", "silu")
+    expected, found = [bend] * (len(places) - 1) + ["linear"], [layer.activation for layer in network.layers]
+    if found != expected:
+        raise ValueError(f"its layers are {', '.join(found)}, those of the checkpoint {', '.join(expected)}")
+    named = dict[str, Any]()
+    for place, layer in zip(places, network.layers, strict=True):
+        named |= {f"layers.{place}.weight": layer.weight.data.T, f"layers.{place}.bias": layer.bias.data}
+    return {name: torch.from_numpy(array) for name, array in named.items()}
+
+
+def export_flow(settings: Settings, overrides: list[str]) -> str:
+    """Write the flow as minigrad.sample takes it; the line to print."""
     import numpy as np
 
     from configuration.stored import allow
@@ -76,7 +157,10 @@ def network_arrays(network: "Network") -> dict[str, Any]:
     from models.flow_matching.mlp import MLP
 
     if not isinstance(network, MLP):
-        raise UserError(f"only model=mlp can be exported, and this checkpoint holds {type(network).__name__}")
+        raise UserError(
+            f"only model=mlp can be exported as a flow, and this checkpoint holds {type(network).__name__}; "
+            "form=weights writes the weights of any model"
+        )
     layers = [part for part in network.layers if isinstance(part, nn.Linear)]
     sizes = [layers[0].in_features, *(layer.out_features for layer in layers)]
     arrays = {

@@ -99,7 +99,7 @@ def same(left: Any, right: Any) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "x.npz"])
 def test_no_changed_byte_changes_what_is_read(tmp_path, name):
     """Wherever one byte differs, in one of four ways, the file is refused or means the same as before (padding, dates)."""
     path = tmp_path / name

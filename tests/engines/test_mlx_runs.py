@@ -1,16 +1,20 @@
 """Runs of engine=mlx from the command line: files, resuming, and going on or being judged by the other engine."""
+# ruff: noqa: E402
 
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("mlx.core", reason="engine=mlx needs MLX: uv sync --extra mlx")
+mx = pytest.importorskip("mlx.core", reason="engine=mlx needs MLX: uv sync --extra mlx")
 
 import launcher
 from evaluation.sample import load
+from run_files.checkpoint import load_checkpoint
+from scripts import export
 from tests.training.helpers import assert_equal_runs, metric_rows, weights
 from tests.training.test_resume import stopped
 from training.run import Run
@@ -54,6 +58,29 @@ def test_what_one_engine_began_the_other_goes_on_with(small_run):
     save = half / "ckpts/mlp/x_last.pt"
     one, two = (load(path, device="cpu").sample(16) for path in (save, constant / "ckpts/mlp/x_last.pt"))
     assert torch.allclose(one, two, atol=1e-4)
+
+
+def test_a_file_of_arrays_goes_to_mlx_and_back(small_run, tmp_path):
+    """MLX opens what was exported, and a run of either engine begins at what MLX has written."""
+    words = [
+        "dataloaders=digits",
+        "model=cnn",
+        "model.width=8",
+        "max_steps=1",
+        "batch_size=8",
+        "dataloaders.epoch_size=1438",
+    ]
+    save = small_run("x", *words) / "ckpts/cnn/x_last.pt"
+    path, changed = tmp_path / "x.npz", tmp_path / "changed.npz"
+    export.export([f"ckpt={save}", "form=weights", f"out={path}"])
+    arrays = mx.load(str(path))
+    kernel = np.array(arrays["stem.weight"])
+    assert kernel.shape == (8, 3, 3, 3) and (kernel == load_checkpoint(save)["ema"]["stem.weight"].numpy()).all()
+    mx.savez(str(changed), **arrays | {"stem.weight": arrays["stem.weight"] + 1})
+    export.export([f"ckpt={save}", "form=weights", f"weights={changed}", f"out={path}"])
+    for engine in ("torch", "mlx"):
+        run = small_run("y", *words, f"init_from={path}", "optimizer.lr=1e-9", f"engine={engine}", output=engine)
+        assert np.allclose(load_checkpoint(run / "ckpts/cnn/y_last.pt")["network"]["stem.weight"], kernel + 1, atol=1e-5)
 
 
 def test_the_classifier_recipe_trains_and_its_results_are_those_of_a_torch_run(official, tmp_path):
