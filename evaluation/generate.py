@@ -1,6 +1,7 @@
 """Sampling from fixed per-index seeds, in chunks, by a solver or by few steps."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,8 +18,13 @@ from solvers.flow_map import FlowMapSolver
 from solvers.runge_kutta import Euler
 
 SEED_BLOCK = 256  # noise is drawn in blocks of this many samples, each from its own seed: any batch size, the same set
-CHUNK = 1024  # samples carried through the solver at once, whatever the number of ranks that share them
+CHUNK, CHUNK_NUMBERS = 1024, 2**22  # most samples, and numbers in them, carried at once, whatever the number of ranks
 Fresh = Callable[[int, int, int], Tensor]  # fresh(k, first, count) -> noise (count, ...) of step k, from sample `first` on
+
+
+def states_at_once(state_shape: Sequence[int]) -> int:
+    """Return how many states of a shape go through a network at once: fewer of large pictures."""
+    return min(CHUNK, max(1, CHUNK_NUMBERS // math.prod(state_shape)))
 
 
 def fixed_noise(source: Source, count: int, seed: int, stream: str = "sample", first: int = 0) -> Tensor:
@@ -64,11 +70,13 @@ def generate(
     calls this, and carries some of the chunks.
     """
 
+    rows = states_at_once(noise.shape[1:])
+
     def carried(first: int) -> Tensor:
-        chunk = slice(first, first + CHUNK)
+        chunk = slice(first, first + rows)
         return sample_chunk(flow, solver, noise[chunk], None if label is None else label[chunk], fresh, first)
 
-    return concatenated(range(0, len(noise), CHUNK), carried, together).to(noise.device)
+    return concatenated(range(0, len(noise), rows), carried, together).to(noise.device)
 
 
 def sample_chunk(

@@ -82,12 +82,14 @@ class TrainedModel:
             solver = generate.few_step_solver(flow, evaluations)
         solver, fresh = solver or parts.build_solver(self.config), generate.fresh_noise(source, seed)
 
+        rows = generate.states_at_once(self.config["dataloaders"]["state_shape"])
+
         def chunk(first: int) -> Tensor:
-            noise = generate.fixed_noise(source, min(generate.CHUNK, n - first), seed, first=first).to(self.device)
-            own = None if labels is None else labels[first : first + generate.CHUNK].to(self.device)
+            noise = generate.fixed_noise(source, min(rows, n - first), seed, first=first).to(self.device)
+            own = None if labels is None else labels[first : first + rows].to(self.device)
             return generate.sample_chunk(flow, solver, noise, own, fresh, first).cpu()
 
-        firsts, sharing = range(0, n, generate.CHUNK), world() if together else 1
+        firsts, sharing = range(0, n, rows), world() if together else 1
         with watched(flow.network, f"{n:,} samples", n * solver.evaluations_ahead // sharing):
             return concatenated(firsts, chunk, together)
 

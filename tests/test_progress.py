@@ -12,6 +12,7 @@ import common.progress as progress_module
 from backends.submission import prepare
 from common.progress import Progress, duration, each, seconds_a_row
 from evaluation.evaluator import GeneratorEvaluator
+from evaluation.generate import states_at_once
 from evaluation.metrics.empirical import Memorised
 from evaluation.sample import TrainedModel, load
 from training.assemble import assemble
@@ -162,6 +163,19 @@ def test_a_run_that_goes_on_keeps_its_counts(small_run, tmp_path: Path, monkeypa
     folder = small_run("x", "dataloaders=digits", "dataloaders.epoch_size=1438", "model=cnn", "model.width=8", "max_steps=2")
     resume = ["run_name=x", "resume=true", f"output_dir={folder}", f"log.file={tmp_path / 'log.md'}"]
     assert counts(*resume, "max_steps=20000") == counts(*resume) == (19, 64)
+
+
+@pytest.mark.parametrize(("samples", "draws"), [(20, 808), (4000, 4096)])
+def test_few_samples_are_not_kept_waiting_for(samples: int, draws: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.evaluation_budget.LIGHT", {"cpu": 0.0})
+    _, evaluator = judged(*SHORT, f"evaluation.samples={samples}", f"evaluation.final_samples={samples}")
+    memorised = evaluator.metrics["memorised"]
+    assert isinstance(memorised, Memorised) and memorised.final_draws == draws and evaluator.final_samples == samples
+
+
+@pytest.mark.parametrize(("shape", "rows"), [((2,), 1024), ((3, 32, 32), 1024), ((3, 64, 64), 341), ((3, 1024, 1024), 1)])
+def test_large_pictures_go_through_a_network_in_smaller_parts(shape: tuple[int, ...], rows: int) -> None:
+    assert states_at_once(shape) == rows
 
 
 def test_samples_do_not_hang_on_being_watched(small_run, clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:

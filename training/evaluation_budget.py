@@ -1,6 +1,7 @@
 """How many samples of images evaluations draw, so that they take about a fifth of a run."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,21 +21,24 @@ LIGHT, LIGHT_GPU = {"cpu": 2.5e12}, 5e14  # parameters x pixels x rows through t
 def fit_samples(run: Run, config: dict[str, Any]) -> None:
     """Draw fewer samples of images where evaluations that nobody asked for would cost more than a fifth of the run.
 
-    The counts become part of the configuration, so a run that goes on keeps them.
+    The counts become part of the configuration, so a run that goes on keeps them. Where the user set the samples, these
+    stay, and other scores take no more rows than they or than a fifth of the run.
     """
     evaluator, node = run.evaluator, config["evaluation"]
     typed = typed_keys(config["overrides"])
     images = len(run.dataset.state_shape) == 3 and run.inputs.flow is not None
-    if not isinstance(evaluator, GeneratorEvaluator) or not images or SAMPLE_COUNTS.intersection(typed):
+    if not isinstance(evaluator, GeneratorEvaluator) or not images:
         return
     before, left = (evaluator.samples, evaluator.final_samples), rows_of_evaluations(run, evaluator)
+    if SAMPLE_COUNTS.intersection(typed):
+        allowed = max(left.allowed, left.all - left.beside)
+        if left.beside > allowed and heaviness(run) * left.beside > light(run) and not config["resume"]:
+            thin(evaluator, node, typed, allowed / left.beside)
+            print(f"note: scores beside the samples take {allowed / left.beside:.0%} of their rows, as many as these")
+        return
     if affordable_samples(run, evaluator, replace(left, beside=0)) == before:
         return
-    for name, metric in evaluator.metrics.items():
-        for key, value in metric.thinned(left.allowed / left.all).items():
-            if f"evaluation.metrics.{name}.{key}" not in typed:
-                node["metrics"][name][key] = value
-                setattr(metric, key, value)
+    thin(evaluator, node, typed, left.allowed / left.all)
     counts = affordable_samples(run, evaluator, rows_of_evaluations(run, evaluator))
     evaluator.samples, evaluator.final_samples = counts
     why = "so that they take about a fifth of this run"
@@ -45,6 +49,25 @@ def fit_samples(run: Run, config: dict[str, Any]) -> None:
         f"{before[1]:,}, {why}; set evaluation.samples= and evaluation.final_samples= for others"
     )
     node |= {"samples": counts[0], "final_samples": counts[1], "loss_samples": evaluator.loss_samples}
+
+
+def thin(evaluator: GeneratorEvaluator, node: dict[str, Any], typed: Collection[str], share: float) -> None:
+    """Have the metrics take a share of their rows, but for what the user set; node: the evaluation's configuration."""
+    for name, metric in evaluator.metrics.items():
+        for key, value in metric.thinned(share).items():
+            if f"evaluation.metrics.{name}.{key}" not in typed:
+                node["metrics"][name][key] = value
+                setattr(metric, key, value)
+
+
+def heaviness(run: Run) -> int:
+    """Return parameters x pixels of a row through the network."""
+    return run.state.objective.network.parameter_count() * math.prod(run.dataset.state_shape[1:])
+
+
+def light(run: Run) -> float:
+    """Return the rows' weight in all that such a device takes in about ten seconds."""
+    return LIGHT.get(run.device.type, LIGHT_GPU)
 
 
 @dataclass(frozen=True)
@@ -86,13 +109,12 @@ def affordable_samples(run: Run, evaluator: GeneratorEvaluator, rows: Evaluation
     Evaluations whose samples take about ten seconds on such a device (LIGHT) stay as they are.
     """
     samples, final = evaluator.samples, evaluator.final_samples
-    size = run.state.objective.network.parameter_count() * math.prod(run.dataset.state_shape[1:])
-    light = LIGHT.get(run.device.type, LIGHT_GPU)
+    size, most = heaviness(run), light(run)
     share = (rows.allowed - rows.beside) / (rows.all - rows.beside)
     fewer = min(samples, max(FEWEST_SAMPLES, int(share * samples)))
     left = rows.allowed - rows.beside - rows.count * rows.during * fewer / samples
     fewest = min(final, max(FEWEST_SAMPLES, int(left / rows.last * final)))
     return (
-        fewer if size * rows.during > light else samples,
-        fewest if size * rows.last > light and evaluator.metrics else final,
+        fewer if size * rows.during > most else samples,
+        fewest if size * rows.last > most and evaluator.metrics else final,
     )

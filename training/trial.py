@@ -22,7 +22,7 @@ from common.progress import seconds_a_row
 from common.seeds import fork_generators
 from dataloaders.base_dataloaders import Batch
 from evaluation.evaluator import GeneratorEvaluator, checked_results
-from evaluation.generate import CHUNK, in_turn
+from evaluation.generate import in_turn, states_at_once
 from evaluation.metrics.base_metric import Generation
 from losses.cross_entropy_loss import LabelledBatch
 from losses.objective import FlowBatch, FlowObjective
@@ -180,7 +180,7 @@ def seconds_of_sampling(run: Run, label: Tensor | None, generator: torch.Generat
         begun = perf_counter()
         answer(ROWS)
         once = perf_counter() - begun
-        seconds = seconds_a_row(answer, CHUNK, run.device)
+        seconds = seconds_a_row(answer, states_at_once(run.dataset.state_shape), run.device)
     try_solver(run, flow, once, label, generator)
     return seconds
 

@@ -15,6 +15,7 @@ from dataloaders.sources import Source
 from dataloaders.tensor_dataset import TensorDataset
 from evaluation.closed_forms import in_chunks
 from evaluation.empirical_flow import EmpiricalFlow
+from evaluation.generate import states_at_once
 from evaluation.metrics.base_metric import Absent, Generation, LongMetric, Score
 from evaluation.metrics.nearest import count_of, is_part, stored_rows
 from evaluation.metrics.oracles import standard_error, why_other_pairs, why_unknown
@@ -28,7 +29,6 @@ TIMES = 8  # the middles of so many equal parts of the path's time
 POINTS = 2000  # training rows of data on disk, and held-out rows, at most
 OPERATIONS = 2 * 10**10  # states times rows times dimensions, at most, but for LEAST states of each time
 LEAST = 16
-CHUNK = 1024  # states the network sees at once
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def states_of(
     wide = expand_time(t, x1)
     z, place = objective.path.state(x0, x1, wide), next(objective.network.parameters()).device
     own = None if label is None else label.to(place)
-    v = in_chunks(objective.velocity, CHUNK, z.to(place), t.to(place), own).to(z)
+    v = in_chunks(objective.velocity, states_at_once(z.shape[1:]), z.to(place), t.to(place), own).to(z)
     return States(row, x1, z, t, label, objective.path.conditional_velocity(x0, x1, wide), v)
 
 

@@ -15,6 +15,7 @@ from dataloaders.gaussian_mixture import GaussianMixture
 from dataloaders.sources import Source
 from evaluation.closed_forms import ExactFlow, in_chunks, law_to
 from evaluation.conditional_flow import ConditionalFlow
+from evaluation.generate import states_at_once
 from evaluation.guided_flows import GuidedFlow, with_guidance
 from evaluation.metrics.base_metric import Absent, Generation, LongMetric, Score
 from evaluation.metrics.cache import cached_tensor
@@ -178,7 +179,9 @@ class OracleVelocity(Oracle):
             exact = in_chunks(flow, CHUNK, z.double(), t, labels)
         device = generation.samples.device
         labels = None if labels is None else labels.to(device)
-        learned = in_chunks(objective.velocity, CHUNK, z.to(device), t.to(device), labels)
+        learned = in_chunks(
+            objective.velocity, min(CHUNK, 8 * states_at_once(z.shape[1:])), z.to(device), t.to(device), labels
+        )
         return share, (learned.cpu().double() - exact).flatten(1).square().sum(1), exact.flatten(1).square().sum(1)
 
 

@@ -12,6 +12,7 @@ from run_files import checkpoint_folder
 from run_files.checkpoint import FORMAT, KINDS, load_checkpoint
 from run_files.checkpoint_folder import ASYNC_BYTES, CheckpointFolder
 from run_files.run_folder import saves_of
+from run_files.stored_values import parsed_config
 
 
 class Harm:
@@ -114,3 +115,8 @@ def test_keep_zero_keeps_all(tmp_path):
 def test_nothing_to_resume_says_so(tmp_path):
     with pytest.raises(UserError, match="has no save"):
         CheckpointFolder(tmp_path, "mlp", "x", keep=3).newest()
+
+
+def test_a_fault_of_a_configuration_is_said_with_its_line():
+    with pytest.raises(UserError, match="cannot be read \\(found duplicate key seed in line 2\\)"):
+        parsed_config("seed: 1\nseed: 2\n", "config.yaml")

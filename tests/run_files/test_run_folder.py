@@ -18,7 +18,6 @@ from common.errors import UserError
 from common.files import replacing, share, write_atomically
 from run_files.metrics_file import MetricsFile
 from run_files.run_folder import RunFolder
-from run_files.stored_values import parsed_config
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITER = """
@@ -345,8 +344,3 @@ def test_a_folder_moved_aside_between_opening_and_locking_is_not_taken_for_the_r
     other.release()
     mine.lock.acquire()
     mine.release()
-
-
-def test_a_fault_of_a_configuration_is_said_with_its_line():
-    with pytest.raises(UserError, match="cannot be read \\(found duplicate key seed in line 2\\)"):
-        parsed_config("seed: 1\nseed: 2\n", "config.yaml")
