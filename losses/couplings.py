@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from common import distributed
@@ -90,6 +89,8 @@ class MinibatchOTCoupling(Coupling):
     @staticmethod
     def partners(x0: Tensor, x1: Tensor, others: Tensor | None = None) -> Tensor:
         """Return for each of x0 (B, ...) which of x1 (B, ...) it is assigned to, (B,). others (B, B): further costs."""
+        from scipy.optimize import linear_sum_assignment  # slow to import, and of this coupling alone
+
         home = "cpu" if x0.device.type == "mps" else x0.device  # MPS has no float64
         a, b = (x.to(home).flatten(1).double() for x in (x0, x1))
         cost = torch.addmm(b.square().sum(1), a, b.T, alpha=-2).cpu()  # but for |x0|^2, which all of a row have in common

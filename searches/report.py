@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import optuna
-from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
 from common.files import write_atomically
@@ -93,6 +92,8 @@ def importances_of(plan: Plan, study: optuna.Study) -> dict[str, float]:
     finished = [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
     if len(finished) < ENOUGH or len({trial.values[0] for trial in finished}) < ENOUGH:
         return {}
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances  # with scikit-learn, a second
+
     return {
         key: float(share) for key, share in get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0)).items()
     }

@@ -14,12 +14,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 BYTECODE = tempfile.TemporaryDirectory(prefix="bytecode-tests-", ignore_cleanup_errors=True)
-if sys.dont_write_bytecode:  # every process that the tests start would compile torch's sources again, seconds each
+TORCH = str(getattr(find_spec("torch"), "cached", ""))
+if sys.dont_write_bytecode and not Path(TORCH).exists():  # every process would compile torch's sources again, seconds each
     sys.dont_write_bytecode, sys.pycache_prefix = False, BYTECODE.name
     os.environ["PYTHONPYCACHEPREFIX"] = BYTECODE.name
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
