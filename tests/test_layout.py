@@ -205,7 +205,8 @@ def test_every_dataset_trains_two_steps_and_is_sampled(dataset, small_run, tmp_p
     extra = companions("dataloaders", dataset, tmp_path, official(dataset))
     words = [f"dataloaders={dataset}", *extra, "max_steps=2"]
     if "model=cnn" in extra:
-        words += ["model.width=8", "model.inner_width=8", "model.inner_blocks=1", "model.embedding=8"]
+        words += ["model.width=8", "model.inner_width=8", "model.inner_blocks=1", "model.embedding=8", "batch_size=16"]
+        words += ["evaluation.samples=8", "evaluation.final_samples=8"]
     if dataset in ("array", "torch"):
         words.append("dataloaders.epoch_size=null")
     if dataset in IMAGE_SETS:  # finite: an epoch is all of it

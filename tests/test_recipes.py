@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 Official = Callable[[str], dict[str, Any]]
+FEW = ["batch_size=16", "max_steps=3", "evaluation.samples=8", "evaluation.final_samples=8"]
 SMALL = {
     "photos": ("photos", "unet_small", ["model.width=8", "model.multipliers=[1,1]"]),
     "mnist_one_step": (
@@ -37,6 +38,6 @@ def test_a_recipe_runs_end_to_end(recipe: str, official: Official, small_run: Ca
     typed = [f"dataloaders.{key}={'null' if value is None else value}" for key, value in settings.items()]
     if data == "imagenet":
         typed += ["vae=stable_diffusion", f"vae.path={Path(settings['path']).parent / 'vae'}"]
-    folder = small_run("x", f"experiment={recipe}", f"model={model}", *words, *typed, "batch_size=16", "max_steps=3")
+    folder = small_run("x", f"experiment={recipe}", f"model={model}", *words, *typed, *FEW)
     status = json.loads((folder / "runs/x/status.json").read_text())
     assert status["state"] == "finished" and status["step"] == 3 and "eval/loss" in str(status)

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -25,26 +24,11 @@ from configuration.compose import parse_overrides
 from run_files.run_folder import RunFolder
 from scripts import modal_app, modal_runs
 from tests.backends.folder_volume import (
-    ROOT,
     FolderVolume,
     without_token,
 )
 
 modal = pytest.importorskip("modal")
-
-
-LOCAL = """
-import sys, launcher, train, training.assemble, backends.local, scripts.modal_app
-from backends.submission import prepare
-prepare(["run_name=x"])
-assert "modal" not in sys.modules
-"""
-
-
-@pytest.mark.process
-def test_modal_is_imported_only_when_asked_for(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", LOCAL], cwd=tmp_path, env=environment, check=True)
 
 
 odd_text = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=20)

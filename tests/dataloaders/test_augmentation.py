@@ -223,6 +223,7 @@ def test_a_run_with_every_augmentation(small_run) -> None:
     settings = ["dataloaders=photos", "dataloaders.crops=60", "dataloaders.held_out_crops=20", "dataloaders.epoch_size=null"]
     words = ["model=unet_small", "model.width=8", "model.multipliers=[1,1]", "dataloaders.augment=0.3"]
     words += ["dataloaders.crop_padding=2", "conditional=true", "max_steps=2", "batch_size=16"]
+    words += ["evaluation.samples=8", "evaluation.final_samples=8"]
     folder = small_run("x", *settings, *words)
     assert (folder / "runs/x/status.json").exists()
 

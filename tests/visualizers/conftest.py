@@ -8,6 +8,7 @@ import pytest
 SMALL = [
     "trackio.enabled=false", "device=cpu", "evaluation=loss_only", "max_steps=3", "batch_size=32", "~callbacks.pictures"
 ]  # fmt: skip
+NARROW = ["model.width=8", "model.inner_width=8", "model.inner_blocks=1", "model.embedding=8"]  # of model=cnn
 
 
 class Trained(dict[str, Path]):
@@ -31,11 +32,11 @@ class Trained(dict[str, Path]):
         return ["model.width=16", "conditional=true"], "mlp"
 
     def images(self) -> tuple[list[str], str]:
-        return ["dataloaders=digits", "model=cnn", "conditional=true"], "cnn"
+        return ["dataloaders=digits", "model=cnn", "conditional=true", *NARROW], "cnn"
 
     def latents(self) -> tuple[list[str], str]:
         np.save(self.folder / "latents.npy", np.random.default_rng(0).normal(size=(64, 4, 2, 2)).astype("float32"))
-        data = ["dataloaders=array", f"dataloaders.path={self.folder / 'latents.npy'}", "model=cnn"]
+        data = ["dataloaders=array", f"dataloaders.path={self.folder / 'latents.npy'}", "model=cnn", *NARROW]
         return [*data, "vae=stable_diffusion", f"vae.path={self.vae}"], "cnn"
 
 
