@@ -29,6 +29,7 @@ if sys.dont_write_bytecode and not Path(TORCH).exists():  # every process would 
 import numpy as np
 import pytest
 import torch  # compiled once, here
+from hydra._internal.config_repository import ConfigRepository
 from PIL import Image
 
 TRACKIO_FOLDER = tempfile.TemporaryDirectory(prefix="trackio-tests-", ignore_cleanup_errors=True)
@@ -42,6 +43,20 @@ for number in (signal.SIGINT, signal.SIGHUP):  # a shell's background job, or no
 for remote in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "TRACKIO_STORAGE_MODE", "TRACKIO_WEBHOOK_URL"):
     os.environ.pop(remote, None)
 
+CONFIGS, READ = str(Path(__file__).parents[1] / "configs"), dict[str, Any]()
+hydras_reading = ConfigRepository.load_config
+
+
+def read_once(repository: ConfigRepository, path: str) -> Any:
+    """Return Hydra's reading of a file, of configs/ once: every new choice would have it read thirty files again."""
+    if not any(source.path == CONFIGS for source in repository.get_sources()):
+        return hydras_reading(repository, path)
+    if path not in READ:
+        READ[path] = hydras_reading(repository, path)
+    return READ[path]
+
+
+ConfigRepository.load_config = read_once  # type: ignore[method-assign]
 MANY = 8  # cases of one test
 
 

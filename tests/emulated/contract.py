@@ -107,7 +107,8 @@ def run_cases() -> Iterator[tuple[str, Callable[[], str]]]:
         ],
         "images, features": [*CNN, *SCORED, *FEATURES],
         "deterministic, with guidance": [
-            *CNN, "conditional=true", "guidance=cfg", "deterministic=true", *SCORED, *FEATURES, "~callbacks.pictures"
+            *CNN, "conditional=true", "guidance=cfg", "deterministic=true", *SCORED, "~callbacks.pictures",
+            "evaluation.metrics.features.network=null",
         ],
         "classifier": [*CLASSIFIER, *FEW, "max_steps=2"],
         "asynchronous saves": [*POINTS, *TRAINING, "async_save=always", "max_steps=3", "keep_saves=0"],
