@@ -47,13 +47,13 @@ CONFIGS, READ = str(Path(__file__).parents[1] / "configs"), dict[str, Any]()
 hydras_reading = ConfigRepository.load_config
 
 
-def read_once(repository: ConfigRepository, path: str) -> Any:
+def read_once(repository: ConfigRepository, config_path: str) -> Any:
     """Return Hydra's reading of a file, of configs/ once: every new choice would have it read thirty files again."""
     if not any(source.path == CONFIGS for source in repository.get_sources()):
-        return hydras_reading(repository, path)
-    if path not in READ:
-        READ[path] = hydras_reading(repository, path)
-    return READ[path]
+        return hydras_reading(repository, config_path)
+    if config_path not in READ:
+        READ[config_path] = hydras_reading(repository, config_path)
+    return READ[config_path]
 
 
 ConfigRepository.load_config = read_once  # type: ignore[method-assign]
