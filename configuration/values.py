@@ -51,6 +51,7 @@ SETTINGS: dict[str, Setting] = {
     "compile_mode": Setting(Literal["default", "reduce-overhead", "max-autotune"], free=True, neutral=True),
     "deterministic": Setting(bool),
     "checkpoint_activations": Setting(bool, free=True),
+    "base_model": Setting(dict[str, Count] | None),
     "wait": Setting(bool, free=True, neutral=True),
     "grad_clip": Setting(Positive | None),
     "on_nan": Setting(Literal["stop", "skip"], free=True, neutral=True),

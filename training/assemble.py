@@ -33,6 +33,7 @@ from training.run import LogSettings, LoopSettings, Run
 from training.sharding import is_sharded, shard
 from training.state import TrainState, averaged_objective
 from training.step_hooks import SkipNonFinite, StepHook
+from training.width_transfer import base_network, scale_start, weight_groups
 
 if TYPE_CHECKING:
     from engines.mlx_engine import MlxEngine
@@ -168,9 +169,11 @@ def assemble_state(
     objective: Objective, checkpoints: CheckpointFolder, config: dict[str, Any], device: torch.device
 ) -> TrainState:
     """Return the objective with its average, optimizer and schedule, from the newest save where there is one."""
-    going_on = bool(config["resume"] and checkpoints.saves())
+    going_on, base = bool(config["resume"] and checkpoints.saves()), base_network(config)
     if config["init_from"] and not going_on:
         start_weights(objective, Path(config["init_from"]))
+    elif base is not None:
+        scale_start(objective.network, base)
     ema: EMA = build(config["ema"])
     averaged, found = averaged_objective(objective, ema), checkpoints.newest() if going_on else None
     if found is not None:
@@ -180,7 +183,10 @@ def assemble_state(
         check_shards(objective, ema, config)
         for part in (objective, averaged):
             shard(part.network)
-    optimizer = build(config["optimizer"], params=[p for p in objective.network.parameters() if p.requires_grad])
+    weights: list[Any] = [p for p in objective.network.parameters() if p.requires_grad]
+    if base is not None:
+        weights = weight_groups(objective.network, base, config["optimizer"]["lr"])
+    optimizer = build(config["optimizer"], params=weights)
     for settings in optimizer.param_groups:
         settings["initial_lr"] = settings["lr"]
     if device.type == "mps":  # its fused kernels ignore what loss scaling tells them: then it asks before each step
