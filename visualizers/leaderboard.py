@@ -123,7 +123,8 @@ def picture(tables: list[Table]) -> Figure:
     from evaluation.pictures import INK, new_figure
 
     objectives, most = by_rank(tables), max(tables[0].scores)
-    height, width = 145 + 30 * len(objectives), 175 + 153 * len(tables)
+    left = max(163, 14 + 8.4 * max(map(len, objectives)))  # pixels for their names
+    height, width = 145 + 30 * len(objectives), left + 12 + 153 * len(tables)
     figure = new_figure(height, "energy distance to the data (left is better)", "", width)
     panels = figure.subplots(1, len(tables), sharex=True, sharey=True, squeeze=False)[0]
     for panel, table in zip(panels, tables, strict=True):
@@ -135,7 +136,7 @@ def picture(tables: list[Table]) -> Figure:
     band = Patch(color="#d0d0d0", label="real data against real, ± 3 standard deviations")
     figure.legend(handles=[*reversed(keys), band], loc="upper center", bbox_to_anchor=(0.5, 1 - 24 / height), ncols=3,
                   fontsize=10, frameon=False, labelcolor=INK)  # fmt: skip
-    figure.subplots_adjust(left=163 / width, right=1 - 12 / width, bottom=50 / height, top=1 - 82 / height, wspace=0.07)
+    figure.subplots_adjust(left=left / width, right=1 - 12 / width, bottom=50 / height, top=1 - 82 / height, wspace=0.07)
     return figure
 
 
