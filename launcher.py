@@ -23,6 +23,9 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
+from common.errors import UserError, bug_in_words, path_in_words  # noqa: E402
+from common.files import outlive_readers  # noqa: E402
+
 if TYPE_CHECKING:
     from run_files.result import RunResult
 
@@ -90,8 +93,6 @@ def help_text() -> str:
 
 def with_flags_as_overrides(arguments: list[str]) -> list[str]:
     """`--device X` as device=X, and so each of FLAGS and SWITCHES, in their places, so that the later one wins."""
-    from common.errors import UserError
-
     words, rest = [], iter(arguments)
     for word in rest:
         flag, equals, value = word.partition("=")
@@ -102,11 +103,6 @@ def with_flags_as_overrides(arguments: list[str]) -> list[str]:
             word = f"{FLAGS[flag]}={value}" if flag != "--gpu" else f"backend.gpu='{value}'"  # H100! wants quotes
         words.append(SWITCHES.get(word, word))
     return words
-
-
-def unknown_flag(arguments: list[str]) -> str | None:
-    """Return a word that looks like a flag and is neither the launcher's nor Hydra's."""
-    return next((w for w in arguments if w.startswith("-") and w.split("=")[0] not in HYDRA_FLAGS), None)
 
 
 def launch(overrides: list[str]) -> "RunResult":
@@ -124,7 +120,6 @@ def dry_run(words: list[str]) -> None:
     """Print what would run, and where, a sweep job by job. UserError for what is wrong with it."""
     from backends.submission import describe, prepare
     from backends.sweep import Sweep
-    from common.errors import UserError
 
     flags, overrides = ([w for w in words if w.startswith("-") is flag] for flag in (True, False))
     other = [flag for flag in flags if flag not in ("-m", "--multirun")]
@@ -152,7 +147,6 @@ def through_hydra(arguments: list[str]) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from backends.sweep import Sweep
-    from common.errors import UserError
     from configuration.resolvers import register_resolvers
 
     if os.environ.keys() >= RANK_VARIABLES:
@@ -189,7 +183,6 @@ def without_search(arguments: list[str]) -> tuple[list[str], str | None]:
 
 def searched(kind: str, words: list[str], dry_run: bool) -> int:
     """Carry out a search; returns the exit status. UserError for a flag that it does not take."""
-    from common.errors import UserError
     from searches.command import command
 
     flags = [word for word in words if word.startswith("-")]
@@ -205,7 +198,6 @@ def dashboard(words: list[str]) -> None:
     """
     import webbrowser
 
-    from common.errors import UserError
     from configuration.compose import compose_config, resolved
 
     settings = resolved(compose_config(["run_name=dashboard", *words]))["trackio"]
@@ -234,8 +226,6 @@ class Interrupt:
 
 def carry_out(arguments: list[str]) -> int:
     """Do what a command line asks for; returns the exit status. UserError for a mistake."""
-    from common.errors import UserError
-
     if "--dashboard" in arguments:
         dashboard([word for word in arguments if word != "--dashboard"])
         return 0
@@ -245,8 +235,7 @@ def carry_out(arguments: list[str]) -> int:
         return command([word for word in arguments if word != "--prove"])
     arguments, search = without_search(arguments)
     words = [word for word in with_flags_as_overrides(arguments) if word != "--dry-run"]
-    flag = unknown_flag(words)
-    if flag is not None:
+    if flag := next((word for word in words if word.startswith("-") and word.split("=")[0] not in HYDRA_FLAGS), None):
         raise UserError(f"there is no flag {flag}; `python launcher.py --help` lists them")
     if search is not None:
         return searched(search, words, "--dry-run" in arguments)
@@ -261,9 +250,6 @@ def carry_out(arguments: list[str]) -> int:
 
 def main(arguments: list[str]) -> int:
     """Return the exit status: 0, 1 for a mistake of the user's (one sentence on stderr), 128 + its number for a signal."""
-    from common.errors import UserError, bug_in_words, path_in_words
-    from common.files import outlive_readers
-
     outlive_readers("the work goes on")
     if "--help" in arguments or "-h" in arguments:
         print(help_text())

@@ -1,4 +1,4 @@
-"""What the small scripts share: words to settings, and the process boundary."""
+"""What the scripts share: their files, and the process boundary."""
 
 import errno
 import re
@@ -17,11 +17,6 @@ MATCH_SECONDS = 3  # that comparing names with a typed regular expression may ta
 def outputs() -> Path:
     """Return where runs, checkpoints and pictures are looked for: outputs/ of the working folder, else the repository's."""
     return Path("outputs") if Path("outputs").is_dir() else ROOT / "outputs"
-
-
-def unknown(word: str, keys: Iterable[str]) -> str:
-    """Return a sentence that a key=value word has no known key."""
-    return f"unknown key in {word!r}; the keys are {', '.join(keys)}"
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
@@ -43,17 +38,18 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
         signal.signal(signal.SIGALRM, before)
 
 
-def check_ends(key: str, path: Path, *suffixes: str) -> None:
-    """Raise UserError for a path of another ending."""
+def check_ends(key: str, path: Path, *suffixes: str, others: str = "") -> None:
+    """Raise UserError for a path of another ending; others: what else it may be, in words."""
     if path.suffix not in suffixes:
-        raise UserError(f"{key}={path} must end in {' or '.join(suffixes)}")
+        raise UserError(f"{key}={path} must end in {' or '.join(suffixes)}{others}")
 
 
-def split(words: list[str], settings: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Return the settings with what key=value words say of them, and all other words."""
-    pairs = [(word, word.partition("=")) for word in words]
-    said = {key: value for _, (key, equals, value) in pairs if equals and key in settings}
-    return settings | said, [word for word, (key, equals, _) in pairs if not (equals and key in settings)]
+def check_place(key: str, path: Path) -> None:
+    """Raise UserError for a file in a folder that is not there."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        wrong = "below a file" if folder.is_file() else "in a folder that does not exist"
+        raise UserError(f"{key}={path} lies {wrong}; choose a folder that is there, or make one")
 
 
 def place_sentence(error: OSError) -> str:

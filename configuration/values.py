@@ -122,13 +122,6 @@ def check_value(key: str, value: Any, setting: Setting) -> None:
     raise UserError(f"{key} takes {words(kind, ends)}{example}, not {shown(value)}")
 
 
-def whole_number(key: str, text: str, kind: Any = Count) -> int:
-    """Return the whole number that a script's key=text gives. UserError for another text, or a number out of range."""
-    number = int(text) if re.fullmatch(r"-?[0-9]{1,50}", text) else text
-    check_value(key, number, Setting(kind))
-    return int(number)
-
-
 def numbers_in(value: Any) -> Iterator[float]:
     """Yield every number of nested lists and dicts."""
     return (inner for inner in nodes_in(value) if isinstance(inner, int | float) and not isinstance(inner, bool))

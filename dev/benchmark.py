@@ -32,7 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import front
+from common.command_line import check_place, front
 from common.errors import UserError
 from common.files import write_atomically
 from dev.contestant import Contestant
@@ -105,9 +105,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     options = parser.parse_args(words)
     if options.rounds < 1 or options.steps < 1:
         raise UserError("--rounds and --steps take whole numbers of at least 1")
-    for file in (options.json, options.markdown):
-        if file and not file.absolute().parent.is_dir():
-            raise UserError(f"{file} lies in a folder that does not exist; make it first")
+    for key in ("json", "markdown"):
+        if file := getattr(options, key):
+            check_place(f"--{key}", file)
     return options
 
 

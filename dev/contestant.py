@@ -1,25 +1,30 @@
 """One row of a benchmark: a run that is assembled, stepped and sampled, never saved."""
 
 import copy
+import resource
 import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
+from backends.submission import prepare
 from common.errors import UserError
+from evaluation.generate import generate
+from training.assemble import assemble
+from training.loop import epoch_groups, train_step
 
 NOT_ON_POINTS = ("cross_entropy", "reflow", "distillation")  # a classifier's loss, and two on the pairs of a teacher
 
 
 def wait(device: Any) -> None:
     """Return when the device has done what was asked of it."""
-    import torch
-
     if device.type == "cuda":
         torch.cuda.synchronize()
     elif device.type == "mps":
@@ -53,9 +58,6 @@ class Contestant:
 
     def __init__(self, overrides: str, config: dict[str, Any] | None = None):
         """Assemble the run of these words, or of the configuration that another row made of them."""
-        from backends.submission import prepare
-        from training.assemble import assemble
-
         fixed = ["run_name=benchmark", "trackio.enabled=false", "callbacks=none", "overwrite=true"]
         self.name = overrides or "default"
         self.config = config or prepare([*fixed, *overrides.split()])
@@ -67,8 +69,6 @@ class Contestant:
         """Return, of one uncompiled step, forward and backward, the 1e9 floating-point operations, and the MiB of its own
         tensors that live at once, gradients included.
         """
-        from torch.utils.flop_counter import FlopCounterMode
-
         objective, batch = self.run.state.objective, next(self.groups)[0]
         objective.train()
         counter, memory = FlopCounterMode(display=False), LiveBytes()
@@ -79,8 +79,6 @@ class Contestant:
         return counter.get_total_flops() / 1e9, memory.most / 2**20
 
     def endless_groups(self) -> Iterator[Any]:
-        from training.loop import epoch_groups
-
         while True:
             self.run.state.step = 0
             yield from epoch_groups(self.run)
@@ -99,10 +97,6 @@ class Contestant:
 
     def round(self, steps: int) -> dict[str, float]:
         """Return one round's figures: `steps` training steps, then one batch carried through the solver."""
-        import torch
-
-        from evaluation.generate import generate
-        from training.loop import train_step
 
         if self.run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -133,7 +127,5 @@ class Contestant:
 
 def resident_megabytes() -> float:
     """Peak resident memory of this process in MiB (all rows together)."""
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -27,6 +27,7 @@ from common.command_line import front
 from common.ranges import CountFrom2
 from common.seeds import generator_for
 from configuration.compose import compose_config, resolved
+from configuration.settings import read_settings
 from dataloaders.base_dataloaders import FlowDataset
 from evaluation.metrics.base_metric import Generation, Score
 from evaluation.metrics.energy_distance import EnergyDistance
@@ -34,7 +35,6 @@ from evaluation.metrics.two_sample import TwoSampleMetric
 from evaluation.metrics.wasserstein import SlicedWasserstein, Wasserstein
 from evaluation.parts import build_dataset, build_source, dataset_key
 from run_files.result import markdown
-from scripts.settings import read_settings
 
 SHIFTS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)  # standard deviations of the data
 SETS = 50  # for each shift

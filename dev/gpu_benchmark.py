@@ -18,6 +18,7 @@ from common.device import device_name, full_products, pick_device
 from common.errors import UserError
 from configuration.compose import groups
 from dev.contestant import NOT_ON_POINTS, Contestant, wait
+from training.loop import train_step
 
 Table = tuple[str, list[dict[str, Any]]]
 UNABLE = (RuntimeError, NotImplementedError, TypeError, AssertionError, UserError)  # how a device says that it cannot
@@ -115,8 +116,6 @@ def correctness(words: str, count: int | None = None) -> Iterator[Table]:
 
 def compared(words: str) -> dict[str, float]:
     """Return the last loss on both, and the largest relative difference; products are in full precision on both."""
-    from training.loop import train_step
-
     device = Contestant(words)
     cpu = Contestant(words, device.config | {"device": "cpu"})
     theirs, ours = cpu.run.state, device.run.state

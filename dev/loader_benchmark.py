@@ -7,7 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
+
+from configuration.compose import compose_config, resolved
+from dataloaders.base_dataloaders import EpochPlan, FlowDataset
+from dataloaders.stream import Rows
+from evaluation.parts import build_dataset
 from evaluation.threads import one_thread
+from scripts.cache_latents import Cache
 
 PICTURES, LATENTS = 512, 2048
 DEVICE_SET = "pictures on the device: CIFAR-10, mirrored and augmented, unet_small"
@@ -39,8 +48,6 @@ def sets_below(place: Path) -> list[str]:
 
 def write_cifar(place: Path) -> None:
     """Ten thousand pictures of noise in CIFAR-10's batches."""
-    import numpy as np
-
     folder = place / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     random_state = np.random.RandomState(0)
@@ -51,9 +58,6 @@ def write_cifar(place: Path) -> None:
 
 def write_pictures(place: Path) -> None:
     """JPEGs of smooth noise, in two folders."""
-    import numpy as np
-    from PIL import Image
-
     random_state = np.random.RandomState(0)
     for k in range(PICTURES):
         (place / f"class{k % 2}").mkdir(parents=True, exist_ok=True)
@@ -63,9 +67,6 @@ def write_pictures(place: Path) -> None:
 
 def write_latents(place: Path) -> None:
     """A cache as scripts/cache_latents.py leaves it, of noise, in four shards and one held out."""
-    import numpy as np
-
-    from scripts.cache_latents import Cache
 
     cache, random_state = Cache(place, {}), np.random.RandomState(0)
     for part, count in (("train", 4), ("held_out", 1)):
@@ -92,12 +93,6 @@ def rate(count: int, work: Callable[[], Any], repeats: int) -> float:
 @one_thread()
 def loader_rates(place: Path) -> dict[str, float]:
     """Return rows a second that the loaders alone serve on one core, without any worker process."""
-    import torch
-
-    from configuration.compose import compose_config, resolved
-    from dataloaders.base_dataloaders import EpochPlan, FlowDataset
-    from dataloaders.stream import Rows
-    from evaluation.parts import build_dataset
 
     def dataset(words: str) -> Any:
         return build_dataset(resolved(compose_config(["run_name=x", *words.split(), "num_workers=0"])), torch.device("cpu"))

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from configuration.compose import groups
 from dev.contestant import NOT_ON_POINTS, Contestant
+from training.loop import after_step, train_step
 
 WARM_UP = 3  # steps: the optimizer has its state, and no step counted is the first of its window
 
@@ -36,8 +37,6 @@ def step_operations(contestant: Contestant) -> dict[str, float]:
     """Return the operations of one step: drawing its batch; the whole step, its record included; the bare network's forward
     and backward pass with the same optimizer's step; and the ratio and difference of the two.
     """
-    from training.loop import after_step, train_step
-
     run, group = contestant.run, next(contestant.groups)
     run.clock.start(run.state.step)
     for _ in range(WARM_UP):

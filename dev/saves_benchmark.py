@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from run_files.checkpoint_folder import CheckpointFolder, tensors_in
+
 SAVED_RUN = "dataloaders=photos model=unet batch_size=8 device=cpu num_workers=0"  # 50 million parameters
 
 
@@ -14,8 +16,6 @@ def saves_seconds(payload: dict[str, Any], place: Path, rounds: int) -> dict[str
 
     payload: what a checkpoint holds; it is written below `place`.
     """
-    from run_files.checkpoint_folder import CheckpointFolder, tensors_in
-
     ways = {"at once": False, "in the background": True}
     folders = {
         way: CheckpointFolder(place, "unet", f"saved_{background}", 1, background) for way, background in ways.items()

@@ -3,25 +3,33 @@
 import ast
 import re
 import runpy
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from hydra.utils import get_class
 
-from common.command_line import split
 from common.errors import UserError
 from common.ranges import CountOr0
 from configuration.build import build
 from configuration.compose import compose_config, resolved
-from configuration.values import whole_number
+from configuration.settings import known_settings
 from evaluation.prove import CHANCE, WORLDS, Builder, Plan, Stage, prove
 from losses.objective import FlowObjective
 from losses.paths import ProbabilityPath
 from losses.plain_loss import Function, PlainLoss
 
 STATUS = {"stationary": 0, "biased": 3, "undecided": 4}
-CONVENTIONS = ("forward", "reversed")
 SECONDS = 60  # at most for a world whose first batches decide nothing
 USAGE = "python launcher.py --prove loss=NAME, or --prove path/to/file.py:function convention=forward|reversed"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line, the loss and words of a run aside."""
+
+    convention: Literal["forward", "reversed"] | None = None
+    seconds: CountOr0 = SECONDS
 
 
 def function_in(word: str) -> Function:
@@ -52,7 +60,7 @@ def functions_of(word: str) -> list[str]:
 
 def prepared(words: list[str]) -> tuple[str, Builder | str, ProbabilityPath | None, list[str], Plan]:
     """Return a command line's name, its objective's builder or why it has none, its path, the worlds and the plan."""
-    settings, words = split(words, {"convention": "", "seconds": str(SECONDS)})
+    settings, words = known_settings(words, Settings)
     files = [word for word in words if re.fullmatch(r"[^=]+\.py:\w+", word)]
     losses = [word for word in words if re.match(r"loss[=/.]", word)]
     bare = next((word for word in words if re.fullmatch(r"[^=]+\.py:?", word)), None)
@@ -60,26 +68,19 @@ def prepared(words: list[str]) -> tuple[str, Builder | str, ProbabilityPath | No
         raise UserError(f"{bare} names no function; write {bare.rstrip(':')}:{' or '.join(functions_of(bare))}")
     if len(files) > 1 or not (files or losses):
         raise UserError(f"--prove takes one loss: {USAGE}")
-    if settings["convention"] not in (CONVENTIONS if files else ()) and settings["convention"]:
-        where = f"is one of {', '.join(CONVENTIONS)}" if files else "is of a function in a file"
-        raise UserError(f"convention={settings['convention']}: a convention {where}; {USAGE}")
-    seconds = whole_number("seconds", settings["seconds"], CountOr0)
+    if settings.convention and not files:
+        raise UserError(f"convention={settings.convention}: a convention is of a function in a file; {USAGE}")
     cfg = compose_config(["run_name=prove", *(word for word in words if word not in files)])
     kind = get_class(cfg.loss["_target_"])
     if not issubclass(kind, FlowObjective):
-        return (
-            " ".join(losses),
-            f"{kind.__name__} learns no flow, so there is no exact field to compare with",
-            None,
-            [],
-            Plan(),
-        )
+        why = f"{kind.__name__} learns no flow, so there is no exact field to compare with"
+        return " ".join(losses), why, None, [], Plan()
     config = resolved(cfg)
     path: ProbabilityPath = build(config["loss"]["path"])
-    plan = Plan(seed=config["seed"], loss_weights=config["loss_weights"], seconds=seconds)
+    plan = Plan(seed=config["seed"], loss_weights=config["loss_weights"], seconds=settings.seconds)
     if files:
         function = function_in(files[0])
-        plain = lambda network: PlainLoss(network, function, settings["convention"] == "reversed", path)  # noqa: E731
+        plain = lambda network: PlainLoss(network, function, settings.convention == "reversed", path)  # noqa: E731
         return files[0], plain, path, list(WORLDS)[:2], plan
     return " ".join(losses), lambda network: build(config["loss"], network=network), path, list(WORLDS), plan
 

@@ -15,6 +15,15 @@ from evaluation.classifier_evaluator import ClassifierEvaluation, by_class
 from evaluation.evaluator import SQUARED_ERROR, Evaluation, GeneratorEvaluation, held_out_beside
 from evaluation.metrics.base_metric import Absent, Decode, Generation, Score, as_images, number
 from evaluation.metrics.distances import nearest, squared_distances
+from evaluation.pictures import (
+    Panel,
+    confusion_picture,
+    image_grid_picture,
+    matching,
+    neighbours_picture,
+    pick_by_class,
+    scatter_picture,
+)
 from losses.weightings import UniformWeighting
 from models.inputs import classes_in
 from run_files.result import markdown
@@ -160,8 +169,6 @@ def draw_picture(path: Path, evaluation: Evaluation, title: str, images: int = 1
 
     A classifier's confusion matrix, beside it as a table in a .csv. False for data of any other form.
     """
-    from evaluation.pictures import confusion_picture, pick_by_class, scatter_picture
-
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(evaluation, ClassifierEvaluation):
         confusion = evaluation.confusion.numpy()
@@ -193,8 +200,6 @@ def is_drawn_from_pictures(made: Generation) -> bool:
 
 def draw_pairs(path: Path, made: Generation, title: str, images: int) -> None:
     """Draw conditions, what was generated of each, and the held-out image that it belongs to, in grids side by side."""
-    from evaluation.pictures import Panel, image_grid_picture
-
     assert made.label is not None and made.objective.network.condition_shape is not None
     real = held_out_beside(made)[0][:images]
     conditions = made.label[: len(real), 2:].unflatten(1, made.objective.network.condition_shape)
@@ -216,8 +221,6 @@ def draw_neighbours(path: Path, evaluation: Evaluation, name: str, rows: int = 1
         return False
     if not len(samples) or dataset.train_size < k:
         return False
-    from evaluation.pictures import neighbours_picture
-
     train = dataset.train_states
     order = nearest(samples.flatten(1), train.flatten(1))[0].argsort()[:rows]
     index = squared_distances(samples[order].flatten(1), train.flatten(1)).topk(k, largest=False).indices
@@ -241,8 +244,6 @@ def shown_range(decode: Decode | None, low_high: Span) -> tuple[float, float]:
 def draw_images(path: Path, made: Batch, real: Batch | None, decode: Decode | None, low_high: Span, title: str) -> None:
     """Draw all samples in a grid, each row of one class where there are labels, beside as many real states of the same
     classes. Latents are decoded first; low_high: the data's value_range."""
-    from evaluation.pictures import image_grid_picture, matching
-
     samples, label = made
     labels = None if label is None or (real is not None and real[1] is None) else label.cpu().numpy()
     panels = {"generated": (as_images(samples, decode).cpu().numpy(), labels)}

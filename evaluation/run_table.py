@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
 from evaluation.seed_comparison import LEVEL, compared, half_width_of_mean, least_p
 from run_files.result import RunResult, table
 
@@ -88,8 +90,6 @@ class Configuration:
 
 def interval(values: Sequence[float]) -> float:
     """Return half of the 95 % interval of the mean over seeds (Student's t)."""
-    import numpy as np
-
     return float(half_width_of_mean(np.array(values)[:, None])[0])
 
 
@@ -134,8 +134,6 @@ def closing_table(runs: Sequence[RunOfTable], what: str, name: str) -> str:
 
 def against_best(made: Sequence[Configuration]) -> dict[str, str]:
     """Return a verdict on each configuration but the best, by name; empty where the best or all others have one seed."""
-    import numpy as np
-
     best, seeded = made[0], [one for one in made if len(one.values) > 1]
     if len(seeded) < 2 or seeded[0] is not best:
         return {}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.command_line import front, split
+from common.command_line import front
 from common.errors import UserError
 from common.files import replacing
 from minigrad.nn import MLP
@@ -44,14 +44,15 @@ def samples(flow: dict[str, Array], n: int) -> Array:
 
 def carry_out(words: list[str]) -> str:
     """Carry out the command; the line to print. UserError for other words, another file, or more than it has noise for."""
-    settings, paths = split(words, {"n": "", "out": ""})
-    if len(paths) != 1 or not (settings["n"] or "1").isdecimal():
+    given = dict(word.split("=", 1) for word in words if word.startswith(("n=", "out=")))
+    paths = [word for word in words if not word.startswith(("n=", "out="))]
+    if len(paths) != 1 or not (given.get("n") or "1").isdecimal():
         raise UserError(f"cannot use {' '.join(words)!r}; give one exported file, n=1000, out=samples.npy")
     path = Path(paths[0])
     try:
         with np.load(path, allow_pickle=False) as file:
             flow = dict(file)
-        n = int(settings["n"] or len(flow["noise"]))
+        n = int(given.get("n") or len(flow["noise"]))
         found = samples(flow, n)
     except BROKEN as error:
         raise UserError(f"{path} cannot be read as an exported flow ({error}); write one with scripts/export.py") from None
@@ -59,7 +60,7 @@ def carry_out(words: list[str]) -> str:
         raise UserError(
             f"n={n}, and {path} holds noise for {len(flow['noise'])} samples; give 1 to that many, or export with more"
         )
-    out = Path(settings["out"] or path.with_suffix(".samples.npy"))
+    out = Path(given.get("out") or path.with_suffix(".samples.npy"))
     with replacing(out) as saved:
         np.save(saved, found)
     return f"{out}: {n:,} samples, mean {found.mean(0).round(3)}, standard deviation {found.std(0).round(3)}"

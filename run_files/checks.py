@@ -47,6 +47,13 @@ def check_writable(key: str, folder: Path, below: str = "") -> None:
         )
 
 
+def check_folder(key: str, folder: Path) -> None:
+    """Raise UserError for the path of a file where files go under their own names, or a folder that cannot be written."""
+    if folder.suffix in (".png", ".gif", ".mp4") or folder.is_file():
+        raise UserError(f"{key} takes a folder, which the files go to under their own names, not {str(folder)!r}")
+    check_writable(key, folder)
+
+
 def takes_folders(folder: Path) -> bool:
     """Return whether a folder can be made in `folder`. Tried where the file system has no room of its own, as /proc."""
     if os.statvfs(folder).f_blocks:

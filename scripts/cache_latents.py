@@ -27,21 +27,30 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import device
+
+from common.device import pick_device
+from common.distributed import barrier, rank, world
 from common.errors import UserError
 from common.files import locked, remove_temporaries, replacing, write_atomically
+from common.progress import each, watched
 from common.ranges import Range
+from configuration.build import build
+from configuration.compose import compose_config, resolved
+from configuration.settings import read_settings
+from dataloaders.image_stream import ImageStream, PictureReader
 from dataloaders.picture_files import MANIFEST
-from scripts.settings import front_of_ranks, read_settings
-
-if TYPE_CHECKING:
-    from torch import device
-
-    from dataloaders.image_stream import ImageStream, PictureReader
-    from models.vae.stable_diffusion_vae import StableDiffusionVAE
+from dataloaders.stream import ReadAhead, Rows
+from dataloaders.tensor_dataset import as_states
+from models.vae.stable_diffusion_vae import WEIGHTS_FILE, StableDiffusionVAE
+from scripts.ranks import front_of_ranks
 
 FORMAT = 2  # 2: knows the pictures it was made from
 # Settings of the data that change nothing of what is encoded.
@@ -105,8 +114,6 @@ class Cache:
 
     def add(self, part: str, name: str, moments: Any, labels: Any, unreadable: list[str]) -> None:
         """Write a shard, then list it."""
-        import numpy as np
-
         shard: dict[str, Any] = {"part": part, "rows": len(moments), "unreadable": unreadable}
         for key, file, array in (("file", name, moments), ("labels", name.replace(".npy", "-labels.npy"), labels)):
             path = self.folder / file
@@ -164,8 +171,6 @@ def verify(folder: Path) -> str:
     """Return that every checksum is right. UserError naming every damaged file."""
     manifest = read_manifest(folder)
     files = list(listed(folder, manifest["shards"]))
-    from common.progress import each
-
     bad = [file.name for file, _, digest in each(files, "checksums") if not file.is_file() or checksum(file) != digest]
     if bad:
         raise UserError(
@@ -180,13 +185,8 @@ def contents(folder: Path, manifest: dict[str, Any]) -> str:
     return f"{folder}: {len(shards)} shards, {sum(s['rows'] for s in shards):,} pictures"
 
 
-def build_pictures(overrides: list[str]) -> tuple["ImageStream", str, dict[str, Any]]:
+def build_pictures(overrides: list[str]) -> tuple[ImageStream, str, dict[str, Any]]:
     """Return the set of pictures, the autoencoder's path, and what both are. UserError when they cannot be encoded."""
-    from omegaconf import DictConfig, OmegaConf
-
-    from configuration.build import build
-    from configuration.compose import compose_config, resolved
-    from dataloaders.image_stream import ImageStream
 
     chosen = any(word.startswith("vae=") for word in overrides)
     cfg = compose_config(["run_name=cache", *([] if chosen else ["vae=stable_diffusion"]), *overrides])
@@ -205,10 +205,8 @@ def build_pictures(overrides: list[str]) -> tuple["ImageStream", str, dict[str, 
     return dataset, str(cfg["vae"]["path"]), matters
 
 
-def files_of(dataset: "ImageStream") -> dict[str, Any]:
+def files_of(dataset: ImageStream) -> dict[str, Any]:
     """Return how many pictures there are, and a hash of their names, sizes in bytes, labels and parts."""
-    from common.progress import each
-
     digest, count = hashlib.blake2b(digest_size=16), 0
     for reader in (dataset.train, dataset.unseen):
         for row in each(range(len(reader)), "names and sizes of the pictures"):
@@ -221,11 +219,6 @@ def files_of(dataset: "ImageStream") -> dict[str, Any]:
 
 def encode(settings: Settings, overrides: list[str]) -> str:
     """Encode every shard that is not there yet, of both parts, and return what the folder holds then."""
-    from common.device import pick_device
-    from common.distributed import barrier, rank
-    from common.progress import watched
-    from models.vae.stable_diffusion_vae import WEIGHTS_FILE, StableDiffusionVAE
-
     dataset, path, pictures = build_pictures(overrides)
     vae = StableDiffusionVAE(path).to(pick_device(settings.device))
     weights = Path(path).expanduser() / WEIGHTS_FILE
@@ -256,8 +249,6 @@ def encode(settings: Settings, overrides: list[str]) -> str:
 def missing(cache: Cache, part: str, pictures: int, settings: Settings) -> dict[str, list[list[int]]]:
     """Return the shards of one part that are not there and this rank makes, by name: the numbers of their pictures, in
     batches."""
-    from common.distributed import rank, world
-
     rows, step, plan = settings.shard_rows, settings.batch_size, dict[str, list[list[int]]]()
     for first in range(rank() * rows, pictures, world() * rows):
         name, numbers = f"{part}-{first // rows:05d}.npy", list(range(first, min(first + rows, pictures)))
@@ -269,16 +260,12 @@ def missing(cache: Cache, part: str, pictures: int, settings: Settings) -> dict[
 def encode_part(
     cache: Cache,
     part: str,
-    reader: "PictureReader",
+    reader: PictureReader,
     plan: dict[str, list[list[int]]],
-    vae: "StableDiffusionVAE",
+    vae: StableDiffusionVAE,
     num_workers: int,
 ) -> None:
     """Encode the planned shards of one part. UserError for a shard whose pictures can all not be read."""
-    import numpy as np
-    import torch
-
-    from dataloaders.stream import ReadAhead, Rows
 
     device = next(vae.parameters()).device
     reads = ReadAhead(reader, num_workers).batches([Rows(numbers, 0) for batches in plan.values() for numbers in batches])
@@ -295,15 +282,12 @@ def encode_part(
         cache.add(part, name, np.concatenate(moments), torch.cat(labels).numpy(), [reader.name(k) for k in unreadable])
 
 
-def moments_of(pictures: Any, vae: "StableDiffusionVAE", device: "device") -> Any:
+def moments_of(pictures: Any, vae: StableDiffusionVAE, device: device) -> Any:
     """Return pictures (B, 3, H, W) uint8 -> (B, 2, 2, C, h, w) fp16: mean and standard deviation, of each and of its mirror
     image.
 
     UserError for latents that fp16 cannot hold.
     """
-    import torch
-
-    from dataloaders.tensor_dataset import as_states
 
     x = as_states(pictures.to(device))
     both = torch.stack([torch.stack(vae.moments(view), dim=1) for view in (x, x.flip(3))], dim=1).half()

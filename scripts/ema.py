@@ -15,7 +15,7 @@ is nearest to its own; how near, as a share, is printed beside it (Karras et al.
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,13 +23,20 @@ from common.command_line import check_ends, front
 from common.errors import UserError
 from common.files import end_of
 from common.ranges import AverageLength, CountFrom2, Seed, Steps
+from configuration.settings import read_settings
+from configuration.stored import allow, output_dir_of
+from configuration.values import check_run_name
+from evaluation.metrics.base_metric import Score
+from evaluation.metrics.energy_distance import EnergyDistance
+from evaluation.metrics.oracles import OracleVelocity
+from evaluation.parts import load_network
+from evaluation.pictures import GENERATED_COLOR, new_figure, save_figure
+from evaluation.power_averages import Snapshots, snapshots_of
+from evaluation.sample import TrainedModel, generation_of, load
+from run_files.checkpoint import load_checkpoint, write_checkpoint
 from run_files.checks import check_writable
-from scripts.settings import read_settings
-
-if TYPE_CHECKING:
-    from evaluation.metrics.base_metric import Score
-    from evaluation.power_averages import Snapshots
-    from evaluation.sample import TrainedModel
+from run_files.run_folder import RunFolder
+from run_files.run_lock import check_entries
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,6 @@ def read_words(words: list[str]) -> tuple[Settings, list[str]]:
 def sweep(words: list[str]) -> str:
     """Carry out the command: print a line for each length, draw the picture; return where it is."""
     settings, overrides = read_words(words)
-    from configuration.stored import allow
-    from evaluation.parts import load_network
-    from evaluation.sample import load
-
     lengths = sorted(set(settings.lengths))
     allow(settings.trust)
     model = load(settings.ckpt, settings.device, overrides)
@@ -85,14 +88,8 @@ def sweep(words: list[str]) -> str:
     return str(settings.out)
 
 
-def stored_with(ckpt: Path, model: "TrainedModel") -> "Snapshots":
+def stored_with(ckpt: Path, model: TrainedModel) -> Snapshots:
     """Return the averages that the checkpoint's run had stored up to it. UserError where there are none."""
-    from configuration.stored import output_dir_of
-    from configuration.values import check_run_name
-    from evaluation.power_averages import snapshots_of
-    from run_files.run_folder import RunFolder
-    from run_files.run_lock import check_entries
-
     name = model.config["run_name"]
     check_run_name(name)
     folder = RunFolder((output_dir_of(ckpt) or ckpt.parent) / "runs" / name)
@@ -103,13 +100,8 @@ def stored_with(ckpt: Path, model: "TrainedModel") -> "Snapshots":
     return snapshots_of(files)
 
 
-def scores_of(model: "TrainedModel", settings: Settings) -> "list[Score]":
+def scores_of(model: TrainedModel, settings: Settings) -> list[Score]:
     """Return the energy distance of the model's samples, and where the exact velocity is known its error."""
-    from evaluation.metrics.base_metric import Score
-    from evaluation.metrics.energy_distance import EnergyDistance
-    from evaluation.metrics.oracles import OracleVelocity
-    from evaluation.sample import generation_of
-
     made = generation_of(model, settings.n, settings.seed, settings.label, settings.nfe, settings.cache)
     results = [*EnergyDistance().results(made), *OracleVelocity().results(made)]
     return [
@@ -117,18 +109,14 @@ def scores_of(model: "TrainedModel", settings: Settings) -> "list[Score]":
     ]
 
 
-def save(path: Path, ckpt: Path, snapshots: "Snapshots", length: float) -> None:
+def save(path: Path, ckpt: Path, snapshots: Snapshots, length: float) -> None:
     """Write the checkpoint with the average of this length as its EMA weights."""
-    from run_files.checkpoint import load_checkpoint, write_checkpoint
-
     write_checkpoint(path, load_checkpoint(ckpt) | {"ema": snapshots.average(length)})
     print(f"{path} samples by the average of length {length:g}")
 
 
-def draw(settings: Settings, model: "TrainedModel", snapshots: "Snapshots", found: "dict[float, list[Score]]") -> None:
+def draw(settings: Settings, model: TrainedModel, snapshots: Snapshots, found: dict[float, list[Score]]) -> None:
     """Draw each score over the lengths, above its noise floor; grey lines at the lengths that were tracked."""
-    from evaluation.pictures import GENERATED_COLOR, new_figure, save_figure
-
     names = [score.name for score in next(iter(found.values()))]
     line = f"run {model.config['run_name']}, step {snapshots.last:,}, {settings.n:,} samples, seed {settings.seed}"
     figure = new_figure(400, "Length of the average, chosen after training", line)

@@ -22,21 +22,27 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from torch import Tensor
+
+from common.device import pick_device
+from common.distributed import rank
 from common.errors import UserError
 from common.files import end_of, write_atomically
 from common.ranges import CountFrom2, Replicates, Seed, Steps
+from configuration.settings import read_settings
+from configuration.stored import allow
+from evaluation.feature_networks import FeatureNetwork, InceptionFeatures, classifier_features
+from evaluation.image_sets import open_npz, read_images
+from evaluation.metrics.base_metric import Absent, Score
+from evaluation.metrics.features import FeatureMetric, scores_against_statistics, scores_between
+from evaluation.report import print_table
+from evaluation.sample import generation_of, load
 from run_files.checks import check_writable
-from scripts.settings import front_of_ranks, read_settings
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from evaluation.feature_networks import FeatureNetwork
-    from evaluation.metrics.base_metric import Absent, Score
+from scripts.ranks import front_of_ranks
 
 
 @dataclass(frozen=True)
@@ -70,14 +76,9 @@ def read_words(words: list[str]) -> tuple[Settings, list[str]]:
     return settings, overrides
 
 
-def evaluate(words: list[str]) -> "list[Score | Absent]":
+def evaluate(words: list[str]) -> list[Score | Absent]:
     """Carry out the command; prints the scores and returns them."""
     settings, overrides = read_words(words)
-    from common.distributed import rank
-    from configuration.stored import allow
-    from evaluation.metrics.base_metric import Absent, Score
-    from evaluation.report import print_table
-
     allow(settings.trust)
     results = of_files(settings) if settings.samples else of_checkpoint(settings, overrides)
     print_table([r for r in results if isinstance(r, Score)], [r for r in results if isinstance(r, Absent)])
@@ -86,28 +87,21 @@ def evaluate(words: list[str]) -> "list[Score | Absent]":
     return results
 
 
-def network_of(spec: str) -> "FeatureNetwork":
+def network_of(spec: str) -> FeatureNetwork:
     """Inception where its weights lie in that folder, else a classifier; the ranks share its work."""
-    from evaluation.feature_networks import InceptionFeatures, classifier_features
-
     path = Path(spec)
     network = InceptionFeatures(spec) if path.is_dir() or path.name.startswith("inception") else classifier_features(spec)
     network.together = True
     return network
 
 
-def replicates_of(settings: Settings, network: "FeatureNetwork") -> int:
+def replicates_of(settings: Settings, network: FeatureNetwork) -> int:
     """Real pairs of the noise floor; as configs/evaluation has them unless given."""
-    from evaluation.feature_networks import InceptionFeatures
-
     return settings.replicates or (3 if isinstance(network, InceptionFeatures) else 20)
 
 
-def of_checkpoint(settings: Settings, overrides: list[str]) -> "list[Score | Absent]":
+def of_checkpoint(settings: Settings, overrides: list[str]) -> list[Score | Absent]:
     """Return samples of a checkpoint against its own data, or against files."""
-    from evaluation.metrics.features import FeatureMetric
-    from evaluation.sample import generation_of, load
-
     model = load(str(settings.ckpt), settings.device, overrides)
     spec = settings.network or model.config["dataloaders"].get("training", {}).get("feature_network")
     if spec is None:
@@ -123,24 +117,16 @@ def of_checkpoint(settings: Settings, overrides: list[str]) -> "list[Score | Abs
     return between(network, made.bytes_of(made.samples).cpu(), settings, model.device, made.made)
 
 
-def of_files(settings: Settings) -> "list[Score | Absent]":
+def of_files(settings: Settings) -> list[Score | Absent]:
     """Return images in files against images or statistics in files."""
-    from common.device import pick_device
-    from evaluation.image_sets import read_images
-
     if settings.network is None:
         raise UserError("network is missing; give network=<the folder of Inception's weights, or a classifier>")
     images = read_images(Path(str(settings.samples)))
     return between(network_of(settings.network), images, settings, pick_device(settings.device), "")
 
 
-def between(
-    network: "FeatureNetwork", images: "Tensor", settings: Settings, device: Any, made: str
-) -> "list[Score | Absent]":
+def between(network: FeatureNetwork, images: Tensor, settings: Settings, device: Any, made: str) -> list[Score | Absent]:
     """Image bytes (N, C, H, W), made so, against a folder, a .npz of images, or one of statistics."""
-    from evaluation.image_sets import open_npz, read_images
-    from evaluation.metrics.features import scores_against_statistics, scores_between
-
     reference = Path(str(settings.reference))
     if reference.suffix == ".npz" and reference.is_file():
         arrays = open_npz(reference)

@@ -22,24 +22,33 @@ import sys
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import minigrad
 from common.command_line import check_ends, front
 from common.errors import UserError, first_line
 from common.files import replacing
 from common.ranges import Count, Seed
-from scripts.settings import read_settings
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    import minigrad
-    from evaluation.sample import TrainedModel
-    from models.network import Network
-    from solvers.base_solver import Sampler
-
+from configuration.settings import read_settings
+from configuration.stored import allow
+from evaluation import parts
+from evaluation.generate import fixed_noise
+from evaluation.parts import check_weights
+from evaluation.sample import TrainedModel, load
+from minigrad import MLP
+from models.flow_matching.mlp import MLP
+from models.network import Network
+from run_files.checkpoint import BROKEN, METADATA, arrays_of, load_checkpoint, write_export
+from solvers.base_solver import Sampler
+from solvers.flow_map import FlowMapSolver
+from solvers.runge_kutta import RungeKutta, Tableau
 
 OF_WEIGHTS = ("ckpt", "out", "form", "weights")  # the keys that form=weights knows
 
@@ -81,9 +90,6 @@ def export(words: list[str]) -> str:
 
 def export_weights(settings: Settings) -> str:
     """Write the EMA weights of the checkpoint, or those of another file in their place; the line to print."""
-    from evaluation.parts import check_weights
-    from run_files.checkpoint import load_checkpoint, write_export
-
     payload = load_checkpoint(settings.ckpt)
     if settings.weights:
         given = weights_of(settings.weights, payload)
@@ -96,13 +102,8 @@ def export_weights(settings: Settings) -> str:
     )
 
 
-def weights_of(path: Path, payload: dict[str, Any]) -> dict[str, "Tensor"]:
+def weights_of(path: Path, payload: dict[str, Any]) -> dict[str, Tensor]:
     """Return the tensors of a file by name, a network of minigrad's as the MLP of a checkpoint. UserError for others."""
-    import torch
-    from safetensors.torch import load_file
-
-    from minigrad import MLP
-    from run_files.checkpoint import BROKEN, METADATA, arrays_of
 
     try:
         if path.suffix == ".safetensors":
@@ -117,10 +118,8 @@ def weights_of(path: Path, payload: dict[str, Any]) -> dict[str, "Tensor"]:
         ) from None
 
 
-def torch_names(network: "minigrad.MLP", payload: dict[str, Any]) -> dict[str, "Tensor"]:
+def torch_names(network: minigrad.MLP, payload: dict[str, Any]) -> dict[str, Tensor]:
     """Return the weights of a network of minigrad's under torch's names. ValueError unless it computes as the MLP does."""
-    import torch
-
     places = sorted(int(name.split(".")[1]) for name in payload["ema"] if re.fullmatch(r"layers\.\d+\.weight", name))
     if not places:
         raise ValueError("a network of minigrad's is one of model=mlp, and the checkpoint holds another")
@@ -136,10 +135,6 @@ def torch_names(network: "minigrad.MLP", payload: dict[str, Any]) -> dict[str, "
 
 def export_flow(settings: Settings, overrides: list[str]) -> str:
     """Write the flow as minigrad.sample takes it; the line to print."""
-    import numpy as np
-
-    from configuration.stored import allow
-    from evaluation.sample import load
 
     allow(settings.trust)
     model = load(settings.ckpt, settings.device, overrides)
@@ -149,12 +144,8 @@ def export_flow(settings: Settings, overrides: list[str]) -> str:
     return f"{settings.out}: {settings.n:,} samples by python -m minigrad.sample {settings.out}"
 
 
-def network_arrays(network: "Network") -> dict[str, Any]:
+def network_arrays(network: Network) -> dict[str, Any]:
     """Return the layers of an MLP, as minigrad.MLP reads them, and its angular frequencies. UserError for another model."""
-    import numpy as np
-    from torch import nn
-
-    from models.flow_matching.mlp import MLP
 
     if not isinstance(network, MLP):
         raise UserError(
@@ -172,12 +163,8 @@ def network_arrays(network: "Network") -> dict[str, Any]:
     return arrays
 
 
-def start(model: "TrainedModel", settings: Settings) -> dict[str, Any]:
+def start(model: TrainedModel, settings: Settings) -> dict[str, Any]:
     """Return the noise (n, D), each sample's row of the class embedding (n, W), W = 0 without one, and the data's units."""
-    import torch
-
-    from evaluation.generate import fixed_noise
-    from models.flow_matching.mlp import MLP
 
     noise, labels = fixed_noise(model.source, settings.n, settings.seed), model.labels(settings.n, settings.label)
     assert isinstance(model.objective.network, MLP)
@@ -189,12 +176,8 @@ def start(model: "TrainedModel", settings: Settings) -> dict[str, Any]:
     return {name: value.cpu().numpy() for name, value in named.items()}
 
 
-def plan(model: "TrainedModel") -> dict[str, Any]:
+def plan(model: TrainedModel) -> dict[str, Any]:
     """Return grid, matrix, weights and readings as minigrad.sample takes them. UserError for a solver of another kind."""
-    import torch
-
-    from evaluation import parts
-    from solvers.runge_kutta import RungeKutta, Tableau
 
     solver, guided = parts.build_solver(model.config), model.config.get("guidance")
     solver.check(model.objective)
@@ -210,11 +193,8 @@ def plan(model: "TrainedModel") -> dict[str, Any]:
     return {name: value.double().numpy() for name, value in named.items()}
 
 
-def takes_maps(solver: "Sampler") -> bool:
+def takes_maps(solver: Sampler) -> bool:
     """Return whether the sampler walks by the learned map. UserError for one whose steps are not known ahead."""
-    from solvers.flow_map import FlowMapSolver
-    from solvers.runge_kutta import RungeKutta
-
     if isinstance(solver, FlowMapSolver) and not solver.renoise:
         return True
     if isinstance(solver, RungeKutta):
@@ -223,10 +203,8 @@ def takes_maps(solver: "Sampler") -> bool:
     raise UserError(f"{name} cannot be exported; add solver=midpoint, euler, heun, rk4, or flow_map without renoise")
 
 
-def reading(model: "TrainedModel", r: "Tensor", t: "Tensor") -> list[float]:
+def reading(model: TrainedModel, r: Tensor, t: Tensor) -> list[float]:
     """Return (time of the state, time it is headed to, a, b): a z + b output is the velocity at times r."""
-    import torch
-
     flow, one, zero = model.objective, torch.ones(1, 1), torch.zeros(1, 1)
     times = flow.unified(zero.to(model.device), r, t)[0, -2:].tolist()
     a, b = (flow.prediction.velocity(output, z, r, flow.path).item() for output, z in ((zero, one), (one, zero)))

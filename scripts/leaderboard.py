@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command_line import ROOT, front
 from common.files import write_atomically
 from common.ranges import Range
+from configuration.settings import read_settings
 from evaluation.leaderboard_table import (
     TAUGHT_MARKS,
     Results,
@@ -51,7 +52,6 @@ from evaluation.leaderboard_table import (
 )
 from scripts.job_pool import JobPool
 from scripts.leaderboard_runs import Board, Entry, chosen, read_board, with_teachers
-from scripts.settings import read_settings
 
 
 @dataclass(frozen=True)

@@ -8,26 +8,34 @@ A note is a dated line under Observations of the run's section; what runs write 
 """
 
 import sys
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import ROOT, front, split
+from common.command_line import ROOT, front
 from common.errors import UserError
+from configuration.settings import known_settings
 from run_files.experiment_log import ExperimentLog
 
 USAGE = 'python scripts/log.py note RUN "what you saw" [file=EXPERIMENT_LOG.md]'
 
 
+@dataclass(frozen=True)
+class Settings:
+    """The command line, note, run and words aside."""
+
+    file: Path = ROOT / "EXPERIMENT_LOG.md"
+
+
 def note(words: list[str]) -> Path:
     """Carry out the command; returns the file that was changed."""
-    settings, rest = split(words, {"file": str(ROOT / "EXPERIMENT_LOG.md")})
+    settings, rest = known_settings(words, Settings)
     if len(rest) != 3 or rest[0] != "note" or not rest[2].strip():
         raise UserError(f"say {USAGE}")
-    path = Path(settings["file"])
-    ExperimentLog(path).add_note(rest[1], f"{date.today().isoformat()}: {rest[2].strip()}")
-    return path
+    ExperimentLog(settings.file).add_note(rest[1], f"{date.today().isoformat()}: {rest[2].strip()}")
+    return settings.file
 
 
 def main(words: list[str]) -> int:

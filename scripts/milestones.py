@@ -27,11 +27,11 @@ from common.errors import UserError
 from common.ranges import CountFrom2
 from configuration.compose import groups
 from configuration.overrides import meaningful
+from configuration.settings import read_settings
 from evaluation.milestones import Milestone, Milestones, path_of, plain
 from run_files.metrics_file import SCORES, SIDE
 from run_files.provenance import made_with
 from run_files.run_folder import RunFolder
-from scripts.settings import read_settings
 
 
 @dataclass(frozen=True)

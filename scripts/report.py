@@ -24,18 +24,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
+from matplotlib import rc_context
 
-from common.command_line import check_ends, front, outputs, unknown
+from common.command_line import check_ends, front, outputs
 from common.errors import UserError
 from common.files import write_atomically
 from common.ranges import NotNegative
+from configuration.compose import compose_config, resolved, twice_as_long
 from configuration.nodes import flat
+from configuration.settings import known_settings, unusable
 from evaluation.milestones import Milestones, milestones_for, standing
+from evaluation.pictures import new_figure
 from run_files.metrics_file import BESIDE, COPIES
 from scripts.run_record import Figure, RunRecord, record_of
 from scripts.runs import number, rows_that_differ, state
-from scripts.settings import known_settings
-from visualizers.curves import BAND, MILESTONES
+from visualizers.curves import BAND, MILESTONES, draw_metric, draw_milestones, metrics_of, series
+from visualizers.error_budget import table
 
 PICTURES = 4  # samples over time: the first, the last and what lies between at even spacing
 UNINTERESTING = ("command", "overrides", "changed", "run_name", "output_dir", "resume", "overwrite", "show", "log")
@@ -63,10 +67,6 @@ def breakable(text: str) -> Markup:
 
 def curve_figures(runs: list[RunRecord]) -> list[Figure]:
     """Return a figure for the training loss and for each score the runs logged."""
-    from matplotlib import rc_context
-
-    from evaluation.pictures import new_figure
-    from visualizers.curves import draw_metric, draw_milestones, metrics_of, series
 
     by_name = {run.name: run.rows for run in runs}
     figures = []
@@ -166,8 +166,6 @@ def fact_rows(run: RunRecord, price: float | None) -> list[list[str]]:
 
 def difference_rows(run: RunRecord) -> list[list[str]]:
     """Return settings that differ from those of the same run without its overrides."""
-    from configuration.compose import compose_config, resolved
-
     base = resolved(compose_config([f"run_name={run.name}"]))
     columns = [flat(base), flat(run.config)]
     return telling(rows_that_differ(columns, str, ()), "choices")
@@ -183,8 +181,6 @@ def telling(rows: list[list[str]], *more: str) -> list[list[str]]:
 
 def go_on(run: RunRecord) -> str:
     """Return the command that trains a finished run for as long again."""
-    from configuration.compose import twice_as_long
-
     place = str(run.config["output_dir"])
     folder = "" if place == "outputs" else f" output_dir={shlex.quote(place)}"
     return f"python launcher.py run_name={run.name} resume=true {twice_as_long(run.config)}{folder}"
@@ -241,8 +237,6 @@ def advice(run: RunRecord) -> list[str]:
 
 def section(run: RunRecord, price: float | None) -> dict[str, Any]:
     """Return what the page says of one run."""
-    from visualizers.error_budget import table
-
     return {
         "name": run.name, "command": run.command, "facts": fact_rows(run, price), "samples": sample_figures(run),
         "neighbours": neighbour_figures(run), "memory": drawn_figures(run, "memorisation"),
@@ -289,7 +283,7 @@ def report(words: list[str]) -> Path:
     output_dir = settings.output_dir or outputs()
     for name in names:
         if "=" in name and not (output_dir / "runs" / name).is_dir():
-            raise UserError(unknown(name, vars(settings)) + "; and no run has that name")
+            raise UserError(unusable(name, Settings) + "; and no run has that name")
     runs = [record_of(output_dir, name) for name in dict.fromkeys(names)]
     path = settings.out or output_dir / "reports" / f"{file_name(runs)}.html"
     check_ends("out", path, ".html")

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from common.command_line import matching
 from common.errors import UserError
 from configuration.compose import without
 from configuration.overrides import meaningful
 from configuration.values import NEUTRAL
+from evaluation.run_table import RunOfTable, closing_table
+from evaluation.seed_comparison import LEVEL, PAIRS, Difference, compared, least_p, least_seeds
 from run_files.metrics_file import SCORES, SIDE, UNDIRECTED, higher_is_better
 from run_files.result import result_of, table
 from run_files.run_folder import RunFolder
 from run_files.stored_values import CONFIG_REMEDY
-
-if TYPE_CHECKING:
-    from evaluation.seed_comparison import Difference
 
 OF_TRAINING = ("training", "flip", "crop_padding", "augment", "balanced", "epoch_size")  # keys of data that no score sees
 OF_EVALUATION = ("dataloaders.", "evaluation.", "vae.", "conditional")
@@ -145,9 +146,6 @@ def compare_sets(folders: dict[str, RunFolder], patterns: list[str], best: bool,
 
     chosen: the one score decided on beforehand. UserError for sets whose scores are not of the same thing.
     """
-    import numpy as np
-
-    from evaluation.seed_comparison import compared
 
     a, b = (run_set(label, pattern, folders, best) for label, pattern in zip("ab", patterns, strict=True))
     both = [name for name in matching(patterns[0], folders) if name in matching(patterns[1], folders)]
@@ -196,8 +194,6 @@ def verdict(found: Difference, larger: str, count: int) -> str:
 
 def limits(a: RunSet, b: RunSet, paired: bool, count: int) -> str:
     """Return what so many seeds can show at all, and how it was tested."""
-    from evaluation.seed_comparison import LEVEL, PAIRS, least_p, least_seeds
-
     n, m = len(a.seeds), len(b.seeds)
     least = least_p(n, m, paired)
     lines = [f"{n} + {m} seeds: least possible p = {least:.2g}"]
@@ -216,8 +212,6 @@ def limits(a: RunSet, b: RunSet, paired: bool, count: int) -> str:
 
 def table_of(folders: list[RunFolder]) -> str:
     """Return the runs as a table, see evaluation/run_table.py. UserError for runs that do not monitor one score."""
-    from evaluation.run_table import RunOfTable, closing_table
-
     configs = [whole_config(folder) for folder in folders]
     monitors = sorted({config["monitor"] for config in configs})
     if len(monitors) > 1:

@@ -19,15 +19,17 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import check_ends, front, matching, outputs, split, unknown
+from common.command_line import check_ends, check_place, front, matching, outputs
 from common.errors import UserError
 from common.files import write_atomically
 from configuration.nodes import flat
+from configuration.settings import read_settings
 from run_files.metrics_file import higher_is_better
 from run_files.result import table
 from run_files.run_folder import RunFolder, run_folders, saves_of
@@ -124,11 +126,8 @@ def list_row(folder: RunFolder) -> list[str]:
 def show_run(options: argparse.Namespace) -> str:
     """Overrides, status, last metrics and files of one run; where it is to write a table of them, what it wrote."""
     folder = find_run(options.output_dir, options.names[0])
-    settings, others = split(options.words, {"csv": ""})
-    if others:
-        raise UserError(unknown(others[0], settings))
     if options.words:
-        return write_csv(folder, Path(settings["csv"]))
+        return write_csv(folder, read_settings(options.words, Table)[0].csv)
     status = folder.status.read()
     best, last = best_scores(folder), last_metrics(folder)
     files = sorted(path for path in folder.path.rglob("*") if path.is_file() and not path.name.startswith("."))
@@ -146,6 +145,13 @@ def show_run(options: argparse.Namespace) -> str:
     return "\n\n".join(f"{title}\n{indent(text)}" if title else text for title, text in parts.items())
 
 
+@dataclass(frozen=True)
+class Table:
+    """What is written of one run: all its metrics."""
+
+    csv: Path = Path("metrics.csv")
+
+
 def write_csv(folder: RunFolder, path: Path) -> str:
     """Write every row of a run's metrics as comma-separated values, whole or not at all; return what was written, in words.
 
@@ -153,8 +159,7 @@ def write_csv(folder: RunFolder, path: Path) -> str:
     folder that exists, and for a run without metrics.
     """
     check_ends("csv", path, ".csv")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"csv={path} lies in a folder that does not exist; make it or choose another")
+    check_place("csv", path)
     rows = folder.metrics.read()
     if not rows:
         raise UserError(f"the run {folder.name} has no metrics yet, so there is nothing to write to {path}")

@@ -30,20 +30,24 @@ numbers are its latents.
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import front, outputs
+import numpy as np
+from torch import Tensor
+
+from common.command_line import check_ends, check_place, front, outputs
 from common.errors import UserError
 from common.files import replacing
 from common.ranges import Count, Positive, Seed, Steps
-from scripts.settings import read_settings
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from evaluation.sample import TrainedModel
+from configuration.settings import read_settings
+from configuration.stored import allow
+from dataloaders.array_dataset import load_numbers
+from evaluation.image_sets import write_arrays, write_pictures
+from evaluation.metrics.base_metric import to_bytes
+from evaluation.sample import TrainedModel, load
+from models.inputs import classes_in
 
 SUFFIXES = (".png", ".npz", ".npy")
 
@@ -92,11 +96,10 @@ def output_path(settings: Settings) -> Path:
     if settings.is_folder:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"out={path}/ is not empty; give a new folder, so that no other pictures mix with these")
-    elif path.suffix not in SUFFIXES:
-        raise UserError(f"out={path} must end in {', '.join(SUFFIXES)}, or in / for a folder of pictures")
-    if settings.out and not path.absolute().parent.is_dir():
-        wrong = "below a file" if path.absolute().parent.is_file() else "in a folder that does not exist"
-        raise UserError(f"out={path} lies {wrong}; choose a folder that is there, or make one")
+    else:
+        check_ends("out", path, *SUFFIXES, others=", or in / for a folder of pictures")
+    if settings.out:
+        check_place("out", path)
     return path
 
 
@@ -104,10 +107,6 @@ def sample(words: list[str]) -> Path:
     """Carry out the command; returns the file written."""
     settings, overrides = read_words(words)
     path = output_path(settings)
-    from configuration.stored import allow
-    from evaluation.sample import load
-    from models.inputs import classes_in
-
     allow(settings.trust)
     model = load(settings.ckpt, settings.device, overrides)
     labels = model.labels(
@@ -133,20 +132,15 @@ def sample(words: list[str]) -> Path:
     return path
 
 
-def read_array(path: Path | None, key: str, what: str, nan: bool = False) -> "Tensor | None":
+def read_array(path: Path | None, key: str, what: str, nan: bool = False) -> Tensor | None:
     """Return the numbers in a .npy. UserError, which says what it should hold, for a file that is none. nan: allowed."""
-    from dataloaders.array_dataset import load_numbers
-
     if path is not None and (path.suffix != ".npy" or not path.is_file()):
         raise UserError(f"{key}={path} is no .npy file that is there; {what}")
     return None if path is None else load_numbers(path, key, nan)
 
 
-def export(path: Path, states: "Tensor", labels: "Tensor | None", model: "TrainedModel") -> None:
+def export(path: Path, states: Tensor, labels: Tensor | None, model: TrainedModel) -> None:
     """The samples as images, rounded to bytes: a folder of PNGs, or a .npz. UserError for states that are no images."""
-    from evaluation.image_sets import write_arrays, write_pictures
-    from evaluation.metrics.base_metric import to_bytes
-
     images = model.images(states)
     if images.ndim != 4:
         raise UserError(f"states of shape {list(states.shape[1:])} are no images; use out=samples.npz without images=true")
@@ -158,11 +152,8 @@ def export(path: Path, states: "Tensor", labels: "Tensor | None", model: "Traine
         write_pictures(path, as_bytes)
 
 
-def write_numbers(path: Path, states: "Tensor", labels: "Tensor | None", model: "TrainedModel") -> None:
+def write_numbers(path: Path, states: Tensor, labels: Tensor | None, model: TrainedModel) -> None:
     """Write the samples as a .npy, or with their classes and conditions as a .npz."""
-    import numpy as np
-
-    from models.inputs import classes_in
 
     with replacing(path) as file:
         if path.suffix == ".npy":

@@ -9,18 +9,19 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-from common.command_line import outputs, split
+from common.command_line import check_ends, outputs
 from common.errors import UserError
-from common.files import end_of as regular_end
+from common.files import end_of
 from common.ranges import CountFrom2, Range, Seed
 from configuration.compose import compose_config, parse_overrides, resolved
 from configuration.nodes import lookup, nearest
 from configuration.overrides import settings_from_overrides
-from configuration.values import declared, kinds_in, whole_number
+from configuration.settings import read_settings
+from configuration.values import declared, kinds_in
 from run_files.checks import check_writable
 from run_files.result import table
 
@@ -28,60 +29,66 @@ if TYPE_CHECKING:
     from evaluation.metrics.two_sample import TwoSampleMetric
     from evaluation.sample import TrainedModel
 
-OWN = {
-    "ckpt": "", "key": "", "low": "", "high": "", "values": "", "evaluations": "12", "n": "500", "repeats": "4", "seed": "0",
-    "metric": "eval/energy_distance", "device": "auto", "out": "", "trust": "",
-}  # fmt: skip
 RATIO = (math.sqrt(5) - 1) / 2
 FINEST = 1e-3  # of the interval, where the section stops
 FEW = 5  # whole numbers, where it stops: two points inside could be one
 MOST_VALUES = 100
-NUMBER = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,3})?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The words of a search over sampling settings, solver and guidance settings aside."""
+
+    ckpt: Path = field(metadata={"example": "ckpt=outputs/ckpts/mlp/last.pt"})
+    key: str = field(metadata={"example": "key=guidance.scale"})
+    low: float | None = None
+    high: float | None = None
+    values: str | None = None
+    evaluations: Annotated[int, Range(5, most=1000)] = 12
+    n: CountFrom2 = 500
+    repeats: CountFrom2 = 4
+    seed: Seed = 0
+    metric: str = "eval/energy_distance"
+    device: str = "auto"
+    out: Path | None = None
+    trust: str | None = None
 
 
 @dataclass(frozen=True)
 class SamplingSearch:
     """What to search. texts: the values of a grid, empty where low to high is searched; whole: numbers are."""
 
-    own: dict[str, str]
+    own: Settings
     words: list[str]
-    key: str
     texts: tuple[str, ...]
     low: float
     high: float
     whole: bool
 
+    @property
+    def key(self) -> str:
+        return self.own.key
+
     def override(self, value: float | str) -> str:
         return f"{self.key}={value if isinstance(value, str) else int(value) if self.whole else float(value)}"
-
-    def number(self, key: str, kind: Any) -> int:
-        return whole_number(key, self.own[key], kind)
 
 
 def search_of(words: list[str]) -> SamplingSearch:
     """Return the search that words ask for. UserError for a mistake."""
-    own, rest = split(words, OWN)
-    for word in rest:
-        if re.split("[./=]", word)[0] not in ("solver", "guidance"):
-            raise UserError(f"cannot use {word!r}; the keys are {', '.join(OWN)}, and solver and guidance settings")
-    key = own["key"]
+    own, rest = read_settings(words, Settings, ("solver", "guidance"))
+    key = own.key
     if re.split("[./]", key)[0] not in ("solver", "guidance"):
         raise UserError(f"key={key} is no setting of sampling; give one such as key=guidance.scale or key=solver.steps")
-    if not own["ckpt"]:
-        raise UserError("ckpt is missing; add it to the command, such as ckpt=outputs/ckpts/mlp/last.pt")
-    if bool(own["values"]) == bool(own["low"] and own["high"]):
+    if bool(own.values) == (own.low is not None and own.high is not None):
         raise UserError("give low= and high=, between which the best number is searched, or the few values=A,B,C to try")
     if key.startswith("guidance.") and not any(word.startswith("guidance=") for word in rest):
         rest = ["guidance=cfg", *rest]
-    texts = listed(key, own["values"]) if own["values"] else ()
-    low, high = (0.0, 0.0) if texts else (end_of("low", own["low"]), end_of("high", own["high"]))
+    texts, low, high = listed(key, own.values) if own.values else (), float(own.low or 0), float(own.high or 0)
     if not texts and not low < high:
-        raise UserError(f"low={own['low']} must be below high={own['high']}")
-    search = SamplingSearch(own, rest, key, texts, low, high, not texts and is_whole(key, rest, low, high))
+        raise UserError(f"low={low:g} must be below high={high:g}")
+    search = SamplingSearch(own, rest, texts, low, high, not texts and is_whole(key, rest, low, high))
     for value in texts or (low, high):
         settings_from_overrides([*rest, search.override(value)])
-    search.number("evaluations", Annotated[int, Range(5, most=1000)])
-    search.number("n", CountFrom2), search.number("repeats", CountFrom2), search.number("seed", Seed)
     return search
 
 
@@ -92,12 +99,6 @@ def listed(key: str, text: str) -> tuple[str, ...]:
     if not 2 <= len(set(texts)) == len(texts) <= MOST_VALUES:
         raise UserError(f"values={text} must list 2 to {MOST_VALUES} different values, as in values=4,8,16")
     return texts
-
-
-def end_of(key: str, text: str) -> float:
-    if not NUMBER.fullmatch(text) or not math.isfinite(float(text)):
-        raise UserError(f"{key} takes a number, not {text!r}")
-    return float(text)
 
 
 def is_whole(key: str, words: list[str], low: float, high: float) -> bool:
@@ -147,20 +148,15 @@ def inside(start: float, end: float, digits: int) -> float:
 def command(words: list[str]) -> str:
     """Carry out the search; returns its table, the picture's path and the best command. UserError for a mistake."""
     search = search_of(words)
-    path = Path(search.own["out"] or outputs() / "searches" / f"{Path(search.own['ckpt']).stem}_{clean(search.key)}.png")
-    if path.suffix != ".png":
-        raise UserError(f"out={path} must end in .png")
-    check_writable("out", regular_end(path).parent)
+    clean = re.sub(r"[^a-z_]+", "_", search.key)
+    path = search.own.out or outputs() / "searches" / f"{search.own.ckpt.stem}_{clean}.png"
+    check_ends("out", path, ".png")
+    check_writable("out", end_of(path).parent)
     from configuration.stored import allow
     from evaluation.sample import load
 
-    allow(search.own["trust"] or None)
-    model = load(search.own["ckpt"], search.own["device"])
-    return outcome(search, scored(search, model), path)
-
-
-def clean(key: str) -> str:
-    return re.sub(r"[^a-z_]+", "_", key)
+    allow(search.own.trust)
+    return outcome(search, scored(search, load(search.own.ckpt, search.own.device)), path)
 
 
 def scored(search: SamplingSearch, model: "TrainedModel") -> dict[float | str, list[float]]:
@@ -168,7 +164,7 @@ def scored(search: SamplingSearch, model: "TrainedModel") -> dict[float | str, l
     import torch
 
     metric, found = metric_of(search, model), dict[float | str, list[float]]()
-    count, repeats, seed = search.number("n", CountFrom2), search.number("repeats", CountFrom2), search.number("seed", Seed)
+    count, repeats, seed = search.own.n, search.own.repeats, search.own.seed
     real = model.real(count, seed)[0].flatten(1)
 
     def score(value: float | str) -> float:
@@ -183,7 +179,7 @@ def scored(search: SamplingSearch, model: "TrainedModel") -> dict[float | str, l
         for text in search.texts:
             score(text)
     else:
-        golden_section(score, search.low, search.high, search.number("evaluations", Annotated[int, Range(5)]), search.whole)
+        golden_section(score, search.low, search.high, search.own.evaluations, search.whole)
     return found
 
 
@@ -197,7 +193,7 @@ def metric_of(search: SamplingSearch, model: "TrainedModel") -> "TwoSampleMetric
     kind = "evaluation.metrics.two_sample.TwoSampleMetric"
     parts: list[TwoSampleMetric] = [build(node) for node in nodes.values() if derives(str(node.get("_target_")), kind)]
     known = {part.name: part for part in (EnergyDistance(), *parts)}
-    name = search.own["metric"]
+    name = search.own.metric
     if name not in known:
         raise UserError(f"metric={name} is no distance of samples here{nearest(name, list(known))}; use {', '.join(known)}")
     return known[name]
@@ -239,9 +235,9 @@ def outcome(search: SamplingSearch, found: dict[float | str, list[float]], path:
     names = [search.override(value).partition("=")[2] for value in order if value in equal]
     same = f"between {names[0]} and {names[-1]}" if not search.texts and len(names) > 1 else ", ".join(names)
     at_end = not search.texts and best in (search.low, search.high)
-    words = [f"ckpt={search.own['ckpt']}", *search.words, search.override(best)]
+    words = [f"ckpt={search.own.ckpt}", *search.words, search.override(best)]
     return "\n".join([
-        table([["", search.key, f"{search.own['metric']} ± standard error of {search.own['repeats']} repeats"], *rows]),
+        table([["", search.key, f"{search.own.metric} ± standard error of {search.own.repeats} repeats"], *rows]),
         f"best: {search.override(best)}; no worse within the error: {same}" + "; best at an end: widen low, high" * at_end,
         f"picture: {path}",
         f"sample: python scripts/sample.py {shlex.join(words)}",
@@ -254,8 +250,8 @@ def draw(search: SamplingSearch, found: dict[float | str, list[float]], best: fl
 
     values = [value for value in found if math.isfinite(mean(found[value]))]
     values = values if search.texts else sorted(values)
-    title = f"{search.key} of {Path(search.own['ckpt']).stem}"
-    figure = new_figure(420, title, f"{search.own['repeats']} x {search.own['n']} samples on the same noise, one checkpoint")
+    title = f"{search.key} of {search.own.ckpt.stem}"
+    figure = new_figure(420, title, f"{search.own.repeats} x {search.own.n} samples on the same noise, one checkpoint")
     axes = figure.subplots()
     heights, errors = [mean(found[value]) for value in values], [error(found[value]) for value in values]
     line = "" if search.texts else "-"
@@ -264,6 +260,6 @@ def draw(search: SamplingSearch, found: dict[float | str, list[float]], best: fl
         axes.plot([best], [mean(found[best])], "o", color=REAL_COLOR, label=f"best: {search.override(best)}")
         axes.legend(fontsize=9)
     axes.set_xlabel(search.key)
-    axes.set_ylabel(search.own["metric"])
+    axes.set_ylabel(search.own.metric)
     figure.subplots_adjust(left=0.12, right=0.97, bottom=0.14, top=0.82)
     save_figure(figure, path)

@@ -5,26 +5,34 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from backends.base_backend import Backend
 from backends.submission import prepare, settings_of
-from common.command_line import split
 from common.errors import UserError
 from configuration.build import build
 from configuration.checks import check_contradictions, check_values
 from configuration.compose import compose_config, is_group, resolved, typed_keys
-from configuration.nodes import lookup, nearest
-from configuration.values import Count, declared, whole_number
+from configuration.nodes import lookup
+from configuration.settings import known_settings
+from configuration.values import Count, declared
 from run_files.metrics_file import higher_is_better
 from searches.space import Value, Varied, divided, varied_by
 
-OWN = {"n": "", "jobs": "1", "metric": "", "sampler": "tpe", "pruner": "none"}
-SAMPLERS = ("random", "tpe", "grid", "cmaes")
-PRUNERS = ("none", "median", "halving")
 TRIALS = 20  # where n is not given
 NOT_ITS_OWN = ("resume", "overwrite", "eval_checkpoint")
 SCORE = re.compile(r"(eval|oracle)/[\w./-]+")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The words of a search that are none of its runs."""
+
+    n: Count | None = None
+    jobs: Count = 1
+    metric: str | None = None
+    sampler: Literal["random", "tpe", "grid", "cmaes"] = "tpe"
+    pruner: Literal["none", "median", "halving"] = "none"
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Plan:
 
 def plan_of(words: list[str]) -> Plan:
     """Return the search that words ask for, each of its values tried on the configuration. UserError for a mistake."""
-    own, rest = split(words, OWN)
+    own, rest = known_settings(words, Settings)
     fixed, overrides = divided(rest)
     if taken := [key for key in typed_keys(fixed) if key in NOT_ITS_OWN]:
         raise UserError(f"leave {taken[0]} out: the same command goes on with a search, and another run_name begins another")
@@ -86,17 +94,15 @@ def plan_of(words: list[str]) -> Plan:
         raise UserError(
             "a search needs a key to vary, such as optimizer.lr=interval(1e-4,1e-2) or model.width=choice(64,128)"
         )
-    if own["metric"] and "monitor" not in typed_keys(fixed):
-        fixed.append(f"monitor={own['metric']}")
+    if own.metric and "monitor" not in typed_keys(fixed):
+        fixed.append(f"monitor={own.metric}")
     chosen = [varied_by(o, None) for o in overrides if is_group(o)]
     config = resolved(compose_config([*fixed, *(varied.word(varied.ends[0]) for varied in chosen)]))
     space = tuple(varied_by(o, declared_at(config, o.key_or_group)) for o in overrides)
     name, fixed = str(config["run_name"]), [w for w, k in zip(fixed, typed_keys(fixed), strict=True) if k != "run_name"]
-    sampler, pruner = one_of("sampler", own["sampler"], SAMPLERS), one_of("pruner", own["pruner"], PRUNERS)
-    metric = own["metric"] or str(config["monitor"])
     plan = Plan(
-        name, tuple(fixed), space, counted(own["n"], sampler, space), whole_number("jobs", own["jobs"], Count), metric,
-        sampler, pruner, config,
+        name, tuple(fixed), space, counted(own.n, own.sampler, space), own.jobs, own.metric or str(config["monitor"]),
+        own.sampler, own.pruner, config,
     )  # fmt: skip
     check(plan)
     return plan
@@ -106,13 +112,7 @@ def declared_at(config: dict[str, Any], key: str) -> Any:
     return declared(key, lookup(config, f"{key.rpartition('.')[0]}._target_"))
 
 
-def one_of(key: str, text: str, known: tuple[str, ...]) -> str:
-    if text not in known:
-        raise UserError(f"{key}={text} does not exist{nearest(text, list(known))}; choices: {', '.join(known)}")
-    return text
-
-
-def counted(text: str, sampler: str, space: tuple[Varied, ...]) -> int:
+def counted(typed: int | None, sampler: str, space: tuple[Varied, ...]) -> int:
     """Return the number of trials. UserError where the sampler has not so many, or cannot search this space."""
     from searches.samplers import grid_size, numbers_in
 
@@ -122,7 +122,7 @@ def counted(text: str, sampler: str, space: tuple[Varied, ...]) -> int:
     if sampler == "cmaes" and len(numbers_in(space)) < 2:
         raise UserError("sampler=cmaes searches two intervals or more; use sampler=tpe, or write key=interval(LOW,HIGH)")
     size = grid_size(space) if sampler == "grid" else None
-    count = whole_number("n", text, Count) if text else size or TRIALS
+    count = typed or size or TRIALS
     if size is not None and count > size:
         raise UserError(f"n={count} is more than the {size} combinations of this grid; leave n out")
     return count

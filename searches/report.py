@@ -1,5 +1,7 @@
 """What a search has found: its table, its best command, and the picture of its history and of what mattered."""
 
+from __future__ import annotations
+
 import csv
 import io
 import math
@@ -11,6 +13,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from common.files import write_atomically
+from evaluation.pictures import GENERATED_COLOR, REAL_COLOR, new_figure, save_figure
 from run_files.result import table
 from searches.plan import Plan
 
@@ -101,8 +104,6 @@ def importances_of(plan: Plan, study: optuna.Study) -> dict[str, float]:
 
 def draw(plan: Plan, trials: list[FrozenTrial], importances: dict[str, float], path: Path) -> None:
     """Draw the score of each trial with the best so far, and the share of each key."""
-    from evaluation.pictures import new_figure, save_figure
-
     figure = new_figure(360, f"search {plan.name}", f"{len(trials)} trials, sampler {plan.sampler}")
     history, shares = figure.subplots(1, 2, width_ratios=(1.6, 1))
     draw_history(history, plan, trials)
@@ -111,9 +112,7 @@ def draw(plan: Plan, trials: list[FrozenTrial], importances: dict[str, float], p
     save_figure(figure, path)
 
 
-def draw_history(axes: "Axes", plan: Plan, trials: list[FrozenTrial]) -> None:
-    from evaluation.pictures import GENERATED_COLOR, REAL_COLOR
-
+def draw_history(axes: Axes, plan: Plan, trials: list[FrozenTrial]) -> None:
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     numbers, values = [trial.number + 1 for trial in finished], [trial.values[0] for trial in finished]
     pick = max if plan.higher else min
@@ -127,9 +126,7 @@ def draw_history(axes: "Axes", plan: Plan, trials: list[FrozenTrial]) -> None:
         axes.set_yscale("log")
 
 
-def draw_shares(axes: "Axes", importances: dict[str, float]) -> None:
-    from evaluation.pictures import GENERATED_COLOR
-
+def draw_shares(axes: Axes, importances: dict[str, float]) -> None:
     keys = list(importances)[::-1]
     axes.barh(keys, [importances[key] for key in keys], color=GENERATED_COLOR)
     axes.set_xlim(0, 1)

@@ -8,11 +8,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from common.errors import UserError
 from common.files import replacing
 from common.progress import Progress
 from common.ranges import Count, CountOr0, Steps
-from evaluation.report import per_dimension
+from evaluation.classifier_evaluator import ClassifierEvaluation
+from evaluation.milestones import milestones_for
+from evaluation.report import class_table, draw_neighbours, draw_picture, per_dimension, provenance_lines, score_rows
 from run_files.experiment_log import ExperimentLog
 from run_files.metrics_file import higher_is_better
 from run_files.provenance import made_with
@@ -70,8 +74,6 @@ class SamplePictures(Callback):
         self.images = images
 
     def evaluation_end(self, run: Run) -> None:
-        from evaluation.report import draw_neighbours, draw_picture
-
         assert run.evaluation is not None
         name, step, records = run.notes.run_name, run.state.step, run.records
         path, beside = records.folder.sample_picture(step), records.folder.sample_picture(step, "_neighbours")
@@ -136,9 +138,6 @@ class ExperimentNotes(Callback):
     def fit_end(self, run: Run) -> None:
         if run.evaluation is None or run.interrupted:
             return
-        from evaluation.classifier_evaluator import ClassifierEvaluation
-        from evaluation.report import class_table, provenance_lines, score_rows
-
         step, _, seconds = run.now
         parts = [markdown(("score", "value", "noise floor"), score_rows(run.evaluation))]
         parts.append(f"{step} steps, {seconds:.0f} s in the loop, seed {run.notes.seed}.")
@@ -157,8 +156,6 @@ class MilestoneNotes(Callback):
     def evaluation_end(self, run: Run) -> None:
         if run.evaluation is None or not run.state.step:
             return
-        from evaluation.milestones import milestones_for
-
         found, _ = milestones_for(run.records.config)
         words = found and found.said(run.state.step, run.evaluation.values, made_with(run.device_words))
         if words:
@@ -209,8 +206,6 @@ class Profiler(Callback):
         self.begun = run.state.step
 
     def step_end(self, run: Run) -> None:
-        import torch
-
         done = run.state.step - self.begun
         if done == self.skip:
             self.profiler = torch.profiler.profile()

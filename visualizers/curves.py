@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 import sys
 import textwrap
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from common.command_line import front, matching, outputs, split, unknown
+from common.command_line import front, matching, outputs
 from common.errors import UserError
+from configuration.settings import known_settings, unusable
 from evaluation.pictures import INK, new_figure, save_figure
 from run_files.metrics_file import SCORES, SIDE
 from run_files.run_folder import RunFolder, run_folders
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 STYLES = ("-", "--", ":", "-.")
 COLUMNS = 3
-KEYS = ("metrics", "ckpt", "output_dir", "out")
 MOST = 12  # panels
 BAND = (
     "Band: noise floor of the score (real against real) at each evaluation, from 2 standard deviations below its mean to "
@@ -53,6 +54,16 @@ MILESTONES = (
 LINE = 15  # pixels of a line of the caption
 
 
+@dataclass(frozen=True)
+class Settings:
+    """The command line, run names aside."""
+
+    metrics: list[str] = field(default_factory=list)
+    ckpt: Path | None = None
+    output_dir: Path | None = None
+    out: Path | None = None
+
+
 def chosen_runs(words: list[str], output: Path) -> list[RunFolder]:
     """Return the runs whose names match one of the words, the newest without words. UserError when one matches none."""
     known, chosen = run_folders(output, "metrics.jsonl"), dict[str, RunFolder]()
@@ -63,7 +74,7 @@ def chosen_runs(words: list[str], output: Path) -> list[RunFolder]:
         names = {word, *matching(word, known)}
         asked = {folder.name: folder for folder in by_time if folder.name in names}
         if not asked and "=" in word:
-            raise UserError(unknown(word, KEYS) + "; and no run has that name")
+            raise UserError(unusable(word, Settings) + "; and no run has that name")
         if not asked:
             raise UserError(f"no run in {output / 'runs'} is called {word}; `python scripts/runs.py list` shows them")
         chosen |= asked  # one that is there already keeps its place
@@ -125,24 +136,24 @@ def draw_milestones(axes: Axes, milestones: list[Milestone]) -> None:
 
 def draw(words: list[str]) -> Path:
     """Carry out the command; return the file written."""
-    settings, names = split(words, dict.fromkeys(KEYS, ""))
+    settings, names = known_settings(words, Settings)
     own, folder = None, Path("pictures")
-    if settings["ckpt"]:
+    if settings.ckpt:
         from configuration.stored import output_dir_of
         from run_files.checkpoint import load_checkpoint
 
-        name, own = load_checkpoint(Path(settings["ckpt"]))["run_name"], output_dir_of(Path(settings["ckpt"]))
+        name, own = load_checkpoint(settings.ckpt)["run_name"], output_dir_of(settings.ckpt)
         names, folder = [*names, re.escape(name)], folder / name
-    output = Path(settings["output_dir"] or own or outputs())
+    output = settings.output_dir or own or outputs()
     runs = {folder.name: folder.metrics.read() for folder in chosen_runs(names, output)}
     every = list(dict.fromkeys(name for rows in runs.values() for name in metrics_of(rows)))
-    wanted = settings["metrics"].split(",") if settings["metrics"] else every[:MOST]
+    wanted = settings.metrics or every[:MOST]
     for name in wanted:
         if not any(len(series(rows, name)) for rows in runs.values()):
             raise UserError(f"none of these runs logged {name}; they have {', '.join(every)}")
-    path = Path(settings["out"] or output / folder)
+    path = settings.out or output / folder
     path = path if path.suffix == ".png" else path / "curves.png"
-    save_figure(picture(runs, wanted, [] if settings["metrics"] else every[MOST:]), path)
+    save_figure(picture(runs, wanted, [] if settings.metrics else every[MOST:]), path)
     return path
 
 

@@ -14,38 +14,46 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from common.command_line import front, outputs, split
-from common.errors import UserError
+from backends.submission import prepare
+from common.command_line import front, outputs
+from configuration.compose import compose_config
+from configuration.settings import known_settings
+from dataloaders.base_dataloaders import FlowDataset
 from evaluation.pictures import INK, REAL_COLOR, draw_grids, enlarged, new_figure, save_figure, tile, to_bytes
-from run_files.checks import check_writable
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from dataloaders.base_dataloaders import FlowDataset
-    from losses.objective import Objective
-    from training.run import Run
+from losses.objective import FlowObjective, Objective
+from models.inputs import split_label
+from models.velocity_model import VelocityModel
+from run_files.checks import check_folder
+from training.assemble import assemble
+from training.loop import epoch_groups
+from training.run import Run
+from training.summary import USUAL
 
 TIMES = (0.0, 1 / 3, 2 / 3, 1.0)  # in parts of the path's time
 SHOWN, LINES = 16, 100  # images, and pairs of points that a line joins
 MOST_CLASSES = 20  # that are counted one by one
 
 
+@dataclass(frozen=True)
+class Settings:
+    """The command line, words of a run aside."""
+
+    out: Path | None = None
+
+
 def looked_at(words: list[str]) -> tuple[Run, Any, dict[str, Any]]:
     """Return a run that is assembled and not begun, its first batch, and its configuration. UserError for wrong words."""
-    from backends.submission import prepare
-    from configuration.compose import compose_config
-    from training.assemble import assemble
-    from training.loop import epoch_groups
-
     words = [*words, "run_name=data"]
     if not any(word.startswith(("model=", "experiment=")) for word in words):
         composed = compose_config(words)
@@ -76,16 +84,12 @@ def facts(run: Run, batch: Any) -> dict[str, str]:
 
 def served(run: Run, batch: Any) -> Tensor:
     """Return the batch's data (B, ...) as the loss has them."""
-    from losses.objective import FlowObjective
-
     x1: Tensor = batch.raw_target if isinstance(run.state.objective, FlowObjective) else batch.images
     return x1
 
 
 def class_counts(label: Tensor | None, data: FlowDataset) -> str:
     """Return how often each class is in the batch; empty where there are none to count, or too many."""
-    from models.inputs import split_label
-
     classes = split_label(label)[0]
     if classes is None or data.num_classes > MOST_CLASSES:
         return ""
@@ -96,8 +100,6 @@ def class_counts(label: Tensor | None, data: FlowDataset) -> str:
 
 def shown_labels(label: Tensor, objective: Objective) -> str:
     """Return how many of the batch's labels are hidden from the network."""
-    from models.velocity_model import VelocityModel
-
     if not isinstance(objective.network, VelocityModel) or not objective.network.is_conditional:
         return ""
     hidden = int((label == objective.network.null_label(label)).reshape(len(label), -1).all(1).sum())
@@ -106,8 +108,6 @@ def shown_labels(label: Tensor, objective: Objective) -> str:
 
 def advice(data: FlowDataset, x1: Tensor) -> str:
     """Return a sentence on what is unusual in the scale of the data beside noise of standard deviation 1, or nothing."""
-    from training.summary import USUAL
-
     if data.value_range is not None:
         low, high = data.value_range
         if x1.min() < low - 1e-3 or x1.max() > high + 1e-3:
@@ -140,9 +140,6 @@ def picture(run: Run, batch: Any, path: Path, title: str) -> bool:
 
 def on_the_way(run: Run, batch: Any) -> dict[str, np.ndarray]:
     """Return by name the states (B, ...) of the batch's pairs at TIMES; of a classifier's batch the images."""
-    import torch
-
-    from losses.objective import FlowObjective
 
     objective, x1 = run.state.objective, served(run, batch)
     if not isinstance(objective, FlowObjective):
@@ -152,8 +149,6 @@ def on_the_way(run: Run, batch: Any) -> dict[str, np.ndarray]:
 
 
 def labels_of(batch: Any) -> np.ndarray | None:
-    from models.inputs import split_label
-
     classes = split_label(batch.label)[0]
     return None if classes is None else classes.cpu().numpy()
 
@@ -190,13 +185,11 @@ def draw_vectors(path: Path, states: dict[str, np.ndarray], label: np.ndarray | 
 
 def look(words: list[str]) -> int:
     """Carry out the command. UserError for words that no run would take."""
-    settings, words = split(words, {"out": ""})
+    settings, words = known_settings(words, Settings)
     run, batch, config = looked_at(words)
     name = str(config["choices"]["dataloaders"])
-    folder = Path(settings["out"] or outputs() / "pictures" / name)
-    if folder.suffix in (".png", ".gif") or folder.is_file():
-        raise UserError(f"out takes a folder, which data.png goes to, not {settings['out']!r}")
-    check_writable("out", folder)
+    folder = settings.out or outputs() / "pictures" / name
+    check_folder("out", folder)
     folder.mkdir(parents=True, exist_ok=True)
     lines = facts(run, batch)
     if picture(run, batch, folder / "data.png", f"{name}, the first batch"):

@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from evaluation.pictures import draw_grids, new_figure, rescale, tile, to_bytes
+from solvers.runge_kutta import RK4
 from visualizers.films import film_beside, pixels
 from visualizers.scene import Scene, frame_times, main, solver_label, walk
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 COLUMNS = 10  # times of a strip
 CAPTION = 28  # pixels of the line below a frame
@@ -41,9 +40,6 @@ def expected_data(scene: Scene, states: Tensor, t: Tensor) -> Tensor:
 
 
 def draw(scene: Scene) -> list[Path]:
-    import torch
-
-    from solvers.runge_kutta import RK4
 
     scene.need_images("see particles.py")
     solver, flow = scene.own_solver() if scene.solver else RK4(12), scene.model.flow()

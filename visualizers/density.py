@@ -17,7 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
 
+from evaluation.closed_forms import ExactFlow
 from evaluation.pictures import INK, new_figure, shared_limits
 from visualizers.scene import Scene, lattice, main, makes_points, plane
 
@@ -33,10 +35,7 @@ def histogram(points: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarr
 
 
 def draw(scene: Scene) -> list[Path]:
-    import torch
     from matplotlib.colors import LogNorm, Normalize
-
-    from evaluation.closed_forms import ExactFlow
 
     scene.need_points("see samples.py")
     samples, real = scene.samples().numpy(), scene.real(scene.n)

@@ -25,13 +25,14 @@ from common.errors import UserError
 from evaluation.pictures import GENERATED_COLOR, INK, REAL_COLOR, new_figure
 from run_files.metrics_file import BY_TIME
 from visualizers.memorisation import TIMES, panel
-from visualizers.scene import Scene, main
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from visualizers.scene import Scene
 
 MAP, BUDGET = "oracle/flow_map_error", "oracle/budget_"
 
@@ -170,4 +171,6 @@ def draw(scene: Scene) -> list[Path]:
 
 
 if __name__ == "__main__":
+    from visualizers.scene import main
+
     sys.exit(main(sys.argv[1:], __doc__ or "", draw, n=1000))

@@ -18,7 +18,6 @@ from common.progress import each
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORMS = ("png", "gif", "mp4")
 FRAMES_A_SECOND = 12
 HOLD_FIRST, HOLD = 0.5, 1.5  # seconds that the first and the last frame stay longer than the others
 COLORS = 64  # of a GIF, the same ones in every frame: nothing flickers

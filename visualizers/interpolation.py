@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from evaluation.generate import fresh_noise, generate
 from evaluation.pictures import draw_grids, new_figure, save_figure, shared_limits, tile
 from visualizers.denoising import as_bytes, enlarged
 from visualizers.scene import Scene, main, plane
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 COLUMNS = 11
 RADII = (0.5, 1.0, 1.5, 2.0)  # standard deviations of the noise
@@ -31,8 +30,6 @@ RADII = (0.5, 1.0, 1.5, 2.0)  # standard deviations of the noise
 
 def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     """Return states (N, W, ...) between a and b (N, ...) along the great circle, norms going from one's to the other's."""
-    import torch
-
     x, y = a.flatten(1), b.flatten(1)
     cosine = torch.nn.functional.cosine_similarity(x, y).clamp(-1 + 1e-6, 1 - 1e-6)
     angle = cosine.acos()[:, None, None]
@@ -42,9 +39,6 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
 
 
 def carried(scene: Scene, noise: Tensor, label: Tensor | None) -> Tensor:
-    import torch
-
-    from evaluation.generate import fresh_noise, generate
 
     with torch.no_grad():
         return generate(scene.model.flow(), scene.own_solver(), noise, label, fresh_noise(scene.model.source, scene.seed))
@@ -61,8 +55,6 @@ def draw(scene: Scene) -> list[Path]:
 
 
 def draw_rows(scene: Scene, path: Path) -> None:
-    import torch
-
     scene.need_images("see particles.py")
     rows, labels = scene.n, scene.labels
     scene.n *= 2
@@ -75,7 +67,6 @@ def draw_rows(scene: Scene, path: Path) -> None:
 
 
 def draw_circles(scene: Scene, path: Path) -> None:
-    import torch
     from matplotlib import colormaps
 
     angle = torch.linspace(0, 2 * np.pi, 721)

@@ -23,9 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from common.command_line import ROOT, check_ends, front, split
+from common.command_line import ROOT, check_ends, front
 from common.errors import UserError
+from configuration.settings import read_settings
 from evaluation.leaderboard_table import ENERGY, SHORT, START, STOP
+from evaluation.pictures import GENERATED_COLOR, INK, REAL_COLOR, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,6 +37,14 @@ LINEAR = 1e-3  # energy distance up to which the axis is linear
 AXIS = "energy distance, linear up to .001 and logarithmic beyond; bars: spread over seeds, as in its tables"
 BAND = 3.0  # standard deviations of the floor
 NUMBER = re.compile(r"(-?\d+\.?\d*)(?: ± (\d+\.?\d*))?")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line."""
+
+    log: Path = ROOT / "EXPERIMENT_LOG.md"
+    out: Path = ROOT / "outputs/pictures/leaderboard.png"
 
 
 @dataclass
@@ -91,8 +101,6 @@ def by_rank(tables: list[Table]) -> list[str]:
 
 def draw_table(axes: Axes, table: Table, objectives: list[str], most: int) -> None:
     """Draw a line of each objective: from its score in one evaluation to that by the solver."""
-    from evaluation.pictures import GENERATED_COLOR, INK, REAL_COLOR
-
     mean, sd = table.floor
     axes.axvspan(mean - BAND * sd, mean + BAND * sd, color="#d0d0d0", linewidth=0, zorder=0)
     for place, objective in enumerate(objectives):
@@ -120,8 +128,6 @@ def picture(tables: list[Table]) -> Figure:
     """Return a panel for each data set, the objectives below one another."""
     from matplotlib.patches import Patch
 
-    from evaluation.pictures import INK, new_figure
-
     objectives, most = by_rank(tables), max(tables[0].scores)
     left = max(163, 14 + 8.4 * max(map(len, objectives)))  # pixels for their names
     height, width = 145 + 30 * len(objectives), left + 12 + 153 * len(tables)
@@ -142,17 +148,11 @@ def picture(tables: list[Table]) -> Figure:
 
 def draw(words: list[str]) -> Path:
     """Carry out the command; returns the file written."""
-    from evaluation.pictures import save_figure
-
-    default = {"log": str(ROOT / "EXPERIMENT_LOG.md"), "out": str(ROOT / "outputs" / "pictures" / "leaderboard.png")}
-    settings, rest = split(words, default)
-    path = Path(settings["out"])
-    if rest:
-        raise UserError(f"cannot use {rest[0]!r}; the keys are log and out, as key=value")
-    check_ends("out", path, ".png")
-    tables = read_tables(Path(settings["log"]))
-    save_figure(picture(tables), path, Source=digest(tables))
-    return path
+    settings, _ = read_settings(words, Settings)
+    check_ends("out", settings.out, ".png")
+    tables = read_tables(settings.log)
+    save_figure(picture(tables), settings.out, Source=digest(tables))
+    return settings.out
 
 
 def main(words: list[str]) -> int:

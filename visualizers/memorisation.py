@@ -23,13 +23,14 @@ import numpy as np
 from common.errors import UserError
 from evaluation.pictures import GENERATED_COLOR, INK, REAL_COLOR, new_figure
 from run_files.metrics_file import BY_TIME, COPIES
-from visualizers.scene import Scene, main
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from visualizers.scene import Scene
 
 COPIED = "#f3d9d2"  # behind the times at which it copies
 TIMES = (np.arange(8) + 0.5) / 8  # in parts of the path's time
@@ -106,4 +107,6 @@ def draw(scene: Scene) -> list[Path]:
 
 
 if __name__ == "__main__":
+    from visualizers.scene import main
+
     sys.exit(main(sys.argv[1:], __doc__ or "", draw, n=4096))

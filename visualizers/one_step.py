@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+from torch import Tensor
 
 from evaluation.pictures import GENERATED_COLOR, REAL_COLOR, image_grid_picture, new_figure, save_figure, shared_limits
 from models.inputs import classes_in
 from visualizers.scene import Scene, main, plane, solver_label
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def draw(scene: Scene) -> list[Path]:

@@ -17,8 +17,12 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
 
+from evaluation.generate import few_step_solver
 from evaluation.pictures import new_figure, save_figure, shared_limits
+from solvers.base_solver import Sampler
+from solvers.runge_kutta import RK4, Euler
 from visualizers.films import film_beside, pixels
 from visualizers.scene import Limits, Scene, frame_times, main, makes_points, plane, solver_label, walk
 
@@ -27,17 +31,12 @@ if TYPE_CHECKING:
     from matplotlib.collections import PathCollection
     from matplotlib.figure import Figure
 
-    from solvers.base_solver import Sampler
 
 LEGEND = "grey: the data; a particle keeps its colour"
 
 
 def ways(scene: Scene) -> dict[str, np.ndarray]:
     """Return where the particles are at each frame's time, by the name of the way they go: (frames, n, 2) each."""
-    import torch
-
-    from evaluation.generate import few_step_solver
-    from solvers.runge_kutta import RK4, Euler
 
     flow, label, noise, times = scene.model.flow(), scene.labels, scene.noise(), frame_times(scene.frames)
     solvers: list[Sampler] = [Euler(10), RK4(24)] if scene.solver is None else [scene.solver]

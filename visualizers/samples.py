@@ -14,12 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from evaluation.state_pictures import draw as draw_states
 from visualizers.scene import Scene, main
 
 
 def draw(scene: Scene) -> list[Path]:
-    from evaluation.state_pictures import draw as draw_states
-
     scene.show_all_classes()
     path = scene.folder / "samples.png"
     draw_states(

@@ -2,44 +2,62 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from common.command_line import front, outputs, split, unknown
+from common.command_line import front, outputs
 from common.errors import UserError
-from common.ranges import CountFrom2, Seed
-from configuration.values import whole_number
+from common.ranges import Count, CountFrom2, Seed
+from configuration.settings import read_settings
+from configuration.stored import allow, output_dir_of
+from evaluation.closed_forms import ExactFlow
+from evaluation.generate import fixed_noise, fresh_noise
+from evaluation.guided_flows import GuidedFlow
+from evaluation.metrics.oracles import KnownFlow, known_flow
+from evaluation.parts import build_dataset, build_decoder, build_solver
 from evaluation.pictures import INK, save_figure
-from run_files.checks import check_writable
-from visualizers.films import FORMS
+from evaluation.report import drawable
+from evaluation.sample import TrainedModel, load
+from losses.objective import FlowObjective
+from models.inputs import split_label
+from run_files.checkpoint import load_checkpoint
+from run_files.checks import check_folder
+from solvers.base_solver import BaseSolver, FreshNoise, Sampler
 
 if TYPE_CHECKING:
-    import torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from torch import Tensor
 
-    from evaluation.metrics.oracles import KnownFlow
-    from evaluation.sample import TrainedModel
-    from losses.objective import FlowObjective
-    from solvers.base_solver import FreshNoise, Sampler
 
 Limits = tuple[np.ndarray, np.ndarray]  # lowest and highest corner (2,) of a panel
-DEFAULTS = {
-    "ckpt": "", "n": "", "seed": "0", "frames": "", "format": "gif", "out": "", "device": "cpu", "label": "", "trust": "",
-}  # fmt: skip
 KEYS = """Keys: ckpt (a checkpoint; unless given the newest that can be drawn, in outputs/ckpts of the working folder,
 or of the repository where that has no outputs), n (how many samples), seed (0), frames (of
 a film), format (gif; or mp4, or png for the still alone), out (the folder; outputs/pictures/<run_name> unless given), device
 (cpu), label (a class of a conditional model, or all), trust (modules, as a,b.c, that the
 checkpoint may build parts from), and any solver or guidance setting."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line of a drawing; n and frames: its own unless given."""
+
+    ckpt: Path | None = None
+    n: Count | None = None
+    seed: Seed = 0
+    frames: CountFrom2 | None = None
+    format: Literal["png", "gif", "mp4"] = "gif"
+    out: Path | None = None
+    device: str = "cpu"
+    label: Seed | Literal["all"] | None = None
+    trust: str | None = None
 
 
 @dataclass
@@ -82,8 +100,6 @@ class Scene:
 
     def own_solver(self) -> Sampler:
         """Return the solver typed, or the run's own."""
-        from evaluation.parts import build_solver
-
         return self.solver or build_solver(self.model.config)
 
     def samples(self) -> Tensor:
@@ -92,21 +108,15 @@ class Scene:
 
     def noise(self) -> Tensor:
         """Return the source states (n, ...) at t = 0, on the model's device; those of sample i are its own, whatever n."""
-        from evaluation.generate import fixed_noise
-
         return fixed_noise(self.model.source, self.n, self.seed).to(self.model.device)
 
     def fresh(self) -> FreshNoise:
         """Return the noise that stochastic solvers add, that of `samples`."""
-        from evaluation.generate import fresh_noise
-
         drawn = fresh_noise(self.model.source, self.seed)
         return lambda k: drawn(k, 0, self.n).to(self.model.device)
 
     def real(self, n: int) -> np.ndarray:
         """Return at most n held-out states (n, ...), of the class asked for where one is."""
-        from models.inputs import split_label
-
         if not isinstance(self.label, int):
             return self.model.real(n, self.seed)[0].numpy()
         states, own = self.model.real(2 * n * self.model.objective.network.num_classes, self.seed)
@@ -125,12 +135,6 @@ class Scene:
 
     def exact(self) -> KnownFlow | str:
         """Return the exact flow, of the class asked for where one is, or why it is not known."""
-        import torch
-
-        from evaluation.closed_forms import ExactFlow
-        from evaluation.guided_flows import GuidedFlow
-        from evaluation.metrics.oracles import known_flow
-        from evaluation.parts import build_dataset
 
         flow = self.model.flow()
         known = known_flow(flow, build_dataset(self.model.config, torch.device("cpu")), self.model.source)
@@ -151,9 +155,6 @@ class Scene:
 
     def need_images(self, instead: str) -> None:
         """Raise UserError unless the states are images or latents of images."""
-        from evaluation.parts import build_decoder
-        from evaluation.report import drawable
-
         if not drawable(self.shape, build_decoder(self.model.config, self.model.device)):
             raise UserError(f"draws images, and {self.name} makes states of shape {list(self.shape)}; {instead}")
 
@@ -166,8 +167,6 @@ def walk(
     Between two points of the solver's grid a state is taken to move straight, as Euler's does. A flow map's step is one
     straight jump. UserError for a solver that noises its states again: they have no path. fresh: for one that adds noise.
     """
-    import torch
-
     if not solver.has_path:
         raise UserError("solver.renoise=true throws its states back into noise: they have no path; leave it out")
     solver.check(flow)
@@ -179,8 +178,6 @@ def walk(
 
 def interpolated(states: Tensor, grid: Tensor, times: Tensor) -> Tensor:
     """Return states (G, ...) known at grid (G,), linearly between: (T, ...) at times (T,)."""
-    import torch
-
     after = torch.searchsorted(grid, times.float()).clamp(1, len(grid) - 1)
     weight = ((times - grid[after - 1]) / (grid[after] - grid[after - 1])).to(states)
     weight = weight.reshape(-1, *[1] * (states.dim() - 1))
@@ -189,8 +186,6 @@ def interpolated(states: Tensor, grid: Tensor, times: Tensor) -> Tensor:
 
 def frame_times(frames: int) -> torch.Tensor:
     """Return 0 to 1 in equal steps: (frames,)."""
-    import torch
-
     return torch.linspace(0, 1, frames)
 
 
@@ -220,8 +215,6 @@ def makes_points(payload: dict[str, Any]) -> bool:
 
 def newest_checkpoint(fits: Callable[[dict[str, Any]], bool] = makes_samples) -> Path:
     """Return the newest save of any architecture that fits, the newest of all where none does. UserError without any."""
-    from run_files.checkpoint import load_checkpoint
-
     folder = outputs() / "ckpts"
     saves = sorted(folder.glob("*/last.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
     if not saves:
@@ -232,8 +225,6 @@ def newest_checkpoint(fits: Callable[[dict[str, Any]], bool] = makes_samples) ->
 def solver_label(solver: Sampler) -> str:
     """Return the name of a solver and the evaluations a sample took, for a legend."""
     count = solver.evaluations or solver.steps
-    from solvers.base_solver import BaseSolver
-
     name = type(solver).__name__ if isinstance(solver, BaseSolver) else "learned map"
     return f"{name}, {count} evaluation{'s' * (count > 1)}"
 
@@ -244,35 +235,21 @@ def scene(
     """Return the scene a command line asks for; n (points: that of points in the plane), frames and the newest save that
     fits: unless it says otherwise. UserError for what it cannot be.
     """
-    settings, overrides = split(words, DEFAULTS)
-    for word in overrides:
-        if "=" not in word or re.split("[./=]", word)[0] not in ("solver", "guidance"):
-            raise UserError(f"{unknown(word, settings)}, and solver and guidance settings, as key=value")
-    n, seed, frames = (
-        whole_number("n", settings["n"] or str(n)),
-        whole_number("seed", settings["seed"], Seed),
-        whole_number("frames", settings["frames"] or str(frames), CountFrom2),
-    )
-    if settings["format"] not in FORMS:
-        raise UserError(f"format takes {', '.join(FORMS)}, not {settings['format']!r}")
-    if Path(settings["out"]).suffix in (".png", ".gif", ".mp4") or Path(settings["out"]).is_file():
-        raise UserError(f"out takes a folder, which the files go to under their own names, not {settings['out']!r}")
-    label = settings["label"] if settings["label"] in ("", "all") else whole_number("label", settings["label"], Seed)
-    checkpoint = Path(settings["ckpt"]) if settings["ckpt"] else newest_checkpoint(fits)
+    given, overrides = read_settings(words, Settings, ("solver", "guidance"))
+    if given.out is not None:
+        check_folder("out", given.out)
+    checkpoint = given.ckpt or newest_checkpoint(fits)
 
-    from configuration.stored import allow, output_dir_of
-    from evaluation.sample import load
-
-    allow(settings["trust"])
-    model = load(checkpoint, settings["device"], overrides)
-    folder = Path(settings["out"] or (output_dir_of(checkpoint) or outputs()) / "pictures" / model.config["run_name"])
-    made = Scene(model, n, seed, frames, settings["format"], folder, None if label == "" else label)
-    if points and not settings["n"] and made.shape == (2,):
+    allow(given.trust)
+    model = load(checkpoint, given.device, overrides)
+    folder = given.out or (output_dir_of(checkpoint) or outputs()) / "pictures" / model.config["run_name"]
+    made = Scene(model, given.n or n, given.seed, given.frames or frames, given.format, folder, given.label)
+    if points and not given.n and made.shape == (2,):
         made.n = points
     if any(word.startswith("solver") for word in overrides):
         made.solver = made.own_solver()
         made.solver.check(model.objective)
-    check_writable("out", folder)
+    check_folder("out", folder)
     folder.mkdir(parents=True, exist_ok=True)
     return made
 

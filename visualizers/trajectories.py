@@ -16,8 +16,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
 
 from evaluation.pictures import INK, new_figure, shared_limits
+from solvers.base_solver import BaseSolver
+from solvers.runge_kutta import RK4
 from visualizers.scene import Scene, frame_times, main, makes_points, plane, solver_label, walk
 
 SHOWN = 250  # paths drawn; the number is of all n
@@ -32,10 +35,6 @@ def straightness(paths: np.ndarray) -> float:
 
 def paths_of(scene: Scene) -> dict[str, np.ndarray]:
     """Return paths (51, n, 2) by the name of what walks them: a solver, the learned map, the exact field."""
-    import torch
-
-    from solvers.base_solver import BaseSolver
-    from solvers.runge_kutta import RK4
 
     times, noise, flow = frame_times(51), scene.noise(), scene.model.flow()
     solver = scene.own_solver()

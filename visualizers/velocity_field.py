@@ -18,8 +18,15 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
 
+from evaluation.closed_forms import ExactFlow
+from evaluation.metrics.oracles import KnownFlow
 from evaluation.pictures import INK, new_figure, save_figure, shared_limits
+from losses.objective import FlowObjective
+from solvers.runge_kutta import RK4
 from visualizers.films import film_beside, pixels
 from visualizers.scene import Scene, frame_times, lattice, main, makes_points, plane, walk
 
@@ -28,10 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
     from matplotlib.quiver import Quiver
-    from torch import Tensor
 
-    from evaluation.metrics.oracles import KnownFlow
-    from losses.objective import FlowObjective
 
 ARROWS = 17  # a side
 CELLS = 90  # a side of the density
@@ -49,9 +53,6 @@ class Field:
     """
 
     def __init__(self, scene: Scene, times: np.ndarray):
-        import torch
-
-        from solvers.runge_kutta import RK4
 
         self.units = "data units" if scene.model.objective.data_std is None else "standard deviations of the data"
         model, clock = scene.model, torch.from_numpy(times).float()
@@ -79,8 +80,6 @@ class Field:
         return {"learned": self.learned} | ({} if self.exact is None else {"exact": self.exact})
 
     def relative_errors(self, truth: KnownFlow, flow: FlowObjective, label: Tensor | None) -> list[float]:
-        import torch
-
         errors = []
         for states, t in zip(self.states, self.times, strict=True):
             last = min(float(t), truth.path.last_time)
@@ -92,10 +91,6 @@ class Field:
 
     def density(self, index: int) -> np.ndarray:
         """Return the density of the states at a frame's time, relative to its highest: (CELLS, CELLS), rows along x₂."""
-        import torch
-        from scipy.ndimage import gaussian_filter
-
-        from evaluation.closed_forms import ExactFlow
 
         if isinstance(self.truth, ExactFlow):
             at = torch.from_numpy(lattice(self.low, self.high, CELLS))
@@ -133,8 +128,6 @@ class Field:
 
 
 def exact_velocity(truth: KnownFlow, at: Tensor, t: float) -> np.ndarray:
-    import torch
-
     return truth(at.cpu().double(), torch.tensor(min(t, truth.path.last_time), dtype=torch.float64)).numpy()
 
 

@@ -175,7 +175,7 @@ def test_neighbours_are_the_nearest_training_images_of_the_samples_nearest_to_an
     tmp_path: Path, monkeypatch, generation
 ) -> None:
     drawn: list = []
-    monkeypatch.setattr("evaluation.pictures.neighbours_picture", lambda *words: drawn.append(words))
+    monkeypatch.setattr("evaluation.report.neighbours_picture", lambda *words: drawn.append(words))
     data = Digits()
     samples = torch.cat([0.5 * torch.randn(30, 1, 8, 8), data.train_states[700:701], data.train_states[3:4] + 0.01])
     samples[4] = float("nan")

@@ -274,7 +274,7 @@ def test_the_verdict_is_told_in_words_and_by_the_exit_status(words, status, verd
         ([], "takes one loss"),
         (["loss=nothing"], "does not exist"),
         (["loss=mse", "convention=reversed"], "of a function in a file"),
-        (["{}:flow_matching", "convention=backwards"], "forward, reversed"),
+        (["{}:flow_matching", "convention=backwards"], "forward or reversed"),
         (["{}:flow_matching", "{}:absolute"], "takes one loss"),
         (["{}:nothing"], "defines no function nothing"),
         (["nowhere.py:f"], "no file nowhere.py"),

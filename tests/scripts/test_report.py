@@ -239,7 +239,7 @@ def browse(folder: Path, *words: str) -> str:
     "words, sentence",
     [([], "name a run"), (["frist"], "did you mean first"), (["first", "price=cheap"], "price takes a number"),
      (["first", "price=nan"], "of at least 0"), (["first", "price=-1"], "of at least 0"),
-     (["first", "prize=1"], "unknown key"),
+     (["first", "prize=1"], "cannot use 'prize=1'"),
      (["first", "out=report.pdf"], "must end in .html")],
 )  # fmt: skip
 def test_a_mistake_is_one_sentence(

@@ -78,8 +78,8 @@ def test_metrics_as_comma_separated_values(output_dir: Path, tmp_path: Path, cap
 
 @pytest.mark.parametrize("name, words, sentence", [
     ("moons_mlp", ["csv=x.txt"], "csv=x.txt must end in .csv"),
-    ("moons_mlp", ["csv="], "must end in .csv"),
-    ("moons_mlp", ["cvs=x.csv"], "unknown key in 'cvs=x.csv'; the keys are csv"),
+    ("moons_mlp", ["csv="], "csv takes a path"),
+    ("moons_mlp", ["cvs=x.csv"], "cannot use 'cvs=x.csv' (did you mean csv?); the keys are csv"),
     ("moons_mlp", ["csv=no/x.csv"], "lies in a folder that does not exist"),
     ("moons_mlp", ["csv=folder.csv"], "folder.csv is not a regular file"),
     ("moons_none", ["csv=x.csv"], "no run named moons_none"),

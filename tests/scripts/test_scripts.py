@@ -187,7 +187,7 @@ def test_pictures_of_a_latent_model_are_decoded_and_its_numbers_are_not(shared_r
 
 def test_real_images_go_beside_generated_ones_of_their_class(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("evaluation.pictures.image_grid_picture", lambda *arguments: drawn.extend(arguments))
+    monkeypatch.setattr("evaluation.report.image_grid_picture", lambda *arguments: drawn.extend(arguments))
     label, reference_label = torch.tensor([4, 4, 1, 1, 1]), torch.tensor([0, 1, 4, 1, 4, 1, 4, 1])
     states, reference = (y[:, None, None, None] * torch.ones(1, 1, 2, 2) for y in (label, reference_label))
     draw_images(tmp_path / "x.png", (states, label), (reference, reference_label), lambda z: z + 0.5, (0.0, 9.0), "x")

@@ -11,7 +11,7 @@ from dev.invalid_commands import GOLDENS, RATE, SEARCHES
 from tests.searches.fake_runs import carried_out
 
 NAMED = {  # words of the sentence, by a word of the command
-    "n=0": "n takes a whole number of at least 1, not 0", "jobs=x": "jobs takes", "sampler=simplex": "choices: random, tpe",
+    "n=0": "n takes a whole number of at least 1, not 0", "jobs=x": "jobs takes", "sampler=simplex": "sampler takes",
     "metric=nothing": "is not the name of a score", "n=99": "more than the 2 combinations", "sampler=cmaes": "two intervals",
     "optimizer.lr=interval(1e-2,1e-4)": "the first below the second", "optimizer.lr=interval(-1,1)": "above 0, not -1",
     "model.width=interval(0,8)": "at least 1, not 0", "device=cpu,cuda": "one for all trials", "-m": "leave -m out",

@@ -74,7 +74,7 @@ def test_classifiers_have_their_images_and_latents_no_picture(tmp_path, capsys):
     [
         (["dataloaders=nosuch"], "dataloaders=nosuch does not exist"),
         (["model=cnn"], "this model takes images"),
-        (["out=x.png"], "out takes a folder, which data.png goes to"),
+        (["out=x.png"], "out takes a folder"),
         (["batch_size=0"], "batch_size"),
     ],
 )

@@ -1,36 +1,17 @@
-"""The key=value words of a script, read into a dataclass of its settings and checked as the settings of runs are."""
+"""The key=value words of a command, read into a dataclass of its settings and checked as the settings of runs are."""
 
-import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from common.command_line import front, place_sentence
-from common.errors import UserError, printable
+from common.errors import UserError
+from configuration.nodes import nearest
 from configuration.values import FilePath, Setting, check_value, options_of, range_in
-from launcher import RANK_VARIABLES
 
 T = TypeVar("T")
-
-
-def front_of_ranks(words: list[str], doc: str | None, carry_out: Callable[[list[str]], object]) -> int:
-    """Carry out a command line as `front` does; where torchrun has started several processes, this one's part in it."""
-    if not os.environ.keys() >= RANK_VARIABLES:
-        return front(words, doc, carry_out)
-    from backends.workers import run_distributed
-
-    def own_part() -> None:
-        try:
-            outcome = carry_out(words)
-        except OSError as error:
-            raise UserError(place_sentence(error)) from error
-        if isinstance(outcome, str):
-            print(printable(outcome))
-
-    run_distributed(own_part)
 
 
 def read_settings(words: list[str], kind: type[T], groups: Sequence[str] = (), others: str = "") -> tuple[T, list[str]]:
@@ -41,15 +22,19 @@ def read_settings(words: list[str], kind: type[T], groups: Sequence[str] = (), o
     default. others: what may follow, in words, for the message.
     """
     settings, rest = known_settings(words, kind)
-    allowed = [*(field.name for field in fields(kind)), *(f"{group} settings" for group in groups)]  # type: ignore[arg-type]
     for word in rest:
-        key, equals, _ = word.partition("=")
-        if not equals or re.split(r"[./]", key)[0] not in groups:
-            from configuration.nodes import nearest
-
-            hint = nearest(key, allowed) if equals else ""
-            raise UserError(f"cannot use {word!r}{hint}; the keys are {', '.join(allowed)}, as key=value{others}")
+        if "=" not in word or re.split("[./=]", word)[0] not in groups:
+            raise UserError(unusable(word, kind, groups) + others)
     return settings, rest
+
+
+def unusable(word: str, kind: type, groups: Sequence[str] = ()) -> str:
+    """Return in a sentence that a command does not take a word, and what it takes."""
+    keys, (key, equals, _) = (
+        [*(f.name for f in fields(kind)), *(f"{group} settings" for group in groups)],
+        word.partition("="),
+    )
+    return f"cannot use {word!r}{nearest(key, keys) if equals else ''}; the keys are {', '.join(keys)}, as key=value"
 
 
 def known_settings(words: list[str], kind: type[T]) -> tuple[T, list[str]]:
@@ -87,6 +72,6 @@ def parsed(text: str, options: Sequence[Any]) -> Any:
         return [parsed(word, options_of(inner)) for word in text.strip("[]").split(",")] if text else text
     if int in options and re.fullmatch(r"-?[0-9]{1,50}", text):
         return int(text)
-    if float in options and re.fullmatch(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]+)?", text, re.IGNORECASE):
+    if float in options and re.fullmatch(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,3})?", text, re.IGNORECASE):
         return float(text)
     return text
