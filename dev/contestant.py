@@ -97,7 +97,6 @@ class Contestant:
 
     def round(self, steps: int) -> dict[str, float]:
         """Return one round's figures: `steps` training steps, then one batch carried through the solver."""
-
         if self.run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         data_seconds, groups = self.timed(lambda: [next(self.groups) for _ in range(steps)])

@@ -187,7 +187,6 @@ def contents(folder: Path, manifest: dict[str, Any]) -> str:
 
 def build_pictures(overrides: list[str]) -> tuple[ImageStream, str, dict[str, Any]]:
     """Return the set of pictures, the autoencoder's path, and what both are. UserError when they cannot be encoded."""
-
     chosen = any(word.startswith("vae=") for word in overrides)
     cfg = compose_config(["run_name=cache", *([] if chosen else ["vae=stable_diffusion"]), *overrides])
     node = OmegaConf.create({"dataloaders": cfg["dataloaders"]})
@@ -266,7 +265,6 @@ def encode_part(
     num_workers: int,
 ) -> None:
     """Encode the planned shards of one part. UserError for a shard whose pictures can all not be read."""
-
     device = next(vae.parameters()).device
     reads = ReadAhead(reader, num_workers).batches([Rows(numbers, 0) for batches in plan.values() for numbers in batches])
     for name, batches in plan.items():
@@ -288,7 +286,6 @@ def moments_of(pictures: Any, vae: StableDiffusionVAE, device: device) -> Any:
 
     UserError for latents that fp16 cannot hold.
     """
-
     x = as_states(pictures.to(device))
     both = torch.stack([torch.stack(vae.moments(view), dim=1) for view in (x, x.flip(3))], dim=1).half()
     if not both.isfinite().all():

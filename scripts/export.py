@@ -146,7 +146,6 @@ def export_flow(settings: Settings, overrides: list[str]) -> str:
 
 def network_arrays(network: Network) -> dict[str, Any]:
     """Return the layers of an MLP, as minigrad.MLP reads them, and its angular frequencies. UserError for another model."""
-
     if not isinstance(network, MLP):
         raise UserError(
             f"only model=mlp can be exported as a flow, and this checkpoint holds {type(network).__name__}; "
@@ -165,7 +164,6 @@ def network_arrays(network: Network) -> dict[str, Any]:
 
 def start(model: TrainedModel, settings: Settings) -> dict[str, Any]:
     """Return the noise (n, D), each sample's row of the class embedding (n, W), W = 0 without one, and the data's units."""
-
     noise, labels = fixed_noise(model.source, settings.n, settings.seed), model.labels(settings.n, settings.label)
     assert isinstance(model.objective.network, MLP)
     embedding = model.objective.network.class_embedding
@@ -178,7 +176,6 @@ def start(model: TrainedModel, settings: Settings) -> dict[str, Any]:
 
 def plan(model: TrainedModel) -> dict[str, Any]:
     """Return grid, matrix, weights and readings as minigrad.sample takes them. UserError for a solver of another kind."""
-
     solver, guided = parts.build_solver(model.config), model.config.get("guidance")
     solver.check(model.objective)
     if guided:

@@ -67,7 +67,6 @@ def breakable(text: str) -> Markup:
 
 def curve_figures(runs: list[RunRecord]) -> list[Figure]:
     """Return a figure for the training loss and for each score the runs logged."""
-
     by_name = {run.name: run.rows for run in runs}
     figures = []
     for metric in dict.fromkeys(name for run in runs for name in metrics_of(run.rows)):

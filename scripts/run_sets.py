@@ -146,7 +146,6 @@ def compare_sets(folders: dict[str, RunFolder], patterns: list[str], best: bool,
 
     chosen: the one score decided on beforehand. UserError for sets whose scores are not of the same thing.
     """
-
     a, b = (run_set(label, pattern, folders, best) for label, pattern in zip("ab", patterns, strict=True))
     both = [name for name in matching(patterns[0], folders) if name in matching(patterns[1], folders)]
     if both:

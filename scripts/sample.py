@@ -154,7 +154,6 @@ def export(path: Path, states: Tensor, labels: Tensor | None, model: TrainedMode
 
 def write_numbers(path: Path, states: Tensor, labels: Tensor | None, model: TrainedModel) -> None:
     """Write the samples as a .npy, or with their classes and conditions as a .npz."""
-
     with replacing(path) as file:
         if path.suffix == ".npy":
             np.save(file, states.numpy())

@@ -140,7 +140,6 @@ def picture(run: Run, batch: Any, path: Path, title: str) -> bool:
 
 def on_the_way(run: Run, batch: Any) -> dict[str, np.ndarray]:
     """Return by name the states (B, ...) of the batch's pairs at TIMES; of a classifier's batch the images."""
-
     objective, x1 = run.state.objective, served(run, batch)
     if not isinstance(objective, FlowObjective):
         return {"images": x1.cpu().numpy()}

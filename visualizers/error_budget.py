@@ -19,20 +19,26 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from collections.abc import Mapping
+
 import numpy as np
+import torch
 
 from common.errors import UserError
+from evaluation.metrics.base_metric import Absent
+from evaluation.metrics.error_budget import ErrorBudget
+from evaluation.metrics.oracles import OracleFlowMapError, OracleVelocity
+from evaluation.metrics.wasserstein import Wasserstein
 from evaluation.pictures import GENERATED_COLOR, INK, REAL_COLOR, new_figure
+from evaluation.sample import generation_of
 from run_files.metrics_file import BY_TIME
 from visualizers.memorisation import TIMES, panel
+from visualizers.scene import Scene, main
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from visualizers.scene import Scene
 
 MAP, BUDGET = "oracle/flow_map_error", "oracle/budget_"
 
@@ -144,14 +150,6 @@ def lines(axes: Axes, title: str, unit: str, shown: dict[str, np.ndarray]) -> No
 
 def scores_of(scene: Scene) -> dict[str, float]:
     """Return the scores that the picture needs. UserError where the flow is not known exactly."""
-    import torch
-
-    from evaluation.metrics.base_metric import Absent
-    from evaluation.metrics.error_budget import ErrorBudget
-    from evaluation.metrics.oracles import OracleFlowMapError, OracleVelocity
-    from evaluation.metrics.wasserstein import Wasserstein
-    from evaluation.sample import generation_of
-
     scene.show_all_classes()
     metrics = (OracleVelocity(), OracleFlowMapError(), ErrorBudget(scene.n), Wasserstein(min(500, scene.n)))
     scores: dict[str, float] = {}
@@ -171,6 +169,4 @@ def draw(scene: Scene) -> list[Path]:
 
 
 if __name__ == "__main__":
-    from visualizers.scene import main
-
     sys.exit(main(sys.argv[1:], __doc__ or "", draw, n=1000))

@@ -18,19 +18,21 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from common.errors import UserError
+from evaluation.metrics.empirical import memorisation
+from evaluation.parts import build_dataset
 from evaluation.pictures import GENERATED_COLOR, INK, REAL_COLOR, new_figure
 from run_files.metrics_file import BY_TIME, COPIES
+from visualizers.scene import Scene, main
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from visualizers.scene import Scene
 
 COPIED = "#f3d9d2"  # behind the times at which it copies
 TIMES = (np.arange(8) + 0.5) / 8  # in parts of the path's time
@@ -95,9 +97,6 @@ def picture_of_scores(name: str, scores: Mapping[str, float | None]) -> tuple[Fi
 
 
 def draw(scene: Scene) -> list[Path]:
-    from evaluation.metrics.empirical import memorisation
-    from evaluation.parts import build_dataset
-
     model = scene.model
     found = memorisation(model.objective.eval(), build_dataset(model.config, model.device), model.source, scene.n)
     if isinstance(found, str):
@@ -107,6 +106,4 @@ def draw(scene: Scene) -> list[Path]:
 
 
 if __name__ == "__main__":
-    from visualizers.scene import main
-
     sys.exit(main(sys.argv[1:], __doc__ or "", draw, n=4096))

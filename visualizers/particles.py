@@ -37,7 +37,6 @@ LEGEND = "grey: the data; a particle keeps its colour"
 
 def ways(scene: Scene) -> dict[str, np.ndarray]:
     """Return where the particles are at each frame's time, by the name of the way they go: (frames, n, 2) each."""
-
     flow, label, noise, times = scene.model.flow(), scene.labels, scene.noise(), frame_times(scene.frames)
     solvers: list[Sampler] = [Euler(10), RK4(24)] if scene.solver is None else [scene.solver]
     solvers.append(few_step_solver(flow, 1))

@@ -135,7 +135,6 @@ class Scene:
 
     def exact(self) -> KnownFlow | str:
         """Return the exact flow, of the class asked for where one is, or why it is not known."""
-
         flow = self.model.flow()
         known = known_flow(flow, build_dataset(self.model.config, torch.device("cpu")), self.model.source)
         one_class = flow.network.num_classes and isinstance(self.label, int)

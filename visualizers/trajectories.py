@@ -35,7 +35,6 @@ def straightness(paths: np.ndarray) -> float:
 
 def paths_of(scene: Scene) -> dict[str, np.ndarray]:
     """Return paths (51, n, 2) by the name of what walks them: a solver, the learned map, the exact field."""
-
     times, noise, flow = frame_times(51), scene.noise(), scene.model.flow()
     solver = scene.own_solver()
     is_ode = isinstance(solver, BaseSolver)

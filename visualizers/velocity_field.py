@@ -91,7 +91,6 @@ class Field:
 
     def density(self, index: int) -> np.ndarray:
         """Return the density of the states at a frame's time, relative to its highest: (CELLS, CELLS), rows along x₂."""
-
         if isinstance(self.truth, ExactFlow):
             at = torch.from_numpy(lattice(self.low, self.high, CELLS))
             t = torch.tensor(float(self.times[index]), dtype=torch.float64)

@@ -10,7 +10,6 @@ from losses.objective import FlowObjective
 @pytest.fixture
 def unified_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs keep the states' own precision here, so that quadrature is not drowned in rounding."""
-
     real = FlowObjective.unified
 
     def unified(self: FlowObjective, z: Tensor, r: Tensor, t: Tensor) -> Tensor:
