@@ -155,11 +155,7 @@ def prepare(overrides: list[str], own: Own | None = None) -> dict[str, Any]:
     config = resolved(compose_config(overrides, own))
     check_values(config)
     check_contradictions(config)
-    config |= {
-        "command": "python launcher.py " + shlex.join(overrides),
-        "overrides": overrides,
-        "changed": {},
-    }
+    config |= {"command": "python launcher.py " + shlex.join(overrides), "overrides": overrides, "changed": {}}
     if config["teacher"]:
         config = with_teacher(config)
     allow_for(config)

@@ -88,11 +88,7 @@ class PreactivatedBlock(nn.Module):
         return self.inner(h) + (x if self.same else self.skip(h))
 
 
-BLOCKS: dict[Block, type[nn.Module]] = {
-    "basic": BasicBlock,
-    "bottleneck": Bottleneck,
-    "preactivated": PreactivatedBlock,
-}
+BLOCKS: dict[Block, type[nn.Module]] = {"basic": BasicBlock, "bottleneck": Bottleneck, "preactivated": PreactivatedBlock}
 
 
 class ResidualClassifier(Classifier):

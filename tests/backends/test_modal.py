@@ -184,10 +184,7 @@ def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 
 def test_submitting_notes_the_job_and_knows_the_names_on_the_volume(
-    submitted: Callable[..., FakeApp],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    submitted: Callable[..., FakeApp], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended_with({"status": 0}, monkeypatch)
     app = submitted("seed=3")

@@ -135,10 +135,7 @@ def test_a_student_begins_at_the_weights_of_the_teacher_that_is_trained_first(sm
         (['teacher="loss=nothing"'], "loss=nothing does not exist"),
         (["teacher=3"], "cannot read '3'"),
         (['teacher="run_name=y"'], "leave run_name out"),
-        (
-            ["loss.coupling.teacher=other.pt", "init_from=null"],
-            "teacher= trains the run x_teacher, of which this one reads",
-        ),
+        (["loss.coupling.teacher=other.pt", "init_from=null"], "teacher= trains the run x_teacher, of which this one reads"),
         (["loss.coupling.teacher=???"], r"such as 'loss.coupling.teacher=\$\{run_name\}_teacher'$"),
         (["solver=midpoint"], "use solver=flow_map"),
         (["solver.steps=4"], "solver.steps=1"),

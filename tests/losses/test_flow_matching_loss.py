@@ -69,11 +69,7 @@ class ExactNetwork(VelocityModel):
         share = (self.weights.log() - 0.5 * variance.log() - 0.5 * offset**2 / variance).softmax(1)
         x1 = (share * (self.means + p.alpha * self.stds**2 / variance * offset)).sum(1, keepdim=True)  # E[x1 | z]
         x0 = (share * p.sigma / variance * offset).sum(1, keepdim=True)  # E[x0 | z]
-        answers = {
-            VelocityPrediction: p.alpha_dot * x1 + p.sigma_dot * x0,
-            DataPrediction: x1,
-            NoisePrediction: x0,
-        }
+        answers = {VelocityPrediction: p.alpha_dot * x1 + p.sigma_dot * x0, DataPrediction: x1, NoisePrediction: x0}
         features = torch.cat([torch.ones_like(z), z, z**2, (2 * z).sin(), (2 * z).cos(), t * z], dim=1)
         return self.flip * answers[type(self.kind)] + self.shift + (features @ self.theta)[:, None]
 

@@ -61,9 +61,7 @@ def gaussian_flow_map(z: Tensor, r: float, t: float, m: float = 0.7, s: float = 
 
 
 LINEAR = Problem(
-    "linear",
-    lambda x, t: x @ ROTATION.T.to(x),
-    lambda x, r, t: x @ torch.linalg.matrix_exp(ROTATION * (t - r)).T.to(x),
+    "linear", lambda x, t: x @ ROTATION.T.to(x), lambda x, r, t: x @ torch.linalg.matrix_exp(ROTATION * (t - r)).T.to(x)
 )
 FORCED = Problem(  # depends on the time and on the state, so that a node at the wrong time shows
     "forced",
