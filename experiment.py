@@ -207,14 +207,12 @@ def rows_of(data: Any) -> tuple[Tensor, Tensor | None]:
         tensors = [torch.as_tensor(part).detach().cpu() for part in parts]
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"data takes a tensor or array of states, (states, labels), or the name of a data set, not {called(data)}"
+            f"data takes an array of states, (states, labels), or a data set's name, not {called(data)}"
         ) from error
     if len(tensors) not in (1, 2):
         raise UserError(f"data takes states, or (states, labels), not {len(tensors)} arrays")
     if tensors[0].is_complex():
-        raise UserError(
-            "data takes real numbers, not complex ones; give both parts as dimensions, torch.view_as_real(x).flatten(1)"
-        )
+        raise UserError("data takes real numbers; give complex ones as dimensions, torch.view_as_real(x).flatten(1)")
     return tensors[0], tensors[1] if len(tensors) == 2 else None
 
 

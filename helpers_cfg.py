@@ -128,7 +128,7 @@ class ZeroStarGuidance(ClassifierFreeGuidance):
             )
         if self.zero_until and objective.learns != "velocity":
             raise UserError(
-                "guidance.zero_until stops the states of early times, and a flow map crosses them in one step; leave it at 0"
+                "guidance.zero_until stops states at early times, which a flow map crosses in one step; leave it at 0"
             )
 
 

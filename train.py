@@ -95,9 +95,7 @@ def claim_run_name(records: Records) -> None:
 def say_finished(run: Run) -> None:
     """Say that nothing is left to do, and complete what a kill at the very end may have left out."""
     key, value = ("max_steps", run.settings.max_steps) if run.settings.max_steps else ("epochs", run.settings.epochs)
-    print(
-        f"{run.notes.run_name} has done its {run.state.step:,} steps already; give a larger {key}= (it has {value}) to go on"
-    )
+    print(f"{run.notes.run_name} has done its {run.state.step:,} steps; give a larger {key}= (it has {value}) to go on")
     with explained_disk_errors(run.records):
         run.records.remove_temporaries()
         status = run.records.folder.status.read()

@@ -22,9 +22,7 @@ def project() -> dict[str, Any]:
     """Return pyproject.toml. UserError where the project is installed without it."""
     path = ROOT / "pyproject.toml"
     if not path.is_file():
-        raise UserError(
-            f"a run elsewhere takes the source tree along, and {ROOT} has no pyproject.toml; run from a checkout"
-        )
+        raise UserError(f"a run elsewhere takes the sources along, and {ROOT} has no pyproject.toml; run from a checkout")
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 

@@ -28,7 +28,7 @@ from common.errors import UserError
 from common.ranges import Positive, Range
 from configuration.checks import check_devices
 from configuration.compose import typed_keys, without
-from configuration.nodes import nearest
+from configuration.nodes import check_known, nearest
 from run_files.provenance import COMMIT_VARIABLE, git_commit
 from run_files.run_folder import timestamp
 
@@ -92,9 +92,7 @@ class ModalBackend(Backend):
         if outcome is not None:
             return best_of(name, outcome)
         if call is None or not self.detach:  # app.run ends at Ctrl-C without a word
-            raise UserError(
-                f"stopped; what the run {name} on Modal had saved is on the Volume, and resume=true goes on from it"
-            )
+            raise UserError(f"stopped; what the run {name} had saved is on the Volume, and resume=true goes on from it")
         print(
             f"{name} runs on Modal ({call.object_id}), whatever this machine does now\n"
             f"  watch     python scripts/modal_app.py logs {name}\n"
@@ -221,8 +219,7 @@ def packages(extras: list[str]) -> list[str]:
     table = project()["project"]
     optional = table["optional-dependencies"]
     for extra in extras:
-        if extra not in optional:
-            raise UserError(f"backend.extras: pyproject.toml has no extra {extra}; it has {', '.join(optional)}")
+        check_known("backend.extras", extra, list(optional))
     return sorted({*table["dependencies"], *(package for extra in extras for package in optional[extra])})
 
 

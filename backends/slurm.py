@@ -52,7 +52,7 @@ class SlurmBackend(Backend):
         for key, value in {"partition": partition, "account": account, "constraint": constraint}.items():
             if value is not None and not NAMES[key].fullmatch(value):
                 raise UserError(
-                    f"backend.{key} takes a name as {SHOWN_BY[key]} shows it, without spaces or quotes, not {value!r}"
+                    f"backend.{key} takes a name as {SHOWN_BY[key]} shows, without spaces or quotes, not {value!r}"
                 )
         least = math.ceil((save_seconds + EARLY_SECONDS + LEAST_SECONDS) / 60)
         if time_minutes < least:
@@ -62,9 +62,7 @@ class SlurmBackend(Backend):
             )
         for line in setup:
             if "\n" in line or line.lstrip().startswith("#SBATCH"):
-                raise UserError(
-                    f"backend.setup takes one shell command in each entry, and no option of sbatch, not {line!r}"
-                )
+                raise UserError(f"backend.setup takes one shell command an entry, and no option of sbatch, not {line!r}")
         self.options = {
             "partition": partition, "account": account, "time": time_minutes, "nodes": nodes, "ntasks-per-node": 1,
             "cpus-per-task": cpus_per_node, "gpus-per-node": gpus_per_node or None,
@@ -84,9 +82,7 @@ class SlurmBackend(Backend):
     def submit(self, overrides: list[str], config: dict[str, Any]) -> float | None:
         job = queued_runs(Path(config["output_dir"])).get(config["run_name"])
         if job is not None:
-            raise UserError(
-                f"run {config['run_name']} is {job.words()} already; wait for it, or end it by `scancel {job.number}`"
-            )
+            raise UserError(f"run {config['run_name']} is {job.words()} already; wait, or end it by `scancel {job.number}`")
         self.send([config], config["run_name"])
         return None
 
@@ -158,9 +154,7 @@ class SlurmBackend(Backend):
         """Return the number of processes of a run: one for each GPU, or node, unless typed. UserError for what cannot be
         shared out, or would leave a GPU idle."""
         if self.nodes > 1 and config.get("teacher") and not config["resume"]:
-            raise UserError(
-                "teacher= trains one run after the other, on one node; say backend.nodes=1, or train the teacher first"
-            )
+            raise UserError("teacher= trains two runs in turn, on one node; say backend.nodes=1, or train the teacher first")
         fitting, device = self.nodes * max(1, self.gpus), config["device"]
         count = config["devices"] if "devices" in typed_keys(overrides) else fitting
         if count % self.nodes or (self.gpus and count != fitting):
@@ -222,9 +216,7 @@ def lacking_cluster() -> str | None:
 
 def sbatch(script: str, option: str) -> str:
     """Hand a script to sbatch; returns what it prints. Variables SBATCH_* change nothing: the script says it all."""
-    kept = {
-        key: value for key, value in os.environ.items() if not key.startswith(("SBATCH_", "SLURM_")) or key == "SLURM_CONF"
-    }
+    kept = {k: value for k, value in os.environ.items() if not k.startswith(("SBATCH_", "SLURM_")) or k == "SLURM_CONF"}
     return asked(["sbatch", option], script, kept)
 
 

@@ -39,9 +39,7 @@ class QueuedJob:
 def lacking_slurm() -> str | None:
     """Return why jobs cannot be submitted from this machine, in a sentence; None where they can."""
     if shutil.which("sbatch") is None or shutil.which("squeue") is None:
-        return (
-            "there is no Slurm on this machine (no sbatch); submit on a cluster's login node, or leave --backend slurm out"
-        )
+        return "there is no Slurm here (no sbatch); submit on a cluster's login node, or leave --backend slurm out"
     return None
 
 

@@ -134,9 +134,7 @@ def described(config: dict[str, Any]) -> str:
     elif config["eval_checkpoint"]:
         what = f"scores {config['eval_checkpoint']}"
     else:
-        lines |= (
-            {"teacher, first": shlex.join(["python", "launcher.py", *teacher_words(config)])} if config["teacher"] else {}
-        )
+        lines |= {"teacher, first": f"python launcher.py {shlex.join(teacher_words(config))}"} if config["teacher"] else {}
         lines |= {
             "run folder": str(folder.path) + (" (goes on)" if config["resume"] else ""),
             "checkpoints": str(Path(config["output_dir"]) / "ckpts" / choices["model"]),
@@ -274,14 +272,11 @@ def sweep_name(run_name: str, swept: list[tuple[str, str]]) -> str:
 def sweep_job(job: list[str], swept_keys: set[str]) -> list[str] | RunResult:
     """Return the overrides of one job of a sweep under its own run_name, as `begun_job`."""
     parsed = parse_overrides(job)
-    swept = [
-        (o.key_or_group, o.input_line.partition("=")[2]) for o in parsed if o.key_or_group in swept_keys and o.input_line
-    ]
+    swept = [(o.key_or_group, (o.input_line or "").partition("=")[2]) for o in parsed if o.key_or_group in swept_keys]
     config = resolved(compose_config([text for text in job if not re.match(r"(resume|overwrite)=", text)]))
     name = sweep_name(str(config["run_name"]), swept)
-    return begun_job(
-        [*(text for text in job if not text.startswith("run_name=")), f"run_name='{name}'"], config | {"run_name": name}
-    )
+    words = [text for text in job if not text.startswith("run_name=")]
+    return begun_job([*words, f"run_name='{name}'"], config | {"run_name": name})
 
 
 def begun_job(overrides: list[str], config: dict[str, Any]) -> list[str] | RunResult:

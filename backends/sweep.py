@@ -40,9 +40,7 @@ class Sweep:
         if not any(word.startswith("hydra/sweeper") for word in words):
             for override in overrides:
                 if override.is_interval_sweep() or isinstance(override.value(), Glob):
-                    search = (
-                        f", and `--search optuna {override.input_line}` searches" if override.is_interval_sweep() else ""
-                    )
+                    search = f", and `--search optuna {override.input_line}` searches" * override.is_interval_sweep()
                     raise UserError(
                         f"{override.input_line} lists no values; a sweep tries those it is given, as in -m "
                         f"{override.key_or_group}=FIRST,SECOND{search}"
@@ -65,11 +63,8 @@ class Sweep:
         """Return what the sweep would do, job by job. UserError for a sweeper that chooses its jobs as it goes."""
         if not self.prepared:
             raise UserError("--dry-run lists a sweep's jobs, and this hydra/sweeper chooses them as it goes; leave it out")
-        skipped = [
-            f"{' '.join(job)}: {in_words(made)}, would be skipped"
-            for job, made in self.prepared.items()
-            if isinstance(made, RunResult)
-        ]
+        done = ((job, made) for job, made in self.prepared.items() if isinstance(made, RunResult))
+        skipped = [f"{' '.join(job)}: {in_words(made)}, would be skipped" for job, made in done]
         return "\n".join([*skipped, *([describe(self.left(), self.name)] if self.left() else [])])
 
     def left(self) -> list[dict[str, Any]]:

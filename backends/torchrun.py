@@ -94,9 +94,8 @@ def check_devices_here(config: dict[str, Any]) -> None:
     kind, devices = pick_device(config["device"]).type, config["devices"] // nodes()
     check_devices(config | {"device": kind})
     if kind == "cuda" and devices > torch.cuda.device_count():
-        raise UserError(
-            f"devices={devices}, and this machine has {torch.cuda.device_count()} CUDA device(s); use so many, or device=cpu"
-        )
+        there = torch.cuda.device_count()
+        raise UserError(f"devices={devices}, and this machine has {there} CUDA device(s); use so many, or device=cpu")
 
 
 @contextmanager

@@ -26,10 +26,8 @@ def calling(what: str, part: object) -> Iterator[None]:
     except Exception as error:
         if "memory" in str(error):
             raise
-        said = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"{what} ({type(part).__name__}) fails: {type(error).__name__}: {said}, {place_of(error, part)}"
-        ) from error
+        said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise UserError(f"{what} ({type(part).__name__}) fails: {said}, {place_of(error, part)}") from error
 
 
 def place_of(error: Exception, part: object) -> str:

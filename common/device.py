@@ -37,9 +37,7 @@ def take_own_gpu(place: int) -> None:
     """Compute on the CUDA device of this process's place among those here. UserError for more processes than devices."""
     there = torch.cuda.device_count()
     if place >= there:
-        raise UserError(
-            f"this machine has {there} CUDA device(s) and more processes than that; start so many, or use device=cpu"
-        )
+        raise UserError(f"this machine has {there} CUDA device(s) and more processes; start so many, or use device=cpu")
     torch.cuda.set_device(place)
 
 

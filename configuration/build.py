@@ -59,9 +59,7 @@ def found_class(key: str, path: str) -> type:
     try:
         found = pkgutil.resolve_name(path)
     except (ImportError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{key}._target_={path} cannot be imported ({error}); give module.Class, importable from here"
-        ) from error
+        raise UserError(f"{key}._target_={path} cannot be imported from here ({error}); give module.Class") from error
     if not inspect.isclass(found):
         raise UserError(f"{key}._target_={path} is not a class; give module.Class")
     return found

@@ -114,6 +114,4 @@ def check_fits(what: str, needed: float, remedy: str) -> None:
     """Raise UserError when so many bytes are more than all the memory of this machine."""
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
-        raise UserError(
-            f"{what} need at least {needed / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f}; use {remedy}"
-        )
+        raise UserError(f"{what} need at least {needed / 2**30:,.0f} GiB, and there are {there / 2**30:,.0f}; use {remedy}")

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from common.errors import UserError, first_line
-from configuration.nodes import CONFIG_DIR, groups, lookup, named_in_configs, nearest
+from configuration.nodes import CONFIG_DIR, check_known, groups, lookup, named_in_configs, nearest
 from configuration.resolvers import register_resolvers
 from configuration.values import as_typed, check_run_name, check_value, declared
 
@@ -81,12 +81,9 @@ def is_group(override: Override) -> bool:
 
 def check_choice(override: Override) -> None:
     """Raise UserError for a choice that its group does not have."""
-    choices = groups().get(override.key_or_group.split("@")[0])
-    value = override.value()
-    if choices is not None and not override.is_delete() and value is not None and str(value) not in choices:
-        raise UserError(
-            f"{override.key_or_group}={value} does not exist{nearest(str(value), choices)}; choices: {', '.join(choices)}"
-        )
+    choices, value = groups().get(override.key_or_group.split("@")[0]), override.value()
+    if choices is not None and not override.is_delete() and value is not None:
+        check_known(override.key_or_group, str(value), choices)
 
 
 @cache
@@ -210,9 +207,7 @@ def checked(cfg: DictConfig, key: str, value: Any, text: str) -> Any:
     if isinstance(value, str) and value.startswith("${"):
         return value
     setting, before = declared(key, held(cfg, f"{key.rpartition('.')[0]}._target_")), held(cfg, key)
-    needed = (
-        "." not in key and key not in groups() and bool(before)
-    )  # log, trackio: no choice of a file, and every run has it
+    needed = "." not in key and key not in groups() and bool(before)  # log, trackio: every run has them
     if isinstance(before, DictConfig) and isinstance(value, str) and key.replace(".", "/") in groups():
         raise UserError(chosen_by_slash(key, text))
     if setting is not None:
@@ -273,6 +268,4 @@ def explained(error: OmegaConfBaseException, cfg: DictConfig) -> UserError:
         return UserError(f"a setting cannot be worked out: {first_line(error)}")
     lacking, asked = f"configs/{group}/{cfg['choices'][group]}.yaml", error.full_key
     add = "`training: {lr: 1e-3}`" if rest == "training.lr" else rest
-    return UserError(
-        f"{asked} is taken from {group}.{rest}, which {lacking} lacks; add {add} there, or give {asked}=<a value>"
-    )
+    return UserError(f"{asked} is taken from {group}.{rest}, which {lacking} lacks; add {add} there, or give {asked}=VALUE")

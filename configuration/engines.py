@@ -33,9 +33,7 @@ def check_engine(config: dict[str, Any]) -> None:
     if lacking:
         raise UserError(f"engine=mlx does not have {lacking}; leave that out, or use engine=torch")
     if find_spec("mlx") is None:
-        raise UserError(
-            "engine=mlx needs MLX; install it with `uv sync --extra mlx` or `pip install -e '.[mlx]'`, or use engine=torch"
-        )
+        raise UserError("engine=mlx needs MLX; run `uv sync --extra mlx` or `pip install -e '.[mlx]'`, or use engine=torch")
 
 
 def lacks(config: dict[str, Any]) -> Iterator[str]:

@@ -3,10 +3,12 @@
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
+
+from common.errors import UserError
 
 T = TypeVar("T")
 
@@ -67,6 +69,12 @@ def nearest(word: str, known: list[str]) -> str:
     """' (did you mean x?)' or nothing."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def check_known(key: str, word: str, known: Sequence[str]) -> None:
+    """Raise UserError, which names the nearest, for a word that is none of those known."""
+    if word not in known:
+        raise UserError(f"{key}={word} does not exist{nearest(word, list(known))}; choices: {', '.join(known)}")
 
 
 def interpolation_in(node: Any) -> str | None:

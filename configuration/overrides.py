@@ -32,9 +32,7 @@ def laid_over(stored: dict[str, Any], config: dict[str, Any], typed: list[Overri
             merged["choices"][key] = config["choices"].get(key)
             key = "trackio" if key == "tracker" else key.replace("/", ".")
         if key == "conditional" and stored.get(key) != config[key]:
-            raise UserError(
-                "whether a network is class-conditional is decided when a run starts; leave conditional out here"
-            )
+            raise UserError("whether a network is class-conditional is decided when a run starts; leave conditional out")
         if override.is_delete():
             if lookup(stored, key) is not None:
                 delete(merged, key)

@@ -30,10 +30,8 @@ def read_settings(words: list[str], kind: type[T], groups: Sequence[str] = (), o
 
 def unusable(word: str, kind: type, groups: Sequence[str] = ()) -> str:
     """Return in a sentence that a command does not take a word, and what it takes."""
-    keys, (key, equals, _) = (
-        [*(f.name for f in fields(kind)), *(f"{group} settings" for group in groups)],
-        word.partition("="),
-    )
+    keys = [*(field.name for field in fields(kind)), *(f"{group} settings" for group in groups)]
+    key, equals, _ = word.partition("=")
     return f"cannot use {word!r}{nearest(key, keys) if equals else ''}; the keys are {', '.join(keys)}, as key=value"
 
 

@@ -143,7 +143,7 @@ def check_new_parts(config: dict[str, Any]) -> None:
                 kind = KINDS.get(key, key.rpartition(".")[2])
                 example = next(one for one in sorted(targets_of(key)) if derives(one, base))
                 raise UserError(
-                    f"{name}._target_={target} is not the class of a {kind}; give one derived from {base}, such as {example}"
+                    f"{name}._target_={target} is no class of a {kind}; give one derived from {base}, as {example}"
                 )
 
 

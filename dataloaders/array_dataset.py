@@ -32,15 +32,7 @@ class OwnTensors(TensorDataset):
         """
         held_out = stratified_rows(labels, len(states), held_out_fraction, seed=0)
         classes, value_range = 0 if labels is None else 1 + int(labels.max()), described.get("value_range")
-        super().__init__(
-            states,
-            labels,
-            held_out,
-            num_classes=classes,
-            value_range=value_range,
-            described=described,
-            conditions=conditions,
-        )
+        super().__init__(states, labels, held_out, classes, value_range, described, conditions)
         self.standardize = standardize
 
 
@@ -80,10 +72,8 @@ def load_numbers(file: Path, member: str, nan: bool = False) -> torch.Tensor:
     good = numbers.isfinite() | (numbers.isnan() & nan)
     bad = int((~good.reshape(len(numbers), -1).all(dim=1)).sum()) if numbers.ndim else int(not good)
     if bad:
-        raise UserError(
-            f"{bad} of the {len(numbers) if numbers.ndim else 1} rows in {file} are not finite in fp32; remove or rescale "
-            "them"
-        )
+        count = len(numbers) if numbers.ndim else 1
+        raise UserError(f"{bad} of the {count} rows in {file} are not finite in fp32; remove or rescale them")
     return numbers
 
 

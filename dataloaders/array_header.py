@@ -123,7 +123,7 @@ def read_labels(file: Path) -> "np.ndarray | None":
     shape, dtype = read_header(file, "y")
     if shape != (rows,) or dtype.kind not in "iu":
         raise UserError(
-            f"the labels y in {file} have shape {shape} and type {dtype}; save one integer for each of the {rows} rows"
+            f"the labels y in {file} have shape {shape} and type {dtype}; save an integer for each of {rows} rows"
         )
     with reading(file):
         labels = np.load(file, allow_pickle=False)["y"]

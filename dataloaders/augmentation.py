@@ -80,10 +80,8 @@ class Distortion:
         if x.ndim != 4:
             raise UserError(f"{on} changes images (C, H, W), and these data are {tuple(x.shape[1:])}; leave it out")
         if self.cutout > min(x.shape[2:]):
-            height, width = x.shape[2:]
-            raise UserError(
-                f"loss.cutout={self.cutout} is larger than a picture of {height}x{width}; give at most {min(height, width)}"
-            )
+            size = f"{x.shape[2]}x{x.shape[3]}"
+            raise UserError(f"loss.cutout={self.cutout} is larger than a picture of {size}; give at most {min(x.shape[2:])}")
         if self.rotation or self.elastic:
             turns = math.radians(self.rotation) * (2 * torch.rand(len(x), generator=generator, device=x.device) - 1)
             ways = self.elastic * smooth_ways(x, generator) if self.elastic else torch.zeros((), device=x.device)

@@ -105,7 +105,5 @@ def label_of(name: str, labels: dict[str, int], file: Path) -> int:
 
 def combinations(attributes: Sequence[str]) -> list[str]:
     """Return the name of each label of read_labels, such as "Male, not Smiling"."""
-    return [
-        ", ".join(name if label >> k & 1 else f"not {name}" for k, name in enumerate(attributes))
-        for label in range(2 ** len(attributes))
-    ]
+    named = lambda label: (name if label >> k & 1 else f"not {name}" for k, name in enumerate(attributes))  # noqa: E731
+    return [", ".join(named(label)) for label in range(2 ** len(attributes))]

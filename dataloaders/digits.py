@@ -19,4 +19,4 @@ class Digits(TensorDataset):
         states = torch.from_numpy(digits.images).float()[:, None] / 8 - 1  # pixels count 0 to 16
         labels = torch.from_numpy(digits.target).long()
         held_out = stratified_rows(labels, len(labels), fraction=0.2, seed=0)
-        super().__init__(states, labels, held_out, num_classes=10, value_range=(-1.0, 1.0), described=described)
+        super().__init__(states, labels, held_out, 10, (-1.0, 1.0), described)

@@ -58,9 +58,7 @@ class ImageFolder(ImageStream):
 def held_out_rows(pictures: PictureReader, fraction: float) -> np.ndarray:
     """Return the rows that are held out, a share of each class. UserError where there are too few to hold out any."""
     if len(pictures) < FEWEST:
-        raise UserError(
-            f"of {len(pictures)} pictures none can be held out; put {FEWEST} pictures or more into {pictures.root}"
-        )
+        raise UserError(f"of {len(pictures)} pictures none can be held out; put {FEWEST} or more into {pictures.root}")
     return stratified_rows(pictures.labels, len(pictures), fraction, seed=0).numpy()
 
 

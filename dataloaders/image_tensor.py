@@ -38,9 +38,7 @@ class ImageTensor(TensorDataset):
         shape = (1, *states.shape[2:]) if condition else None
         if condition and (states.shape[1] != 3 or augment):
             raise UserError("dataloaders.condition=grey takes pictures in colour, without dataloaders.augment; leave it out")
-        super().__init__(
-            states, labels, rows, num_classes=classes, value_range=(-1.0, 1.0), described=described, condition_shape=shape
-        )
+        super().__init__(states, labels, rows, classes, (-1.0, 1.0), described, condition_shape=shape)
         self.augmentation = Augmentation(flip, crop_padding, augment)
         self.mirrored, self.altered = flip, self.augmentation.altered
 

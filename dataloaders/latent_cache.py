@@ -24,14 +24,11 @@ class LatentReader(Reader):
         for key, shard in ((key, shard) for shard in shards for key in ("file", "labels")):
             file = folder / shard[key]
             if not file.is_file() or file.stat().st_size != shard[f"{key}_bytes"]:
-                raise UserError(
-                    f"{file} is missing or cut short; repeat the command that made the cache, which makes it again"
-                )
+                raise UserError(f"{file} is missing or cut short; the command that made the cache makes it again")
         self.shape, self.rows = tuple(shape), rows
         self.begins = np.cumsum([0, *(shard["rows"] for shard in shards)])
-        self.labels: Tensor | None = torch.from_numpy(
-            np.concatenate([np.load(folder / s["labels"], allow_pickle=False) for s in shards])
-        )
+        labels = [np.load(folder / shard["labels"], allow_pickle=False) for shard in shards]
+        self.labels: Tensor | None = torch.from_numpy(np.concatenate(labels))
         self.maps: list[np.ndarray] | None = None  # opened by the process that reads
 
     def __len__(self) -> int:

@@ -34,4 +34,4 @@ class RandomImages(TensorDataset):
         coarse = torch.randn(count, channels, -(-height // 4), -(-width // 4), generator=torch.Generator().manual_seed(0))
         states = F.interpolate(coarse, size=(height, width), mode="bilinear").clamp(-1, 1)
         labels, held_out = torch.arange(count) % num_classes, torch.arange(count - count // 8, count)
-        super().__init__(states, labels, held_out, num_classes=num_classes, value_range=value_range)
+        super().__init__(states, labels, held_out, num_classes, value_range)

@@ -78,9 +78,7 @@ class DatasetSource(Source):
 
     def log_prob(self, x0: Tensor) -> Tensor:
         if self.dataset.mixture is None:
-            raise UserError(
-                "this source has no known density, so likelihoods cannot be computed; use source=gaussian instead"
-            )
+            raise UserError("this source has no known density, so likelihoods cannot be computed; use source=gaussian")
         return self.dataset.mixture.to(x0.device, x0.dtype).log_prob(x0)
 
     def to(self, device: torch.device | str) -> Self:

@@ -143,10 +143,9 @@ class MixtureRegression(SyntheticDataset):
         count, shape = points[0].shape[0], points[0].shape[1:]
         super().__init__(shape, 0, shape, **common)
         shares = for_each("weights", 1.0 if weights is None else weights, count)
-        stds, condition_stds = for_each("std", std, count), for_each("condition_std", condition_std, count)
-        self.conditional_mixture = ConditionalMixture(
-            shares / shares.sum(), points[0], stds, points[1], condition_stds, slope
-        )
+        stds, of_conditions = for_each("std", std, count), for_each("condition_std", condition_std, count)
+        law = ConditionalMixture(shares / shares.sum(), points[0], stds, points[1], of_conditions, slope)
+        self.conditional_mixture = law
         self.mixture = self.conditional_mixture.marginal
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

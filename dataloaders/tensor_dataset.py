@@ -25,7 +25,6 @@ class TensorDataset(FlowDataset):
         states: Tensor,
         labels: Tensor | None,
         held_out_rows: Tensor,
-        *,
         num_classes: int = 0,
         value_range: Sequence[float] | None = None,
         described: Mapping[str, object] | None = None,
@@ -81,10 +80,8 @@ class TensorDataset(FlowDataset):
     def epoch(self, plan: EpochPlan) -> Iterator[Batch]:
         """Yield each training row once, shuffled by plan.order, unless balanced. plan.generator is unused."""
         labels = split_label(self.train_labels)[0] if self.balanced else None
-        order = plan.order
-        shuffled = (
-            torch.randperm(self.train_size, generator=order) if labels is None else balanced_order(labels.cpu(), order)
-        )
+        order, count = plan.order, self.train_size
+        shuffled = torch.randperm(count, generator=order) if labels is None else balanced_order(labels.cpu(), order)
         for batch in shuffled.to(self.states.device).split(plan.batch_size)[plan.start :]:
             yield self.rows(batch[plan.rank :: plan.world])
 

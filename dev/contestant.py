@@ -107,9 +107,8 @@ class Contestant:
             raise UserError("this times generators, and a classifier makes no samples; leave loss=cross_entropy out")
         noise = self.run.source.sample(self.run.settings.batch_size, torch.Generator(self.run.device).manual_seed(0))
         with torch.no_grad():
-            sample_seconds, _ = self.timed(
-                lambda: generate(flow, self.run.inputs.solver, noise, None, lambda k, first, count: noise[:count])
-            )
+            fresh = lambda k, first, count: noise[:count]  # noqa: E731
+            sample_seconds, _ = self.timed(lambda: generate(flow, self.run.inputs.solver, noise, None, fresh))
         total = data_seconds + step_seconds
         memory = torch.cuda.max_memory_allocated() / 2**20 if self.run.device.type == "cuda" else resident_megabytes()
         return {

@@ -63,9 +63,7 @@ def gpu_tables(common: str, quick: bool) -> Iterator[Table]:
     """
     device, sizes = pick_device("auto"), QUICK if quick else FULL
     share = 1.0 if quick else SHARE.get(device.type, 1.0)
-    models = {
-        name: f"{words} batch_size={max(2, int(rows * share))} {common}" for name, (words, rows) in sizes.models.items()
-    }
+    models = {name: f"{one} batch_size={max(2, int(rows * share))} {common}" for name, (one, rows) in sizes.models.items()}
     yield f"## {device_name(device)}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}", []
     yield from correctness(f"{QUICK.models['mlp'][0]} batch_size=64 {common}", sizes.compared)
     best = 1e-12

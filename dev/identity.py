@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command_line import ROOT, front
 from common.errors import UserError
+from configuration.nodes import check_known
 
 PLAIN = (
     "device=cpu trackio.enabled=false callbacks=none evaluation.samples=100 evaluation.final_samples=100 "
@@ -94,9 +95,8 @@ def carry_out(words: list[str]) -> int:
 
 def chosen(only: list[str] | None, known: list[str]) -> list[str]:
     """Return the names asked for, all without any. UserError for an unknown one."""
-    unknown = [name for name in only or () if name not in known]
-    if unknown:
-        raise UserError(f"there is no {unknown[0]} among {', '.join(known)}")
+    for name in only or ():
+        check_known("--only", name, known)
     return only or known
 
 
@@ -128,9 +128,8 @@ def hashes(place: Path, name: str) -> dict[str, str]:
     for part, digest in digests.items():
         for key, tensor in sorted(payload[part].items()):
             digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
-    return {part: digest.hexdigest() for part, digest in digests.items()} | {
-        "metrics": hashlib.sha256(metrics.encode()).hexdigest()
-    }
+    digests["metrics"] = hashlib.sha256(metrics.encode())
+    return {part: digest.hexdigest() for part, digest in digests.items()}
 
 
 def make_fixtures(folder: Path, only: list[str] | None) -> None:

@@ -85,9 +85,8 @@ def wrong_values(setting: Setting) -> list[str]:
         return wrong
     if {int, float} & kinds:
         numbers = ["nan", "inf", "-1e400", "1e300"] + ["1.5"] * (float not in kinds)
-        numbers += (
-            [f"{allowed.low - 1:.0f}"] * (allowed.low > -1e9) + ["-1"] * (allowed != ANY) + [f"{10**30}"] * (int in kinds)
-        )
+        numbers += [f"{allowed.low - 1:.0f}"] * (allowed.low > -1e9) + ["-1"] * (allowed != ANY)
+        numbers += [f"{10**30}"] * (int in kinds)
         wrong += ["true", *([f"[{number}]" for number in numbers] if lists else numbers)]
         wrong += ["[]"] * (lists and allowed != ANY)
     return wrong

@@ -13,8 +13,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command_line import ROOT, front
-from common.errors import UserError
 from common.files import write_atomically
+from configuration.nodes import check_known
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
@@ -44,8 +44,8 @@ def carry_out(words: list[str]) -> str:
     import nbformat
 
     known = {path.stem: path for path in NOTEBOOKS}
-    if unknown := [word for word in words if word not in known]:
-        raise UserError(f"there is no notebook {unknown[0]}; there are {', '.join(known)}")
+    for word in words:
+        check_known("notebook", word, list(known))
     for name in words or known:
         with tempfile.TemporaryDirectory() as place:
             write_atomically(known[name], nbformat.writes(executed(known[name], Path(place))) + "\n")

@@ -17,9 +17,7 @@ def saves_seconds(payload: dict[str, Any], place: Path, rounds: int) -> dict[str
     payload: what a checkpoint holds; it is written below `place`.
     """
     ways = {"at once": False, "in the background": True}
-    folders = {
-        way: CheckpointFolder(place, "unet", f"saved_{background}", 1, background) for way, background in ways.items()
-    }
+    folders = {way: CheckpointFolder(place, "unet", f"saved_{later}", 1, later) for way, later in ways.items()}
     held: dict[str, list[float]] = {f"seconds held up, {way}": [] for way in ways}
     held |= {f"seconds until it is written, {way}": [] for way in ways}
     for _ in range(rounds + 1):

@@ -87,9 +87,8 @@ def check(killed: Path, alone: Path, options: argparse.Namespace) -> None:
     """Raise UserError for what was lost, done twice, or came out otherwise."""
     names = [f"{NAME}_{number:04d}" for number in range(options.trials)]
     for folder in (killed, alone):
-        there = sorted(
-            path.name for path in (folder / "runs").iterdir() if RunFolder(path).status.read().get("state") == "finished"
-        )
+        runs = map(RunFolder, (folder / "runs").iterdir())
+        there = sorted(run.name for run in runs if run.status.read().get("state") == "finished")
         if there != names:
             raise UserError(f"{folder} has the finished runs {there}, not each of {options.trials} once")
     for name in names:
@@ -120,9 +119,7 @@ def carry_out(words: list[str]) -> str:
         check(killed, alone, options)
         best = (killed / "searches" / NAME / "trials.csv").read_text().splitlines()[1]
     hit = ", ".join(f"{count} of {what}" for what, count in hits.items())
-    return (
-        f"{options.sampler}: {options.trials} trials finished, each once, after {options.kills} kills ({hit}); best {best}"
-    )
+    return f"{options.sampler}: {options.trials} trials finished, each once, in {options.kills} kills ({hit}); best {best}"
 
 
 if __name__ == "__main__":

@@ -222,9 +222,8 @@ class Part:
 
     def __init__(self, z: Tensor, flows: list[ExactFlow]):
         flat = z.flatten(1)
-        means = torch.cat(
-            [part for flow in flows for part in (flow.pairs.means, flow.pairs.source_means) if part is not None]
-        )
+        pairs = [flow.pairs for flow in flows]
+        means = torch.cat([part for one in pairs for part in (one.means, one.source_means) if part is not None])
         _, sizes, rows = torch.linalg.svd(means, full_matrices=False)
         self.basis, self.shape = rows[sizes > 1e-12 * sizes.max()].T, z.shape
         self.is_whole = len(self.basis) < WIDE or self.basis.shape[1] + 1 >= len(self.basis)

@@ -85,9 +85,8 @@ class EmpiricalFlow:
 
     def posterior(self, z: Tensor, t: Tensor, label: Tensor | None = None, without: Tensor | None = None) -> Posterior:
         """Return what is known of the rows that states z (B, ...) at times t (B,) were made of."""
-        found = Posterior(
-            z.new_empty(len(z), self.centre.numel(), dtype=torch.float64), torch.empty_like(t), torch.empty_like(t)
-        )
+        means = z.new_empty(len(z), self.centre.numel(), dtype=torch.float64)
+        found = Posterior(means, torch.empty_like(t), torch.empty_like(t))
         precise = (self.path.at(t).sigma < SMALL) | (z.dtype == torch.float64)
         most = max(1, WEIGHTS // (len(self.rows) * (1 + self.mirrored)))
         for dtype, chosen in ((torch.float32, ~precise), (torch.float64, precise)):

@@ -81,9 +81,8 @@ def kernel_distance(x: Tensor, y: Tensor) -> float:
 
 def squared_radii(points: Tensor, k: int) -> Tensor:
     """Return (N,): squared distance of each of points (N, F) to its k-th nearest other one."""
-    found = [
-        squared_distances(rows, points).topk(k + 1, largest=False).values for rows in points.split(rows_at_once(points))
-    ]
+    parts = points.split(rows_at_once(points))
+    found = [squared_distances(rows, points).topk(k + 1, largest=False).values for rows in parts]
     return torch.cat(found)[:, -1]  # the first is itself
 
 

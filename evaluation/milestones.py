@@ -81,9 +81,7 @@ class Milestones:
 
     def explained(self, here: dict[str, str]) -> str:
         """Return what usually explains a run behind its milestones, all settings being the same."""
-        others = [
-            f"{what} {here[what]} in the place of {old}" for what, old in self.made.items() if here.get(what, old) != old
-        ]
+        others = [f"{what} {here[what]} instead of {old}" for what, old in self.made.items() if here.get(what, old) != old]
         return f"usual reasons: {'; '.join([*others, 'code or data changed since'])}; chance, in 1 run of {1 / LEVEL:.0f}"
 
     def verdict(self, rows: list[dict[str, Any]], here: dict[str, str]) -> str:

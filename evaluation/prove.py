@@ -135,9 +135,9 @@ class Probe(VelocityModel):
 
 def has_intervals(objective: FlowObjective, rows: int) -> bool:
     """Return whether a batch of so many rows asks the network for a map from one time to a later one."""
-    return objective.learns != "velocity" and (
-        objective.learns != "flow_map" or objective.time_sampler.interval_rows(rows) > 0
-    )
+    if objective.learns == "flow_map":
+        return objective.time_sampler.interval_rows(rows) > 0
+    return objective.learns != "velocity"
 
 
 @dataclass

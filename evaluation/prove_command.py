@@ -113,14 +113,11 @@ def summed_up(stages: list[Stage]) -> tuple[str, str]:
             f"that has {worst.direction}"
         )
     elif verdict == "stationary":
-        meaning = (
-            f"the exact field is where the gradient is zero; an error of {least} would have shown in {CHANCE:.0%} of proofs"
-        )
+        meaning = f"the gradient is zero at the exact field; an error of {least} would have shown in {CHANCE:.0%} of proofs"
     else:
         reasons = [stage.reason for stage in stages if stage.reason]
-        meaning = (
-            reasons[0] if reasons else f"only an error of {least} would have been seen; more seconds={SECONDS} see more"
-        )
+        seen = f"only an error of {least} would have been seen; more seconds={SECONDS} see more"
+        meaning = reasons[0] if reasons else seen
     return verdict, f"{verdict}: {meaning}"
 
 

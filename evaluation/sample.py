@@ -114,9 +114,7 @@ class TrainedModel:
         check_value("noise", noise, Setting(Positive))
         source, chosen = self.source, solver or parts.build_solver(self.config)
         if source.gaussian_std is None or not isinstance(chosen, BaseSolver):
-            raise UserError(
-                "samples given an observation need noise of a centred Gaussian and a solver of ODEs; use solver=midpoint"
-            )
+            raise UserError("an observation needs noise of a centred Gaussian and a solver of ODEs; use solver=midpoint")
         if not isinstance(observed, Observation):
             observed = Observation.of(observed, tuple(self.config["dataloaders"]["state_shape"]), noise)
         flow, labels, given = self.flow(), self.labels(n, label), observed
@@ -208,9 +206,7 @@ class TrainedModel:
             return torch.arange(n) * classes // n
         labels = torch.as_tensor(label).cpu() if classes and not isinstance(label, str) else torch.tensor(-1)
         if labels.shape not in ((), (1,), (n,)):
-            raise UserError(
-                f"label takes a class, all, or a tensor of n={n} classes, not one of shape {tuple(labels.shape)}"
-            )
+            raise UserError(f"label takes a class, all, or a tensor of n={n} classes, not shape {tuple(labels.shape)}")
         labels = labels.expand(n)
         if not 0 <= int(labels.min()) <= int(labels.max()) < max(classes, 1):
             given = label if isinstance(label, (int, str)) else "(a tensor)"

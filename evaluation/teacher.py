@@ -26,10 +26,9 @@ def give_teacher(
     taught = [one for one in objectives if isinstance(one, FlowMapObjective) and one.teacher is not None]
     if not taught:
         return
-    is_exact = taught[0].teacher == EXACT
-    velocity = (
-        exact_velocity(taught[0], dataset, source, device) if is_exact else learned_velocity(taught[0], config, device)
-    )
+    first = taught[0]
+    exact = first.teacher == EXACT
+    velocity = exact_velocity(first, dataset, source, device) if exact else learned_velocity(first, config, device)
     for objective in taught:
         objective.follow(velocity)
 
@@ -51,9 +50,7 @@ def learned_velocity(objective: FlowMapObjective, config: dict[str, Any], device
     with fork_generators(device):  # building reseeds torch's own
         model = load(objective.teacher, device.type)
     if not model.objective.learns_velocity:
-        raise UserError(
-            f"loss.teacher={objective.teacher} has learned no velocity at an instant; give a flow, trained with loss=mse"
-        )
+        raise UserError(f"loss.teacher={objective.teacher} learned no velocity at an instant; give a flow, as of loss=mse")
     what, theirs = f"loss.teacher={objective.teacher} is a flow of other states", flow_of(model.objective, model.config)
     check_agree(what, theirs, flow_of(objective, config), "give a flow trained with the same")
     data, own = model.config["choices"]["dataloaders"], config["choices"]["dataloaders"]

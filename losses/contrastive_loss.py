@@ -23,8 +23,7 @@ class ContrastiveLoss(FlowMatchingLoss):
 
     def forward(self, batch: FlowBatch, teacher: FlowObjective | None = None) -> dict[str, Tensor]:
         v = self.predict(batch.unified_input, batch.input, batch.r, batch.label)
-        other = self.path.conditional_velocity(
-            batch.raw_source.roll(1, 0), batch.raw_target.roll(1, 0), expand_time(batch.r, v)
-        )
+        x0, x1 = batch.raw_source.roll(1, 0), batch.raw_target.roll(1, 0)
+        other = self.path.conditional_velocity(x0, x1, expand_time(batch.r, v))
         attract, repel = self.weighted(v - batch.conditional_velocity), self.weighted(v - other)
         return {"attract": attract, "repel": repel, "loss": attract - self.weight * repel}

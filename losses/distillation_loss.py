@@ -29,9 +29,7 @@ class DistillationLoss(FlowObjective):
         if not isinstance(self.coupling, ReflowCoupling):
             raise UserError("loss=distillation learns from the paths of a teacher; use loss/coupling=reflow")
         if self.label_dropout:
-            raise UserError(
-                "loss=distillation hides no labels, since paths are those of a class; leave loss.label_dropout=0"
-            )
+            raise UserError("loss=distillation hides no labels, as paths are those of a class; leave loss.label_dropout=0")
         self.learns = "generator" if self.coupling.points == 2 else "flow_map"
 
     def draw(

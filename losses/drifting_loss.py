@@ -48,9 +48,8 @@ class DriftingLoss(FlowObjective):
         """Return V (B, D) of samples x (B, D) among data (B, D); zero where no other row has the same label."""
         seen = others(len(x), x.device, label)
         to_data, to_samples = torch.cdist(x, data), torch.cdist(x, x)
-        return sum(
-            (pull(to_data, seen, tau) @ data - pull(to_samples, seen, tau) @ x for tau in self.tau), torch.zeros_like(x)
-        )
+        drifts = (pull(to_data, seen, tau) @ data - pull(to_samples, seen, tau) @ x for tau in self.tau)
+        return sum(drifts, torch.zeros_like(x))
 
 
 def others(rows: int, device: torch.device, label: Tensor | None) -> Tensor:

@@ -42,9 +42,7 @@ class PlainLoss(FlowObjective):
         parts = (IndependentCoupling(), UniformTimes(1.0), VelocityPrediction(), UniformWeighting())
         super().__init__(network, path, *parts)
         if network.num_classes:
-            raise UserError(
-                "conditional=true needs a loss that is given labels, and a function is not; write a FlowObjective"
-            )
+            raise UserError("conditional=true needs a loss given labels, and a function is not; write a FlowObjective")
         self.function, self.is_reversed = function, is_reversed
         self.called(self.count_times, *torch.randn(2, 64, *state_shape))
 
@@ -67,9 +65,7 @@ class PlainLoss(FlowObjective):
         try:
             return self.function(network, x0, x1)
         except Exception as error:
-            raise UserError(
-                f"the loss fails with {type(error).__name__}: {error}; it is called as f(network, x0, x1)"
-            ) from error
+            raise UserError(f"the loss, called as f(network, x0, x1), fails: {type(error).__name__}: {error}") from error
 
     def read(self, z: Tensor, *times: Any) -> Tensor:
         """Return the network's velocity at one time, or its mean velocity between two, as the function means it."""

@@ -20,9 +20,8 @@ class Standardised(nn.Module):
         """Set mean and standard deviation: numbers for each channel of images, for each dimension of vectors."""
         shape = (-1, *(1,) * (len(state_shape) - 1))
         for name, numbers in (("data_mean", mean), ("data_std", std)):
-            value = (
-                None if numbers is None else torch.tensor(numbers).reshape(shape).to(next(self.network.parameters()).device)
-            )
+            device = next(self.network.parameters()).device
+            value = None if numbers is None else torch.tensor(numbers).reshape(shape).to(device)
             self.register_buffer(name, value, persistent=False)
 
     def standardised(self, x1: Tensor) -> Tensor:

@@ -57,9 +57,7 @@ def carry_out(words: list[str]) -> str:
     except BROKEN as error:
         raise UserError(f"{path} cannot be read as an exported flow ({error}); write one with scripts/export.py") from None
     if not 1 <= n == len(found):
-        raise UserError(
-            f"n={n}, and {path} holds noise for {len(flow['noise'])} samples; give 1 to that many, or export with more"
-        )
+        raise UserError(f"n={n}, and {path} holds noise for {len(flow['noise'])} samples; give 1 to so many, or export more")
     out = Path(given.get("out") or path.with_suffix(".samples.npy"))
     with replacing(out) as saved:
         np.save(saved, found)

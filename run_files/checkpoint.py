@@ -148,9 +148,7 @@ def check_archive(path: Path) -> None:
         entries = archive.infolist()
         stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
         if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise UserError(
-                f"{path} would unpack to more than it holds, which no save of this project does; use another file"
-            )
+            raise UserError(f"{path} would unpack to more than it holds, which no save does; use another file")
         damaged = archive.testzip()
     if damaged is not None:
         raise zipfile.BadZipFile(damaged)

@@ -42,9 +42,7 @@ def check_writable(key: str, folder: Path, below: str = "") -> None:
     place = (folder / below).absolute()
     existing = next(parent for parent in (place, *place.parents) if parent.exists())
     if not existing.is_dir() or not takes_folders(existing):
-        raise UserError(
-            f"{key}={folder} cannot be written: {existing} is not a folder this user may write to; give another {key}"
-        )
+        raise UserError(f"{key}={folder} cannot be written: {existing} is not a folder this user may write to; give another")
 
 
 def check_folder(key: str, folder: Path) -> None:
@@ -88,10 +86,8 @@ def taken(config: dict[str, Any], folder: RunFolder) -> str | None:
     failed, interrupted = (status.get("state") == state for state in ("failed", "interrupted"))
     unbegun = failed or (interrupted and status.get("step") == 0) or config["overwrite"] == "unsaved"
     if folder.config_path.exists() and (left or not unbegun):
-        return (
-            f"exists already in {folder.path}; go on with it by resume=true, replace it (the old run is moved aside) by "
-            "overwrite=true"
-        )
+        replace = "replace it (the old run is moved aside) by overwrite=true"
+        return f"exists already in {folder.path}; go on with it by resume=true, {replace}"
     if left:
         return f"has saves already, such as {left[0]}, of a run whose folder is gone; move them aside by overwrite=true"
     return None

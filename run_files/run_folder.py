@@ -45,9 +45,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
-        self.config_path, self.overrides_path, self.log_path = (
-            path / name for name in ("config.yaml", "overrides.txt", "log.md")
-        )
+        self.config_path, self.overrides_path, self.log_path = map(path.joinpath, ("config.yaml", "overrides.txt", "log.md"))
         self.lock = RunLock(path)
         self.status = StatusFile(path / "status.json", self.lock)
         self.metrics = MetricsFile(path / "metrics.jsonl", self.lock)

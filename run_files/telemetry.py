@@ -93,9 +93,8 @@ class AppleTelemetry(Telemetry):
         if shutil.which("macmon") is None:
             print("GPU telemetry is off: macmon is not installed; `brew install macmon` turns it on", file=sys.stderr)
             return
-        self.process = subprocess.Popen(
-            MACMON_COMMAND, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        nothing, pipe = subprocess.DEVNULL, subprocess.PIPE
+        self.process = subprocess.Popen(MACMON_COMMAND, stdin=nothing, stdout=pipe, stderr=nothing, text=True)
         self.reader = threading.Thread(target=self.follow, args=(self.process.stdout,), daemon=True, name="macmon")
         self.reader.start()
 

@@ -108,9 +108,8 @@ class Cache:
     def holds(self, name: str) -> bool:
         """Whether a shard is listed and its files have their sizes."""
         shards = [shard for shard in self.manifest["shards"] if shard["file"] == name]
-        return bool(shards) and all(
-            file.is_file() and file.stat().st_size == size for file, size, _ in listed(self.folder, shards)
-        )
+        files = listed(self.folder, shards)
+        return bool(shards) and all(file.is_file() and file.stat().st_size == size for file, size, _ in files)
 
     def add(self, part: str, name: str, moments: Any, labels: Any, unreadable: list[str]) -> None:
         """Write a shard, then list it."""

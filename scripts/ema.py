@@ -104,9 +104,8 @@ def scores_of(model: TrainedModel, settings: Settings) -> list[Score]:
     """Return the energy distance of the model's samples, and where the exact velocity is known its error."""
     made = generation_of(model, settings.n, settings.seed, settings.label, settings.nfe, settings.cache)
     results = [*EnergyDistance().results(made), *OracleVelocity().results(made)]
-    return [
-        one for one in results if isinstance(one, Score) and one.name in ("eval/energy_distance", "oracle/velocity_error")
-    ]
+    shown = ("eval/energy_distance", "oracle/velocity_error")
+    return [one for one in results if isinstance(one, Score) and one.name in shown]
 
 
 def save(path: Path, ckpt: Path, snapshots: Snapshots, length: float) -> None:

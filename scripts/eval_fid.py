@@ -105,9 +105,7 @@ def of_checkpoint(settings: Settings, overrides: list[str]) -> list[Score | Abse
     model = load(str(settings.ckpt), settings.device, overrides)
     spec = settings.network or model.config["dataloaders"].get("training", {}).get("feature_network")
     if spec is None:
-        raise UserError(
-            "this data names no feature network; give network=<the folder of Inception's weights, or a classifier>"
-        )
+        raise UserError("this data names no feature network; give network=<folder of Inception's weights, or a classifier>")
     network, reference = network_of(spec), settings.reference or "held_out"
     if reference not in ("held_out", "train") and not Path(reference).exists():
         raise UserError(f"there is nothing at reference={reference}; give a folder of pictures, a .npz, held_out or train")

@@ -196,9 +196,7 @@ def write_tables(board: Board, entries: list[Entry], options: Options, extra: li
     if extra or shipped:
         print((taught_text if options.teacher else full_text)(results, above))
         if shipped and not extra:
-            print(
-                f"{unfinished} of {len(entries)} runs have not finished, so {options.page.name} stays; page= names another"
-            )
+            print(f"{unfinished} of {len(entries)} runs are not finished, so {options.page.name} stays; page= names another")
         return
     if options.teacher:
         write_between(options.page, taught_text(results, above), TAUGHT_MARKS, "With the exact teacher")

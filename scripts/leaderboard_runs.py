@@ -14,7 +14,7 @@ import yaml
 from common.errors import UserError
 from configuration.build import build
 from configuration.compose import compose_config, groups, resolved
-from configuration.nodes import flat, nearest
+from configuration.nodes import check_known, flat
 from configuration.overrides import differences
 from configuration.values import NEUTRAL
 from evaluation.leaderboard_table import SECONDS, TAUGHT
@@ -145,9 +145,7 @@ class Board:
                     needs = [name for word in words for name in re.findall(r"\{(\w+)\}", word)]
                     for need in needs:
                         if need not in higher:
-                            raise UserError(
-                                f"{{{need}}} in the words of {objective} names no objective above it in the table"
-                            )
+                            raise UserError(f"{{{need}}} in the words of {objective} names no objective above it")
                     places = {need: f"'{higher[need].checkpoint}'" for need in needs}
                     own = [re.sub(r"\{(\w+)\}", lambda found: places[found[1]], word) for word in words]  # noqa: B023
                     place = [f"dataloaders={dataset}", f"seed={seed}", f"output_dir={output_dir}"]
@@ -202,6 +200,5 @@ def read_board(path: Path) -> Board:
 def chosen(key: str, asked: Sequence[str], known: Sequence[str]) -> list[str]:
     """Return what was asked for, all that is known when nothing was. UserError for a word that is not known."""
     for word in asked:
-        if word not in known:
-            raise UserError(f"{key}={word} is not in the table{nearest(word, list(known))}; it has {', '.join(known)}")
+        check_known(key, word, known)
     return list(asked or known)

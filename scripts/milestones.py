@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command_line import ROOT, front
 from common.errors import UserError
 from common.ranges import CountFrom2
-from configuration.compose import groups
+from configuration.nodes import check_known, groups
 from configuration.overrides import meaningful
 from configuration.settings import read_settings
 from evaluation.milestones import Milestone, Milestones, path_of, plain
@@ -46,15 +46,14 @@ class Settings:
 def make(words: list[str]) -> Path:
     """Carry out the command; return the file written."""
     settings, _ = read_settings(words, Settings)
-    recipe, known = settings.experiment, groups()["experiment"]
-    if recipe and recipe not in known:
-        raise UserError(f"experiment={recipe} is no recipe; there are {', '.join(known)}")
+    recipe = settings.experiment
+    if recipe:
+        check_known("experiment", recipe, groups()["experiment"])
     name = f"milestones_{recipe or 'default'}"
     train(name, settings)
     folders = [RunFolder(settings.output_dir / "runs" / f"{name}_seed={seed}") for seed in range(settings.seeds)]
-    command = " ".join(
-        ["python scripts/milestones.py", *([f"experiment={recipe}"] if recipe else []), f"seeds={settings.seeds}"]
-    )
+    words = [f"experiment={recipe}"] * bool(recipe) + [f"seeds={settings.seeds}"]
+    command = " ".join(["python scripts/milestones.py", *words])
     path = path_of(recipe)
     collected(folders, command).write(path)
     return path

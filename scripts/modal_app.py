@@ -149,9 +149,7 @@ def is_newer(fetched: RunFolder, here: RunFolder) -> bool:
     name, ours, theirs = here.name, here.status.read(), fetched.status.read()
     if not here.config_path.is_file():
         if left := saves_of(here.path.parents[1], name):
-            raise UserError(
-                f"run {name} has saves here, such as {left[0]}, and no run folder; move them away, then sync again"
-            )
+            raise UserError(f"run {name} has saves here, such as {left[0]}, and no folder; move them away, then sync again")
         return True
     if not ours and here.config_path.read_bytes() == fetched.config_path.read_bytes():
         return True  # the sync before was cut short
@@ -161,13 +159,10 @@ def is_newer(fetched: RunFolder, here: RunFolder) -> bool:
         raise UserError(f"run {name} here is another one, by `{command}`, and was left alone with all its files; {remedy}")
     then, now = moment(ours["updated"]), moment(theirs["updated"])
     if then is None or now is None:
-        raise UserError(
-            f"{here.status.path} does not say when the run {name} was updated, and it was left alone; correct or move it"
-        )
+        raise UserError(f"{here.status.path} does not say when {name} was updated, which was left alone; correct or move it")
     if then > now:
-        raise UserError(
-            f"run {name} is newer here (step {ours['step']}, on the Volume {theirs['step']}) and was left alone; {remedy}"
-        )
+        steps = f"step {ours['step']}, on the Volume {theirs['step']}"
+        raise UserError(f"run {name} is newer here ({steps}) and was left alone; {remedy}")
     return then < now
 
 

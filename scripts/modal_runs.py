@@ -64,9 +64,7 @@ class Remote:
     def job(self, run: str) -> dict[str, Any]:
         """Return which App carries out the run. UserError when it was not begun by backend=modal."""
         if PurePosixPath("jobs") / f"{run}.json" not in self.files(PurePosixPath("jobs")):
-            raise UserError(
-                f"no run {run} was sent to the Volume {self.name}; `python scripts/modal_app.py list` shows them"
-            )
+            raise UserError(f"no run {run} was sent to the Volume {self.name}; `scripts/modal_app.py list` shows them")
         job: dict[str, Any] = json.loads(self.read(PurePosixPath("jobs") / f"{run}.json"))
         return job
 

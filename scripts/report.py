@@ -37,7 +37,7 @@ from evaluation.milestones import Milestones, milestones_for, standing
 from evaluation.pictures import new_figure
 from run_files.metrics_file import BESIDE, COPIES
 from scripts.run_record import Figure, RunRecord, record_of
-from scripts.runs import number, rows_that_differ, state
+from scripts.runs import number, rows_of, rows_that_differ, state
 from visualizers.curves import BAND, MILESTONES, draw_metric, draw_milestones, metrics_of, series
 from visualizers.error_budget import table
 
@@ -108,9 +108,8 @@ def drawn_figures(run: RunRecord, visualizer: str) -> list[Figure]:
 def sample_figures(run: RunRecord) -> list[Figure]:
     """Return some of the run's own pictures, in order of time."""
     found = run.figures("samples", "samples of {} beside real data")
-    return (
-        [found[k] for k in sorted({round((len(found) - 1) * i / (PICTURES - 1)) for i in range(PICTURES)})] if found else []
-    )
+    places = {round((len(found) - 1) * i / (PICTURES - 1)) for i in range(PICTURES)}
+    return [found[place] for place in sorted(places)] if found else []
 
 
 def neighbour_figures(run: RunRecord) -> list[Figure]:
@@ -222,9 +221,7 @@ def advice(run: RunRecord) -> list[str]:
         found.append("It copies its training data (oracle/copying): more data, flips, model.dropout, a smaller network.")
     ratio = scores.get("eval/nearest_distance_ratio")
     if ratio is not None and ratio < 0.8:
-        found.append(
-            "Samples are closer to the training data than held-out data is: model.dropout, a shorter run, more data."
-        )
+        found.append("Samples are closer to training data than held-out data is: model.dropout, a shorter run, more data.")
     losses = [row["eval/loss"] for row in run.rows if row.get("eval/loss") is not None]
     if one is None and len(losses) > 2 and losses[-1] > 1.05 * min(losses):  # a learned map's loss moves with its targets
         found.append("eval/loss has risen from its best, which is saved as <run_name>_best.pt; patience=5 stops there.")
@@ -247,16 +244,13 @@ def section(run: RunRecord, price: float | None) -> dict[str, Any]:
 
 def page(runs: list[RunRecord], price: float | None) -> str:
     """Return the whole document."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    here = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=here, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["breakable"] = breakable
     environment.tests["numeric"] = NUMBER.fullmatch
     names = [name for name in dict.fromkeys(n for run in runs for n in run.scores) if not name.endswith(BESIDE)]
-    side_by_side = [
-        [name, *(number(run.scores[name]) if name in run.scores else "-" for run in runs), floors(runs, name)]
-        for name in names
-    ]
+    of_runs = rows_of([run.scores for run in runs], number, names)
+    side_by_side = [[*row, floors(runs, row[0])] for row in of_runs]
     return environment.get_template("report.html").render(
         title=", ".join(run.name for run in runs), names=[run.name for run in runs],
         differing=telling(rows_that_differ([flat(run.config) for run in runs], str, ())), side_by_side=side_by_side,
@@ -276,9 +270,7 @@ def report(words: list[str]) -> Path:
     """Carry out the command; returns the file written."""
     settings, names = known_settings(words, Settings)
     if not names:
-        raise UserError(
-            "name a run, such as `python scripts/report.py first_flow`; `python scripts/runs.py list` shows them"
-        )
+        raise UserError("name a run, as in `python scripts/report.py first_flow`; `python scripts/runs.py list` shows them")
     output_dir = settings.output_dir or outputs()
     for name in names:
         if "=" in name and not (output_dir / "runs" / name).is_dir():

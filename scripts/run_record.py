@@ -63,9 +63,8 @@ class RunRecord:
                 except UserError as error:
                     print(f"note: {error}; it is left out of the page", file=sys.stderr)
                     continue
-                found.append(
-                    Figure("png", content, f"{alt.format(self.name)}, at step {step}", f"{self.name}, step {step:,}")
-                )
+                words = f"{alt.format(self.name)}, at step {step}"
+                found.append(Figure("png", content, words, f"{self.name}, step {step:,}"))
         return found
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from common.command_line import matching
 from common.errors import UserError
 from configuration.compose import without
+from configuration.nodes import check_known
 from configuration.overrides import meaningful
 from configuration.values import NEUTRAL
 from evaluation.run_table import RunOfTable, closing_table
@@ -152,8 +153,8 @@ def compare_sets(folders: dict[str, RunFolder], patterns: list[str], best: bool,
         raise UserError(f"run {both[0]} is in both sets; write expressions that share no name")
     check_comparable(a, b, best)
     scores, left_out = comparable_scores(a, b)
-    if chosen and chosen not in scores:
-        raise UserError(f"--score {chosen} is none of {', '.join(scores)}")
+    if chosen:
+        check_known("--score", chosen, scores)
     scores = [chosen] if chosen else scores
     if not scores:
         raise UserError("the two sets share no score: " + "; ".join(f"{name}: {why}" for name, why in left_out.items()))
@@ -204,7 +205,7 @@ def limits(a: RunSet, b: RunSet, paired: bool, count: int) -> str:
     lines.append(f"p: share of all {how} that differ as much{held}; significant at p <= {LEVEL:g}")
     if paired:
         lines.append(
-            "the seeds are the same, and so is the noise of the evaluations: intervals are of differences within pairs"
+            "the seeds, and so the noise of the evaluations, are the same: intervals are of differences within pairs"
         )
     return "\n".join(lines)
 

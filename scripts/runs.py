@@ -222,9 +222,8 @@ def delete_runs(options: argparse.Namespace) -> str:
     """
     folders = [find_run(options.output_dir, name) for name in dict.fromkeys(options.names)]
     saves = options.output_dir / "ckpts"
-    shut = next(
-        (path for path in (saves, *saves.rglob("*")) if path.is_dir() and not os.access(path, os.R_OK | os.X_OK)), None
-    )
+    folders_of_saves = (path for path in (saves, *saves.rglob("*")) if path.is_dir())
+    shut = next((path for path in folders_of_saves if not os.access(path, os.R_OK | os.X_OK)), None)
     if shut is not None:
         raise UserError(f"{shut} may not be read by this user, and saves may lie there; nothing was deleted")
     if not options.dry_run:

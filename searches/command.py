@@ -13,9 +13,7 @@ KINDS = ("optuna", "golden")
 def command(kind: str, words: list[str], dry_run: bool) -> int:
     """Carry out a search; returns the exit status. UserError for a mistake, SystemExit 128 + its number after a signal."""
     if kind not in KINDS:
-        raise UserError(
-            f"--search takes {' or '.join(KINDS)}, not {kind or 'nothing'}, as in --search optuna n=40 jobs=2 ..."
-        )
+        raise UserError(f"--search takes {' or '.join(KINDS)}, not {kind or 'nothing'}, as in --search optuna n=40 ...")
     return by_optuna(words, dry_run) if kind == "optuna" else by_golden_section(words, dry_run)
 
 

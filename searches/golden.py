@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.files import end_of
 from common.ranges import CountFrom2, Range, Seed
 from configuration.compose import compose_config, parse_overrides, resolved
-from configuration.nodes import lookup, nearest
+from configuration.nodes import check_known, lookup
 from configuration.overrides import settings_from_overrides
 from configuration.settings import read_settings
 from configuration.values import declared, kinds_in
@@ -194,8 +194,7 @@ def metric_of(search: SamplingSearch, model: "TrainedModel") -> "TwoSampleMetric
     parts: list[TwoSampleMetric] = [build(node) for node in nodes.values() if derives(str(node.get("_target_")), kind)]
     known = {part.name: part for part in (EnergyDistance(), *parts)}
     name = search.own.metric
-    if name not in known:
-        raise UserError(f"metric={name} is no distance of samples here{nearest(name, list(known))}; use {', '.join(known)}")
+    check_known("metric", name, list(known))
     return known[name]
 
 

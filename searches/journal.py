@@ -88,9 +88,7 @@ def opened(path: Path, settings: dict[str, Any], space: tuple[Varied, ...]) -> J
     for number, line in enumerate(lines, start=1):
         row = as_object(line.decode("ascii", errors="replace"))
         if row is None or not check.allows(row):
-            raise UserError(
-                f"line {number} of {path} is not what this search writes; put back a copy of it, or choose another run_name"
-            )
+            raise UserError(f"line {number} of {path} is not this search's; put back a copy, or choose another run_name")
         rows.append(row)
     rows = rows[: check.whole]
     whole = sum(len(line) + 1 for line in lines[: check.whole])
@@ -174,9 +172,8 @@ class RowCheck:
 
     def is_attribute(self, row: Row) -> bool:
         attribute = row["user_attr"]
-        return (
-            self.is_known(row) and isinstance(attribute, dict) and attribute.keys() == {"why"} and is_text(attribute["why"])
-        )
+        why = attribute.get("why") if isinstance(attribute, dict) and attribute.keys() == {"why"} else None
+        return self.is_known(row) and is_text(why)
 
     def is_rung(self, row: Row) -> bool:
         attribute = row["system_attr"]

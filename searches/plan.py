@@ -91,9 +91,7 @@ def plan_of(words: list[str]) -> Plan:
     if taken := [key for key in typed_keys(fixed) if key in NOT_ITS_OWN]:
         raise UserError(f"leave {taken[0]} out: the same command goes on with a search, and another run_name begins another")
     if not overrides:
-        raise UserError(
-            "a search needs a key to vary, such as optimizer.lr=interval(1e-4,1e-2) or model.width=choice(64,128)"
-        )
+        raise UserError("a search needs a key to vary, such as optimizer.lr=interval(1e-4,1e-2) or model.width=choice(8,16)")
     if own.metric and "monitor" not in typed_keys(fixed):
         fixed.append(f"monitor={own.metric}")
     chosen = [varied_by(o, None) for o in overrides if is_group(o)]

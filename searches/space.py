@@ -56,9 +56,7 @@ class Varied:
         """Return what is searched, in words."""
         if self.texts:
             return f"one of {', '.join(self.texts)}"
-        return (
-            f"{'whole numbers' if self.whole else 'numbers'} from {self.low:g} to {self.high:g}" + ", log scale" * self.log
-        )
+        return f"{'whole ' * self.whole}numbers from {self.low:g} to {self.high:g}" + ", log scale" * self.log
 
     @cached_property
     def distribution(self) -> Any:

@@ -12,11 +12,8 @@ from searches.plan import Plan
 from searches.samplers import generation_size, sampler_for
 from searches.space import Value
 
-PRUNERS = {
-    "none": optuna.pruners.NopPruner,
-    "median": optuna.pruners.MedianPruner,
-    "halving": optuna.pruners.SuccessiveHalvingPruner,
-}
+from_optuna = optuna.pruners
+PRUNERS = {"none": from_optuna.NopPruner, "median": from_optuna.MedianPruner, "halving": from_optuna.SuccessiveHalvingPruner}
 
 
 @dataclass

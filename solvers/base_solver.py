@@ -79,9 +79,7 @@ class Sampler(ABC):
             return times.to(x0.device, dtype)
         grid = self.grid.times(self.steps).to(dtype)  # on the CPU: looking at it there costs no device synchronisation
         if (grid.diff() <= 0).any():
-            raise UserError(
-                f"solver.grid puts some of its {self.steps} steps at equal times; use fewer, or solver/grid=uniform"
-            )
+            raise UserError(f"solver.grid has some of its {self.steps} times twice; use fewer steps, or solver/grid=uniform")
         return grid.to(x0.device)
 
 

@@ -92,8 +92,6 @@ def slopes_along(field: Field, x: Tensor, t: Tensor, directions: Tensor) -> tupl
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         velocity = field(x, t)
-        products = [
-            (torch.autograd.grad(velocity, x, e.expand_as(velocity), retain_graph=True)[0] * e).flatten(1).sum(1)
-            for e in directions
-        ]
+        gradient = lambda e: torch.autograd.grad(velocity, x, e.expand_as(velocity), retain_graph=True)[0]  # noqa: E731
+        products = [(gradient(e) * e).flatten(1).sum(1) for e in directions]
     return velocity.detach(), torch.stack(products, dim=1)

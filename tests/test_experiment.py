@@ -152,7 +152,7 @@ def test_an_interrupted_run_goes_on_in_another_session_that_is_given_the_same_ob
     again = experiment(tmp_path, "resume=true")
     assert equal(weights(again.fit().checkpoint), weights(straight.checkpoint))
     again.fit()
-    assert "has done its 12 steps already" in capsys.readouterr().out
+    assert "has done its 12 steps" in capsys.readouterr().out
     assert again.fit("epochs=3").state == "finished" and load_checkpoint(again.checkpoint())["step"] == 18
 
 

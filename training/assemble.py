@@ -263,9 +263,8 @@ def resume_state(state: TrainState, path: Path, payload: dict[str, Any], config:
     for ema, average in state.others:
         name = f"ema_{ema.lengths[0]:g}"
         if not isinstance(payload.get(name), dict):
-            raise UserError(
-                f"{path} holds no average of ema.lengths={ema.lengths[0]:g}; leave ema as it was, or start another run_name"
-            )
+            lacking = f"{path} holds no average of ema.lengths={ema.lengths[0]:g}"
+            raise UserError(f"{lacking}; leave ema as it was, or start another run_name")
         parts.load_network(average, payload[name], path)
     wanted = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
     saved = payload["optimizer"].get("param_groups", [])

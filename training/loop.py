@@ -95,9 +95,8 @@ def train_step(run: Run, group: list[Any]) -> dict[str, Tensor]:
     for i, (batch, share) in enumerate(zip(group, run.row_shares(group), strict=True)):
         with run.gradient_sync(last=i == len(group) - 1):
             with autocast(run.device, run.settings.precision):
-                terms = named_terms(
-                    run.forward(batch, state.teacher), run.settings.loss_weights, state.step / run.total_steps
-                )
+                losses = run.forward(batch, state.teacher)
+                terms = named_terms(losses, run.settings.loss_weights, state.step / run.total_steps)
             state.scaler.scale(weighted(terms["loss"], share)).backward()
         for name, term in terms.items():
             part = weighted(term.detach(), share)

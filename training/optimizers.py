@@ -32,14 +32,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         matrices, others = [p for p in weights if p.ndim == 2], [p for p in weights if p.ndim != 2]
         if not matrices:
             raise UserError("optimizer=muon is for matrices, and this network has none; use optimizer=adamw")
-        muon = torch.optim.Muon(
-            matrices, lr, weight_decay, momentum, nesterov, ns_steps=ns_steps, adjust_lr_fn="match_rms_adamw"
-        )
-        groups = list(muon.param_groups)
+        own = {"ns_steps": ns_steps, "adjust_lr_fn": "match_rms_adamw"}
+        groups = list(torch.optim.Muon(matrices, lr, weight_decay, momentum, nesterov, **own).param_groups)  # type: ignore[arg-type]
         if others:
-            groups += torch.optim.AdamW(
-                others, lr, (betas[0], betas[1]), weight_decay=weight_decay, fused=fused
-            ).param_groups
+            adamw = torch.optim.AdamW(others, lr, (betas[0], betas[1]), weight_decay=weight_decay, fused=fused)
+            groups += adamw.param_groups
         super().__init__(groups, {"lr": lr})
 
     @torch.no_grad()

@@ -102,9 +102,7 @@ class Records:
         """Raise UserError when on_save_error=continue has trained to a step that no save holds."""
         self.settle()
         if self.checkpoints.saved_step != step:
-            raise UserError(
-                f"{self.refusal}; step {step} is in no save, {self.last_save()}; make room, then go on with resume=true"
-            )
+            raise UserError(f"{self.refusal}; step {step} is in no save, {self.last_save()}; make room, then resume=true")
 
     def write_status(self, state: str, now: Moment, scores: dict[str, float], why: str, device: str) -> None:
         with self.writing():

@@ -149,9 +149,8 @@ def scored(run: Run) -> str:
 def print_times(run: Run, row: RowSeconds) -> None:
     """Print how long an epoch and the run will take, as the rows tried before show; and evaluations, if they are long."""
     left = run.total_steps - run.state.step
-    epoch = (
-        beside_reading(run, row.training) * run.dataset.epoch_size / run.world + seconds_of_update(run) * run.steps_per_epoch
-    )
+    rows = run.dataset.epoch_size / run.world
+    epoch = beside_reading(run, row.training) * rows + seconds_of_update(run) * run.steps_per_epoch
     words = f"about {duration(epoch)} an epoch, {duration(epoch * left / run.steps_per_epoch)} of training"
     flow, evaluator = run.inputs.flow, run.evaluator
     if flow is not None and isinstance(evaluator, GeneratorEvaluator):

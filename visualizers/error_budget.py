@@ -112,12 +112,8 @@ def picture(title: str, scores: Mapping[str, float | None]) -> Figure:
     bars, velocity, path = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
     draw_bars(bars, scores)
     lines(velocity, "velocity", "relative error", {"v against v*": by_time(scores, "oracle/velocity_error")})
-    lines(
-        path,
-        "path from the same noise",
-        "distance; excess loss: squared",
-        {"X(x₀, 0, t) from the exact one": by_time(scores, MAP)},
-    )
+    own = {"X(x₀, 0, t) from the exact one": by_time(scores, MAP)}
+    lines(path, "path from the same noise", "distance; excess loss: squared", own)
     excess = by_time(scores, "oracle/excess_loss")
     if np.isfinite(excess).any():
         path.plot(TIMES, excess, "s--", color=GENERATED_COLOR, label="excess loss", markersize=4, linewidth=1.3)

@@ -65,9 +65,7 @@ def write_mp4(file: BinaryIO, frames: list[np.ndarray]) -> None:
     try:
         import imageio_ffmpeg
     except ImportError as error:
-        raise UserError(
-            'format=mp4 needs the package imageio-ffmpeg; pip install -e ".[mp4]", or leave it at gif'
-        ) from error
+        raise UserError('format=mp4 needs imageio-ffmpeg; pip install -e ".[mp4]", or leave it at gif') from error
     height, width = frames[0].shape[:2]
     first, last = (round(hold * FRAMES_A_SECOND) for hold in (HOLD_FIRST, HOLD))
     with tempfile.NamedTemporaryFile(suffix=".mp4") as written:  # ffmpeg takes a path, and its suffix for the format

@@ -41,9 +41,8 @@ def ways(scene: Scene) -> dict[str, np.ndarray]:
     solvers: list[Sampler] = [Euler(10), RK4(24)] if scene.solver is None else [scene.solver]
     solvers.append(few_step_solver(flow, 1))
     with torch.no_grad():
-        walks = [
-            flow.in_data_units(walk(solver, flow, noise, label, times, scene.fresh())).cpu().numpy() for solver in solvers
-        ]
+        walked = (walk(solver, flow, noise, label, times, scene.fresh()) for solver in solvers)
+        walks = [flow.in_data_units(states).cpu().numpy() for states in walked]
     return dict(zip(map(solver_label, solvers), walks, strict=True))
 
 
@@ -100,10 +99,8 @@ def film_figure(
     colors, count = start_colors(next(iter(paths.values()))[0]), len(paths)
     figure = new_figure(390, title, "", 300 * count + 40)
     panels = np.atleast_1d(figure.subplots(1, count, sharey=True))
-    particles = [
-        draw_panel(panel, name, states[0], colors, real, limits)
-        for panel, (name, states) in zip(panels, paths.items(), strict=True)
-    ]
+    shown = zip(panels, paths.items(), strict=True)
+    particles = [draw_panel(panel, name, states[0], colors, real, limits) for panel, (name, states) in shown]
     figure.axes[0].set_ylabel("x₂")
     figure.subplots_adjust(left=0.16 / count, right=0.985, bottom=0.12, top=0.8, wspace=0.06)
     return figure, particles

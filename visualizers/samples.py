@@ -21,9 +21,8 @@ from visualizers.scene import Scene, main
 def draw(scene: Scene) -> list[Path]:
     scene.show_all_classes()
     path = scene.folder / "samples.png"
-    draw_states(
-        path, scene.samples(), scene.model.labels(scene.n, scene.label), scene.model, f"{scene.heading}: samples", True
-    )
+    labels = scene.model.labels(scene.n, scene.label)
+    draw_states(path, scene.samples(), labels, scene.model, f"{scene.heading}: samples", True)
     return [path]
 
 

@@ -86,9 +86,8 @@ class Memorisation:
     def verdict(self) -> str:
         """Return in words whether the network copies, and at which times; of a part of the rows, how much hangs on it."""
         least, copied = self.quotient.min(), (self.quotient <= COPIES).nonzero()[:, 0].tolist()
-        part = (
-            "" if self.subsample_error is None else f"; half of the rows looked at move v_emp by {self.subsample_error:.0%}"
-        )
+        moved = self.subsample_error
+        part = "" if moved is None else f"; half of the rows looked at move v_emp by {moved:.0%}"
         if not copied:
             return f"the network does not copy its training data ({least:.2f}; copying is {COPIES:g} or less{part})"
         first, last = self.t[copied[0]], self.t[copied[-1]]

@@ -153,10 +153,8 @@ class OracleVelocity(Oracle):
             return [*scores, Absent(excess, reason)]
         if type(sampler) is not UniformTimes or sampler.ratio or hidden or isinstance(objective.network, Guidance):
             t, error, _ = self.squares(generation, unguided(objective), flow.plain, sampler, hidden)
-        return [
-            *scores,
-            Score(excess, error.mean().item(), standard_error(error), extra=by_time(excess, t, error), note=note),
-        ]
+        extra = by_time(excess, t, error)
+        return [*scores, Score(excess, error.mean().item(), standard_error(error), extra=extra, note=note)]
 
     def squares(
         self, generation: Generation, objective: FlowObjective, flow: KnownFlow, sampler: TimeSampler, hidden: bool = False
@@ -173,9 +171,8 @@ class OracleVelocity(Oracle):
             share = sampler.sample(count, generator)[0]
             t = flow.path.last_time * share
             z = flow.path.state(x0, x1, expand_time(t, x1))
-            labels = (
-                (objective.drop_labels(label, generator) if hidden else label) if objective.network.is_conditional else None
-            )
+            label = objective.drop_labels(label, generator) if hidden else label
+            labels = label if objective.network.is_conditional else None
             exact = in_chunks(flow, CHUNK, z.double(), t, labels)
         device = generation.samples.device
         labels = None if labels is None else labels.to(device)

@@ -41,9 +41,8 @@ class VisionTransformer(Classifier):
         self.patches = nn.Conv2d(channels, width, side, side)
         self.token = nn.Parameter(torch.zeros(1, 1, width))
         self.position = nn.Parameter(torch.empty(1, 1 + (high // side) * (wide // side), width))
-        block = partial(
-            nn.TransformerEncoderLayer, width, heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True
-        )
+        settings = (width, heads, 4 * width, dropout, "gelu")
+        block = partial(nn.TransformerEncoderLayer, *settings, batch_first=True, norm_first=True)
         self.blocks = nn.Sequential(*(block() for _ in range(depth)), nn.LayerNorm(width))
         self.head = nn.Linear(width, num_classes)
 

@@ -50,13 +50,12 @@ class SmallCNN(VelocityModel):
         channels, height, width_px = state_shape
         if height % 2 or width_px % 2:
             raise UserError(
-                f"model=cnn halves images once, so their sides must be even, not {height}x{width_px}; resize or pad the data"
+                f"model=cnn halves images, so their sides must be even, not {height}x{width_px}; resize or pad them"
             )
         self.num_classes = num_classes
         self.time_features = TimeFeatures(list(time_frequencies or []))
-        self.time_embedding = nn.Sequential(
-            nn.Linear(self.time_features.width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
-        )
+        first = nn.Linear(self.time_features.width, embedding)
+        self.time_embedding = nn.Sequential(first, nn.SiLU(), nn.Linear(embedding, embedding))
         self.class_embedding = ClassEmbedding(num_classes, embedding) if num_classes else None
         self.stem = nn.Conv2d(channels + 2, width, 3, padding=1)
         self.outer_in = ResidualBlock(width, embedding, dropout)

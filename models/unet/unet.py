@@ -66,11 +66,8 @@ class Level(nn.Module):
         settings = (attention[0], embedding, dropout)
         here = widths[0]
         self.down = nn.ModuleList(ResidualBlock(here, here, *settings) for _ in range(blocks))
-        self.inner = (
-            Halved(widths, attention, blocks, embedding, dropout)
-            if len(widths) > 1
-            else ResidualBlock(here, here, *settings)
-        )
+        last = len(widths) == 1
+        self.inner = ResidualBlock(here, here, *settings) if last else Halved(widths, attention, blocks, embedding, dropout)
         self.up = nn.ModuleList(ResidualBlock(2 * here, here, *settings) for _ in range(blocks + 1))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ MODAL: dict[str, Any] = {
     "words, sentence",
     [(["--gpu", "H1000"], "Modal has no GPU H1000 (did you mean H100?)"), (["--gpu=A10:5"], "has 1 to 4 of A10, not 5"),
      (["--gpu=H100:x"], "write H100:2 for two"), (["backend.timeout_hours=25"], "above 0 and at most 24, not 25"),
-     (["backend.extras=[gpo]"], "has no extra gpo"), (["output_dir=/tmp/y"], "is no path inside the Volume"),
+     (["backend.extras=[gpo]"], "extras=gpo does not exist"), (["output_dir=/tmp/y"], "is no path inside the Volume"),
      (["output_dir=../y"], "is no path inside the Volume"), (["device=cpu"], "device=cpu would leave the rented L4 idle"),
      (["--gpu", "H100:2", "device=mps", "batch_size=8"], "idle; say device=auto, or rent none by --gpu null"),
      (["--gpu", "null", "device=cuda"], "a container without a GPU"), (["--gpu", "null"], "no token of Modal"),

@@ -240,10 +240,10 @@ def test_without_slurm_one_sentence_and_a_dry_run_that_prints_the_script_all_the
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert launcher.main([*ON_CPU, "run_name=x"]) == 1
     said = capsys.readouterr().err
-    assert "there is no Slurm on this machine" in said and said.count("\n") == 1
+    assert "there is no Slurm here" in said and said.count("\n") == 1
     assert launcher.main([*ON_CPU, "run_name=x", "--dry-run"]) == 0 and list(tmp_path.iterdir()) == []
     said = capsys.readouterr().out
-    assert "slurm        there is no Slurm on this machine" in said and "#SBATCH --job-name=x" in said
+    assert "slurm        there is no Slurm here" in said and "#SBATCH --job-name=x" in said
 
 
 def test_a_controller_that_does_not_answer_refuses_the_run_and_not_the_dry_run(cluster, tmp_path, capsys, monkeypatch):

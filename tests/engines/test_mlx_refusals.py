@@ -53,7 +53,7 @@ def test_a_dry_run_names_the_engine(words, engine, installed, tmp_path, capsys):
 
 def test_without_mlx_the_sentence_names_the_extra_but_for_what_torch_does(monkeypatch, small_run):
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="engine=mlx needs MLX; install it with `uv sync --extra mlx`"):
+    with pytest.raises(UserError, match="engine=mlx needs MLX; run `uv sync --extra mlx`"):
         small_run("x", "engine=mlx")
     folder = small_run("x", "max_steps=2")
     config = folder / "runs/x/config.yaml"

@@ -226,9 +226,9 @@ def test_a_trial_leaves_the_tables_in_the_files_alone(command, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["only=ms"], "only=ms is not in the table (did you mean mse?)"),
-        (["data=moon"], "data=moon is not in the table"),
-        (["seeds=7"], "seeds=7 is not in the table; it has 0"),
+        (["only=ms"], "only=ms does not exist (did you mean mse?)"),
+        (["data=moon"], "data=moon does not exist"),
+        (["seeds=7"], "seeds=7 does not exist; choices: 0"),
         (["jobs=0"], "jobs takes"),
         (["table=no"], "table takes true, false or only"),
         (["max_steps=3"], "come after --"),

@@ -146,7 +146,7 @@ def test_other_refusals_are_one_sentence(sets, capsys):
     for words, said in (
         (["a.*", "b_seed=5.*"], "matches one run"), (["a.*", "c.*"], "is not finished"), (["a.*", "a_.*"], "in both sets"),
         (["a.*", "nothing"], "no run named nothing"), (["a_seed=0", "b_seed=5", "--best"], "two sets of seeds"),
-        (["a.*", "b.*", "--score", "eval/x"], "is none of eval/loss"), (["a(.*", "b.*"], "not a regular expression"),
+        (["a.*", "b.*", "--score", "eval/x"], "choices: eval/loss"), (["a(.*", "b.*"], "not a regular expression"),
     ):  # fmt: skip
         code, _, err = compare(capsys, sets, *words)
         assert code == 1 and said in err and err.count("\n") == 1, (words, err)

@@ -78,4 +78,4 @@ def test_the_command_draws_and_says_how_to_sample(checkpoint, tmp_path, monkeypa
     out = capsys.readouterr().out
     assert f"python scripts/sample.py ckpt={checkpoint} solver.steps=" in out and (tmp_path / "p.png").is_file()
     assert launcher.main(["--search", "golden", *words, "metric=eval/fid"]) == 1
-    assert "metric=eval/fid is no distance of samples here" in capsys.readouterr().err
+    assert "metric=eval/fid does not exist" in capsys.readouterr().err
