@@ -64,11 +64,8 @@ def start_or_resume(run: Run) -> float | None:
     if resume and run.state.step >= run.total_steps:
         say_finished(run)
         return run.state.best
-    with (
-        own_turn(run.shared_device, records.config["wait"]),
-        handled_by(partial(ask_to_stop, run)),
-        explained_disk_errors(records),
-    ):
+    turn = own_turn(run.shared_device, records.config["wait"])
+    with turn, handled_by(partial(ask_to_stop, run)), explained_disk_errors(records):
         row = try_parts(run)
         if run.rank == 0 and not resume:
             claim_run_name(records)

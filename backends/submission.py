@@ -190,10 +190,8 @@ def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
     for that, when there is no such run, or when a setting that matters differs and resume is not `force`.
     """
     folder = run_folder_of(config)
-    if (
-        not folder.config_path.is_file()
-        and run_folder_of(config | {"run_name": f"{folder.name}_teacher"}).config_path.is_file()
-    ):
+    teacher = run_folder_of(config | {"run_name": f"{folder.name}_teacher"})
+    if not folder.config_path.is_file() and teacher.config_path.is_file():
         raise UserError(
             f"of the run {folder.name} only the teacher has begun, {folder.name}_teacher; give the whole command of "
             f"{folder.name} again, which goes on with it"
@@ -211,10 +209,7 @@ def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
     hard = {key: pair for key, pair in changed.items() if key.split(".")[0] not in FREE}
     if hard and config["resume"] != "force":
         listed = "; ".join(f"{key} was {old!r} and is now {new!r}" for key, (old, new) in hard.items())
-        raise UserError(
-            f"run {config['run_name']} was made with other settings: {listed}; leave them out to go on as it was, "
-            "or say resume=force"
-        )
+        raise UserError(f"run {folder.name} was made with other settings: {listed}; leave them out, or say resume=force")
     return merged | {"changed": hard | {key: pair for key, pair in changed.items() if key.split(".")[0] in NOTED}}
 
 
@@ -288,10 +283,7 @@ def begun_job(overrides: list[str], config: dict[str, Any]) -> list[str] | RunRe
     overrides, folder = [text for text in overrides if not re.match(r"(resume|overwrite)=", text)], run_folder_of(config)
     begun, result = folder.config_path.is_file(), result_of(config)
     if begun and settings_of(folder.read_config().get("overrides", [])) != settings_of(overrides):
-        raise UserError(
-            f"run {folder.name} exists in {folder.path.parent} from another command; choose another run_name, "
-            "or remove that run"
-        )
+        raise UserError(f"run {folder.path} exists from another command; choose another run_name, or remove that run")
     if result.state == OF_ANOTHER or (begun and result.state == "finished"):
         return result
     if not begun:

@@ -29,11 +29,8 @@ def check_devices(config: dict[str, Any]) -> None:
     """Raise UserError for a batch that several devices cannot share evenly, or a kind of device that comes alone."""
     devices, rows = config["devices"], config["batch_size"]
     if rows % devices:
-        fitting = max(devices, rows - rows % devices)
-        raise UserError(
-            f"batch_size={rows} rows cannot be shared evenly by devices={devices}; use batch_size={fitting}, "
-            "or another number of devices"
-        )
+        use = f"use batch_size={max(devices, rows - rows % devices)}, or another number of devices"
+        raise UserError(f"batch_size={rows} rows cannot be shared evenly by devices={devices}; {use}")
     if devices > 1 and config["device"] == "mps":
         raise UserError(f"devices={devices} needs CUDA devices or the CPU, and a machine has one MPS device; use device=cpu")
 

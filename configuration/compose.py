@@ -55,10 +55,7 @@ def parsed(text: str) -> Override:
     if override is None and text.startswith("run_name="):
         check_run_name(text.removeprefix("run_name="))
     if override is None or not override.key_or_group:
-        raise UserError(
-            f"cannot read {text!r}: write key=value or group=choice, and quote spaces and special characters "
-            "as in 'key=\"a, b\"'"
-        )
+        raise UserError(f"cannot read {text!r}: write key=value or group=choice, special characters as in 'key=\"a, b\"'")
     return override
 
 

@@ -91,10 +91,8 @@ def grey_shape(condition: str | None, state_shape: Any) -> Any:
 def label_classes(num_classes: int) -> int:
     """Return how many classes a classifier tells apart. UserError for data without labels."""
     if not num_classes:
-        raise UserError(
-            "a classifier needs labels, and this data has none; choose labelled images (dataloaders=digits), "
-            "or loss=mse with a velocity model"
-        )
+        use = "dataloaders=digits, or loss=mse with a velocity model"
+        raise UserError(f"a classifier needs labels, and this data has none; choose labelled images, as {use}")
     return num_classes
 
 

@@ -111,10 +111,7 @@ def check_plain(config: dict[str, Any], where: Path) -> None:
     """Raise UserError for a stored configuration with parts missing or of another kind, or with an interpolation."""
     unresolved = interpolation_in({key: value for key, value in config.items() if key not in AS_TYPED})
     if is_plain(config) and unresolved is not None:
-        raise UserError(
-            f"{where} has {unresolved[:80]!r} in its configuration, where a run of this project stores values only; "
-            "use a file you trust"
-        )
+        raise UserError(f"{where} has {unresolved[:80]!r} as a setting, where runs store values only; use a file you trust")
     if not is_plain(config) or not is_whole(config):
         raise UserError(f"{where} holds no whole configuration, so its model cannot be built; use another save")
 

@@ -58,10 +58,8 @@ class DatasetSource(Source):
     def __init__(self, dataset: SyntheticDataset, state_shape: list[Count] | None = None):
         """state_shape: of the data the flow leads to. UserError when it is another than the source's."""
         if not isinstance(dataset, SyntheticDataset):
-            raise UserError(
-                f"{type(dataset).__name__} data is finite and cannot be a source; use a synthetic set, "
-                "e.g. source=eight_gaussians"
-            )
+            name = type(dataset).__name__
+            raise UserError(f"{name} data is finite and cannot be a source; use a synthetic set, as source=eight_gaussians")
         if state_shape is not None and tuple(state_shape) != dataset.state_shape:
             raise UserError(
                 f"{type(dataset).__name__} as source has states of shape {list(dataset.state_shape)}, but the data has "

@@ -199,8 +199,6 @@ def for_each(knob: str, value: float | Sequence[float], count: int) -> Tensor:
     """Return one number for each of `count` components (count,), a single one repeated. UserError for another count."""
     numbers = [value] * count if isinstance(value, int | float) else value
     if len(numbers) != count:
-        raise UserError(
-            f"dataloaders.{knob} takes {count} numbers above 0, one for each component"
-            f"{' (or one for all)' * (knob == 'std')}, not {value}"
-        )
+        each = "one for each component" + " (or one for all)" * (knob == "std")
+        raise UserError(f"dataloaders.{knob} takes {count} numbers above 0, {each}, not {value}")
     return torch.tensor(numbers, dtype=torch.float32)

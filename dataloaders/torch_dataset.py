@@ -198,10 +198,7 @@ def counted(dataset: Any) -> int:
     with calling("the data set", dataset):
         count = len(sized)
     if count < MIN_ROWS:
-        raise UserError(
-            f"the data set {name} has {count or 'no'} items; {MIN_ROWS} or more are needed, to train on some and hold out "
-            "others"
-        )
+        raise UserError(f"the data set {name} has {count or 'no'} items; give {MIN_ROWS} or more, to train on and hold out")
     return count
 
 

@@ -121,10 +121,8 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
 def dataset_table(rows: dict[str, Row], metrics: list[str], solver: int) -> str:
     """Return one line per objective under the floor; the best one-step values in bold."""
     best = {metric: best_of(rows, metric) for metric in metrics if metric.endswith("_1nfe")}
-    lines = [
-        [objective + row.remark, *(cell(row, metric, best.get(metric) == objective) for metric in metrics)]
-        for objective, row in rows.items()
-    ]
+    cells = lambda name, row: (cell(row, metric, best.get(metric) == name) for metric in metrics)  # noqa: E731
+    lines = [[objective + row.remark, *cells(objective, row)] for objective, row in rows.items()]
     header = ["objective", *(heading(metric, solver) for metric in metrics)]
     return markdown(header, [[FLOOR, *(floor_cell(rows, metric) for metric in metrics)], *lines])
 

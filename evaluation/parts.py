@@ -131,9 +131,8 @@ def load_guide(
     check_agree(f"guidance.checkpoint={path} {what}", meaning(guide, stored), meaning(objective, config), remedy)
     load_network(guide.network, payload["ema"], path)
     flow: KnownFlow | str = "the truth of the data that the guide learned is not known in closed form"
-    if derives(
-        stored["dataloaders"]["_target_"], "dataloaders.synthetic.SyntheticDataset"
-    ):  # others would be read from disk
+    data = stored["dataloaders"]["_target_"]
+    if derives(data, "dataloaders.synthetic.SyntheticDataset"):  # others would be read from disk
         cpu = torch.device("cpu")
         flow = known_flow(guide, build_dataset(stored, cpu), build_source(stored, cpu))
     if isinstance(flow, ConditionalFlow):
@@ -201,10 +200,7 @@ def check_weights(ours: Mapping[str, torch.Tensor], weights: dict[str, Any], pat
     wrong = [name for name, value in ours.items() if name not in weights or weights[name].shape != value.shape]
     wrong += [name for name in weights if name not in ours]
     if wrong:
-        raise UserError(
-            f"{path} holds another network than this model ({wrong[0]} differs); "
-            "use the model and data settings it was trained with"
-        )
+        raise UserError(f"{path} holds another network than this model ({wrong[0]} differs); use the settings of its run")
     for name, value in weights.items():
         if value.is_floating_point() != ours[name].is_floating_point():
             raise UserError(f"{path} holds {name} as {value.dtype}, and this model has {ours[name].dtype}; use another save")

@@ -55,10 +55,8 @@ class Snapshots:
     def error(self, length: float) -> float:
         """Return how far the profile of that sum is from the true one: root of the summed squares, relative."""
         wanted = profile(length, self.last, self.last)
-        found = sum(
-            factor * profile(one, end, self.last)
-            for factor, one, end in zip(self.coefficients(length), self.lengths, self.steps, strict=True)
-        )
+        parts = zip(self.coefficients(length), self.lengths, self.steps, strict=True)
+        found = sum(factor * profile(one, end, self.last) for factor, one, end in parts)
         return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
     def average(self, length: float) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from common.ranges import Count, Positive, Steps
 from common.seeds import generator_for
 from configuration.checks import check_rows_fit
 from configuration.overrides import settings_from_overrides
-from configuration.stored import stored_config
+from configuration.stored import allow, stored_config
 from configuration.values import Setting, check_value, shown
 from dataloaders.base_dataloaders import Batch
 from dataloaders.sources import Source
@@ -173,10 +173,8 @@ class TrainedModel:
             return known if label is None or classes is None else join_class(known, classes)
         given = torch.as_tensor(condition).cpu().float()
         if given.shape not in (shape, (n, *shape)):
-            raise UserError(
-                f"condition takes a tensor of shape {list(shape)}, or [{n}, ...] of one for each sample, not "
-                f"{list(given.shape)}"
-            )
+            takes = f"a tensor of shape {list(shape)}, or [{n}, ...] of one for each sample"
+            raise UserError(f"condition takes {takes}, not {list(given.shape)}")
         return join_condition(classes, given.expand(n, *shape))
 
     @property
@@ -296,12 +294,17 @@ class TrainedModel:
         return self.objective.flow_map(z, r, t, label)
 
 
-def load(path: str | Path, device: str = "auto", words: Sequence[str] = ()) -> TrainedModel:
+def load(
+    path: str | Path, device: str = "auto", words: Sequence[str] = (), trust: str | list[str] | None = None
+) -> TrainedModel:
     """Return the generator of a checkpoint, rebuilt from the configuration stored in it. UserError for a classifier.
 
-    words: solver and guidance settings in the place of the run's own, as on a command line.
+    words: solver and guidance settings in the place of the run's own, as on a command line. trust: modules beside the
+    project's that the configuration may build parts from, as a list or `a,b`.
     """
     path = Path(path)
+    if trust:
+        allow(trust)
     payload, chosen = load_checkpoint(path), pick_device(device)
     config = stored_config(path, payload)
     objective = trained_objective(payload, config, path, chosen)

@@ -38,10 +38,7 @@ class InductiveMomentMatchingLoss(FlowObjective):
     def __init__(self, step: ShareAbove0, width: Positive, group: CountFrom2 = 4, **parts: Any) -> None:
         super().__init__(**parts)
         if not isinstance(self.weighting, UniformWeighting):
-            raise UserError(
-                "loss=inductive_moment_matching compares distributions, no errors that could be weighed; "
-                "use loss/weighting=uniform"
-            )
+            raise UserError("loss=inductive_moment_matching has no errors that could be weighed; use loss/weighting=uniform")
         self.step, self.width, self.group = step, width, group
 
     def draw(

@@ -69,10 +69,8 @@ def check_run_is_new(config: dict[str, Any], run_folder: Path) -> None:
     alike = [] if name in there else [other for other in there if other.lower() == name.lower()]
     why: str | None
     if alike:
-        why = (
-            f"differs from the run {alike[0]} in {run_folder.parent} only in capitals, which not every disk tells apart; "
-            f"write {alike[0]}"
-        )
+        where = f"the run {alike[0]} in {run_folder.parent}"
+        why = f"differs from {where} only in capitals, which not every disk tells apart; write {alike[0]}"
     else:
         decided = config["resume"] or config["overwrite"] is True or config["eval_checkpoint"]
         why = None if decided else taken(config, RunFolder(run_folder))

@@ -88,9 +88,8 @@ class Cache:
         self.folder, self.file = folder, folder / MANIFEST
         self.manifest: dict[str, Any] = {"format": FORMAT, "finished": False, "made_from": made_from, "shards": []}
         if not self.file.exists():
-            if folder.exists() and any(
-                path.suffix not in (".partial", ".npy", ".tmp", ".lock") for path in folder.iterdir()
-            ):
+            there = {path.suffix for path in folder.iterdir()} if folder.exists() else set()
+            if not there <= {".partial", ".npy", ".tmp", ".lock"}:
                 raise UserError(f"out={folder} holds other things than cached latents; give a new folder")
             folder.mkdir(parents=True, exist_ok=True)
             return

@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.files import end_of
 from common.ranges import AverageLength, CountFrom2, Seed, Steps
 from configuration.settings import read_settings
-from configuration.stored import allow, output_dir_of
+from configuration.stored import output_dir_of
 from configuration.values import check_run_name
 from evaluation.metrics.base_metric import Score
 from evaluation.metrics.energy_distance import EnergyDistance
@@ -73,8 +73,7 @@ def sweep(words: list[str]) -> str:
     """Carry out the command: print a line for each length, draw the picture; return where it is."""
     settings, overrides = read_words(words)
     lengths = sorted(set(settings.lengths))
-    allow(settings.trust)
-    model = load(settings.ckpt, settings.device, overrides)
+    model = load(settings.ckpt, settings.device, overrides, settings.trust)
     snapshots = stored_with(settings.ckpt, model)
     found: dict[float, list[Score]] = {}
     for length in lengths:

@@ -37,7 +37,6 @@ from common.errors import UserError, first_line
 from common.files import replacing
 from common.ranges import Count, Seed
 from configuration.settings import read_settings
-from configuration.stored import allow
 from evaluation import parts
 from evaluation.generate import fixed_noise
 from evaluation.parts import check_weights
@@ -136,8 +135,7 @@ def torch_names(network: minigrad.MLP, payload: dict[str, Any]) -> dict[str, Ten
 def export_flow(settings: Settings, overrides: list[str]) -> str:
     """Write the flow as minigrad.sample takes it; the line to print."""
 
-    allow(settings.trust)
-    model = load(settings.ckpt, settings.device, overrides)
+    model = load(settings.ckpt, settings.device, overrides, settings.trust)
     arrays = network_arrays(model.objective.network) | plan(model) | start(model, settings)
     with replacing(settings.out) as file:
         np.savez_compressed(file, **arrays)

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -131,18 +132,16 @@ def show_run(options: argparse.Namespace) -> str:
     status = folder.status.read()
     best, last = best_scores(folder), last_metrics(folder)
     files = sorted(path for path in folder.path.rglob("*") if path.is_file() and not path.name.startswith("."))
-    rows = [["metric", "last", "best"]] + [
-        [name, number(value), number(best[name]) if name in best else ""] for name, value in sorted(last.items())
-    ]
+    rows = [[name, number(value), number(best[name]) if name in best else ""] for name, value in sorted(last.items())]
     parts = {
         "": f"{folder.name}: {state(folder, status)} at step {status.get('step', '-')}, epoch {epochs(status)}, "
         f"{status.get('seconds', 0) / 60:.1f} minutes" + (f"\n{status['why']}" if status.get("why") else ""),
         "started, updated": f"{status.get('started', '-')}, {status.get('updated', '-')}",
         "overrides": folder.read_overrides() or "none, or not stored",
-        "metrics": table(rows) if last else "none yet",
+        "metrics": table([["metric", "last", "best"], *rows]) if last else "none yet",
         "files": "\n".join(f"{path}  ({path.stat().st_size / 1024:,.1f} KiB)" for path in files),
     }
-    return "\n\n".join(f"{title}\n{indent(text)}" if title else text for title, text in parts.items())
+    return "\n\n".join(f"{title}\n{indent(text, '  ')}" if title else text for title, text in parts.items())
 
 
 @dataclass(frozen=True)
@@ -325,10 +324,6 @@ def number(value: float | None) -> str:
     if value is None:
         return "nan"
     return str(value) if isinstance(value, int) else f"{value:.4g}"
-
-
-def indent(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.split("\n"))
 
 
 if __name__ == "__main__":

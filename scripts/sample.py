@@ -42,7 +42,6 @@ from common.errors import UserError
 from common.files import replacing
 from common.ranges import Count, Positive, Seed, Steps
 from configuration.settings import read_settings
-from configuration.stored import allow
 from dataloaders.array_dataset import load_numbers
 from evaluation.image_sets import write_arrays, write_pictures
 from evaluation.metrics.base_metric import to_bytes
@@ -107,13 +106,9 @@ def sample(words: list[str]) -> Path:
     """Carry out the command; returns the file written."""
     settings, overrides = read_words(words)
     path = output_path(settings)
-    allow(settings.trust)
-    model = load(settings.ckpt, settings.device, overrides)
-    labels = model.labels(
-        settings.n,
-        settings.label,
-        read_array(settings.condition, "condition", "give the condition, or one for each sample, as one"),
-    )
+    model = load(settings.ckpt, settings.device, overrides, settings.trust)
+    condition = read_array(settings.condition, "condition", "give the condition, or one for each sample, as one")
+    labels = model.labels(settings.n, settings.label, condition)
     observed = read_array(settings.observed, "observed", "give a state with NaN where it is not known", nan=True)
     if observed is None:
         states = model.sample(settings.n, settings.seed, labels, evaluations=settings.nfe)

@@ -49,15 +49,16 @@ def run(options: argparse.Namespace) -> str:
     if not (options.list or options.dry_run):
         remove_leftovers(options.project)
     names = matching(options.project, options.pattern)
+    listed = "\n".join(f"  {printable(name)}" for name in names)
     if options.list:
         return "\n".join(names)
     if options.dry_run:
-        return f"would delete:\n{indent(names)}"
-    if not options.yes and not confirmed(names):
+        return f"would delete:\n{listed}"
+    if not options.yes and not confirmed(f"about to delete {len(names)} run(s):\n{listed}"):
         raise UserError("nothing was deleted.")
     for name in names:
         delete_run(options.project, name)
-    return f"deleted {len(names)} of the project {options.project}:\n{indent(names)}"
+    return f"deleted {len(names)} of the project {options.project}:\n{listed}"
 
 
 def matching(project: str, pattern: str | None) -> list[str]:
@@ -75,15 +76,10 @@ def matching(project: str, pattern: str | None) -> list[str]:
     return found
 
 
-def confirmed(names: list[str]) -> bool:
+def confirmed(what: str) -> bool:
     """Ask on the terminal; anything but yes is no."""
-    print(f"about to delete {len(names)} run(s):\n{indent(names)}")
-    print("delete them? [y/N] ", end="", flush=True)
+    print(f"{what}\ndelete them? [y/N] ", end="", flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-def indent(names: list[str]) -> str:
-    return "\n".join(f"  {printable(name)}" for name in names)
 
 
 def main(words: list[str]) -> int:

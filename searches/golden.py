@@ -152,11 +152,9 @@ def command(words: list[str]) -> str:
     path = search.own.out or outputs() / "searches" / f"{search.own.ckpt.stem}_{clean}.png"
     check_ends("out", path, ".png")
     check_writable("out", end_of(path).parent)
-    from configuration.stored import allow
     from evaluation.sample import load
 
-    allow(search.own.trust)
-    return outcome(search, scored(search, load(search.own.ckpt, search.own.device)), path)
+    return outcome(search, scored(search, load(search.own.ckpt, search.own.device, trust=search.own.trust)), path)
 
 
 def scored(search: SamplingSearch, model: "TrainedModel") -> dict[float | str, list[float]]:

@@ -104,9 +104,7 @@ class Search:
             while self.study.may_ask() or not all(trial.failed for trial in self.open):
                 for trial in list(self.open):
                     self.attend(trial)
-                while (
-                    self.study.may_ask() and all(trial.is_alive() or trial.failed for trial in self.open) and self.has_room()
-                ):
+                while self.study.may_ask() and all(one.is_alive() or one.failed for one in self.open) and self.has_room():
                     self.open.append(self.trial(*self.study.ask()))
                     self.attend(self.open[-1])
                 time.sleep(QUEUE_PAUSE if self.plan.backend.queues else PAUSE)
@@ -120,15 +118,8 @@ class Search:
         return sum(trial.is_alive() for trial in self.open) < self.plan.jobs
 
     def trial(self, number: int, values: dict[str, Value]) -> Trial:
-        words = self.plan.trial_words(number, values)
-        name = self.plan.trial_name(number)
-        return Trial(
-            number,
-            words,
-            self.plan.config | {"run_name": name},
-            self.plan.folder / f"{name}.lock",
-            self.plan.folder / f"{name}.log",
-        )
+        name, words, folder = self.plan.trial_name(number), self.plan.trial_words(number, values), self.plan.folder
+        return Trial(number, words, self.plan.config | {"run_name": name}, folder / f"{name}.lock", folder / f"{name}.log")
 
     def attend(self, trial: Trial) -> None:
         """Take a trial one step further: begin it, prune it, or tell what it came to."""

@@ -64,10 +64,8 @@ class Sampler(ABC):
         """Raise UserError when this sampler cannot use what the objective learns; called before a run trains."""
         refuse_equilibrium(flow)
         if not flow.learns_velocity:
-            raise UserError(
-                "this loss teaches where a state is carried to, not its velocity at an instant; use solver=flow_map "
-                "solver.steps=1"
-            )
+            use = "use solver=flow_map solver.steps=1"
+            raise UserError(f"this loss teaches where a state is carried to, not its velocity at an instant; {use}")
 
     def times(self, x0: Tensor, times: Tensor | None = None) -> Tensor:
         """Return `times`, or else the solver's own grid: (N + 1,) on x0's device, in x0's precision or fp32.

@@ -158,9 +158,8 @@ def settings_of(kind: type[T], values: Mapping[str, Any]) -> T:
 def assemble_records(config: dict[str, Any]) -> Records:
     """Return the run's folder, saves and tracker; those of the ranks but the first write nothing."""
     in_background = {"auto": None, "always": True, "never": False}[config["async_save"]]
-    checkpoints = CheckpointFolder(
-        Path(config["output_dir"]), config["choices"]["model"], config["run_name"], config["keep_saves"], in_background
-    )
+    place, arch = Path(config["output_dir"]), config["choices"]["model"]
+    checkpoints = CheckpointFolder(place, arch, config["run_name"], config["keep_saves"], in_background)
     kind, tracker = (Records, tracker_from_config(config["trackio"])) if rank() == 0 else (SilentRecords, NullTracker())
     return kind(config, run_folder_of(config), checkpoints, tracker)
 

@@ -72,10 +72,8 @@ def read_table(name: str, body: str) -> Table:
     header, floor, *lines = rows[0], *rows[2:]
     found = {place: re.fullmatch(rf"{SHORT[ENERGY]}, (\d+)", title) for place, title in enumerate(header)}
     counts = {int(match[1]): place for place, match in found.items() if match}
-    scores = {
-        count: {line[0].partition(" (")[0]: cell for line in lines if (cell := read_cell(line[place])) is not None}
-        for count, place in counts.items()
-    }
+    named = lambda place: ((line[0].partition(" (")[0], read_cell(line[place])) for line in lines)  # noqa: E731
+    scores = {count: {name: cell for name, cell in named(place) if cell} for count, place in counts.items()}
     return Table(name.strip(), read_cell(floor[counts[1]]) or (0.0, 0.0), scores)
 
 

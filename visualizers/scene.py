@@ -17,7 +17,7 @@ from common.command_line import front, outputs
 from common.errors import UserError
 from common.ranges import Count, CountFrom2, Seed
 from configuration.settings import read_settings
-from configuration.stored import allow, output_dir_of
+from configuration.stored import output_dir_of
 from evaluation.closed_forms import ExactFlow
 from evaluation.generate import fixed_noise, fresh_noise
 from evaluation.guided_flows import GuidedFlow
@@ -239,8 +239,7 @@ def scene(
         check_folder("out", given.out)
     checkpoint = given.ckpt or newest_checkpoint(fits)
 
-    allow(given.trust)
-    model = load(checkpoint, given.device, overrides)
+    model = load(checkpoint, given.device, overrides, given.trust)
     folder = given.out or (output_dir_of(checkpoint) or outputs()) / "pictures" / model.config["run_name"]
     made = Scene(model, given.n or n, given.seed, given.frames or frames, given.format, folder, given.label)
     if points and not given.n and made.shape == (2,):

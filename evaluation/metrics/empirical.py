@@ -252,11 +252,9 @@ class Memorised(LongMetric):
         return 2 * TIMES * states_of_a_time(draws, numbers)
 
     def thinned(self, share: float) -> dict[str, int]:
-        draws, least = int(share * self.draws), LEAST * TIMES
-        return {
-            "draws": min(self.draws, draws) if draws >= least else 0,
-            "final_draws": min(self.final_draws, max(least, int(share * self.final_draws))),
-        }
+        least = LEAST * TIMES
+        draws, final = (min(count, int(share * count)) for count in (self.draws, self.final_draws))
+        return {"draws": draws if draws >= least else 0, "final_draws": min(self.final_draws, max(least, final))}
 
     def compute(self, generation: Generation) -> list[Score | Absent]:
         draws = self.final_draws if generation.final else self.draws

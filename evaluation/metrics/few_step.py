@@ -48,12 +48,9 @@ class FewStep(LongMetric):
         if reason is not None:
             return [absent for metric in self.scores for absent in metric.absent(reason)]
         made = replace(generation, samples=samples_of(generation, evaluations), steps=few_step_words(generation.objective))
-        renoised = few_step_solver(generation.objective, evaluations).renoises
-        return [
-            result
-            for metric in self.scores
-            for result in (metric.absent(RENOISED) if renoised and metric.needs == "ends" else metric.results(made))
-        ]
+        unknown = "ends" if few_step_solver(generation.objective, evaluations).renoises else None
+        found = (metric.absent(RENOISED) if metric.needs == unknown else metric.results(made) for metric in self.scores)
+        return [result for results in found for result in results]
 
 
 def samples_of(generation: Generation, evaluations: int) -> Tensor:
