@@ -125,10 +125,7 @@ class Experiment:
         return found
 
     def evaluate(self, *words: str) -> dict[str, float]:
-        """Return the scores of the newest save by metric name, as a run's last evaluation gives them.
-
-        words: more overrides, such as "solver=euler".
-        """
+        """Return the scores of the newest save by name, as a run's last evaluation has them. words: more overrides."""
         return submit(self.prepared(*words, f"eval_checkpoint={self.checkpoint()}")).scores
 
     def model(self, device: str = "auto") -> TrainedModel:

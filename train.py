@@ -73,10 +73,7 @@ def start_or_resume(run: Run) -> float | None:
 
 
 def claim_run_name(records: Records) -> None:
-    """Hold the folder of a new run; one that failed before its first save is moved aside, as by overwrite=true.
-
-    UserError when another process has begun it meanwhile.
-    """
+    """Hold the folder of a new run; one that failed unsaved is moved aside. UserError when another process began it."""
     folder = records.folder
     folder.lock.acquire()
     check_run_is_new(records.config, folder.path)

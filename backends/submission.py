@@ -70,9 +70,7 @@ def teacher_words(config: dict[str, Any]) -> list[str]:
 
 
 def with_teacher(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration with the save that its teacher will leave in place of the teacher's name. UserError for
-    words that make no such run.
-    """
+    """Return the configuration with its teacher's save in place of its name. UserError for words that make no such run."""
     teacher = resolved(compose_config(teacher_words(config)))
     check_values(teacher)
     check_contradictions(teacher)
@@ -214,9 +212,7 @@ def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
 
 
 def given_again(stored: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Return a stored configuration with the parts that this command gives from Python; callbacks of an earlier one, which
-    only watched, are left out.
-    """
+    """Return a stored configuration with the parts that this command gives from Python; its own callbacks are left out."""
     own = {key: node for key, node in config.items() if is_own(node)}
     same = {key: stored[key] | {name: node[name] for name in OF_OBJECT & node.keys()} for key, node in own.items()
             if is_own(stored[key])}  # fmt: skip

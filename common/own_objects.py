@@ -10,10 +10,7 @@ makers: dict[tuple[str, str], Callable[..., Any]] = {}  # of the parts given in 
 
 
 def own_object(run: str, part: str, name: str, **settings: Any) -> Any:
-    """Return what was given as a part of a run, made with the settings of its node. UserError where nothing was given.
-
-    name: what its class or function is called.
-    """
+    """Return the object given as a part of a run, called `name`, made with its settings. UserError where none was given."""
     if (run, part) not in makers:
         raise UserError(
             f"the {part} of run {run} ({name}) was given from Python and is in no file; give it again, as in "

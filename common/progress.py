@@ -43,9 +43,7 @@ def in_notebook() -> bool:
 
 
 def bar(**settings: Any) -> Any:
-    """Return a tqdm bar on stderr, for a terminal or a notebook; a terminal of unknown size, as over some links, counts as
-    80 x 24.
-    """
+    """Return a tqdm bar on stderr, for a terminal (80 x 24 where its size is not known) or a notebook."""
     with warnings.catch_warnings(action="ignore"):  # that a notebook has no widgets: then the bar is text
         tqdm = importlib.import_module("tqdm.auto" if in_notebook() else "tqdm").tqdm
     if on_terminal():
@@ -118,10 +116,7 @@ def each(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]
 
 
 def seconds_a_row(work: Callable[[int], object], most: int, device: torch.device) -> float:
-    """Return seconds a row of work(rows), tried with 2, 8, 32, ... rows, up to `most` or to what takes TRIAL seconds.
-
-    Two at least: a batch norm takes no single row.
-    """
+    """Return seconds a row of work(rows), tried with 2 (for batch norms), 8, 32, ... rows up to `most`, or to TRIAL."""
 
     def tried(rows: int) -> float:
         begun = time.perf_counter()

@@ -37,9 +37,7 @@ def seed_network(seed: int, index: int, device: torch.device) -> None:
 
 @contextmanager
 def fork_generators(device: torch.device) -> Iterator[None]:
-    """Give the default generators of the CPU and of `device` back the state they had before: what is drawn within is drawn
-    again after.
-    """
+    """Give the default generators of the CPU and of `device` back, after the block, the state they had before."""
     module = None if device.type == "cpu" else torch.get_device_module(device)
     here, there = torch.get_rng_state(), None if module is None else module.get_rng_state()
     try:

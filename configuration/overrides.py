@@ -53,9 +53,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
 
 
 def meaningful(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that results hang on, by dotted key; a run's own seed in a text, as in a path, is left open, and
-    so is its name in that of the teacher it trains.
-    """
+    """Return the settings that results hang on, by dotted key; the run's seed, and its name in its teacher's, left open."""
     leaves = {key: value for key, value in flat(config).items() if not MEANINGLESS & {key, key.split(".")[0]}}
     own, teacher = re.compile(rf"seed={config['seed']}(?!\d)"), f"{config.get('run_name')}_teacher"
     opened = lambda text: own.sub("seed=*", text.replace(teacher, "*_teacher"))  # noqa: E731

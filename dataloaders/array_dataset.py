@@ -37,9 +37,7 @@ class OwnTensors(TensorDataset):
 
 
 class ArrayDataset(OwnTensors):
-    """States of a .npy, or `x` of a .npz with labels `y` and conditions `condition`, if any; a share of the rows is held
-    out, always the same.
-    """
+    """States of a .npy, or `x` of a .npz with labels `y` and conditions `condition`, if any; some rows held out."""
 
     def __init__(
         self, path: str, held_out_fraction: Inside = 0.1, standardize: bool = False, **described: Unpack[Described]
@@ -59,9 +57,7 @@ class ArrayDataset(OwnTensors):
 
 
 def load_numbers(file: Path, member: str, nan: bool = False) -> torch.Tensor:
-    """Return a .npy, or one array of a .npz, (N, ...) in fp32. UserError where it holds no numbers, or a row is not finite
-    in fp32; `nan` may be.
-    """
+    """Return an array of a file, (N, ...) in fp32. UserError where it is none of finite numbers (or NaN, if `nan`)."""
     with reading(file):
         loaded = np.load(file, allow_pickle=False)
         array = loaded if file.suffix == ".npy" else loaded[member]

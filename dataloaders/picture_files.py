@@ -22,10 +22,7 @@ def is_picture(name: str) -> bool:
 
 
 def class_folders(root: Path) -> list[str]:
-    """Return names of the folders in `root`, in order, a class each; none where pictures lie in `root` itself.
-
-    UserError when there is no such folder.
-    """
+    """Return the folders in `root` in order, each a class; none where pictures lie in it. UserError where it is none."""
     if not root.is_dir():
         raise UserError(f"there is no folder {root.absolute()}; put the pictures there, or correct dataloaders.root")
     entries = list(root.iterdir())
@@ -62,10 +59,7 @@ def attribute_classes(attributes: Sequence[str]) -> int:
 
 
 def list_pictures(root: Path) -> list[str]:
-    """Return paths of all pictures below `root`, relative to it, in order; links are followed but to a folder they lie in.
-
-    UserError when there are none.
-    """
+    """Return the pictures below `root`, by paths from it, in order; links to folders around are left. UserError for none."""
     found, above = [], {root: {root.resolve()}}
     for folder, folders, files in os.walk(root, followlinks=True):
         ends = {name: Path(folder, name).resolve() for name in folders if not name.startswith(".")}

@@ -48,10 +48,7 @@ class Moons(PlanarShape):
 
 
 class Circles(PlanarShape):
-    """Two concentric circles: x = 1.5 factor^k (cos a, sin a) + noise eps, a = 2 pi U.
-
-    factor: radius of the inner circle over that of the outer, between 0 and 1.
-    """
+    """Two concentric circles: x = 1.5 factor^k (cos a, sin a) + noise eps, a = 2 pi U; factor: inner radius over outer."""
 
     def __init__(self, factor: Inside = 0.5, noise: NotNegative = 0.05, **common: Unpack[CommonOptions]):
         super().__init__(noise, **common)

@@ -127,9 +127,7 @@ def arrived(read: Read, event: Any) -> Read:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Keep signals from a worker: Ctrl-C reaches every process of a terminal, and torchrun's a whole process group, but the
-    run saves first, then ends its workers itself.
-    """
+    """Keep signals of a terminal, or of torchrun, from a worker: the run saves first, then ends its workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.setpgid(0, 0)
 
@@ -214,10 +212,7 @@ class StreamDataset(FlowDataset):
         described: Mapping[str, object] | None = None,
         condition_shape: Sequence[int] | None = None,
     ):
-        """train, unseen: readers of the training part and of the part held out. described: see FlowDataset.
-
-        UserError for fewer than 2 held out.
-        """
+        """train, unseen: readers of both parts. described: see FlowDataset. UserError for fewer than 2 held out."""
         if len(unseen) < LEAST:
             raise UserError(
                 f"{type(self).__name__} has {len(unseen)} held out to evaluate on, and the scores take {LEAST} or more; "

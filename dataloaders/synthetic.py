@@ -130,10 +130,7 @@ class MixtureRegression(SyntheticDataset):
         weights: Sequence[Positive] | None = None,
         **common: Unpack[CommonOptions],
     ):
-        """means, condition_means: K points each, of one dimension. std, condition_std: of every component, or one for each.
-
-        UserError for points that do not go together.
-        """
+        """means, condition_means: K points each, of one dimension. std, condition_std: one, or K. UserError for others."""
         points = [torch.tensor(of, dtype=torch.float32) for of in (means, condition_means)]
         if points[0].ndim != 2 or points[0].shape != points[1].shape:
             raise UserError(

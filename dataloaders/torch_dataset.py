@@ -73,9 +73,7 @@ class TorchReader(Reader):
         return Read(torch.stack([item.x for item in items]), labels, [])
 
     def item(self, number: int) -> Item:
-        """Return a row. UserError, naming it, where it cannot be read, is of no kind that can be served, or of another kind
-        than the first.
-        """
+        """Return a row. UserError, naming it, where it cannot be read or served, or is of another kind than the first."""
         where = self.name(number)
         try:
             with calling("the data set", self.dataset):

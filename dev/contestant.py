@@ -66,9 +66,7 @@ class Contestant:
         self.gflop, self.live_mb = self.count()
 
     def count(self) -> tuple[float, float]:
-        """Return, of one uncompiled step, forward and backward, the 1e9 floating-point operations, and the MiB of its own
-        tensors that live at once, gradients included.
-        """
+        """Return of one uncompiled step 1e9 operations, and the MiB of its tensors that live at once, gradients included."""
         objective, batch = self.run.state.objective, next(self.groups)[0]
         objective.train()
         counter, memory = FlopCounterMode(display=False), LiveBytes()

@@ -41,9 +41,7 @@ SETS = 50  # for each shift
 
 
 def real(name: str, samples: int, cache: Path) -> Generation:
-    """Return as many real states in the place of samples, as an evaluation of a run on that data hands
-    them to its metrics.
-    """
+    """Return as many real states in the place of samples, as an evaluation on that data hands them to its metrics."""
     words = ["run_name=floor_check", f"dataloaders={name}"]
     images = len(compose_config(words)["dataloaders"]["state_shape"]) == 3
     config = resolved(compose_config(words + (["model=cnn"] if images else [])))

@@ -33,10 +33,7 @@ EVALUATIONS = 32
 
 
 def peer_tables(rounds: int, steps: int, common: str) -> Iterator[Table]:
-    """Yield each table once it is measured, and a sentence, with no rows, for each peer that is missing.
-
-    steps: what is done in one round; common: words for every run.
-    """
+    """Yield each table, of so many rounds of steps, the words common to all runs; and a sentence for each peer missing."""
     there = {name: importlib.util.find_spec(name) is not None for name in ("torchcfm", "flow_matching", "torchdiffeq")}
     for name in (name for name, found in there.items() if not found):
         yield f"{name} is not installed, its rows are left out: pip install 'denoising-zoo[peers]'", []

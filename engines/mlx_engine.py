@@ -41,9 +41,7 @@ def check_parts(objective: Objective) -> None:
 
 
 def take_device(name: str) -> bool:
-    """Let MLX compute on the device of a name, auto being its own choice; return whether that is Metal. UserError for one
-    that is not there.
-    """
+    """Let MLX compute on a device, auto being its own choice; return whether that is Metal. UserError for one not there."""
     if name == "mps" and not mx.metal.is_available():
         raise UserError("device=mps is Metal, which MLX does not find on this machine; use device=auto or device=cpu")
     if name == "cpu":

@@ -21,9 +21,7 @@ CLASSES_LOGGED = 20  # with more classes, only the worst one's accuracy is logge
 
 @dataclass
 class ClassifierEvaluation(Evaluation):
-    """confusion (K, K): how many images of each class (row) were taken for each class (column).
-    class_names: of the K; None: they are numbers.
-    """
+    """confusion (K, K): images of each class (row) taken for each (column). class_names: None where they are numbers."""
 
     confusion: Tensor
     class_names: list[str] | None = None

@@ -192,9 +192,7 @@ class ExactFlow:
         return ExactFlow(self.mixture.to(device, dtype), law_to(self.source, device, dtype), self.path)
 
     def within(self, basis: Tensor) -> "ExactFlow":
-        """Return the flow of coordinates along the columns of basis (D, R), which spans the means, and of the length of what
-        is orthogonal to them.
-        """
+        """Return the flow of coordinates along basis (D, R), which spans the means, and of the length of the rest."""
 
         def seen(law: GaussianMixture) -> GaussianMixture:
             means = torch.nn.functional.pad(law.means @ basis, (0, 1))

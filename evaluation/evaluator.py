@@ -55,9 +55,7 @@ class GeneratorEvaluation(Evaluation):
 
 
 def checked_results(name: str, metric: Metric, generation: Generation, trial: bool = False) -> list[Score | Absent]:
-    """Return a metric's results, or its trial's. UserError where it raises, or returns anything but a list of Score and
-    Absent, or a value that is no number.
-    """
+    """Return a metric's results, or its trial's. UserError where it fails, or gives no list of Score and Absent."""
     with calling(f"the metric {name}", metric):
         given = metric.trial(generation) if trial else metric.results(generation)
     parts = given if isinstance(given, list | tuple) else [given]
@@ -138,9 +136,7 @@ class GeneratorEvaluator(Evaluator):
         return self.final_samples if final and self.metrics else self.samples
 
     def rows(self, objective: FlowObjective, dataset: FlowDataset, solver: Sampler, final: bool) -> int:
-        """Return how many rows an evaluation takes through the network for its samples and its loss, as far as can be known
-        before.
-        """
+        """Return how many rows go through the network for samples and loss, as far as can be known before."""
         each = solver.evaluations_ahead + sum(metric.evaluations_ahead(objective) for metric in self.metrics.values())
         return self.count(final) * each + int(min(self.loss_samples, dataset.held_out_size))
 

@@ -94,10 +94,7 @@ class MixtureWorld(World):
         return share, (z - p.alpha * self.means[:, None]) / std, std
 
     def looked_up(self, y: Tensor, p: PathPoint, label: Tensor | None) -> Tensor:
-        """Return nearly where the noise y (B,) is carried.
-
-        Every path is the linear one in its own clock alpha / (alpha + sigma), of states over alpha + sigma.
-        """
+        """Return nearly where noise y (B,) is carried: every path is the linear one in its own clock, over alpha + sigma."""
         scale, classes = p.alpha + p.sigma, len(self.joint)
         row = torch.full_like(y, classes) if label is None else label
         place = torch.stack([y / NOISE[-1], 2 * p.alpha / scale - 1, 2 * row / classes - 1], dim=-1)

@@ -99,10 +99,7 @@ def few_steps(
 
 
 def few_step_solver(objective: FlowObjective, evaluations: int) -> Sampler:
-    """Return the objective's map where it learns one, else Euler's method, in so many equal steps.
-
-    A map to data alone is noised again between its steps.
-    """
+    """Return the objective's map where it learns one (noised between its steps if to data alone), else Euler's method."""
     if objective.learns == "velocity":
         return Euler(evaluations)
     return FlowMapSolver(evaluations, renoise=objective.learns == "endpoint_map" and evaluations > 1)

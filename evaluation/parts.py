@@ -58,9 +58,7 @@ def build_solver(config: dict[str, Any]) -> Sampler:
 
 
 def build_network(config: dict[str, Any]) -> Network:
-    """Return the model, which takes conditions where the data has them and the run is conditional. UserError for a model of
-    no state_shape, which cannot be made to.
-    """
+    """Return the model, which takes conditions where the run is conditional. UserError for one without state_shape."""
     data, node = config["dataloaders"], config["model"]
     shape = data.get("condition_shape") if config.get("conditional") else None
     if shape is None or derives(node["_target_"], "models.classifier.classifier.Classifier"):

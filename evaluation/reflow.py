@@ -24,10 +24,7 @@ CPU = torch.device("cpu")
 
 
 class TeacherPairs:
-    """Makes paths by a checkpoint's EMA weights, its own source and its own solver, the same ones each time.
-
-    cache: a folder for small sets of them, None for none.
-    """
+    """Makes paths by a checkpoint's EMA weights, source and solver, always the same; small sets are kept in `cache`."""
 
     def __init__(self, cache: str | None = None):
         self.cache = cache

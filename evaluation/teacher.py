@@ -34,9 +34,7 @@ def give_teacher(
 
 
 def exact_velocity(objective: FlowObjective, dataset: FlowDataset, source: Source, device: torch.device) -> Velocity:
-    """Return the velocity of the data's own flow, of each class where there are labels, in fp32. UserError where it is not
-    known.
-    """
+    """Return the velocity of the data's own flow, or of each class's, in fp32. UserError where it is not known."""
     flow = known_flow(objective, dataset, source)
     if isinstance(flow, str):
         without = "" if objective.marginals_only else ", or leave loss.teacher out"

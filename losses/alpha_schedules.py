@@ -25,10 +25,7 @@ class AlphaSchedule(ABC):
 
 
 class SigmoidAlpha(AlphaSchedule):
-    """1 - sigmoid(sharpness (progress - middle) / (end - begin)), middle = (begin + end) / 2 (alpha-Flow).
-
-    Raises UserError unless begin < end.
-    """
+    """1 - sigmoid(sharpness (progress - middle) / (end - begin)) (alpha-Flow). Raises UserError unless begin < end."""
 
     def __init__(self, begin: Share = 0.0, end: Share = 1.0, sharpness: float = 25.0):
         if begin >= end:

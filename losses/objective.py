@@ -178,9 +178,7 @@ class FlowObjective(Standardised, RepeatsDropout, Objective, ABC):
         return x0, x1, label
 
     def drop_labels(self, label: Tensor | None, generator: torch.Generator) -> Tensor | None:
-        """Return labels the network may see: a share of them hidden for a conditional network, none for an unconditional
-        one, which yet hears of an augmentation.
-        """
+        """Return labels the network may see: some hidden for a conditional one, none, but for augmentation, for another."""
         network = self.network
         if label is None or (not network.is_conditional and label.ndim == 1):
             return None

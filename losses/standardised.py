@@ -7,10 +7,7 @@ from torch import Tensor, nn
 
 
 class Standardised(nn.Module):
-    """Learns the flow of (x1 - data_mean) / data_std; both are None where data are learned as they are.
-
-    Velocities and maps are those of the standardised states.
-    """
+    """Learns velocities and maps of (x1 - data_mean) / data_std; both are None where data are learned as they are."""
 
     network: nn.Module
     data_mean: Tensor | None

@@ -28,9 +28,7 @@ def picked_engine(engine: Engine, device: torch.device) -> Engine:
 
 
 def forward_derivative(function: Callable[..., Any], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> tuple[Any, Any]:
-    """Return the value at some tensors and its derivative along others, by torch.func.jvp, attention being computed in the
-    one form that has a forward derivative.
-    """
+    """Return a value and its derivative by torch.func.jvp, attention in the one form that has a forward derivative."""
     with sdpa_kernel(SDPBackend.MATH), in_forward_mode():
         at = tuple(place.clone() for place in at)  # compiled forward mode refuses views
         value, derivative = torch.func.jvp(function, at, along)  # type: ignore[misc]

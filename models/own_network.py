@@ -38,10 +38,7 @@ class Own(Network):
 
 
 class OwnNetwork(Own, VelocityModel):
-    """A network of the unified input, see VelocityModel; forward(unified_input) will do where it knows no classes.
-
-    UserError for a forward that takes something else.
-    """
+    """A network of the unified input, with a label if it knows classes. UserError for a forward that takes others."""
 
     def __init__(self, network: nn.Module, num_classes: int = 0):
         super().__init__(network, num_classes)

@@ -12,10 +12,7 @@ from common.files import own_file
 
 
 class RunLock:
-    """A lock on <folder>/.lock, which the system releases when its process ends, however it ends.
-
-    doing: what its holder does, in words, {} standing for the folder's name.
-    """
+    """A lock on <folder>/.lock, which ends with its process. doing: what its holder does, {} being the folder's name."""
 
     def __init__(self, folder: Path, doing: str = "run {} is being trained") -> None:
         self.folder, self.path, self.doing = folder, folder / ".lock", doing

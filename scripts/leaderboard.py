@@ -179,10 +179,7 @@ def learned(entry: Entry) -> str:
 
 
 def write_tables(board: Board, entries: list[Entry], options: Options, extra: list[str]) -> None:
-    """Write, or for a trial print, the tables of everything that has finished.
-
-    The page that ships, and the log beside it, are replaced once every run has finished.
-    """
+    """Write, or for a trial print, the tables of what has finished; the page that ships, once every run has."""
     results, done = collect(board, entries)
     command = command_of(options, extra)
     above = caption(results, entries, done, command, options.config.name)

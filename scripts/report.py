@@ -170,9 +170,7 @@ def difference_rows(run: RunRecord) -> list[list[str]]:
 
 
 def telling(rows: list[list[str]], *more: str) -> list[list[str]]:
-    """Return the rows of settings that say something of the training; a setting that one run lacks and another leaves empty
-    does not.
-    """
+    """Return the rows of settings that say something of the training; one that is null here and missing there does not."""
     kept = [row for row in rows if row[0].split(".")[0] not in (*UNINTERESTING, *more) and row[0] not in SHOWN_CHOICES]
     return [row for row in kept if not set(row[1:]) <= {"None", "-"}]
 

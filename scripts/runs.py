@@ -216,9 +216,7 @@ def table_of_runs(options: argparse.Namespace) -> str:
 
 
 def delete_runs(options: argparse.Namespace) -> str:
-    """Delete runs of exactly these names: folder, saves, tracker run. UserError, and nothing goes, if one is trained, or
-    saves may lie where this user cannot look.
-    """
+    """Delete runs, their saves and dashboard rows. UserError, and nothing goes, if one is held, or a folder unreadable."""
     folders = [find_run(options.output_dir, name) for name in dict.fromkeys(options.names)]
     saves = options.output_dir / "ckpts"
     folders_of_saves = (path for path in (saves, *saves.rglob("*")) if path.is_dir())
@@ -257,11 +255,7 @@ def delete_tracked(folder: RunFolder, dry_run: bool) -> int:
 
 
 def find_run(output_dir: Path, name: str) -> RunFolder:
-    """Return the run of that name.
-
-    Raises:
-        UserError: there is none; the message names the nearest.
-    """
+    """Return the run of that name. UserError, which names the nearest, where there is none."""
     folders = run_folders(output_dir)
     if name in folders:
         return folders[name]

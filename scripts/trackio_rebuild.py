@@ -49,10 +49,7 @@ def carry_out(words: list[str]) -> str:
 
 
 def rebuild(folder: RunFolder, project: str | None) -> tuple[str, int]:
-    """Write the run's rows and pictures again, as its resume from the last row would; the project and the number of rows.
-
-    UserError when trackio cannot.
-    """
+    """Write a run's rows and pictures again; return its project and the number of rows. UserError when trackio cannot."""
     config = folder.read_config() if folder.config_path.is_file() else {}
     settings = config.get("trackio")
     project = project or str(settings.get("project", "denoising-zoo") if isinstance(settings, dict) else "denoising-zoo")

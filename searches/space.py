@@ -86,9 +86,7 @@ def divided(words: list[str]) -> tuple[list[str], list[Override]]:
 
 
 def varied_by(override: Override, setting: Setting | None) -> Varied:
-    """Return what an override varies; setting: what its key may be, where that is declared. UserError for what is no search
-    space.
-    """
+    """Return what an override varies; setting: what its key may be, if declared. UserError for what is no search space."""
     value, key, typed = override.value(), override.key_or_group, str(override.input_line)
     if isinstance(value, IntervalSweep):
         return interval(key, typed, value, setting)

@@ -56,9 +56,7 @@ class Sampler(ABC):
     def sample(
         self, flow: FlowObjective, x0: Tensor, label: Tensor | None, fresh: FreshNoise, callback: StepCallback | None = None
     ) -> Tensor:
-        """Return samples (B, ...) from the noise x0 (B, ...), for label (B,) or None. callback sees (state, time) at every
-        point of the grid.
-        """
+        """Return samples (B, ...) from noise x0 (B, ...), label (B,) or None. callback sees (state, time) on the grid."""
 
     def check(self, flow: FlowObjective) -> None:
         """Raise UserError when this sampler cannot use what the objective learns; called before a run trains."""

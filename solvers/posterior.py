@@ -18,9 +18,7 @@ EARLIEST = 0.01  # time from which on the covariance is computed: at t = 0 it is
 
 @dataclass(frozen=True)
 class Observation:
-    """y = A x1 + noise: value (M, ...) or (B, M, ...), operator x1 (B, ...) -> (B, M, ...) linear or affine, noise > 0 the
-    standard deviation of each entry.
-    """
+    """y = A x1 + noise: value ((B,) M, ...), operator x1 (B, ...) -> (B, M, ...) linear or affine, noise > 0 its std."""
 
     value: Tensor
     operator: Callable[[Tensor], Tensor]

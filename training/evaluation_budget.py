@@ -88,10 +88,7 @@ class EvaluationRows:
 
 
 def rows_of_evaluations(run: Run, evaluator: GeneratorEvaluator) -> EvaluationRows:
-    """Return those of a run of images.
-
-    A rule of the shape, the network and the length of the run alone, a training step counted as three forward passes.
-    """
+    """Return those of a run of images, by its shape, network and length alone; a step counts as three forward passes."""
     flow = run.inputs.flow
     assert flow is not None
     passes, given = 1 + isinstance(flow.network, Guidance), (flow, run.dataset, run.inputs.solver)

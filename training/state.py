@@ -152,9 +152,7 @@ def shares(optimizer: torch.optim.Optimizer, part: Any, state: dict[str, Any]) -
 
 
 def match_layout(optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimizer's tensors the memory layout of their weights, which fused kernels rely on: a save from another kind
-    of device may have another layout.
-    """
+    """Give the optimizer's tensors the layout of their weights, on which fused kernels rely: another device's may differ."""
     for weight, slots in optimizer.state.items():
         for name, value in slots.items():
             if isinstance(value, Tensor) and value.shape == weight.shape and value.stride() != weight.stride():

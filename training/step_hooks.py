@@ -93,9 +93,7 @@ def copies(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 
 def obeys_found_inf(state: TrainState) -> bool:
-    """Return whether the optimizer's step does nothing where its found_inf is 1: fused ones, but not on MPS, where they
-    ignore it.
-    """
+    """Return whether the optimizer's step does nothing where its found_inf is 1: fused ones but on MPS."""
     on_mps = state.trainable()[0].device.type == "mps"
     return not on_mps and all(group.get("fused") for group in state.optimizer.param_groups)
 

@@ -45,9 +45,7 @@ LINES = {  # of losses: what they are called, colour and style
 
 
 def picture(title: str, verdict: str, by_time: dict[str, np.ndarray]) -> Figure:
-    """Return the two panels; by_time: arrays (8,) as Memorisation.by_time has them; older runs have no
-    nearest_posterior.
-    """
+    """Return the two panels; by_time: arrays (8,) as of Memorisation; older runs have no nearest_posterior."""
     copying, held_out = by_time["copying"], by_time["copying_held_out"]
     figure = new_figure(430, title, verdict, 1000)
     left, right = figure.subplots(1, 2)

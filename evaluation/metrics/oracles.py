@@ -68,9 +68,7 @@ def conditional_flow(
 
 
 def why_other_pairs(objective: FlowObjective, of_map: bool = False) -> str | None:
-    """Return why the objective's pairs of noise and data have no flow, or of_map no map, known in closed form; None for
-    independent ones.
-    """
+    """Return why the flow of the objective's pairs, or of_map their map, is not known in closed form; None where it is."""
     pairs = objective.coupling
     kept = of_map and isinstance(pairs, ReflowCoupling) and pairs.made is not None and pairs.made.of_data
     if isinstance(pairs, IndependentCoupling) or kept:
@@ -159,10 +157,7 @@ class OracleVelocity(Oracle):
     def squares(
         self, generation: Generation, objective: FlowObjective, flow: KnownFlow, sampler: TimeSampler, hidden: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return times over the last one, |v - v*|^2 and |v*|^2 (N,) at states on the path.
-
-        hidden: a share of the labels is null, as in the loss.
-        """
+        """Return times over the last one, |v - v*|^2 and |v*|^2 (N,) on the path. hidden: drop labels as the loss does."""
         count, generator = self.final_draws if generation.final else self.draws, generator_for(0, "oracle/velocity")
         with one_thread():
             x1, label = flow.plain.data(count, generator)

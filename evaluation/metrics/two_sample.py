@@ -122,9 +122,6 @@ class TwoSampleMetric(Metric):
         return found[0] + [distance for part in found[1:] for distance in part[2:]]
 
     def of_splits(self, pool: Tensor, first: int, splits: int, generator: torch.Generator) -> list[float]:
-        """Return the distances between the parts of random splits of pool (N, D): `first` states, and the rest.
-
-        generator: on the CPU.
-        """
+        """Return the distances of `first` random states of pool (N, D) to the rest, by split. generator: on the CPU."""
         orders = (torch.randperm(len(pool), generator=generator).to(pool.device) for _ in range(splits))
         return [self.distance(pool[order[:first]], pool[order[first:]]) for order in orders]

@@ -33,10 +33,7 @@ class Attention(nn.Module):
 
 
 class ResidualBlock(Recomputed):
-    """Two 3x3 convolutions, then attention if asked; the embedding scales and shifts the second normalisation.
-
-    x (B, inputs, H, W), embedding (B, E) -> (B, outputs, H, W).
-    """
+    """Two 3x3 convolutions (B, inputs, H, W) -> (B, outputs, H, W), modulated by embedding (B, E); attention if asked."""
 
     def __init__(self, inputs: int, outputs: int, attention: bool, embedding: int, dropout: float):
         super().__init__()
