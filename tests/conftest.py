@@ -215,9 +215,8 @@ def write_tree(place: Path) -> dict[str, Any]:
 def write_imagenet(place: Path) -> dict[str, Any]:
     """Three class folders of 84 training pictures each, 81 of them held out in all."""
     for part, count in (("train", 84), ("val", 27)):
-        write_pictures(
-            place / part, [f"n0{k}/n0{k}_{i}.JPEG" for k in (1443537, 1484850, 2) for i in range(count)], (20, 17)
-        )
+        names = [f"n0{k}/n0{k}_{i}.JPEG" for k in (1443537, 1484850, 2) for i in range(count)]
+        write_pictures(place / part, names, (20, 17))
     return {"root": str(place), "size": 16}
 
 
@@ -272,9 +271,8 @@ def write_encoded(place: Path) -> dict[str, Any]:
 
 def idx(array: np.ndarray) -> bytes:
     """An array as MNIST's files hold it."""
-    return (
-        b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.astype(np.uint8).tobytes()
-    )
+    sizes = struct.pack(f">{array.ndim}I", *array.shape)
+    return b"\0\0\x08" + bytes([array.ndim]) + sizes + array.astype(np.uint8).tobytes()
 
 
 def write_mnist(place: Path) -> dict[str, Any]:

@@ -61,9 +61,7 @@ def shown() -> list[str]:
                             r"(?m)^(?:.*&& )?(?:uv run )?(python (?:\w+/)?\w+\.py\b.*)$", text)  # fmt: skip
         if page.suffix == ".md":
             found += [" ".join(code.split()) for code in re.findall(r"`(python (?:\w+/)?\w+\.py[^`]*)`", text)]
-    return [
-        command for command in dict.fromkeys(found) if "loss=late" not in command
-    ]  # the loss the README shows how to add
+    return [command for command in dict.fromkeys(found) if "loss=late" not in command]  # which the README shows how to add
 
 
 @cache
@@ -131,14 +129,8 @@ def test_the_python_shown_runs(page, heading, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / page).read_text(encoding="utf-8")
     code = text.partition(f"\n{heading}\n")[2].partition("```python\n")[2].partition("```")[0]
-    small = (
-        "trackio.enabled=false",
-        "max_steps=2",
-        "solver.steps=2",
-        "evaluation.samples=50",
-        "evaluation.final_samples=50",
-        "device=cpu",
-    )
+    counts = ("max_steps=2", "solver.steps=2", "evaluation.samples=50", "evaluation.final_samples=50")
+    small = (*counts, "trackio.enabled=false", "device=cpu")
     run, prepare = launcher.run, experiment.prepare
     monkeypatch.setattr(launcher, "run", lambda *words: run(*words, *small))
     monkeypatch.setattr(experiment, "prepare", lambda words, own: prepare([*words, *small], own))
@@ -170,9 +162,6 @@ def test_the_folders_shown_are_made_and_a_recipe_draws_one_from_the_other(tmp_pa
 def test_every_choice_that_is_named_exists():
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES if page.suffix == ".md")
     named = re.findall(r"(?<![\w.-])([a-z]+(?:/[a-z_]+)?)=([a-z][a-z0-9_]*)\b", text)
-    unknown = {
-        (group, name)
-        for group, name in named
-        if group in groups() and name not in (*groups()[group], "late", "huber", "null")
-    }
+    known = {group: {*choices, "late", "huber", "null"} for group, choices in groups().items()}
+    unknown = {(group, name) for group, name in named if group in known and name not in known[group]}
     assert not unknown

@@ -241,9 +241,8 @@ def test_a_tracker_cut_short_is_completed_by_the_next_sync(
 
 
 def test_broken_runs_get_a_sentence_each_and_the_others_come(volume: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torn, headless, old, damaged, halved = (
-        add_run(volume, name) for name in ("torn", "headless", "old", "damaged", "halved")
-    )
+    names = ("torn", "headless", "old", "damaged", "halved")
+    torn, headless, old, damaged, halved = (add_run(volume, name) for name in names)
     torn.metrics.path.write_bytes(torn.metrics.path.read_bytes()[:-20])
     headless.status.path.unlink()
     old.config_path.write_text("version: 0\nrun_name: old\n")

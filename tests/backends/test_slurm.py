@@ -72,9 +72,8 @@ def test_a_run_is_submitted_as_the_dry_run_printed_it(cluster, tmp_path, capsys)
     assert lines.index("module load cuda") + 1 == lines.index('export A="b c"') < lines.index("esac")
     place = tmp_path / "outputs/submitted" / checkout.digest(checkout.code())[:16]
     assert f"code={place}" in lines and (place / "launcher.py").read_bytes() == (ROOT / "launcher.py").read_bytes()
-    shell = subprocess.run(
-        ["bash", "-c", f'{run_lines(script)[0][3:-3]}; printf "%s\\n" "${{run[@]}}"'], capture_output=True, text=True
-    )
+    command = f'{run_lines(script)[0][3:-3]}; printf "%s\\n" "${{run[@]}}"'
+    shell = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert shell.stdout.splitlines() == ["run_name=alone2", "log.source='it\\'s $HOME; `ls`'", "devices=1"]
     note = json.loads((tmp_path / "outputs/submitted/jobs/7.json").read_text())
     assert note["runs"] == {"alone2": prepare(note["runs"]["alone2"])["overrides"]} and not note["array"]
@@ -100,9 +99,8 @@ def test_a_sweep_is_one_array_of_what_is_left_to_do(cluster, tmp_path, capsys):
     slurm_queue.note_submission(tmp_path / "outputs", "7", "s", {"s_seed=0": [], "s_seed=5": [], "s_seed=9": []})
     words = [*ON_CPU, "-m", "run_name=s", "seed=0,1,2,3"]
     finished = RunFolder(tmp_path / "outputs/runs/s_seed=1")
-    finished.write_config(
-        yaml.safe_dump({"overrides": Sweep(["backend=slurm", *words[2:4], *words[5:]]).left()[1]["overrides"]}), []
-    )
+    overrides = Sweep(["backend=slurm", *words[2:4], *words[5:]]).left()[1]["overrides"]
+    finished.write_config(yaml.safe_dump({"overrides": overrides}), [])
     finished.status.write("finished", 5, 1, 1.0)
     cluster_before = (tmp_path / "outputs/submitted/jobs/7.json").rename(tmp_path / "outputs/submitted/jobs/1.json")
     assert launcher.main(words) == 0

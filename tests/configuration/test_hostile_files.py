@@ -33,9 +33,7 @@ def test_a_configuration_in_a_checkpoint_calls_nothing_but_what_configs_name(sma
     for key in part.split("."):
         node = node[key]
     node.clear()
-    node.update(
-        {"_target_": "run_files.provenance.subprocess.check_output", "args": f"touch {tmp_path / 'harm'}", "shell": True}
-    )
+    node |= {"_target_": "run_files.provenance.subprocess.check_output", "shell": True, "args": f"touch {tmp_path / 'harm'}"}
     torch.save(payload, tmp_path / "hostile.pt")
     with pytest.raises(UserError, match=r"wants run_files\.provenance\.subprocess\.check_output called"):
         load(tmp_path / "hostile.pt", device="cpu")

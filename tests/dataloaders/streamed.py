@@ -20,9 +20,8 @@ Official = Callable[[str], dict[str, Any]]
 
 def build(name: str, settings: dict[str, Any], *more: str, model: str = "cnn") -> Any:
     words = [f"dataloaders.{key}={value}".replace(" ", "") for key, value in settings.items()]
-    config = resolved(
-        compose_config(["run_name=x", f"model={model}", f"dataloaders={name}", "num_workers=0", *words, *more])
-    )
+    chosen = ["run_name=x", f"model={model}", f"dataloaders={name}", "num_workers=0"]
+    config = resolved(compose_config([*chosen, *words, *more]))
     return build_dataset(config, torch.device("cpu"))
 
 

@@ -96,11 +96,8 @@ def test_pictures_of_any_kind_show_what_they_hold(tmp_path: Path, channels: int)
     clear.save(tmp_path / "e.png")
     clear.quantize(2).save(tmp_path / "f.png")
     Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "g.png", transparency=(255, 0, 0))
-    bad = {
-        "x.tif": (255 * ramp).astype(np.float32),
-        "y.tif": np.full((8, 8), 70_000, np.int32),
-        "z.tif": np.full((8, 8), np.nan),
-    }
+    far, nothing = np.full((8, 8), 70_000, np.int32), np.full((8, 8), np.nan)
+    bad = {"x.tif": (255 * ramp).astype(np.float32), "y.tif": far, "z.tif": nothing}
     for name, pixels in bad.items():
         Image.fromarray(pixels.astype(np.float32 if pixels.dtype == float else pixels.dtype)).save(tmp_path / name)
     reader = PictureReader(tmp_path, [*kinds, "e.png", "f.png", "g.png", *bad], None, 8, "whole", channels)

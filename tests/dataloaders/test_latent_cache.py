@@ -68,9 +68,8 @@ def test_latents_are_drawn_from_their_moments_half_of_them_mirrored(official: Of
     assert drawn.dtype == torch.float32 and abs(drawn.mean() - 1.5) < 0.01 and abs(drawn.std() - 0.25) < 0.01
     numbers = dataset.chosen(torch.arange(2000), torch.Generator().manual_seed(0))
     assert torch.equal(numbers // 2, torch.arange(2000)) and abs((numbers % 2).float().mean() - 0.5) < 0.05
-    (first, _), (again, _) = (
-        next(dataset.epoch(EpochPlan(9, generator_for(0, "o"), torch.Generator().manual_seed(k)))) for k in (0, 1)
-    )
+    plans = (EpochPlan(9, generator_for(0, "o"), torch.Generator().manual_seed(k)) for k in (0, 1))
+    (first, _), (again, _) = (next(dataset.epoch(plan)) for plan in plans)
     assert not torch.equal(first, again) and torch.allclose(first, again, atol=20 * float(std.max()))
 
 

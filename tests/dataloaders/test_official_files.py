@@ -300,9 +300,8 @@ def test_photos_are_pieces_of_the_photographs_the_same_in_every_run() -> None:
 
     first, again = Photos(crops=40, held_out_crops=10), Photos(crops=40, held_out_crops=10)
     assert torch.equal(first.states, again.states) and first.labels is not None
-    windows = [
-        np.lib.stride_tricks.sliding_window_view(image, (SIDE, SIDE), axis=(0, 1)) for image in load_sample_images().images
-    ]
+    view = np.lib.stride_tricks.sliding_window_view
+    windows = [view(image, (SIDE, SIDE), axis=(0, 1)) for image in load_sample_images().images]
     for piece, label in zip(first.states.numpy()[:6], first.labels.tolist()[:6], strict=True):
         corner = (windows[label][:, :, :, 0, 0] == piece[:, 0, 0]).all(axis=2)
         assert any((windows[label][row, column] == piece).all() for row, column in np.argwhere(corner))

@@ -133,7 +133,6 @@ def test_a_run_on_streamed_pictures_resumes_in_the_middle_of_an_epoch(
     with contextlib.suppress(SystemExit):
         small_run("x", *words, "max_steps=4", output="parts")
     small_run("x", "resume=true", "max_steps=11", "num_workers=1", output="parts")
-    saved = [
-        torch.load(tmp_path / place / "ckpts/cnn/x_last.pt", weights_only=True)["network"] for place in ("whole", "parts")
-    ]
+    saves = (tmp_path / place / "ckpts/cnn/x_last.pt" for place in ("whole", "parts"))
+    saved = [torch.load(save, weights_only=True)["network"] for save in saves]
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])

@@ -71,11 +71,8 @@ def test_what_items_draw_depends_on_seed_and_batch_alone_and_leaves_the_default_
         plan = EpochPlan(50, generator_for(seeds, "order", epoch), torch.Generator(), start)
         epochs.append(torch.cat([x for x, _ in dataset.epoch(plan)]))
     first, again, other, rest = epochs
-    drawn = [
-        x
-        for epoch in (0, 1)
-        for x, _ in TorchDataset(Noise()).epoch(replace(plan, start=0, order=generator_for(0, "order", epoch)))
-    ]
+    plans = [replace(plan, start=0, order=generator_for(0, "order", epoch)) for epoch in (0, 1)]
+    drawn = [x for own in plans for x, _ in TorchDataset(Noise()).epoch(own)]
     assert len(torch.cat(drawn).unique(dim=0)) == 2 * 360
     assert torch.equal(first, again) and not torch.equal(first.sort(0)[0], other.sort(0)[0])
     assert torch.equal(rest, first[100:]) and torch.equal(torch.get_rng_state(), before)
@@ -138,9 +135,8 @@ def test_a_row_beyond_those_that_were_read_first_is_named_by_whoever_reads_it(wo
 
 def test_a_value_beyond_the_range_of_those_that_were_read_first_is_named() -> None:
     pictures: list[object] = [torch.zeros(1, 2, 2)] * 39 + [torch.full((1, 2, 2), 1.5)]
-    dataset = TorchDataset(
-        Given(pictures), state_shape=(1, 2, 2), num_classes=0, value_range=(0.0, 1.0), condition_shape=None
-    )
+    described = {"state_shape": (1, 2, 2), "num_classes": 0, "value_range": (0.0, 1.0), "condition_shape": None}
+    dataset = TorchDataset(Given(pictures), **described)
     with pytest.raises(UserError, match=r"item 39 of Given has values from 1.5 to 1.5, outside .*value_range=\[0.0,1.0\]"):
         list(dataset.epoch(EpochPlan(40, torch.Generator(), torch.Generator())))
 

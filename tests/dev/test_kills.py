@@ -128,9 +128,8 @@ def test_two_sweeps_at_once_in_one_project_keep_apart(tmp_path):
              "model.width=8", "log_every=1", "batch_size=64", "epochs=3", "device=cpu", "callbacks=none",
              f"output_dir={tmp_path}", f"log.file={tmp_path / 'log.md'}"]  # fmt: skip
     environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio")}
-    sweeps = [
-        Forked("launcher.py", "-m", f"run_name={name}", "seed=0,1", *words, cwd=ROOT, env=environment) for name in ("a", "b")
-    ]
+    words = ["seed=0,1", *words]
+    sweeps = [Forked("launcher.py", "-m", f"run_name={name}", *words, cwd=ROOT, env=environment) for name in ("a", "b")]
     for sweep in sweeps:
         said = sweep.communicate()
         assert sweep.returncode == 0, said

@@ -31,9 +31,8 @@ def tensor(*values: float) -> Tensor:
 
 SINGLE = GaussianMixture(tensor(1.0), tensor(0.7)[:, None], tensor(0.4))
 MIXTURE = GaussianMixture(tensor(0.35, 0.65), tensor(-1.2, 0.9)[:, None], tensor(0.3, 0.5))
-PLANE = GaussianMixture(
-    tensor(0.2, 0.5, 0.3), torch.tensor([[-1.0, 0.5], [1.2, 0.3], [0.1, -1.4]]).double(), tensor(0.3, 0.6, 0.4)
-)
+MEANS = torch.tensor([[-1.0, 0.5], [1.2, 0.3], [0.1, -1.4]]).double()
+PLANE = GaussianMixture(tensor(0.2, 0.5, 0.3), MEANS, tensor(0.3, 0.6, 0.4))
 
 
 def named(path: ProbabilityPath) -> str:

@@ -308,9 +308,7 @@ def test_the_progress_of_an_evaluation_counts_all_rows(
     flow.network.register_forward_hook(lambda module, given, answer: seen.append(len(given[0])))
     counted = list[int]()
     real = evaluator.watched
-    monkeypatch.setattr(
-        evaluator, "watched", lambda network, what, rows: (counted.append(rows), real(network, what, rows))[1]
-    )
+    monkeypatch.setattr(evaluator, "watched", lambda network, what, rows: counted.append(rows) or real(network, what, rows))
     run.evaluate(final=False)
     assert [sum(seen)] == counted == [run.evaluator.all_rows(flow, run.dataset, run.inputs.solver, final=False)]
 

@@ -42,9 +42,8 @@ def test_derivatives_of_the_mean_velocity_are_exact(path):
     t = torch.linspace(0.4, 0.97, len(r), dtype=torch.float64)
     tangents = (0.5 * torch.ones_like(z), torch.ones_like(r), -0.3 * torch.ones_like(r))
     derivative = torch.func.jvp(lambda *at: world.mean_velocity(*at), (z, r, t), tangents)[1]
-    ahead, behind = (
-        world.mean_velocity(*(x + e * d for x, d in zip((z, r, t), tangents, strict=True))) for e in (step, -step)
-    )
+    moved = lambda e: (x + e * d for x, d in zip((z, r, t), tangents, strict=True))  # noqa: E731
+    ahead, behind = (world.mean_velocity(*moved(e)) for e in (step, -step))
     torch.testing.assert_close(derivative[3:], ((ahead - behind) / (2 * step))[3:], rtol=1e-4, atol=1e-4)
 
 

@@ -175,9 +175,8 @@ def test_guidance_folded_into_training_is_the_guided_flow(tmp_path: Path) -> Non
     flow = known_flow(made.objective, made.dataset, made.source)
     assert isinstance(flow, GuidedFlow) and (flow.scale, flow.interval) == (3.0, (0.2, 0.8))
     z, label = states(), torch.arange(40) % 3
-    torch.testing.assert_close(
-        flow(z, numbers(0.5), label), cfg(LinearPath(), 3.0)(z, numbers(0.5), label), atol=1e-6, rtol=0
-    )
+    guided = cfg(LinearPath(), 3.0)(z, numbers(0.5), label)
+    torch.testing.assert_close(flow(z, numbers(0.5), label), guided, atol=1e-6, rtol=0)
     torch.testing.assert_close(flow(z, numbers(0.9), label), flow.strong(z, numbers(0.9), label))
     twice = replace(made, objective=guided(made.objective, ClassifierFreeGuidance(made.objective.network, 2.0)))
     assert "guided once more" in str(known_flow(twice.objective, made.dataset, made.source))
@@ -246,9 +245,8 @@ def test_the_budget_tells_the_field_from_the_solver_and_from_guidance(tmp_path: 
     flow = known_flow(several.objective, several.dataset, several.source)
     assert isinstance(flow, GuidedFlow) and moved.name == "oracle/budget_guidance"
     noise, label = several.noise[:60].double(), None if several.label is None else several.label[:60]
-    away = (
-        (flow.flow_map(noise, 0.0, 1.0, label) - flow.strong.flow_map(noise, 0.0, 1.0, label)).square().sum(1).mean().sqrt()
-    )
+    guided, plain = (one.flow_map(noise, 0.0, 1.0, label) for one in (flow, flow.strong))
+    away = (guided - plain).square().sum(1).mean().sqrt()
     assert moved.value == pytest.approx(away.item(), rel=1e-6) and away > 0.1
 
 

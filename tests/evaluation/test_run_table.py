@@ -72,9 +72,8 @@ def test_false_alarms_of_equal_configurations_are_rare_and_large_differences_are
 
 @pytest.mark.parametrize("state", ["failed", "interrupted", OF_ANOTHER])
 def test_unfinished_runs_are_last_and_not_in_the_mean(state):
-    text = closing_table(
-        [run("1", 0, -5.0, state), run("2", 0, 2.0), run("2", 1, 4.0, state), run("3", 0, 2.5)], "runs", "b"
-    )
+    runs = [run("1", 0, -5.0, state), run("2", 0, 2.0), run("2", 1, 4.0, state), run("3", 0, 2.5)]
+    text = closing_table(runs, "runs", "b")
     lines = text.splitlines()[2:5]
     assert [line.split("x_lr=")[1][0] for line in lines] == ["2", "3", "1"] and lines[0].startswith("*")
     assert f"1 finished, 1 {state}" in lines[0] and "2  " in lines[0] and "against the best" not in text

@@ -78,9 +78,8 @@ def test_beta_draws_are_beta(alpha):
 
 def test_mixup_mixes_images_and_losses_alike_and_depends_on_the_generator_alone():
     loss = CrossEntropyLoss(Plain(), mixup=1.0)
-    one, two = (
-        loss.batch(GaussianSource([5, 1, 1]), images(LOGITS), LABEL, torch.Generator().manual_seed(3), 0.5) for _ in range(2)
-    )
+    given = (GaussianSource([5, 1, 1]), images(LOGITS), LABEL)
+    one, two = (loss.batch(*given, torch.Generator().manual_seed(3), 0.5) for _ in range(2))
     assert torch.equal(one.images, two.images) and one.share is not None and 0 < one.share.max() <= 0.5
     row = int(one.share.argmax())
     other = next(k for k in range(64) if torch.allclose(

@@ -84,9 +84,8 @@ def test_the_drift_is_its_double_sum_over_the_other_rows_of_the_same_label():
 
 def test_exchanging_data_and_samples_turns_the_drift_round_so_that_between_equals_its_mean_is_exactly_zero():
     x, one, other = torch.randn(3, 9, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    there, back = (
-        drifting(tau=(0.1, 1.0)).drift(torch.cat([x[:1], a[1:]]), b, None)[0] for a, b in ((one, other), (other, one))
-    )
+    pairs = ((one, other), (other, one))
+    there, back = (drifting(tau=(0.1, 1.0)).drift(torch.cat([x[:1], a[1:]]), b, None)[0] for a, b in pairs)
     assert there.norm() > 0.1
     torch.testing.assert_close(there, -back)
 

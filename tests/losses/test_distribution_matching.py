@@ -66,9 +66,8 @@ def test_samples_of_some_rows_move_by_the_difference_of_the_scores(path, fake_ro
     score = lambda mean, std: -(z - p.alpha * mean) / ((p.alpha * std) ** 2 + p.sigma**2)  # noqa: E731
     difference = p.sigma**2 / p.alpha * (score(-0.3, 1.1) - score(MEAN, STD))
     terms = loss(batch)
-    torch.testing.assert_close(
-        terms["generator"], 2 * difference[:rows].square().mean(), rtol=1e-4, atol=1e-6, check_dtype=False
-    )
+    expected = 2 * difference[:rows].square().mean()
+    torch.testing.assert_close(terms["generator"], expected, rtol=1e-4, atol=1e-6, check_dtype=False)
     mean, std = torch.autograd.grad(terms["loss"], [loss.network.mean, loss.network.std])
     torch.testing.assert_close(mean, 4 * difference[:rows].mean(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(std, 4 * (difference * batch.raw_source)[:rows].mean(), rtol=1e-4, atol=1e-5)

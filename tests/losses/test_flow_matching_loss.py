@@ -106,9 +106,8 @@ def expected_gradient(network: ExactNetwork, world: str, inner: Weighting | None
     """The gradient in theta of the expected loss over noise, data and TIMES."""
     x0, x1, probability = (torch.cat([part] * len(TIMES)) for part in grid(world))
     weighting = QuadratureWeighting(probability / len(TIMES), inner or UniformWeighting())
-    loss = objective(
-        network, path=network.path, prediction=network.kind, time_sampler=GivenTimes(), weighting=weighting, **parts
-    )
+    parts |= {"time_sampler": GivenTimes(), "weighting": weighting}
+    loss = objective(network, path=network.path, prediction=network.kind, **parts)
     batch = loss.draw(x0, x1, None, torch.Generator())
     (gradient,) = torch.autograd.grad(loss(batch)["loss"], network.theta)
     return gradient.abs().max()

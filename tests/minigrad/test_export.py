@@ -46,9 +46,8 @@ def test_numpy_draws_what_torch_draws(name, shared_run, tmp_path, capsys):
 
 def test_what_has_no_such_form_is_one_sentence(shared_run, tmp_path, capsys):
     ckpt = shared_run("flow", "loss=mse", "max_steps=20") / "ckpts" / "mlp" / "flow_last.pt"
-    digits = shared_run(
-        "digits", "dataloaders=digits", "model=cnn", "model.width=8", "dataloaders.epoch_size=1438", "max_steps=1"
-    )
+    small = ("model.width=8", "dataloaders.epoch_size=1438", "max_steps=1")
+    digits = shared_run("digits", "dataloaders=digits", "model=cnn", *small)
     out = f"out={tmp_path / 'x.npz'}"
     cases = [
         ([f"ckpt={ckpt}", out, "solver=dopri5"], "Dopri5 cannot be exported; add solver=midpoint"),

@@ -41,15 +41,8 @@ SINGLES = {
     "transpose": lambda a: a.transpose(0, 2, 1) * 2.0 if isinstance(a, Tensor) else a.permute(0, 2, 1) * 2.0,
     "T": lambda a: a.T if isinstance(a, Tensor) else a.permute(2, 1, 0),
 }
-MATMULS = [
-    ((3,), (3,)),
-    ((2, 3), (3,)),
-    ((3,), (3, 2)),
-    ((2, 3), (3, 4)),
-    ((5, 2, 3), (3, 4)),
-    ((1, 2, 3), (4, 3, 2)),
-    ((3,), (4, 3, 2)),
-]
+MATMULS = [((3,), (3,)), ((2, 3), (3,)), ((3,), (3, 2)), ((2, 3), (3, 4)), ((5, 2, 3), (3, 4))]
+MATMULS += [((1, 2, 3), (4, 3, 2)), ((3,), (4, 3, 2))]
 
 
 def drawn(shape: tuple[int, ...], seed: int) -> np.ndarray:

@@ -168,10 +168,8 @@ def test_conditions_of_a_file_stay_with_their_rows(tmp_path: Path) -> None:
     dataset = ArrayDataset(str(tmp_path / "a.npz"))
     states, label = dataset.training_part(40)
     assert label is not None and dataset.condition_shape == (1, 2, 2) and dataset.num_classes == 3
-    of = {
-        tuple(row): (c, *flat)
-        for row, c, flat in zip(x.astype("f").tolist(), classes, y.reshape(40, 4).astype("f").tolist(), strict=True)
-    }
+    rows = zip(x.astype("f").tolist(), classes, y.reshape(40, 4).astype("f").tolist(), strict=True)
+    of = {tuple(row): (c, *flat) for row, c, flat in rows}
     for state, row in zip(states.tolist(), label.tolist(), strict=True):
         assert (row[0], *row[2:]) == of[tuple(state)] and row[1] == 1
 

@@ -298,9 +298,8 @@ for n in range(3):
 @pytest.mark.process
 @pytest.mark.parametrize("note", ["the work goes on", ""])
 def test_a_reader_that_leaves_costs_a_line_and_not_the_process(note: str) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", TALKER, note], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command, pipe = [sys.executable, "-c", TALKER, note], subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     said = process.stderr.read().splitlines()

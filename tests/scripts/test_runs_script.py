@@ -137,9 +137,8 @@ def test_show_tells_overrides_metrics_and_files(output_dir: Path, capsys: pytest
     assert cells(lines, "eval/accuracy") == ["eval/accuracy", "0.8", "0.9"]
     assert cells(lines, "train/loss") == ["train/loss", "0.8"]
     assert any("metrics.jsonl" in line and "KiB" in line for line in lines)
-    RunFolder(output_dir / "runs/moons_mlp").metrics.append(
-        200, 2, 90.0, {"eval/w2": 0.5, "eval/w2_floor": 0.7, "eval/nfe": 50.0}
-    )
+    scores = {"eval/w2": 0.5, "eval/w2_floor": 0.7, "eval/nfe": 50.0}
+    RunFolder(output_dir / "runs/moons_mlp").metrics.append(200, 2, 90.0, scores)
     _, lines, _ = run_main(capsys, "show", "moons_mlp", "--output-dir", output_dir)
     assert cells(lines, "eval/w2")[1:] == ["0.5", "0.5"]
     assert [cells(lines, name)[1:] for name in ("eval/w2_floor", "eval/nfe")] == [["0.7"], ["50"]]

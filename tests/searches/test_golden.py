@@ -42,9 +42,8 @@ def checkpoint(shared_run):
 
 
 def searched(checkpoint, *words):
-    search = golden.search_of(
-        [f"ckpt={checkpoint}", "key=guidance.scale", "solver.steps=4", "n=60", "repeats=3", "device=cpu", *words]
-    )
+    own = ["key=guidance.scale", "solver.steps=4", "n=60", "repeats=3", "device=cpu"]
+    search = golden.search_of([f"ckpt={checkpoint}", *own, *words])
     return golden.scored(search, load(checkpoint, "cpu")), search
 
 

@@ -26,9 +26,8 @@ class FakeSlurm:
         self.most, self.before_noted = 0, False
 
     def __call__(self, command: list[str], given: str | None = None, environment: dict[str, str] | None = None) -> str:
-        return {"sinfo": lambda: "main\n", "sbatch": lambda: self.sbatch(command, given or ""), "squeue": self.squeue}[
-            command[0]
-        ]()
+        said = {"sinfo": lambda: "main\n", "sbatch": lambda: self.sbatch(command, given or ""), "squeue": self.squeue}
+        return said[command[0]]()
 
     def sbatch(self, command: list[str], script: str) -> str:
         if "--parsable" not in command:

@@ -48,9 +48,8 @@ def test_a_grid_has_every_combination_once(planned, runs):
 
 
 def test_samplers_that_learn_find_the_minimum_more_closely_than_chance(planned, runs):
-    plan = planned(
-        "n=60", "sampler=random", "space=own", "optimizer.lr=interval(1e-4,1e-2)", "model.dropout=interval(0,0.9)"
-    )
+    space = ("space=own", "optimizer.lr=interval(1e-4,1e-2)", "model.dropout=interval(0,0.9)")
+    plan = planned("n=60", "sampler=random", *space)
     found = [carried_out(moved(replace(plan, sampler=kind), kind)) for kind in ("random", "tpe", "cmaes")]
     by_chance, *learned = ([trial.values[0] for trial in search.study.trials()] for search in found)
     assert all(np.median(scores[-15:]) < 0.3 * np.median(by_chance) for scores in learned)

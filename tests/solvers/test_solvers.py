@@ -24,13 +24,8 @@ from solvers.time_grids import PowerGrid, ShiftedGrid, TimeGrid, UniformGrid
 
 FIXED_STEP: list[tuple[type[RungeKutta], int]] = [(Euler, 1), (Midpoint, 2), (Heun, 2), (RK4, 4)]  # solver, order
 SOLVERS: list[type[BaseSolver]] = [*(solver for solver, _ in FIXED_STEP), Dopri5]
-GRIDS: list[TimeGrid] = [
-    UniformGrid(),
-    PowerGrid(2.0, "data"),
-    PowerGrid(2.0, "noise"),
-    PowerGrid(1.5, "data"),
-    ShiftedGrid(),
-]
+POWERS = [PowerGrid(2.0, "data"), PowerGrid(2.0, "noise"), PowerGrid(1.5, "data")]
+GRIDS: list[TimeGrid] = [UniformGrid(), *POWERS, ShiftedGrid()]
 CONFIGS = Path(__file__).parents[2] / "configs"
 # The h^2 error of midpoint cancels over [0, 1] for one Gaussian; on mixtures it is 2.
 SUPERCONVERGENT: dict[tuple[type[RungeKutta], str], int] = {(Midpoint, "gaussian"): 3}

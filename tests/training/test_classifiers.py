@@ -32,11 +32,8 @@ from solvers.runge_kutta import Euler
 from training.assemble import assemble
 from training.loop import epoch_groups
 
-NAMES = [
-    name
-    for name in groups()["model"]
-    if OmegaConf.load(CONFIG_DIR / f"model/{name}.yaml")["_target_"].startswith("models.classifier.")
-]
+TARGETS = {name: OmegaConf.load(CONFIG_DIR / f"model/{name}.yaml")["_target_"] for name in groups()["model"]}
+NAMES = [name for name, target in TARGETS.items() if target.startswith("models.classifier.")]
 every_classifier = pytest.mark.parametrize("name", NAMES)
 PARAMETERS = {
     "lenet": 61_706,

@@ -50,9 +50,8 @@ def stored(tmp_path: Path, lengths: list[float], count: int = 32) -> tuple[Snaps
     """Snapshots of a random walk of weights by PowerEMA, and the averages of six lengths by their own recursions."""
     net, ema = network(), PowerEMA(lengths, snapshots=count)
     kept = [(one, one.average_of(net)) for one in (ema, *ema.others())]
-    true = {
-        length: (PowerEMA([length]), PowerEMA([length]).average_of(net)) for length in (0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
-    }
+    lengths = (0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
+    true = {length: (PowerEMA([length]), PowerEMA([length]).average_of(net)) for length in lengths}
     for step in walk(net, STEPS):
         for one, average in [*kept, *true.values()]:
             one.update(average, net, step)

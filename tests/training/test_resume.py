@@ -15,13 +15,8 @@ from run_files.run_folder import RunFolder
 from tests.training.helpers import ONE_STEP, assert_equal_runs, metric_rows, weights
 from training.run import Callback, Run, Stop
 
-EVERYTHING = [
-    "gradient_accumulation_steps=3",
-    "model.dropout=0.2",
-    "schedule=one_cycle",
-    "schedule.warmup_steps=3",
-    "ema.decay=0.9",
-]
+EVERYTHING = ["gradient_accumulation_steps=3", "model.dropout=0.2", "schedule=one_cycle", "ema.decay=0.9"]
+EVERYTHING.append("schedule.warmup_steps=3")
 LOSSES = (Path(__file__).resolve().parents[2] / "configs/loss").glob("*.yaml")
 OBJECTIVES = sorted(path.stem for path in LOSSES if path.stem != "cross_entropy")  # that one: test_classifiers.py
 

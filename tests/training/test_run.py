@@ -142,9 +142,8 @@ def test_overfit_shows_the_same_batch_every_step(tmp_path):
 
 
 def test_overfit_drives_the_loss_down(small_run):
-    folder = small_run(
-        "x", "debug=overfit", "model.width=64", "batch_size=16", "max_steps=250", "log_every=50", "grad_clip=null"
-    )
+    words = ("model.width=64", "batch_size=16", "max_steps=250", "log_every=50", "grad_clip=null")
+    folder = small_run("x", "debug=overfit", *words)
     losses = [row["train/loss"] for row in metric_rows(folder, "x") if "train/loss" in row]
     assert losses[-1] < 0.05 * losses[0]
 
@@ -305,9 +304,8 @@ def test_without_scores_only_the_picture_is_sampled(tmp_path):
 
 @pytest.mark.parametrize("words", [[], ["dataloaders=digits", "loss=cross_entropy", "dataloaders.epoch_size=1438"]])
 def test_no_score_is_of_no_held_out_state(words, tmp_path, monkeypatch):
-    run = assemble(
-        small_config(tmp_path, *words, *(["model=small_cnn_classifier", "evaluation=classifier"] if words else []))
-    )
+    classifier = ["model=small_cnn_classifier", "evaluation=classifier"] if words else []
+    run = assemble(small_config(tmp_path, *words, *classifier))
     held_out = type(run.dataset).held_out
     monkeypatch.setattr(type(run.dataset), "held_out", lambda self, count, generator: [
         part if part is None else part[:0] for part in held_out(self, count, generator)

@@ -119,13 +119,8 @@ def test_the_trial_leaves_weights_and_random_numbers_as_they_are(small_run, monk
 
     from training.trial import RowSeconds
 
-    words = [
-        "max_steps=2",
-        "dataloaders=digits",
-        "dataloaders.epoch_size=1438",
-        "loss=cross_entropy",
-        "evaluation=classifier",
-    ]
+    digits = ["dataloaders=digits", "dataloaders.epoch_size=1438"]
+    words = ["max_steps=2", *digits, "loss=cross_entropy", "evaluation=classifier"]
     words += ["model=small_cnn_classifier", "model.width=8", "model.dropout=0.3", "model.norm=batch"]
     with_trial = small_run("x", *words, output="with")
     monkeypatch.setattr("train.try_parts", lambda run: RowSeconds(1e-3, 1e-3))
