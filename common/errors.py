@@ -4,6 +4,7 @@ import errno
 import re
 import sysconfig
 import traceback
+from importlib.util import find_spec
 
 # Control characters but the line break and the tab, and marks that reverse the direction of what follows.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -27,6 +28,13 @@ class UserError(Exception):
     def _render_traceback_(self) -> list[str]:
         """Return what a notebook shows of it: the sentence alone."""
         return [f"{type(self).__name__}: {self}"]
+
+
+def require_package(name: str, needs: str, extra: str, otherwise: str = "") -> None:
+    """Raise UserError where a package is not installed. extra: of pyproject.toml, that brings it."""
+    if find_spec(name) is None:
+        remedy = f"install it by `uv sync --extra {extra}` or `pip install -e '.[{extra}]'`"
+        raise UserError(f"{needs} needs {name}, which is not installed; {remedy}{otherwise}")
 
 
 def first_line(error: BaseException) -> str:

@@ -29,6 +29,12 @@ NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP)
 TEMPORARY = ".tmp"
 
 
+def require(path: Path, remedy: str, kind: str = "file") -> None:
+    """Raise UserError, with what to do about it, where a file or a folder is not there."""
+    if not (path.is_dir() if kind == "folder" else path.is_file()):
+        raise UserError(f"there is no {kind} {path.absolute()}; {remedy}")
+
+
 @contextmanager
 def replacing(path: Path, owner: str = "") -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` for writing; at the end of the block it is on the disk and in the path's place.

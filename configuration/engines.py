@@ -1,10 +1,9 @@
 """What engine=mlx does not have, said from the configuration alone. Neither torch nor MLX here."""
 
 from collections.abc import Collection, Iterator
-from importlib.util import find_spec
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, require_package
 from configuration.nodes import lookup
 
 MODELS = {
@@ -32,8 +31,7 @@ def check_engine(config: dict[str, Any]) -> None:
     lacking = next(lacks(config), None)
     if lacking:
         raise UserError(f"engine=mlx does not have {lacking}; leave that out, or use engine=torch")
-    if find_spec("mlx") is None:
-        raise UserError("engine=mlx needs MLX; run `uv sync --extra mlx` or `pip install -e '.[mlx]'`, or use engine=torch")
+    require_package("mlx", "engine=mlx", "mlx", ", or use engine=torch")
 
 
 def lacks(config: dict[str, Any]) -> Iterator[str]:

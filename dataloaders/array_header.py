@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from common.errors import UserError, first_line
+from common.files import require
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,8 +68,7 @@ def state_shape(file: Path) -> tuple[int, ...]:
     """Return the shape (N, ...) of all states. UserError when the file is missing, of another kind or unfit."""
     if file.suffix not in (".npy", ".npz"):
         raise UserError(f"dataloaders.path={file} is no array file; save the states as .npy, or as x in a .npz")
-    if not file.is_file():
-        raise UserError(f"there is no file {file.absolute()}; correct dataloaders.path")
+    require(file, "correct dataloaders.path")
     if file.suffix == ".npz" and "x" not in member_names(file):
         raise UserError(f"{file} has no array named x; save it with numpy.savez(path, x=states, y=labels)")
     shape, dtype = read_header(file, "x")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Unpack
 
 from common.errors import UserError
+from common.files import require
 from common.ranges import Count, Range, Size
 from dataloaders.augmentation import ImageOptions
 from dataloaders.download import unfit
@@ -54,13 +55,10 @@ class CelebA(ImageStream):
 
 def require_files(place: Path, labelled: bool) -> None:
     """Raise UserError unless the folder of pictures and the lists that are needed are there."""
+    lists = f"{PARTS} and {ATTRIBUTES} of CelebA (mmlab.ie.cuhk.edu.hk/projects/CelebA.html)"
+    remedy = f"put the folder of img_align_celeba.zip, {lists} into {place}"
     for name in (PICTURES, PARTS, *([ATTRIBUTES] if labelled else [])):
-        file, kind = (place / name).absolute(), "folder" if name == PICTURES else "file"
-        if not (file.is_dir() if kind == "folder" else file.is_file()):
-            raise UserError(
-                f"there is no {kind} {file}; put the folder of img_align_celeba.zip, {PARTS} and {ATTRIBUTES} of CelebA "
-                f"(mmlab.ie.cuhk.edu.hk/projects/CelebA.html) into {place}"
-            )
+        require(place / name, remedy, "folder" if name == PICTURES else "file")
 
 
 def read_parts(file: Path) -> dict[str, str]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import require
 from dataloaders.augmentation import ImageOptions
 from dataloaders.download import fetch, require_bare, require_whole, unfit
 from dataloaders.image_tensor import ImageTensor
@@ -76,9 +77,9 @@ class Cifar(ImageTensor):
 
 def require_archive(archive: Path, url: str, md5: str | None, download: bool, remedy: str) -> None:
     """Raise UserError unless the archive is there, after a download if asked for, and whole."""
-    if not archive.is_file() and not download:
-        raise UserError(f"{archive} does not exist; {remedy}, or add dataloaders.download=true")
-    if not archive.is_file():
+    if not download:
+        require(archive, f"{remedy}, or add dataloaders.download=true")
+    elif not archive.is_file():
         fetch(url, archive, md5, remedy)
     require_whole(archive, md5, f"delete it, then {remedy}")
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import require
 from common.ranges import Count, Inside, Size, SizeOr0
 from dataloaders.augmentation import Augmentation
 from dataloaders.base_dataloaders import Batch, Described
@@ -108,8 +109,7 @@ class ImagePairs(StreamDataset):
 
 def partner_names(pictures: PictureReader, other: Path) -> list[str]:
     """Return which picture below `other` has the place and name of each picture. UserError where one has none, or two."""
-    if not other.is_dir():
-        raise UserError(f"there is no folder {other.absolute()}; correct dataloaders.condition_root")
+    require(other, "correct dataloaders.condition_root", "folder")
     found: dict[str, list[str]] = {}
     for name in list_pictures(other):
         found.setdefault(bare(name), []).append(name)

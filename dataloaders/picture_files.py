@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import require
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 MOST_ATTRIBUTES = 10  # 1,024 classes
@@ -23,8 +24,7 @@ def is_picture(name: str) -> bool:
 
 def class_folders(root: Path) -> list[str]:
     """Return the folders in `root` in order, each a class; none where pictures lie in it. UserError where it is none."""
-    if not root.is_dir():
-        raise UserError(f"there is no folder {root.absolute()}; put the pictures there, or correct dataloaders.root")
+    require(root, "put the pictures there, or correct dataloaders.root", "folder")
     entries = list(root.iterdir())
     if any(is_picture(entry.name) for entry in entries):
         return []

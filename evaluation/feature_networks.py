@@ -3,7 +3,6 @@
 import hashlib
 from abc import ABC, abstractmethod
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.distributed import concatenated, world
-from common.errors import UserError
+from common.errors import UserError, require_package
 from common.progress import progress
 from configuration.build import build
 from configuration.stored import stored_config
@@ -116,8 +115,7 @@ class InceptionFeatures(FeatureNetwork):
                 f"FID needs the weights of its Inception network in {self.file}; download {INCEPTION_FILE} (91 MB, "
                 f"{INCEPTION_SOURCE}) there, or give their folder by evaluation.metrics.fid.network.path"
             )
-        if find_spec("cleanfid") is None:
-            raise UserError("FID needs clean-fid; install it with `uv sync --extra fid` or `pip install clean-fid`")
+        require_package("cleanfid", "FID", "fid")
         self.weights = hashlib.sha256(self.file.read_bytes()).hexdigest()[:16]
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:

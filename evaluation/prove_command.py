@@ -10,6 +10,7 @@ from typing import Literal
 from hydra.utils import get_class
 
 from common.errors import UserError
+from common.files import require
 from common.ranges import CountOr0
 from configuration.build import build
 from configuration.compose import compose_config, resolved
@@ -35,8 +36,7 @@ class Settings:
 def function_in(word: str) -> Function:
     """Return the function that path/to/file.py:name says, by running the file. UserError where it is not there."""
     file, _, name = word.rpartition(":")
-    if not Path(file).is_file():
-        raise UserError(f"there is no file {file}; write path/to/file.py:function")
+    require(Path(file), "write path/to/file.py:function")
     try:
         found = runpy.run_path(file).get(name)
     except Exception as error:
@@ -49,8 +49,7 @@ def function_in(word: str) -> Function:
 def functions_of(word: str) -> list[str]:
     """Return the functions a Python file defines, read from its source; a placeholder where it defines none."""
     file = Path(word.rstrip(":"))
-    if not file.is_file():
-        raise UserError(f"there is no file {file}; write path/to/file.py:function")
+    require(file, "write path/to/file.py:function")
     try:
         body = ast.parse(file.read_text(encoding="utf-8")).body
     except (SyntaxError, ValueError) as error:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from common.errors import UserError
-from common.files import replacing
+from common.files import replacing, require
 from configuration.values import RUN_NAME
 from run_files.stored_values import note_once
 
@@ -165,8 +165,7 @@ def is_readable(path: Path) -> bool:
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Return the verified payload of a checkpoint, or of what write_export wrote. UserError for anything else."""
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint at {path}; `python scripts/runs.py list` shows the runs there are")
+    require(path, "`python scripts/runs.py list` shows the runs and their checkpoints")
     payload: dict[str, Any] = {}
     try:
         read = read_export if path.suffix in (".safetensors", ".npz") else read_archive

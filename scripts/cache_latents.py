@@ -39,7 +39,7 @@ from torch import device
 from common.device import pick_device
 from common.distributed import barrier, rank, world
 from common.errors import UserError
-from common.files import locked, remove_temporaries, replacing, write_atomically
+from common.files import locked, remove_temporaries, replacing, require, write_atomically
 from common.progress import each, watched
 from common.ranges import Range
 from configuration.build import build
@@ -153,8 +153,7 @@ def listed(folder: Path, shards: list[dict[str, Any]]) -> Iterator[tuple[Path, i
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of cached latents, finished or not. UserError when there is none that can be read."""
     file = folder / MANIFEST
-    if not file.is_file():
-        raise UserError(f"there is no {file} to verify")
+    require(file, "only cached latents can be verified")
     try:
         manifest = json.loads(file.read_text())
         readable = manifest["format"] == FORMAT and isinstance(manifest["shards"], list) and "made_from" in manifest

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from common.errors import UserError
+from common.files import require
 from configuration.build import build
 from configuration.compose import compose_config, groups, resolved
 from configuration.nodes import check_known, flat
@@ -176,8 +177,7 @@ def with_teachers(board: Board, objectives: list[str], datasets: list[str], seed
 
 def read_board(path: Path) -> Board:
     """Return the table of runs. UserError for a file that is not there or not such a table."""
-    if not path.is_file():
-        raise UserError(f"config={path} is not a file; leave it out for configs/leaderboard.yaml")
+    require(path, "leave config= out for configs/leaderboard.yaml")
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command_line import front
 from common.errors import UserError, first_line
+from common.files import require
 from run_files.run_folder import RunFolder, run_folders
 from run_files.trackio_tracker import TrackioTracker
 
@@ -39,8 +40,7 @@ def carry_out(words: list[str]) -> str:
         raise UserError(f"say which runs of {place}: their names, or --all for those that have a metrics.jsonl")
     folders = [RunFolder(place / name) for name in names]
     for folder in folders:
-        if not folder.metrics.path.is_file():
-            raise UserError(f"there is no {folder.metrics.path}; --output-dir names another place")
+        require(folder.metrics.path, "--output-dir names another place")
     lines = []
     for folder in folders:
         project, rows = rebuild(folder, options.project)

@@ -1,9 +1,8 @@
 """launcher.py --search optuna ...: a search from its words to its table, pictures and best command."""
 
-import importlib.util
 import signal
 
-from common.errors import UserError
+from common.errors import UserError, require_package
 from common.files import DISK_ERRORS, disk_sentence
 from common.signals import handled_by
 
@@ -28,8 +27,7 @@ def by_golden_section(words: list[str], dry_run: bool) -> int:
 
 def by_optuna(words: list[str], dry_run: bool) -> int:
     for package in ("optuna", "cmaes"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"a search needs {package}, which is not installed; install it by `uv sync --extra search`")
+        require_package(package, "a search", "search")
     from searches.plan import plan_of
 
     plan = plan_of(words)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from PIL import Image
 
-from common.errors import UserError
+from common.errors import require_package
 from common.files import replacing
 from common.progress import each
 
@@ -62,10 +62,9 @@ def write_gif(file: BinaryIO, frames: list[np.ndarray]) -> None:
 
 
 def write_mp4(file: BinaryIO, frames: list[np.ndarray]) -> None:
-    try:
-        import imageio_ffmpeg
-    except ImportError as error:
-        raise UserError('format=mp4 needs imageio-ffmpeg; pip install -e ".[mp4]", or leave it at gif') from error
+    require_package("imageio_ffmpeg", "format=mp4", "mp4", ", or leave it at gif")
+    import imageio_ffmpeg
+
     height, width = frames[0].shape[:2]
     first, last = (round(hold * FRAMES_A_SECOND) for hold in (HOLD_FIRST, HOLD))
     with tempfile.NamedTemporaryFile(suffix=".mp4") as written:  # ffmpeg takes a path, and its suffix for the format

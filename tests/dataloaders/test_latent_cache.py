@@ -169,7 +169,7 @@ def test_what_tells_one_set_of_pictures_from_another(pictures: Path) -> None:
     ([], "out is missing"),
     (["out={out}", "rows=3"], "cannot use 'rows=3'"),
     (["out={out}", "shard_rows=0"], "shard_rows takes a whole number of at least 1"),
-    (["out={out}", "verify=true"], "to verify"),
+    (["out={out}", "verify=true"], "only cached latents can be verified"),
     (["out={out}", "verify=yes"], "verify takes true or false"),
     (["out={out}", "dataloaders=kmeans"], "dataloaders=kmeans has no coloured pictures"),
 ])  # fmt: skip

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def installed(monkeypatch):
-    monkeypatch.setattr(engines, "find_spec", lambda name: name)
+    monkeypatch.setattr("common.errors.find_spec", lambda name: name)
 
 
 @pytest.mark.parametrize("words", [
@@ -52,13 +52,13 @@ def test_a_dry_run_names_the_engine(words, engine, installed, tmp_path, capsys):
 
 
 def test_without_mlx_the_sentence_names_the_extra_but_for_what_torch_does(monkeypatch, small_run):
-    monkeypatch.setattr(engines, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="engine=mlx needs MLX; run `uv sync --extra mlx`"):
+    monkeypatch.setattr("common.errors.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="engine=mlx needs mlx, which is not installed; install it by `uv sync --extra mlx`"):
         small_run("x", "engine=mlx")
     folder = small_run("x", "max_steps=2")
     config = folder / "runs/x/config.yaml"
     config.write_text(config.read_text().replace("engine: torch", "engine: mlx"))
-    with pytest.raises(UserError, match="engine=mlx needs MLX"):
+    with pytest.raises(UserError, match="engine=mlx needs mlx"):
         small_run("x", "resume=true", "max_steps=4")
     small_run("x", "resume=true", "max_steps=4", "engine=torch")
     assert json.loads((folder / "runs/x/status.json").read_text())["step"] == 4

@@ -261,7 +261,7 @@ def test_a_file_that_is_no_classifier_is_one_sentence(content: bytes | None, tmp
         path.write_bytes(content)
     with pytest.raises(UserError, match="holds no classifier" if content is None else "cannot be read as a checkpoint"):
         classifier_features(str(path))
-    with pytest.raises(UserError, match="no checkpoint at"):
+    with pytest.raises(UserError, match="there is no file"):
         classifier_features(str(tmp_path / "nothing.pt"))
 
 

@@ -134,11 +134,11 @@ def test_samples_are_the_same_for_any_batch_size_and_count(checkpoint: Path, mon
         (["ckpt={c}", "replicates=1"], "replicates takes a whole number of at least 2"),
         (["ckpt={c}", "steps=3"], "cannot use 'steps=3'"),
         (["ckpt={c}", "network={t}"], "FID needs the weights of its Inception network"),
-        (["ckpt={c}", "network=nothing"], "no checkpoint at nothing"),
+        (["ckpt={c}", "network=nothing"], "nothing; `python scripts/runs.py list`"),
         (["ckpt={c}", "reference={t}/nothing"], "there is nothing at reference="),
         (["ckpt={c}", "label=each"], "label takes"),
         (["ckpt={c}", "n=5", "label=10"], "classes 0 to 9"),
-        (["ckpt=/nowhere.pt"], "no checkpoint at /nowhere.pt"),
+        (["ckpt=/nowhere.pt"], "there is no file /nowhere.pt"),
     ],
 )
 def test_a_mistake_is_one_sentence(words: list[str], sentence: str, tmp_path: Path, capsys, request) -> None:

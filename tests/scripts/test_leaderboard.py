@@ -233,7 +233,7 @@ def test_a_trial_leaves_the_tables_in_the_files_alone(command, tmp_path, capsys)
         (["table=no"], "table takes true, false or only"),
         (["max_steps=3"], "come after --"),
         (["redo"], "cannot use 'redo'"),
-        (["config=/nowhere.yaml"], "is not a file"),
+        (["config=/nowhere.yaml"], "there is no file /nowhere.yaml"),
         (["--", "optimizer.lrr=1"], "mse on gaussian: there is no setting optimizer.lrr"),
     ],
 )

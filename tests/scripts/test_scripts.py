@@ -81,7 +81,7 @@ def test_sample_runs_from_any_folder(checkpoint, tmp_path):
     ("words", "sentence"),
     [
         (["n=5"], "ckpt is missing"),
-        (["ckpt=/nowhere.pt"], "no checkpoint at /nowhere.pt"),
+        (["ckpt=/nowhere.pt"], "there is no file /nowhere.pt"),
         (["ckpt={c}", "n=0"], "n takes"),
         (["ckpt={c}", "n=many"], "n takes"),
         (["ckpt={c}", "n=100000000000"], "at most 1,000,000,000"),

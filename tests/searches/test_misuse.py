@@ -1,6 +1,5 @@
 """A wrong search is one sentence, before anything is begun."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -56,8 +55,7 @@ def test_sentences_that_hang_on_the_machine_or_on_runs(planned, runs, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert launcher.main(["-m", "run_name=s", RATE]) == 1
     assert f"`--search optuna {RATE}` searches" in capsys.readouterr().err
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "optuna" else found(name))
+    monkeypatch.setattr("common.errors.find_spec", lambda name: None if name == "optuna" else name)
     assert launcher.main(["--search", "optuna", "run_name=s", RATE]) == 1
     assert "needs optuna, which is not installed; install it by `uv sync --extra search`" in capsys.readouterr().err
     monkeypatch.undo()
