@@ -203,9 +203,7 @@ def rows_of(data: Any) -> tuple[Tensor, Tensor | None]:
     try:
         tensors = [torch.as_tensor(part).detach().cpu() for part in parts]
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"data takes an array of states, (states, labels), or a data set's name, not {called(data)}"
-        ) from error
+        raise UserError(f"data takes states, (states, labels), or a data set's name, not {called(data)}") from error
     if len(tensors) not in (1, 2):
         raise UserError(f"data takes states, or (states, labels), not {len(tensors)} arrays")
     if tensors[0].is_complex():

@@ -127,9 +127,7 @@ class ZeroStarGuidance(ClassifierFreeGuidance):
                 f"{'x1' if isinstance(objective.prediction, DataPrediction) else 'x0'}; use guidance=cfg"
             )
         if self.zero_until and objective.learns != "velocity":
-            raise UserError(
-                "guidance.zero_until stops states at early times, which a flow map crosses in one step; leave it at 0"
-            )
+            raise UserError("guidance.zero_until stops states at early times, which maps cross in one step; leave it at 0")
 
 
 class Autoguidance(Guidance):

@@ -51,9 +51,7 @@ class SlurmBackend(Backend):
     ) -> None:  # fmt: skip
         for key, value in {"partition": partition, "account": account, "constraint": constraint}.items():
             if value is not None and not NAMES[key].fullmatch(value):
-                raise UserError(
-                    f"backend.{key} takes a name as {SHOWN_BY[key]} shows, without spaces or quotes, not {value!r}"
-                )
+                raise UserError(f"backend.{key} takes a name as {SHOWN_BY[key]} shows, no spaces or quotes, not {value!r}")
         least = math.ceil((save_seconds + EARLY_SECONDS + LEAST_SECONDS) / 60)
         if time_minutes < least:
             raise UserError(

@@ -139,9 +139,7 @@ def check_new_parts(config: dict[str, Any]) -> None:
             if not issubclass(asked, wanted):
                 kind = KINDS.get(key, key.rpartition(".")[2])
                 example = next(one for one in sorted(targets_of(key)) if derives(one, base))
-                raise UserError(
-                    f"{name}._target_={target} is no class of a {kind}; give one derived from {base}, as {example}"
-                )
+                raise UserError(f"{name}._target_={target} is no class of a {kind}; give one that is a {base}, as {example}")
 
 
 def nodes_at(config: dict[str, Any], key: str) -> list[tuple[str, Any]]:

@@ -122,9 +122,7 @@ def read_labels(file: Path) -> "np.ndarray | None":
 
     shape, dtype = read_header(file, "y")
     if shape != (rows,) or dtype.kind not in "iu":
-        raise UserError(
-            f"the labels y in {file} have shape {shape} and type {dtype}; save an integer for each of {rows} rows"
-        )
+        raise UserError(f"the labels y in {file} have shape {shape} and type {dtype}; save an integer for each of {rows}")
     with reading(file):
         labels = np.load(file, allow_pickle=False)["y"]
     if not 0 <= labels.min() <= labels.max() < MAX_CLASSES:

@@ -77,11 +77,7 @@ class SGD(Rule):
         return [weight - rates[0] * direction, velocity]
 
 
-RULES: dict[type[torch.optim.Optimizer], type[Rule]] = {
-    torch.optim.AdamW: AdamW,
-    torch.optim.Adam: Adam,
-    torch.optim.SGD: SGD,
-}
+RULES: dict[Any, type[Rule]] = {torch.optim.AdamW: AdamW, torch.optim.Adam: Adam, torch.optim.SGD: SGD}
 OFF = ("amsgrad", "maximize", "dampening")  # settings of torch's that these do not have
 
 

@@ -41,6 +41,7 @@ from scripts.runs import number, rows_of, rows_that_differ, state
 from visualizers.curves import BAND, MILESTONES, draw_metric, draw_milestones, metrics_of, series
 from visualizers.error_budget import table
 
+NEIGHBOURS = "samples of {} that lie nearest to training images, each beside the five nearest"
 PICTURES = 4  # samples over time: the first, the last and what lies between at even spacing
 UNINTERESTING = ("command", "overrides", "changed", "run_name", "output_dir", "resume", "overwrite", "show", "log")
 SHOWN_CHOICES = ("choices.show", "choices.log")
@@ -110,12 +111,6 @@ def sample_figures(run: RunRecord) -> list[Figure]:
     found = run.figures("samples", "samples of {} beside real data")
     places = {round((len(found) - 1) * i / (PICTURES - 1)) for i in range(PICTURES)}
     return [found[place] for place in sorted(places)] if found else []
-
-
-def neighbour_figures(run: RunRecord) -> list[Figure]:
-    """Return the newest picture of samples beside the training images nearest to them, or none."""
-    alt = "samples of {} that lie nearest to training images, each beside the five nearest"
-    return run.figures("neighbours", alt)[-1:]
 
 
 def score_rows(run: RunRecord) -> list[list[str]]:
@@ -233,7 +228,7 @@ def section(run: RunRecord, price: float | None) -> dict[str, Any]:
     """Return what the page says of one run."""
     return {
         "name": run.name, "command": run.command, "facts": fact_rows(run, price), "samples": sample_figures(run),
-        "neighbours": neighbour_figures(run), "memory": drawn_figures(run, "memorisation"),
+        "neighbours": run.figures("neighbours", NEIGHBOURS)[-1:], "memory": drawn_figures(run, "memorisation"),
         "budget": drawn_figures(run, "error_budget"), "budget_rows": table(run.scores),
         "expected": (run.config.get("log") or {}).get("expect"),
         "scores": score_rows(run), "advice": advice(run), "settings": difference_rows(run),

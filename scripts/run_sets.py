@@ -204,9 +204,7 @@ def limits(a: RunSet, b: RunSet, paired: bool, count: int) -> str:
     held = f", for all {count} scores together (--score NAME for the one you decided on beforehand)" if count > 1 else ""
     lines.append(f"p: share of all {how} that differ as much{held}; significant at p <= {LEVEL:g}")
     if paired:
-        lines.append(
-            "the seeds, and so the noise of the evaluations, are the same: intervals are of differences within pairs"
-        )
+        lines.append("the seeds, and so the evaluations' noise, are the same: intervals are of differences within pairs")
     return "\n".join(lines)
 
 

@@ -4,6 +4,8 @@ import ast
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,24 @@ IMAGE_SETS = (
     "imagenet_pixels", "imagenet_encoded",
 )  # fmt: skip
 META_ABOVE = 20_000_000
+LATE = {  # what some need, or only some runs, is not imported with these
+    "dataloaders.array_header": "numpy torch",
+    "evaluation.pictures": "matplotlib torch",
+    "minigrad, minigrad.sample": "omegaconf scipy torch",
+    "models.vae.stable_diffusion_vae": "diffusers",
+    "run_files.run_folder, run_files.experiment_log": "torch",
+    "run_files.telemetry": "pynvml torch",
+    "run_files.trackers, run_files.trackio_tracker": "numpy tensorboard torch trackio wandb",
+    "train": "cleanfid diffusers matplotlib modal sklearn torchdiffeq trackio",
+}
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("modules, late", LATE.items())
+def test_modules_that_import_no_more_than_they_need(modules, late):
+    code = f"import sys, {modules}; print(sorted(set({late.split()}) & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert found == "[]\n"
 
 
 @pytest.mark.parametrize("name", [*FOLDERS, "launcher", "experiment", "train", "helpers_cfg"])

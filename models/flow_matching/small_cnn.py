@@ -49,9 +49,7 @@ class SmallCNN(VelocityModel):
         super().__init__()
         channels, height, width_px = state_shape
         if height % 2 or width_px % 2:
-            raise UserError(
-                f"model=cnn halves images, so their sides must be even, not {height}x{width_px}; resize or pad them"
-            )
+            raise UserError(f"model=cnn halves images: sides must be even, not {height}x{width_px}; resize or pad them")
         self.num_classes = num_classes
         self.time_features = TimeFeatures(list(time_frequencies or []))
         first = nn.Linear(self.time_features.width, embedding)

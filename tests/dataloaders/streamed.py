@@ -19,7 +19,7 @@ Official = Callable[[str], dict[str, Any]]
 
 
 def build(name: str, settings: dict[str, Any], *more: str, model: str = "cnn") -> Any:
-    words = [f"dataloaders.{key}={value}".replace(" ", "") for key, value in settings.items()]
+    words = [f"dataloaders.{key}={'null' if value is None else value}".replace(" ", "") for key, value in settings.items()]
     chosen = ["run_name=x", f"model={model}", f"dataloaders={name}", "num_workers=0"]
     config = resolved(compose_config([*chosen, *words, *more]))
     return build_dataset(config, torch.device("cpu"))

@@ -4,7 +4,6 @@ import bz2
 import gzip
 import hashlib
 import http.server
-import io
 import lzma
 import os
 import pickle
@@ -20,31 +19,13 @@ import pytest
 import torch
 
 from common.errors import UserError
-from configuration.compose import compose_config, resolved
-from dataloaders.base_dataloaders import FlowDataset
 from dataloaders.cifar import Cifar
 from dataloaders.photos import CELL, SIDE, Photos, legal_places
 from dataloaders.plain_pickle import read_pickled
-from evaluation.parts import build_dataset
+from tests.conftest import write_archive
+from tests.dataloaders.streamed import Official, build, refusal
 
-Official = Callable[[str], dict[str, Any]]
 FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
-
-
-def build(name: str, settings: dict[str, Any], *more: str) -> FlowDataset:
-    """The data set as a run builds it."""
-    words = [f"dataloaders.{key}={'null' if value is None else value}" for key, value in settings.items()]
-    model = "model=unet_small"
-    config = resolved(compose_config(["run_name=x", model, f"dataloaders={name}", *words, *more]))
-    return build_dataset(config, torch.device("cpu"))
-
-
-def refusal(name: str, settings: dict[str, Any], *more: str) -> str:
-    """What a run that cannot have its data says: one sentence."""
-    with pytest.raises(UserError) as caught:
-        build(name, settings, *more)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # CIFAR
@@ -153,11 +134,7 @@ def rewrite(archive: Path, change: Callable[[dict[str, bytes]], None]) -> None:
     with tarfile.open(archive) as opened:
         members = {member.name: opened.extractfile(member).read() for member in opened}  # type: ignore[union-attr]
     change(members)
-    with tarfile.open(archive, "w:gz") as opened:
-        for name, content in members.items():
-            header = tarfile.TarInfo(name)
-            header.size = len(content)
-            opened.addfile(header, io.BytesIO(content))
+    write_archive(archive, members)
 
 
 BATCH = "cifar-10-batches-py/data_batch_3"

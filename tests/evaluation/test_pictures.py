@@ -125,10 +125,9 @@ def test_wrong_shapes_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_no_global_state_and_a_light_import(tmp_path: Path) -> None:
+def test_a_picture_leaves_no_global_state(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; import numpy as np; from evaluation import pictures\n"
-        "assert not {'matplotlib', 'torch'} & set(sys.modules)\n"
         f"pictures.scatter_picture(Path({str(tmp_path)!r}) / 'x.png', np.zeros((3, 2)), np.ones((3, 2)))\n"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

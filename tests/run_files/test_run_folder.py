@@ -317,12 +317,6 @@ def test_a_closed_stream_leads_nowhere_and_no_file_gets_its_number(closed: str, 
     assert int((tmp_path / "x").read_text()) > 2
 
 
-@pytest.mark.process
-def test_import_is_light() -> None:
-    script = "import sys, run_files.run_folder, run_files.experiment_log; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
-
-
 def test_a_folder_moved_aside_between_opening_and_locking_is_not_taken_for_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
