@@ -39,9 +39,7 @@ from common.ranges import Count, Seed
 from configuration.settings import read_settings
 from evaluation import parts
 from evaluation.generate import fixed_noise
-from evaluation.parts import check_weights
 from evaluation.sample import TrainedModel, load
-from minigrad import MLP
 from models.flow_matching.mlp import MLP
 from models.network import Network
 from run_files.checkpoint import BROKEN, METADATA, arrays_of, load_checkpoint, write_export
@@ -92,7 +90,7 @@ def export_weights(settings: Settings) -> str:
     payload = load_checkpoint(settings.ckpt)
     if settings.weights:
         given = weights_of(settings.weights, payload)
-        check_weights(payload["ema"], given, settings.weights)
+        parts.check_weights(payload["ema"], given, settings.weights)
         payload["ema"] = {name: given[name].to(own.dtype) for name, own in payload["ema"].items()}
     write_export(settings.out, payload)
     numbers = sum(tensor.numel() for tensor in payload["ema"].values())
@@ -103,13 +101,12 @@ def export_weights(settings: Settings) -> str:
 
 def weights_of(path: Path, payload: dict[str, Any]) -> dict[str, Tensor]:
     """Return the tensors of a file by name, a network of minigrad's as the MLP of a checkpoint. UserError for others."""
-
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         arrays = arrays_of(path)
         if "activations" in arrays:
-            return payload["ema"] | torch_names(MLP.of_arrays(arrays, str(path)), payload)
+            return payload["ema"] | torch_names(minigrad.MLP.of_arrays(arrays, str(path)), payload)
         return {name: torch.from_numpy(array) for name, array in arrays.items() if name != METADATA}
     except BROKEN as error:
         raise UserError(
@@ -134,7 +131,6 @@ def torch_names(network: minigrad.MLP, payload: dict[str, Any]) -> dict[str, Ten
 
 def export_flow(settings: Settings, overrides: list[str]) -> str:
     """Write the flow as minigrad.sample takes it; the line to print."""
-
     model = load(settings.ckpt, settings.device, overrides, settings.trust)
     arrays = network_arrays(model.objective.network) | plan(model) | start(model, settings)
     with replacing(settings.out) as file:
