@@ -163,7 +163,7 @@ def test_the_newest_checkpoint_is_one_that_can_be_drawn(tmp_path: Path, monkeypa
         saves[arch].touch()
         os.utime(saves[arch], (1000 - age, 1000 - age))
         payloads[saves[arch]] = {"second_time": second_time, "config": {"dataloaders": {"state_shape": shape}}}
-    monkeypatch.setattr("run_files.checkpoint.load_checkpoint", payloads.__getitem__)
+    monkeypatch.setattr("visualizers.scene.load_checkpoint", payloads.__getitem__)
     assert newest_checkpoint() == saves["unet"] and newest_checkpoint(makes_points) == saves["mlp"]
     saves["mlp"].unlink()
     assert newest_checkpoint(makes_points) == saves["resnet"]  # which the drawing refuses in its own words
