@@ -139,7 +139,7 @@ def peers_of(ours: Contestant, draws: dict[str, Callable[[Tensor, Tensor], Any]]
     (settings,) = state.optimizer.param_groups
     given = {key: settings[key] for key in ("lr", "betas", "weight_decay", "foreach", "fused")}
     for name, draw in draws.items():
-        kinds = (("Adam, as published", torch.optim.Adam, {}), ("our optimizer", torch.optim.AdamW, given))
+        kinds: Any = (("Adam, as published", torch.optim.Adam, {}), ("our optimizer", torch.optim.AdamW, given))
         for title, kind, options in kinds:
             network = AsTheirs(copy.deepcopy(state.objective.network))
             works[f"{name}, {title}"] = their_step(draw, network, x1, kind(network.parameters(), **options))

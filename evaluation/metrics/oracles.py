@@ -166,8 +166,8 @@ class OracleVelocity(Oracle):
             share = sampler.sample(count, generator)[0]
             t = flow.path.last_time * share
             z = flow.path.state(x0, x1, expand_time(t, x1))
-            label = objective.drop_labels(label, generator) if hidden else label
             labels = label if objective.network.is_conditional else None
+            labels = objective.drop_labels(labels, generator) if hidden else labels
             exact = in_chunks(flow, CHUNK, z.double(), t, labels)
         device = generation.samples.device
         labels = None if labels is None else labels.to(device)
