@@ -303,7 +303,7 @@ def load(
     project's that the configuration may build parts from, as a list or `a,b`.
     """
     path = Path(path)
-    if trust:
+    if trust is not None:
         allow(trust)
     payload, chosen = load_checkpoint(path), pick_device(device)
     config = stored_config(path, payload)

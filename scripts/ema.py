@@ -73,7 +73,7 @@ def sweep(words: list[str]) -> str:
     """Carry out the command: print a line for each length, draw the picture; return where it is."""
     settings, overrides = read_words(words)
     lengths = sorted(set(settings.lengths))
-    model = load(settings.ckpt, settings.device, overrides, settings.trust)
+    model = load(settings.ckpt, settings.device, overrides, settings.trust or "")
     snapshots = stored_with(settings.ckpt, model)
     found: dict[float, list[Score]] = {}
     for length in lengths:

@@ -131,7 +131,7 @@ def torch_names(network: minigrad.MLP, payload: dict[str, Any]) -> dict[str, Ten
 
 def export_flow(settings: Settings, overrides: list[str]) -> str:
     """Write the flow as minigrad.sample takes it; the line to print."""
-    model = load(settings.ckpt, settings.device, overrides, settings.trust)
+    model = load(settings.ckpt, settings.device, overrides, settings.trust or "")
     arrays = network_arrays(model.objective.network) | plan(model) | start(model, settings)
     with replacing(settings.out) as file:
         np.savez_compressed(file, **arrays)

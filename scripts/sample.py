@@ -106,7 +106,7 @@ def sample(words: list[str]) -> Path:
     """Carry out the command; returns the file written."""
     settings, overrides = read_words(words)
     path = output_path(settings)
-    model = load(settings.ckpt, settings.device, overrides, settings.trust)
+    model = load(settings.ckpt, settings.device, overrides, settings.trust or "")
     condition = read_array(settings.condition, "condition", "give the condition, or one for each sample, as one")
     labels = model.labels(settings.n, settings.label, condition)
     observed = read_array(settings.observed, "observed", "give a state with NaN where it is not known", nan=True)

@@ -154,7 +154,8 @@ def command(words: list[str]) -> str:
     check_writable("out", end_of(path).parent)
     from evaluation.sample import load
 
-    return outcome(search, scored(search, load(search.own.ckpt, search.own.device, trust=search.own.trust)), path)
+    model = load(search.own.ckpt, search.own.device, trust=search.own.trust or "")
+    return outcome(search, scored(search, model), path)
 
 
 def scored(search: SamplingSearch, model: "TrainedModel") -> dict[float | str, list[float]]:

@@ -105,7 +105,7 @@ MISTAKES = [
     (["run_name=x", "optimizer=5", "loss.path.x=1"], "optimizer=5 does not exist"),
     (["run_name=x", "loss.coupling=minibatch_ot"], "is chosen with a slash: write loss/coupling=minibatch_ot; "),
     (["run_name=x", "loss.path=cosin"], "write loss/path=cosine; the choices are cosine, linear"),
-    (["run_name=x", "+evaluation.metrics.w2={_target_: losses.paths.LinearPath}"], "is not the class of a metric; give one"),
+    (["run_name=x", "+evaluation.metrics.w2={_target_: losses.paths.LinearPath}"], "is no class of a metric; give one"),
     (["run_name=x", "log=null"], "log takes a group of settings"),
     (["run_name=x", "trackio=null"], "trackio takes a group of settings"),
     (["run_name=x", "dataloaders.training=5"], "dataloaders.training takes a group of settings"),

@@ -239,7 +239,7 @@ def scene(
         check_folder("out", given.out)
     checkpoint = given.ckpt or newest_checkpoint(fits)
 
-    model = load(checkpoint, given.device, overrides, given.trust)
+    model = load(checkpoint, given.device, overrides, given.trust or "")
     folder = given.out or (output_dir_of(checkpoint) or outputs()) / "pictures" / model.config["run_name"]
     made = Scene(model, given.n or n, given.seed, given.frames or frames, given.format, folder, given.label)
     if points and not given.n and made.shape == (2,):

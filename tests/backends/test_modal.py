@@ -207,7 +207,7 @@ def test_submitting_notes_the_job_and_knows_the_names_on_the_volume(
     assert waited.best == 0.5 and waited.calls == [False, (["run_name=x", "resume=true", "devices=1"], waited.calls[1][1])]  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="ended with status 1 \\(no memory\\)"):
         submitted("overwrite=true", "backend.detach=false", outcome={"status": 1, "why": "no memory", "best": None})
-    with pytest.raises(UserError, match="stopped; what the run x on Modal had saved"):
+    with pytest.raises(UserError, match="stopped; what the run x had saved"):
         submitted("overwrite=true", "backend.detach=false", outcome=KeyboardInterrupt())
     for error in (modal.exception.ConnectionError("no\n network"), ChildProcessError("killed")):
         with pytest.raises(UserError, match="Modal, the run x: "):

@@ -128,7 +128,7 @@ def test_runs_list_shows_what_waits_and_runs(cluster, tmp_path, capsys, monkeypa
         "alone": "pending (job 11)",
     }
     assert launcher.main([*ON_CPU, "run_name=alone"]) == 1
-    assert "run alone is pending (job 11) already; wait for it, or end it by `scancel 11`" in capsys.readouterr().err
+    assert "run alone is pending (job 11) already; wait, or end it by `scancel 11`" in capsys.readouterr().err
 
     def refuse(*_: object) -> str:
         raise UserError("Slurm's controller does not answer")
@@ -173,7 +173,7 @@ MISTAKES = [
     (["backend.memory_gb=4G"], "backend.memory_gb takes a number above 0"),
     (["backend.partition=nope"], "backend.partition=nope does not exist; Slurm has main, gpu"),
     (["backend.partition=gpus"], "did you mean gpu"),
-    (["backend.partition='a b'"], "backend.partition takes a name as `sinfo` shows it"),
+    (["backend.partition='a b'"], "backend.partition takes a name as `sinfo` shows, no spaces"),
     (["backend.account='me\n#SBATCH --uid=0'"], "backend.account takes a name"),
     (["backend.constraint='$(id)'"], "backend.constraint takes a name"),
     (["backend.setup=module"], "backend.setup takes a list of words"),

@@ -91,7 +91,7 @@ def test_weights_are_not_read_as_what_they_are_not(small_run, shared_run) -> Non
      (["optimizer.betas=[0.9]"], "optimizer.betas takes two numbers"),
      (["log.expect=much", "log.file=/proc/log.md"], "log.file=/proc cannot be written"),
      (["log.expect=much", "log.file=tests"], "tests is not a regular file"),
-     (["log.expect=much", "log.file=launcher.py/log.md"], "not a folder this user may write to; give another log"),
+     (["log.expect=much", "log.file=launcher.py/log.md"], "not a folder this user may write to; give another"),
      (["trackio.project="], "trackio.project takes a name"),
      (["async_save=true"], "async_save takes auto, always or never"),
      (["output_dir=/proc/x"], "/proc is not a folder this user may write to")],
@@ -158,7 +158,7 @@ def test_a_new_model_that_names_no_learning_rate_is_told_where_to(tmp_path: Path
     assert launcher.main(["run_name=x", "model=own", f"output_dir={tmp_path}"]) == 1
     assert capsys.readouterr().err == (
         "launcher.py: optimizer.lr is taken from model.training.lr, which configs/model/own.yaml lacks; add "
-        "`training: {lr: 1e-3}` there, or give optimizer.lr=<a value>\n"
+        "`training: {lr: 1e-3}` there, or give optimizer.lr=VALUE\n"
     )
 
 
@@ -251,7 +251,7 @@ def test_what_a_resumed_run_cannot_change_even_by_force(small_run) -> None:
     "target, said",
     [
         ("losses.flow_matching_loss.Mistyped", "cannot be imported"),
-        ("losses.paths.LinearPath", "is not the class of a loss"),
+        ("losses.paths.LinearPath", "is no class of a loss"),
     ],
 )
 def test_a_new_file_in_configs_that_names_no_class_of_its_group_is_one_sentence(
@@ -319,7 +319,7 @@ def test_a_path_is_named_that_an_error_comes_from() -> None:
 
 @pytest.mark.parametrize(
     ("target", "sentence"),
-    [("os.system", "is not a class"), ("collections.Counter", "is not the class of a solver; give one derived from")],
+    [("os.system", "is not a class"), ("collections.Counter", "is no class of a solver; give one that is a")],
 )
 def test_what_samples_a_checkpoint_is_a_solver(target: str, sentence: str) -> None:
     with pytest.raises(UserError, match=rf"solver\._target_={target} {sentence}"):

@@ -47,7 +47,7 @@ def test_what_a_run_behind_is_told():
     assert words is not None and words.startswith(
         "40.0 sd behind at step 100: eval/loss 42, where 3 seeds had 2 ± 1; usual reasons: "
     )
-    assert "torch 2.1 in the place of 2.0" in words and "in 1 run of 100" in words
+    assert "torch 2.1 instead of 2.0" in words and "in 1 run of 100" in words
     rows = [{"step": 50, "eval/loss": 99.0}, {"step": 100, "eval/loss": 2.5}]
     assert made.verdict(rows, HERE).startswith("on track at all 1 evaluations; at the last, eval/loss 0.5 sd behind (of")
     assert "(1 of 1 evaluations behind)" in made.verdict([{"step": 100, "eval/loss": 42.0}], HERE)
