@@ -50,9 +50,8 @@ FULL = Sizes({
     "unet_small": ("dataloaders=random_images dataloaders.state_shape=[3,32,32] model=unet_small", 256),
     "dit_s": ("dataloaders=random_images model=dit_s", 64),
 }, 8192, 5, 20)  # fmt: skip
-QUICK = Sizes(
-    {"mlp": ("model=mlp model.width=8 model.depth=1", 16)}, 64, 1, 1, 0, ("eager", "compiled"), ("euler", "dopri5"), 4
-)
+TINY = {"mlp": ("model=mlp model.width=8 model.depth=1", 16)}
+QUICK = Sizes(TINY, 64, 1, 1, 0, ("eager", "compiled"), ("euler", "dopri5"), 4)
 SHARE = {"cuda": 1.0, "mps": 1 / 8, "cpu": 1 / 64}  # of the rows of FULL
 
 

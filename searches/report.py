@@ -97,9 +97,8 @@ def importances_of(plan: Plan, study: optuna.Study) -> dict[str, float]:
         return {}
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances  # with scikit-learn, a second
 
-    return {
-        key: float(share) for key, share in get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0)).items()
-    }
+    shares = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
+    return {key: float(share) for key, share in shares.items()}
 
 
 def draw(plan: Plan, trials: list[FrozenTrial], importances: dict[str, float], path: Path) -> None:

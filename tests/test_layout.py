@@ -59,11 +59,9 @@ LATE = {  # what some need, or only some runs, is not imported with these
     "dataloaders.array_header": "numpy torch",
     "evaluation.pictures": "matplotlib torch",
     "minigrad, minigrad.sample": "omegaconf scipy torch",
-    "models.vae.stable_diffusion_vae": "diffusers",
     "run_files.run_folder, run_files.experiment_log": "torch",
     "run_files.telemetry": "pynvml torch",
     "run_files.trackers, run_files.trackio_tracker": "numpy tensorboard torch trackio wandb",
-    "train": "cleanfid diffusers matplotlib modal sklearn torchdiffeq trackio",
 }
 
 

@@ -23,10 +23,7 @@ from configuration.build import build
 from configuration.compose import parse_overrides
 from run_files.run_folder import RunFolder
 from scripts import modal_app, modal_runs
-from tests.backends.folder_volume import (
-    FolderVolume,
-    without_token,
-)
+from tests.backends.folder_volume import FolderVolume, without_token
 
 modal = pytest.importorskip("modal")
 
