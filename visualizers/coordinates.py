@@ -13,6 +13,7 @@ over. Writes coordinates.png. No run is begun.
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,11 +23,11 @@ import numpy as np
 from matplotlib.ticker import LogLocator, NullLocator
 
 from backends.submission import prepare
-from common.command_line import front, outputs, split
+from common.command_line import front, outputs
 from common.errors import UserError
 from common.ranges import Count
 from configuration.compose import compose_config
-from configuration.values import Setting, check_value
+from configuration.settings import known_settings
 from evaluation.pictures import INK, new_figure, save_figure
 from run_files.checks import check_writable
 from training.assemble import assemble
@@ -36,6 +37,15 @@ from training.width_transfer import GROWING
 Sizes = dict[str, list[float]]  # layer -> mean |output| at each width
 NAMED = 12  # layers that have a legend
 WITH, WITHOUT = "with base_model", "one learning rate for all"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line, words of a run aside."""
+
+    times: list[Count] = field(default_factory=lambda: [1, 2, 4, 8])
+    steps: Count = 8
+    out: Path | None = None
 
 
 def sizes(words: list[str], steps: int) -> dict[str, float]:
@@ -101,11 +111,10 @@ def draw(path: Path, found: dict[str, Sizes], times: list[int], title: str) -> N
 
 def check(words: list[str]) -> int:
     """Carry out the command. UserError for words that no run would take, and without base_model."""
-    settings, words = split(words, {"times": "1,2,4,8", "steps": "8", "out": ""})
-    times = [whole("times", word) for word in settings["times"].split(",")]
-    steps, folder = whole("steps", settings["steps"]), Path(settings["out"] or outputs() / "pictures" / "coordinates")
+    settings, words = known_settings(words, Settings)
+    times, steps, folder = settings.times, settings.steps, settings.out or outputs() / "pictures" / "coordinates"
     if len(set(times)) < 2:
-        raise UserError(f"times={settings['times']} is one width; give two or more, such as times=1,2,4,8")
+        raise UserError(f"times={times[0]} is one width; give two or more, such as times=1,2,4,8")
     config = compose_config([*words, "run_name=coordinates"])
     if not config["base_model"]:
         raise UserError("base_model is missing; add the width that optimizer.lr is of, such as base_model={width:64}")
@@ -119,13 +128,6 @@ def check(words: list[str]) -> int:
         print(f"  {layer:<{longest}}  " + "  ".join(f"{power(times, own[layer]):+.2f}" for own in found.values()))
     print(folder / "coordinates.png")
     return 0
-
-
-def whole(key: str, text: str) -> int:
-    """Return a number of 1 or more. UserError for another text."""
-    value = int(text) if text.isascii() and text.isdigit() else text
-    check_value(key, value, Setting(Count))
-    return int(value)
 
 
 if __name__ == "__main__":
