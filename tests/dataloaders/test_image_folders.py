@@ -172,7 +172,7 @@ def test_a_held_out_part_of_one_is_refused_before_anything_is_trained(pictures: 
     few = tmp_path / "few"
     few.mkdir()
     for k in range(4):
-        assert k == 0 or "4 pictures or more" in refusal("image_folder", folder(few))
+        assert k == 0 or "put 4 or more into" in refusal("image_folder", folder(few))
         shutil.copy(pictures / "class0" / f"{2 * k:02d}.png", few)
     assert len(build("image_folder", folder(few)).unseen) == 2
 
