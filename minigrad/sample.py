@@ -52,14 +52,12 @@ def carry_out(words: list[str]) -> str:
     try:
         with np.load(path, allow_pickle=False) as file:
             flow = dict(file)
-        n = int(given.get("n") or len(flow["noise"]))
-        found = samples(flow, n)
+        found = samples(flow, n := int(given.get("n") or len(flow["noise"])))
     except BROKEN as error:
         raise UserError(f"{path} cannot be read as an exported flow ({error}); write one with scripts/export.py") from None
     if not 1 <= n == len(found):
         raise UserError(f"n={n}, and {path} holds noise for {len(flow['noise'])} samples; give 1 to so many, or export more")
-    out = Path(given.get("out") or path.with_suffix(".samples.npy"))
-    with replacing(out) as saved:
+    with replacing(out := Path(given.get("out") or path.with_suffix(".samples.npy"))) as saved:
         np.save(saved, found)
     return f"{out}: {n:,} samples, mean {found.mean(0).round(3)}, standard deviation {found.std(0).round(3)}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -176,22 +177,37 @@ def target_table(values: dict[str, float], targets: dict[str, float]) -> str:
 
 
 def compared_table(run: Run) -> list[str]:
-    """Return the difference to the last finished run of the same data, model and loss, as a table; none without one."""
+    """Return the difference to the last finished run of the same data, model and loss, of the same experiment where there is
+    one, as a table; none without one.
+    """
     assert run.evaluation is not None
+    last = None
+    for same_experiment, name, scores in runs_like(run):
+        last = (name, scores) if same_experiment or last is None else last
+        if same_experiment:
+            break
+    if last is None:
+        return []
+    known = [(score, last[1][score.name]) for score in run.evaluation.scores if last[1].get(score.name) is not None]
+    rows = [(s.name, f"{before:.4g}", f"{s.value:.4g}", f"{s.value - before:+.2g}") for s, before in known]
+    return [markdown(("score", last[0], "here", "difference"), rows)]
+
+
+def runs_like(run: Run) -> Iterator[tuple[bool, str, dict[str, float]]]:
+    """Yield the finished runs of the same data, model and loss, the newest first: whether of the same experiment, too, the
+    name and the scores.
+    """
     folders = run_folders(run.records.folder.path.parents[1]).values()
     others = [folder for folder in folders if folder.name != run.notes.run_name and folder.config_path.is_file()]
     found = [(folder, status) for folder in others if (status := folder.status.read()).get("state") == "finished"]
     for folder, status in sorted(found, key=lambda pair: str(pair[1].get("updated", "")), reverse=True):
-        scores = status.get("scores", {})
         try:
             choices = folder.read_config().get("choices", {})
         except UserError:  # of another run, whose files are damaged
             continue
-        if all(choices.get(group) == run.notes.choices[group] for group in ("dataloaders", "model", "loss")):
-            known = [(score, scores[score.name]) for score in run.evaluation.scores if scores.get(score.name) is not None]
-            rows = [(s.name, f"{before:.4g}", f"{s.value:.4g}", f"{s.value - before:+.2g}") for s, before in known]
-            return [markdown(("score", folder.name, "here", "difference"), rows)]
-    return []
+        same = {group for group in run.notes.choices if choices.get(group) == run.notes.choices[group]}
+        if same >= {"dataloaders", "model", "loss"}:
+            yield "experiment" in same, folder.name, status.get("scores", {})
 
 
 class Profiler(Callback):

@@ -1,16 +1,21 @@
 """The experiment log: the run's parts are replaced, people's words never, and two runs at once leave it whole."""
 
+import json
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from common.errors import UserError
+from evaluation.metrics.base_metric import Score
 from run_files.experiment_log import ExperimentLog, Section
+from run_files.run_folder import RunFolder
+from training.callbacks import compared_table
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITER = """
@@ -263,3 +268,24 @@ def test_a_kill_in_the_middle_of_a_file_leaves_the_old_one(share: float, log: Ex
     log.finish("x", "after the kill")
     assert "after the kill" in path.read_text() and path.read_text().startswith(WORDS)
     assert not [file for file in path.parent.iterdir() if file.name.endswith(".tmp")]
+
+
+def test_the_run_before_is_of_the_same_experiment_where_there_is_one(tmp_path) -> None:
+    """Newest first: whichever of the same data, model and loss is compared with, a run of the same experiment is before."""
+    of = {"dataloaders": "digits", "model": "resnet9", "loss": "cross_entropy"}
+    runs = [
+        ("plain", "2", of | {"experiment": None}),
+        ("recipe", "1", of | {"experiment": "a"}),
+        ("other", "3", of | {"model": "x"}),
+    ]
+    for name, updated, choices in runs:
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").write_text(json.dumps({"choices": choices}))
+        status = {"state": "finished", "updated": updated, "scores": {"eval/accuracy": 0.5}}
+        (tmp_path / "runs" / name / "status.json").write_text(json.dumps(status))
+    evaluation = SimpleNamespace(scores=[Score("eval/accuracy", 0.75)])
+    for experiment, expected in (("a", "recipe"), ("b", "plain"), (None, "plain")):
+        notes = SimpleNamespace(run_name="x", choices=of | {"experiment": experiment})
+        records = SimpleNamespace(folder=RunFolder(tmp_path / "runs/x"))
+        (table,) = compared_table(SimpleNamespace(evaluation=evaluation, notes=notes, records=records))  # type: ignore[arg-type]
+        assert table.startswith(f"| score | {expected} | here |") and "| 0.5 | 0.75 | +0.25 |" in table
