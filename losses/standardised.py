@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 
 class Standardised(nn.Module):
-    """Learns velocities and maps of (x1 - data_mean) / data_std; both are None where data are learned as they are."""
+    """Learns the flow of (x1 - data_mean) / data_std; both are None where data are learned as they are.
+
+    Velocities and maps are those of the standardised states.
+    """
 
     network: nn.Module
     data_mean: Tensor | None
@@ -17,8 +20,9 @@ class Standardised(nn.Module):
         """Set mean and standard deviation: numbers for each channel of images, for each dimension of vectors."""
         shape = (-1, *(1,) * (len(state_shape) - 1))
         for name, numbers in (("data_mean", mean), ("data_std", std)):
-            device = next(self.network.parameters()).device
-            value = None if numbers is None else torch.tensor(numbers).reshape(shape).to(device)
+            value = (
+                None if numbers is None else torch.tensor(numbers).reshape(shape).to(next(self.network.parameters()).device)
+            )
             self.register_buffer(name, value, persistent=False)
 
     def standardised(self, x1: Tensor) -> Tensor:

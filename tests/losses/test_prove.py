@@ -277,7 +277,7 @@ def test_the_verdict_is_told_in_words_and_by_the_exit_status(words, status, verd
         (["{}:flow_matching", "convention=backwards"], "forward or reversed"),
         (["{}:flow_matching", "{}:absolute"], "takes one loss"),
         (["{}:nothing"], "defines no function nothing"),
-        (["nowhere.py:f"], "no file nowhere.py"),
+        (["nowhere.py:f"], "nowhere.py; write path/to/file.py:function"),
         (["loss=mse", "seconds=many"], "seconds takes a whole number"),
         (["{}:broken"], "AttributeError"),
         (["{}:blind"], "does not depend on its network"),
