@@ -42,7 +42,7 @@ from torch import device
 from common.device import pick_device
 from common.distributed import barrier, rank, world
 from common.errors import UserError
-from common.files import locked, remove_temporaries, replacing, require, write_atomically
+from common.files import locked, remove_temporaries, replacing, write_atomically
 from common.progress import each, watched
 from common.ranges import Range
 from common.stores import below, checksum, is_address, local_copy, names_below, put, size
