@@ -173,7 +173,7 @@ def read_manifest(place: str | Path) -> dict[str, Any]:
     file = file_of(place, MANIFEST)
     text = read_stored(file, MOST_BYTES) if isinstance(file, str) else file.read_bytes() if file.is_file() else None
     if text is None:
-        raise UserError(f"there is no {file} to verify")
+        raise UserError(f"there is no {file}; only cached latents can be verified")
     try:
         manifest = json.loads(text)
         readable = manifest["format"] == FORMAT and isinstance(manifest["shards"], list) and "made_from" in manifest
