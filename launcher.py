@@ -39,6 +39,10 @@ HYDRA_FLAGS = (
     "-m", "--multirun", "-c", "--cfg", "-r", "--resolve", "-p", "--package", "-i", "--info", "-sc",
     "--shell-completion", "--hydra-help", "--version",
 )  # fmt: skip
+HYDRA_VALUES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("-c", "--cfg"), ("job", "hydra", "all")), **dict.fromkeys(("-p", "--package"), ()),
+    **dict.fromkeys(("-i", "--info"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")),
+}  # fmt: skip
 RANK_VARIABLES = {"RANK", "WORLD_SIZE", "MASTER_ADDR"}  # torchrun gives them to each process it starts
 PLOT_ORDER = "eval/,oracle/,train/loss,gpu/,cuda/,mps/,epoch"  # of a dashboard, which else has first what has no slash
 
@@ -111,9 +115,8 @@ def launch(overrides: list[str]) -> "RunResult":
         from backends.workers import run_as_rank
 
         return run_as_rank(overrides)
-    from backends.submission import bring, prepare, submit
+    from backends.submission import prepare, submit
 
-    bring(overrides)
     return submit(prepare(overrides))
 
 
@@ -127,7 +130,7 @@ def dry_run(words: list[str]) -> None:
     if other or os.environ.keys() >= RANK_VARIABLES:
         raise UserError(f"--dry-run goes with a run or a sweep, not with {other[0] if other else 'torchrun'}")
     if {"-m", "--multirun"} & set(flags):
-        print(Sweep(overrides, brings=False).describe())
+        print(Sweep(overrides).describe())
     else:
         config = prepare(overrides)
         print(describe([config], config["run_name"]))
@@ -142,6 +145,31 @@ def run(*overrides: str) -> "RunResult":
     return launch(list(overrides))
 
 
+def in_hydras_order(arguments: list[str]) -> list[str]:
+    """Return Hydra's flags with their values, then the other words. UserError for flags that do not go together."""
+    flags, words, rest = list[str](), list[str](), iter(arguments)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag in HYDRA_VALUES:
+            value, known = value if equals else next(rest, ""), HYDRA_VALUES[flag]
+            if not value or (known and value not in known):
+                raise UserError(f"{flag} takes {', '.join(known) or 'the name of a group'}, not {value!r}")
+            flags += [flag, value]
+        else:
+            (flags if word.startswith("-") else words).append(word)
+    shows = [flag for flag in flags if flag in ("-c", "--cfg", "-i", "--info", "-sc", "--shell-completion")]
+    many = [flag for flag in flags if flag in ("-m", "--multirun")]
+    if "--hydra-help" in flags or "--version" in flags:
+        return flags
+    if not shows and not many:
+        raise UserError(f"{flags[0]} says how something is shown; add --cfg job")
+    if shows and (many or len(shows) > 1):
+        raise UserError(f"{shows[0]} shows something and trains nothing; leave {(many or shows[1:])[0]} out")
+    if shows[:1] in (["-sc"], ["--shell-completion"]) and not words:
+        raise UserError(f"{shows[0]} takes install=bash, install=zsh, install=fish, or uninstall= of the same")
+    return [*flags, *words]
+
+
 def through_hydra(arguments: list[str]) -> None:
     """-m, --cfg, --info and completion are Hydra's own."""
     import hydra
@@ -153,6 +181,7 @@ def through_hydra(arguments: list[str]) -> None:
     if os.environ.keys() >= RANK_VARIABLES:
         raise UserError("torchrun carries out one run; for a sweep leave it out, and say devices=N")
     register_resolvers()
+    arguments = in_hydras_order(arguments)
     words = [word for word in arguments if not word.startswith("-")]
     sweep = Sweep(words) if {"-m", "--multirun"} & set(arguments) else None
     only_sweep = all(word in ("-m", "--multirun") for word in arguments if word.startswith("-"))

@@ -3,7 +3,10 @@
 import errno
 import re
 import sysconfig
+import tokenize
 import traceback
+import zipfile
+import zlib
 from importlib.util import find_spec
 
 # Control characters but the line break and the tab, and marks that reverse the direction of what follows.
@@ -40,6 +43,19 @@ def require_package(name: str, needs: str, extra: str, otherwise: str = "") -> N
 def first_line(error: BaseException) -> str:
     """Return what an error says, its first line; its class where it says nothing."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+# What NumPy and zipfile raise at a file that is cut, garbled or made by hand.
+BROKEN_ARRAYS = (
+    ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError,
+    tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
+def numpy_fault(error: BaseException) -> str:
+    """Return what NumPy says of a file, but for its advice to read objects from it."""
+    said = first_line(error)
+    return "it holds no plain arrays" if "allow_pickle" in said else said[:120]
 
 
 # What the system says of a path that was given, whatever is done with it.

@@ -4,15 +4,13 @@ Imports neither torch nor, until called, NumPy: the launcher composes configs wi
 """
 
 import math
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from common.errors import UserError, first_line
+from common.errors import BROKEN_ARRAYS, UserError, numpy_fault
 from common.files import require
 
 if TYPE_CHECKING:
@@ -20,11 +18,6 @@ if TYPE_CHECKING:
 
 MIN_ROWS = 10  # fewer leave nothing to hold out and learn from
 MAX_CLASSES = 1_000_000  # more are no classes, but numbers of another meaning
-# What NumPy and zipfile raise at a file that is cut, garbled or made by hand.
-BROKEN = (
-    ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError,
-    tokenize.TokenError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
 
 
 @contextmanager
@@ -32,9 +25,9 @@ def reading(file: Path) -> Iterator[None]:
     """Raise UserError for what goes wrong in the block because of what the file holds."""
     try:
         yield
-    except BROKEN as error:
+    except BROKEN_ARRAYS as error:
         raise UserError(
-            f"{file} is damaged, cut or no {file.suffix} file of NumPy ({first_line(error)[:120]}); write it with "
+            f"{file} is damaged, cut or no {file.suffix} file of NumPy ({numpy_fault(error)}); write it with "
             "numpy.save or numpy.savez, or fetch it again"
         ) from error
 

@@ -3,6 +3,7 @@
 import io
 import math
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,26 @@ class PlainUnpickler(pickle.Unpickler):
         return STAND_INS[module, name]
 
 
+def check_opcodes(content: bytes) -> None:
+    """Raise UnpicklingError for what a few bytes could keep a reader busy with, or fill its memory: a remembered value whose
+    number is larger than the file, and a tuple that is repeated, since tuples of tuples are hashed all over.
+    """
+    remembered, last = dict[int, bool](), ""  # number -> whether that is a tuple
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name == "DUP" or ("GET" in opcode.name and remembered.get(int(argument))):
+            raise pickle.UnpicklingError("it repeats a tuple")
+        if "PUT" in opcode.name or opcode.name == "MEMOIZE":
+            number = len(remembered) if opcode.name == "MEMOIZE" else int(argument)
+            if number > len(content):
+                raise pickle.UnpicklingError("it remembers more values than it holds")
+            remembered[number] = "TUPLE" in last
+        last = opcode.name
+
+
 def read_pickled(content: bytes, file: Path) -> dict[str, Any]:
     """Return a pickled dictionary: text, numbers, lists, and uint8 arrays. UserError, naming `file`, for anything else."""
     try:
+        check_opcodes(content)
         found = PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # a foreign file may fail in any way
         raise unfit(file, f"{type(error).__name__}: {error}") from error

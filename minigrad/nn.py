@@ -79,8 +79,10 @@ class MLP:
 
     @classmethod
     def load(cls, path: str | Path) -> MLP:
-        """Return a saved network, ready to be trained on. ValueError for a file that holds none."""
-        with np.load(f"{str(path).removesuffix('.npz')}.npz", allow_pickle=False) as file:
+        """Return a saved network, ready to be trained on. ValueError for a file that holds none, or is none."""
+        if not (place := Path(f"{str(path).removesuffix('.npz')}.npz")).is_file():
+            raise ValueError(f"there is no file {place}")
+        with np.load(place, allow_pickle=False) as file:
             return cls.of_arrays(file, str(path))
 
     @classmethod

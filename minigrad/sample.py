@@ -4,19 +4,16 @@ The file holds a network over (state, time features, class row), the noise to st
 """
 
 import sys
-import zipfile
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from common.command_line import front
-from common.errors import UserError
-from common.files import replacing
+from common.errors import BROKEN_ARRAYS, UserError, numpy_fault
+from common.files import replacing, require
 from minigrad.nn import MLP
 from minigrad.tensor import Array
-
-BROKEN = (OSError, ValueError, TypeError, KeyError, IndexError, EOFError, zipfile.BadZipFile)
 
 
 def features(flow: dict[str, Array], z: Array, r: float, t: float) -> Array:
@@ -46,15 +43,15 @@ def carry_out(words: list[str]) -> str:
     """Carry out the command; the line to print. UserError for other words, another file, or more than it has noise for."""
     given = dict(word.split("=", 1) for word in words if word.startswith(("n=", "out=")))
     paths = [word for word in words if not word.startswith(("n=", "out="))]
-    if len(paths) != 1 or not (given.get("n") or "1").isdecimal():
-        raise UserError(f"cannot use {' '.join(words)!r}; give one exported file, n=1000, out=samples.npy")
-    path = Path(paths[0])
+    if len(paths) != 1 or not given.get("n", "1").isdecimal() or not given.get("out", ".npy").endswith(".npy"):
+        raise UserError(f"cannot use {' '.join(words)!r}; give one exported file, n=1000 (1 or more), out=samples.npy")
+    require(path := Path(paths[0]), "scripts/export.py writes one")
     try:
         with np.load(path, allow_pickle=False) as file:
             flow = dict(file)
         found = samples(flow, n := int(given.get("n") or len(flow["noise"])))
-    except BROKEN as error:
-        raise UserError(f"{path} cannot be read as an exported flow ({error}); write one with scripts/export.py") from None
+    except BROKEN_ARRAYS as error:
+        raise UserError(f"{path} is no exported flow ({numpy_fault(error)}); scripts/export.py writes one") from None
     if not 1 <= n == len(found):
         raise UserError(f"n={n}, and {path} holds noise for {len(flow['noise'])} samples; give 1 to so many, or export more")
     with replacing(out := Path(given.get("out") or path.with_suffix(".samples.npy"))) as saved:

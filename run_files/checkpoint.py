@@ -22,6 +22,7 @@ from configuration.values import RUN_NAME
 from run_files.stored_values import note_once
 
 FORMAT = "denoising-zoo-checkpoint-1"
+MOST_VALUES = 5 * 10**6  # in a save: numbers, texts and tensors
 METADATA = "__metadata__"  # of a .npz: no weight's name, and what safetensors calls its own
 KINDS: dict[str, Any] = {
     "network": dict, "ema": dict, "optimizer": dict, "schedule": dict, "scaler": dict, "window": dict, "step": int,
@@ -154,6 +155,15 @@ def check_archive(path: Path) -> None:
         raise zipfile.BadZipFile(damaged)
 
 
+def endless(node: Any) -> bool:
+    """Return whether nested dicts and lists are more than MOST_VALUES: a few lists, shared at each of their depths, are."""
+    left, seen = [node], 0
+    while left and seen + len(left) <= MOST_VALUES:
+        inner, seen = left.pop(), seen + 1
+        left += inner.values() if isinstance(inner, dict) else inner if isinstance(inner, list | tuple) else ()
+    return bool(left)
+
+
 def is_readable(path: Path) -> bool:
     """Return whether the file is a zip archive whose every entry has its checksum."""
     try:
@@ -170,7 +180,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     try:
         read = read_export if path.suffix in (".safetensors", ".npz") else read_archive
         payload, digest, content = read(path, device)
-        wrong = wrong_payload(payload)
+        wrong = "holds lists within lists without end" if endless(payload) else wrong_payload(payload)
         if wrong is None and digest is None:
             note_once(f"{path} has no digest, as files of earlier versions; whether it is undamaged is not known")
         elif wrong is None and digest != digest_of(content):  # two readers of one damaged file may see different archives

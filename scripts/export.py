@@ -19,6 +19,7 @@ the numbers from another file with the same names and shapes, .npz or .safetenso
 
 import re
 import sys
+import zipfile
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 
 import minigrad
 from common.command_line import check_ends, front
-from common.errors import UserError, first_line
+from common.errors import UserError, numpy_fault
 from common.files import replacing
 from common.ranges import Count, Seed
 from configuration.settings import read_settings
@@ -104,14 +105,23 @@ def weights_of(path: Path, payload: dict[str, Any]) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        check_size(path, sum(weight.nbytes for weight in payload["ema"].values()))
         arrays = arrays_of(path)
         if "activations" in arrays:
             return payload["ema"] | torch_names(minigrad.MLP.of_arrays(arrays, str(path)), payload)
         return {name: torch.from_numpy(array) for name, array in arrays.items() if name != METADATA}
     except BROKEN as error:
         raise UserError(
-            f"{path} cannot be read as weights ({first_line(error)}); give a .npz or .safetensors of them"
+            f"{path} cannot be read as weights ({numpy_fault(error)}); give a .npz or .safetensors of them"
         ) from None
+
+
+def check_size(path: Path, most: int) -> None:
+    """Raise ValueError where the arrays of a .npz take more than twice so many bytes."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > 2 * most + 2**20:
+        raise ValueError(f"it holds {size:,} bytes, and the weights of this model take {most:,}")
 
 
 def torch_names(network: minigrad.MLP, payload: dict[str, Any]) -> dict[str, Tensor]:

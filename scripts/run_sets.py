@@ -19,7 +19,7 @@ from evaluation.seed_comparison import LEVEL, PAIRS, Difference, compared, least
 from run_files.metrics_file import SCORES, SIDE, UNDIRECTED, higher_is_better
 from run_files.result import result_of, table
 from run_files.run_folder import RunFolder
-from run_files.stored_values import CONFIG_REMEDY
+from run_files.stored_values import CONFIG_REMEDY, note_once
 
 OF_TRAINING = ("training", "flip", "crop_padding", "augment", "balanced", "epoch_size")  # keys of data that no score sees
 OF_EVALUATION = ("dataloaders.", "evaluation.", "vae.", "conditional")
@@ -209,8 +209,18 @@ def limits(a: RunSet, b: RunSet, paired: bool, count: int) -> str:
 
 
 def table_of(folders: list[RunFolder]) -> str:
-    """Return the runs as a table, see evaluation/run_table.py. UserError for runs that do not monitor one score."""
-    configs = [whole_config(folder) for folder in folders]
+    """Return the runs as a table, see evaluation/run_table.py; what cannot be read is left out, with a line that says why.
+
+    UserError for runs that do not monitor one score, and where none can be read.
+    """
+    configs: list[dict[str, Any]] = []
+    for folder in folders:
+        try:
+            configs.append(whole_config(folder))
+        except UserError as error:
+            if folder is folders[-1] and not configs:
+                raise
+            note_once(f"{folder.name} is left out: {error}")
     monitors = sorted({config["monitor"] for config in configs})
     if len(monitors) > 1:
         raise UserError(f"these runs monitor {' and '.join(monitors)}; write an expression that matches runs of one")

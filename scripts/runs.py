@@ -18,7 +18,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import indent
@@ -217,7 +217,8 @@ def table_of_runs(options: argparse.Namespace) -> str:
 
 def delete_runs(options: argparse.Namespace) -> str:
     """Delete runs, their saves and dashboard rows. UserError, and nothing goes, if one is held, or a folder unreadable."""
-    folders = [find_run(options.output_dir, name) for name in dict.fromkeys(options.names)]
+    left = ("metrics.jsonl", "config.yaml", "status.json")  # by a deletion that was killed, one of them
+    folders = [find_run(options.output_dir, name, left) for name in dict.fromkeys(options.names)]
     saves = options.output_dir / "ckpts"
     folders_of_saves = (path for path in (saves, *saves.rglob("*")) if path.is_dir())
     shut = next((path for path in folders_of_saves if not os.access(path, os.R_OK | os.X_OK)), None)
@@ -254,9 +255,9 @@ def delete_tracked(folder: RunFolder, dry_run: bool) -> int:
     return found
 
 
-def find_run(output_dir: Path, name: str) -> RunFolder:
-    """Return the run of that name. UserError, which names the nearest, where there is none."""
-    folders = run_folders(output_dir)
+def find_run(output_dir: Path, name: str, holding: Sequence[str] = ("status.json",)) -> RunFolder:
+    """Return the run of that name, which has one of these files. UserError, which names the nearest, where there is none."""
+    folders = {key: folder for file in holding for key, folder in run_folders(output_dir, file).items()}
     if name in folders:
         return folders[name]
     near = difflib.get_close_matches(name, folders, n=1, cutoff=0.4)

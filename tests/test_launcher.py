@@ -170,6 +170,28 @@ def test_cfg_job_prints_the_composed_configuration():
     assert "epochs: 3" in result.stdout and "device: cpu" in result.stdout and "learning" not in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--cfg", "--cfg takes job, hydra, all, not ''"), ("--cfg nope", "--cfg takes job, hydra, all, not 'nope'"),
+        ("--info epochs=3", "--info takes all, config, defaults"), ("-p optimizer", "-p says how something is shown"),
+        ("-r run_name=x epochs=0", "-r says how something is shown; add --cfg job"), ("-sc", "-sc takes install=bash"),
+        ("-m run_name=x --cfg job seed=1,2", "--cfg shows something and trains nothing; leave -m out"),
+    ],
+)  # fmt: skip
+def test_hydras_flags_are_refused_in_our_words(words, sentence, capsys):
+    assert launcher.main(words.split()) == 1
+    said = capsys.readouterr().err
+    assert sentence in said and said.count("\n") == 1
+
+
+def test_hydras_flags_may_stand_anywhere():
+    words = launcher.in_hydras_order(["a=1", "--cfg", "job", "b=2", "--resolve"])
+    assert words == ["--cfg", "job", "--resolve", "a=1", "b=2"]
+    assert launcher.in_hydras_order(["b=1,2", "-m", "a=1"]) == ["-m", "b=1,2", "a=1"]
+    assert launcher.in_hydras_order(["run_name=x", "--hydra-help"]) == ["--hydra-help"]
+
+
 def test_flags_become_overrides_in_their_places_so_the_later_one_wins():
     words = launcher.with_flags_as_overrides(["--device", "cpu", "run_name=x", "device=cuda", "--device=mps"])
     assert words == ["device=cpu", "run_name=x", "device=cuda", "device=mps"]

@@ -127,7 +127,7 @@ def picture(tables: list[Table]) -> Figure:
     from matplotlib.patches import Patch
 
     objectives, most = by_rank(tables), max(tables[0].scores)
-    left = max(163, 14 + 8.4 * max(map(len, objectives)))  # pixels for their names
+    left = max(163, 14 + 9 * max(map(len, objectives)))  # pixels for their names
     height, width = 145 + 30 * len(objectives), left + 12 + 153 * len(tables)
     figure = new_figure(height, "energy distance to the data (left is better)", "", width)
     panels = figure.subplots(1, len(tables), sharex=True, sharey=True, squeeze=False)[0]

@@ -62,6 +62,14 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path, capsys):
     assert "harm" not in capsys.readouterr().out
 
 
+def test_lists_that_share_lists_are_not_walked_without_end(tmp_path):
+    shared: list[Any] = [0]
+    for _ in range(18):
+        shared = [shared] * 10
+    said = refusal(tmp_path / "x.pt", saved(PAYLOAD | {"config": {"a": shared}}))
+    assert "holds lists within lists without end" in said
+
+
 def test_a_zip_bomb_is_refused_unopened(tmp_path, monkeypatch):
     """Compressed zeros, and one stored entry listed many times: neither is unpacked."""
     bomb = rebuilt(saved(PAYLOAD), {"data/0": bytes(50_000_000)}, zipfile.ZIP_DEFLATED)

@@ -8,6 +8,7 @@ import lzma
 import os
 import pickle
 import shutil
+import struct
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -189,6 +190,13 @@ def test_a_pickle_cannot_misuse_the_names_that_are_known() -> None:
     for value in (Command(np.ndarray, (10**9,)), Command(np.dtype, "O"), np.zeros(3), np.array([object()])):
         with pytest.raises(UserError):
             read_pickled(pickle.dumps([value], protocol=2), Path("x"))
+    tuples: tuple[Any, ...] = ()
+    for _ in range(60):
+        tuples = (tuples, tuples)  # each hashed twice as long as the one before
+    counted = b"\x80\x02}r" + struct.pack("<I", 2**31) + b"."
+    for content in (pickle.dumps({"x": tuples}, protocol=2), pickle.dumps({"x": tuples}, protocol=4), counted):
+        with pytest.raises(UserError, match=r"it repeats a tuple|more values than it holds"):
+            read_pickled(content, Path("x"))
     lying = pickle.dumps({"data": np.zeros((4, 5), np.uint8)}, protocol=2).replace(b"K\x04K\x05", b"K\x7fK\x7f")
     with pytest.raises(UserError, match="not one of bytes"):
         read_pickled(lying, Path("x"))

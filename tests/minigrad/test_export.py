@@ -1,5 +1,9 @@
 """A flow exported to .npz and sampled in NumPy is the flow that torch samples; weights come back from files of arrays."""
 
+import io
+import os
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -67,11 +71,28 @@ def test_a_file_that_is_no_exported_flow_is_one_sentence(tmp_path):
     np.save(tmp_path / "one.npy", np.zeros(3))
     (tmp_path / "text.npz").write_text("no archive")
     np.savez(tmp_path / "pickled.npz", noise=np.array([print], dtype=object))
-    for name in ("other.npz", "one.npy", "text.npz", "pickled.npz", "absent.npz"):
-        with pytest.raises(sample.UserError, match="cannot be read as an exported flow"):
+    whole = io.BytesIO()
+    np.savez_compressed(whole, noise=np.random.default_rng(0).normal(size=(300, 2)))
+    damaged = bytearray(whole.getvalue())
+    damaged[2000:2040] = bytes(40)  # in the compressed stream
+    (tmp_path / "damaged.npz").write_bytes(damaged)
+    with zipfile.ZipFile(tmp_path / "lying.npz", "w") as archive:
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**13,)})
+        archive.writestr("noise.npy", header.getvalue())
+    os.mkfifo(tmp_path / "pipe.npz")
+    for name in ("other", "text", "pickled", "damaged", "lying"):
+        with pytest.raises(sample.UserError, match="is no exported flow") as refused:
+            sample.carry_out([str(tmp_path / f"{name}.npz")])
+        assert "allow_pickle" not in str(refused.value)
+    for name in ("absent.npz", "pipe.npz"):
+        with pytest.raises(sample.UserError, match="there is no file"):
             sample.carry_out([str(tmp_path / name)])
-    with pytest.raises(sample.UserError, match="give one exported file"):
-        sample.carry_out(["a.npz", "n=many"])
+        with pytest.raises(ValueError, match="there is no file"):
+            MLP.load(tmp_path / name)
+    for words in (["n=many"], ["n=-1"], ["out=x.txt"], ["more.npz"]):
+        with pytest.raises(sample.UserError, match="give one exported file"):
+            sample.carry_out(["a.npz", *words])
 
 
 @pytest.fixture
@@ -128,8 +149,9 @@ def test_weights_of_another_kind_are_one_sentence_and_write_nothing(flow, tmp_pa
     np.savez(tmp_path / "nan.npz", **own | {"layers.0.bias": own["layers.0.bias"] * np.nan})
     MLP(2, [3, 2]).save(tmp_path / "tanh.npz")
     (tmp_path / "text.npz").write_text("no archive")
+    np.savez_compressed(tmp_path / "large.npz", **own | {"layers.0.bias": np.zeros(10**7)})
     cases = {
-        "pickled": "Object arrays cannot be loaded when allow_pickle=False", "more": "(more differs)",
+        "pickled": "it holds no plain arrays", "large": "and the weights of this model take", "more": "(more differs)",
         "nan": "NaN or infinite",
         "tanh": "its layers are tanh, linear, those of the checkpoint silu", "text": "cannot be read as weights",
         "absent": "cannot be read as weights",

@@ -181,5 +181,8 @@ def test_table_has_a_row_for_each_configuration(sets, capsys):
     )
     assert runs.main(["table", "c_.*", "--output-dir", str(sets)]) == 1
     (sets / "runs/a_seed=0/config.yaml").write_text("seed: 0\n")
-    assert runs.main(["table", "a.*", "--output-dir", str(sets)]) == 1
-    assert "config.yaml is cut: it lacks monitor, choices, overrides" in capsys.readouterr().err
+    assert runs.main(["table", "a.*", "--output-dir", str(sets)]) == 0
+    said = capsys.readouterr()
+    assert "a_seed=0 is left out: " in said.err and "config.yaml is cut: it lacks monitor, choices, overrides" in said.err
+    assert "a_seed=*" in said.out
+    assert runs.main(["table", "a_seed=0", "--output-dir", str(sets)]) == 1

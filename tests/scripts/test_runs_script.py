@@ -290,3 +290,18 @@ def test_delete_runs_from_any_folder_on_the_users_trackio_dir(project: str, tmp_
     command = [sys.executable, str(ROOT / "scripts/trackio_delete.py"), "--list", "--project", project]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "keep_test_3\ntest_1\ntest_2\n"
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "config.yaml", "status.json"])
+def test_a_deletion_that_was_killed_can_be_finished_and_lends_nothing_to_a_new_run(left, small_run, capsys):
+    folder = small_run("x", "max_steps=2") / "runs/x"
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "eval/ghost": 1.0}\n')
+    for path in (*folder.parents[1].glob("ckpts/**/*.pt"), *folder.glob("*.*")):
+        if path.name != left:
+            path.unlink()
+    if left != "config.yaml":  # which says what was trained, so that a new run asks first
+        small_run("x", "max_steps=2")
+        assert not any("eval/ghost" in row for row in RunFolder(folder).metrics.read())
+        return
+    assert run_main(capsys, "delete", "x", "--output-dir", folder.parents[1])[0] == 0 and not folder.exists()
