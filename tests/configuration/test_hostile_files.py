@@ -230,10 +230,10 @@ def test_a_configuration_in_a_checkpoint_fetches_nothing(changed, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("fetched"))
     path = changed(lambda payload: payload["config"]["loss"].update(path=CIFAR))
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="there is no file"):
         load(path, device="cpu")
     model = load(changed(lambda payload: payload["config"].update(dataloaders=CIFAR)), device="cpu")
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="there is no file"):
         model.real(5)
     with pytest.raises(UserError, match=r"dataloaders.url= is no web address"):
         build(model.config["dataloaders"] | {"download": True})

@@ -175,8 +175,8 @@ def test_guidance_folded_into_training_is_the_guided_flow(tmp_path: Path) -> Non
     flow = known_flow(made.objective, made.dataset, made.source)
     assert isinstance(flow, GuidedFlow) and (flow.scale, flow.interval) == (3.0, (0.2, 0.8))
     z, label = states(), torch.arange(40) % 3
-    guided = cfg(LinearPath(), 3.0)(z, numbers(0.5), label)
-    torch.testing.assert_close(flow(z, numbers(0.5), label), guided, atol=1e-6, rtol=0)
+    pushed = cfg(LinearPath(), 3.0)(z, numbers(0.5), label)
+    torch.testing.assert_close(flow(z, numbers(0.5), label), pushed, atol=1e-6, rtol=0)
     torch.testing.assert_close(flow(z, numbers(0.9), label), flow.strong(z, numbers(0.9), label))
     twice = replace(made, objective=guided(made.objective, ClassifierFreeGuidance(made.objective.network, 2.0)))
     assert "guided once more" in str(known_flow(twice.objective, made.dataset, made.source))
