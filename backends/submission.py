@@ -117,6 +117,9 @@ def describe(configs: list[dict[str, Any]], name: str) -> str:
     name: of all of them together. UserError for what it refuses.
     """
     backend: Backend = build(configs[0]["backend"])
+    for config in configs:
+        if "monitor" in typed_keys(config["overrides"]):
+            build(config["evaluation"]).check_monitor(config["monitor"])
     return "\n".join([*map(described, configs), *filter(None, [backend.script(configs, name)])])
 
 

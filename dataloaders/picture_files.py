@@ -15,6 +15,10 @@ from common.files import require
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 MOST_ATTRIBUTES = 10  # 1,024 classes
 IDX_IMAGES = "images-idx3-ubyte"  # how the names of MNIST's files of images end, but for .gz
+SHARD = {
+    "part": str, "rows": int, "file": str, "labels": str, "file_bytes": int, "labels_bytes": int, "file_blake2b": str,
+    "labels_blake2b": str,
+}  # fmt: skip
 MANIFEST = "manifest.json"  # of a folder of cached latents
 
 
@@ -77,6 +81,26 @@ def idx_root(root: str) -> str | None:
     return root if any(Path(root).expanduser().glob(f"*{IDX_IMAGES}*")) else None
 
 
+def wrong_in_manifest(manifest: Any) -> str | None:
+    """Return the first key of cached latents' manifest that holds what no such manifest does, or None.
+
+    The files of a shard are in the folder itself: a manifest may be anyone's, and leads nowhere else.
+    """
+    known = manifest if isinstance(manifest, dict) else {}
+    shards, sizes = known.get("shards"), known.get("shape", [])
+    if not isinstance(known.get("made_from"), dict):
+        return "made_from"
+    if known.get("finished") and not isinstance(known.get("num_classes"), int):
+        return "num_classes"
+    if not isinstance(sizes, list) or not all(isinstance(n, int) and 0 < n < 2**20 for n in sizes):
+        return "shape"
+    if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
+        return "shards"
+    wrong = (key for shard in shards for key, kind in SHARD.items() if not isinstance(shard.get(key), kind))
+    led_out = (key for shard in shards for key in ("file", "labels") if Path(shard[key]).name != shard[key])
+    return next(wrong, None) or next(led_out, None)
+
+
 def latent_manifest(folder: str) -> dict[str, Any]:
     """Return what scripts/cache_latents.py says it put into a folder. UserError when missing, damaged or not whole."""
     file = Path(folder).expanduser() / MANIFEST
@@ -85,11 +109,12 @@ def latent_manifest(folder: str) -> dict[str, Any]:
         raise UserError(f"there are no cached latents in {file.parent.absolute()}; make them by {how}, or correct the path")
     try:
         manifest = json.loads(file.read_text())
-        finished = manifest["finished"]
-        described = [manifest[key] for key in ("shape", "num_classes", "shards")] if finished else []
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no manifest of cached latents; delete its folder and make it again by {how}") from error
-    if not finished or None in described:
+        wrong = wrong_in_manifest(manifest)
+    except ValueError:
+        wrong = "text"
+    if wrong:
+        raise UserError(f"{file} is no manifest of cached latents ({wrong}); delete its folder and make it again by {how}")
+    if not manifest.get("finished") or not manifest.get("shape"):
         raise UserError(f"{file.parent} is not finished; give the command that began it again, and it goes on: {how}")
     return dict(manifest)
 

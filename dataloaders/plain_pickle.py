@@ -61,10 +61,10 @@ def check_opcodes(content: bytes) -> None:
     """
     remembered, last = dict[int, bool](), ""  # number -> whether that is a tuple
     for opcode, argument, _ in pickletools.genops(content):
-        if opcode.name == "DUP" or ("GET" in opcode.name and remembered.get(int(argument))):
+        if opcode.name == "DUP" or ("GET" in opcode.name and remembered.get(int(argument or 0))):
             raise pickle.UnpicklingError("it repeats a tuple")
         if "PUT" in opcode.name or opcode.name == "MEMOIZE":
-            number = len(remembered) if opcode.name == "MEMOIZE" else int(argument)
+            number = len(remembered) if opcode.name == "MEMOIZE" else int(argument or 0)
             if number > len(content):
                 raise pickle.UnpicklingError("it remembers more values than it holds")
             remembered[number] = "TUPLE" in last

@@ -46,7 +46,7 @@ from configuration.build import build
 from configuration.compose import compose_config, resolved
 from configuration.settings import read_settings
 from dataloaders.image_stream import ImageStream, PictureReader
-from dataloaders.picture_files import MANIFEST
+from dataloaders.picture_files import MANIFEST, wrong_in_manifest
 from dataloaders.stream import ReadAhead, Rows
 from dataloaders.tensor_dataset import as_states
 from models.vae.stable_diffusion_vae import WEIGHTS_FILE, StableDiffusionVAE
@@ -156,8 +156,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     require(file, "only cached latents can be verified")
     try:
         manifest = json.loads(file.read_text())
-        readable = manifest["format"] == FORMAT and isinstance(manifest["shards"], list) and "made_from" in manifest
-    except (ValueError, KeyError, TypeError):
+        readable = wrong_in_manifest(manifest) is None and manifest.get("format") == FORMAT
+    except ValueError:
         readable = False
     if not readable:
         raise UserError(f"{file} cannot be read as a manifest of cached latents of format {FORMAT}; give another folder")

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import require
 from configuration.build import build
 from configuration.compose import compose_config, groups, resolved
@@ -180,7 +180,7 @@ def read_board(path: Path) -> Board:
     require(path, "leave config= out for configs/leaderboard.yaml")
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as YAML: {yaml_fault(error)}") from error
     if isinstance(found, dict) and isinstance(found.get("datasets"), list):  # the older form: one list of seeds for all
         found["seeds"] = dict.fromkeys(found["datasets"], found.get("seeds"))
@@ -190,8 +190,14 @@ def read_board(path: Path) -> Board:
             raise UserError(f"{path} needs {', '.join(kinds)}; {key} is missing, empty or not of its kind")
     if not all(isinstance(seeds, list) and seeds for seeds in found["seeds"].values()):
         raise UserError(f"{path}: seeds names the seeds of each data set, such as seeds: {{kmeans: [0, 1]}}")
-    objectives = {str(name): shlex.split(str(words)) for name, words in found["objectives"].items()}
-    board = Board(found["jobs"], found["seeds"], shlex.split(found["common"]), objectives)
+    if found["jobs"] < 1 or not all(isinstance(seed, int) for seeds in found["seeds"].values() for seed in seeds):
+        raise UserError(f"{path}: jobs takes 1 or more, and seeds whole numbers, such as seeds: {{kmeans: [0, 1]}}")
+    try:
+        objectives = {str(name): shlex.split(str(words)) for name, words in found["objectives"].items()}
+        common = shlex.split(found["common"])
+    except ValueError as error:  # a quotation that does not end
+        raise UserError(f"{path}: launcher words that cannot be read ({first_line(error).lower()}); correct them") from error
+    board = Board(found["jobs"], found["seeds"], common, objectives)
     for dataset in board.datasets:
         chosen("dataloaders", [str(dataset)], groups()["dataloaders"])
     return board

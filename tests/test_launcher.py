@@ -69,6 +69,7 @@ MISTAKES = [
     (["run_name=x", "epochs"], "cannot read 'epochs'"),
     (["run_name=x", "epochs=${nothing}"], "cannot be worked out"),
     (["run_name=x", "dataloaders.training=null"], "inside dataloaders.training, which has none; leave it"),
+    (["run_name=x", "--dry-run", "monitor=eval/los"], "(did you mean eval/loss?)"),
     (["run_name=x", "resume=true"], "there is no run x"),
     (["run_name=x", "resume=maybe"], "resume takes true, false or force"),
     (["run_name=x", "eval_checkpoint=/nowhere.pt"], "eval_checkpoint=/nowhere.pt is not a file"),

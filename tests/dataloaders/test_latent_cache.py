@@ -190,16 +190,30 @@ def test_a_folder_of_other_things_is_never_written_to(official: Official, cache:
     assert "made with another shard_rows" in capsys.readouterr().err and contents(cache) == before
 
 
+SHARD = {
+    "part": "train", "rows": 1, "file": "a.npy", "labels": "b.npy", "file_bytes": 1, "labels_bytes": 1, "file_blake2b": "",
+    "labels_blake2b": "",
+}  # fmt: skip
+WHOLE = {"finished": True, "shape": [4, 8, 8], "num_classes": 2, "shards": [], "made_from": {}}
+
+
 @pytest.mark.parametrize("text, words", [
     (None, "there are no cached latents in"),
     ("{", "is no manifest"),
     (json.dumps({"finished": True}), "is no manifest"),
-    (json.dumps({"finished": False, "shards": []}), "is not finished"),
+    (json.dumps({"format": 0, "finished": False, "shards": [], "made_from": {}}), "is not finished"),
+    (json.dumps({"finished": True, "shards": [], "made_from": []}), r"(made_from)"),
+    (json.dumps(WHOLE | {"num_classes": "y"}), r"(num_classes)"),
+    (json.dumps(WHOLE | {"shape": [1e400]}), r"(shape)"),
+    (json.dumps(WHOLE | {"shards": [{"x": 1}]}), r"(part)"),
+    (json.dumps(WHOLE | {"shards": [SHARD | {"file": "../int.npy"}]}), r"(file)"),
+    (json.dumps(WHOLE | {"shards": [SHARD | {"labels": "/x.npy"}]}), r"(labels)"),
 ])  # fmt: skip
 def test_a_folder_that_is_no_cache_is_one_sentence(text: str | None, words: str, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "manifest.json").write_text(text)
     assert words in refusal("imagenet", {"path": tmp_path})
+    assert cache_latents.main([f"out={tmp_path}", "verify=true"]) == 1
 
 
 def test_encoding_on_the_fly_needs_an_autoencoder(official: Official) -> None:

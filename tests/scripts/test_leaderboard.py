@@ -260,6 +260,13 @@ def test_each_data_set_has_its_seeds(tmp_path):
     config.write_text(yaml.safe_dump({**older, "datasets": None, "seeds": {"moons": 3}}))
     with pytest.raises(UserError, match="seeds names the seeds of each data set, such as"):
         board_script.read_board(config)
+    for wrong, sentence in (
+        ({"jobs": -3}, "jobs takes 1 or more"), ({"seeds": {"moons": ["a"]}, "datasets": None}, "seeds whole numbers"),
+        ({"common": "a='b"}, "cannot be read .no closing quotation."),
+    ):  # fmt: skip
+        config.write_text(yaml.safe_dump({**older, **wrong}))
+        with pytest.raises(UserError, match=sentence):
+            board_script.read_board(config)
 
 
 def test_as_many_runs_at_once_as_asked_for(command, monkeypatch):
