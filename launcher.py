@@ -115,8 +115,9 @@ def launch(overrides: list[str]) -> "RunResult":
         from backends.workers import run_as_rank
 
         return run_as_rank(overrides)
-    from backends.submission import prepare, submit
+    from backends.submission import bring, prepare, submit
 
+    bring(overrides)
     return submit(prepare(overrides))
 
 
@@ -130,7 +131,7 @@ def dry_run(words: list[str]) -> None:
     if other or os.environ.keys() >= RANK_VARIABLES:
         raise UserError(f"--dry-run goes with a run or a sweep, not with {other[0] if other else 'torchrun'}")
     if {"-m", "--multirun"} & set(flags):
-        print(Sweep(overrides).describe())
+        print(Sweep(overrides, brings=False).describe())
     else:
         config = prepare(overrides)
         print(describe([config], config["run_name"]))

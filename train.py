@@ -23,6 +23,7 @@ from common.signals import handled_by, stop_signals, when_asked_again
 from configuration.stored import allow_for
 from evaluation.eval_checkpoint import evaluate_checkpoint
 from run_files.checks import check_run_is_new
+from run_files.mirror import Mirror
 from run_files.run_folder import run_folder_of, saves_of
 from training.assemble import assemble
 from training.loop import fit
@@ -60,7 +61,15 @@ def carry_out(config: dict[str, Any]) -> float | None:
 
 def start_or_resume(run: Run) -> float | None:
     """Take the run's name, and train. Returns the best monitored value, if any was found."""
+    with mirrored(run.records) as mirror:
+        return trained(run, mirror)
+
+
+def trained(run: Run, mirror: Mirror | None) -> float | None:
+    """Do what start_or_resume says. mirror: copies the run to a store."""
     records, resume = run.records, run.records.config["resume"]
+    if resume and mirror is not None:
+        mirror.go_on()
     if resume and run.state.step >= run.total_steps:
         say_finished(run)
         return run.state.best
@@ -68,17 +77,19 @@ def start_or_resume(run: Run) -> float | None:
     with turn, handled_by(partial(ask_to_stop, run)), explained_disk_errors(records):
         row = try_parts(run)
         if run.rank == 0 and not resume:
-            claim_run_name(records)
+            claim_run_name(records, mirror)
         return run_training(run, row)
 
 
-def claim_run_name(records: Records) -> None:
+def claim_run_name(records: Records, mirror: Mirror | None) -> None:
     """Hold the folder of a new run; one that failed unsaved is moved aside. UserError when another process began it."""
     folder = records.folder
     folder.lock.acquire()
     check_run_is_new(records.config, folder.path)
     if folder.status.read().get("step"):
         records.config["overwrite"] = records.config["overwrite"] or "unsaved"
+    if mirror is not None:
+        mirror.claim(new_name(records) if records.config["overwrite"] is True else None)
     if records.config["overwrite"]:
         move_aside(records)
         folder.lock.acquire()
@@ -183,16 +194,34 @@ def move_aside(records: Records) -> None:
 
     The saves go first: a kill in between leaves a folder that asks for overwrite=true again, never saves without one.
     """
-    folder, output_dir = records.folder, Path(records.config["output_dir"])
-    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder, output_dir, new = records.folder, Path(records.config["output_dir"]), new_name(records)
+    for path in saves_of(output_dir, folder.name):
+        path.rename(path.with_name(path.name.replace(folder.name, new, 1)))
+    if any(path.exists() for path in (folder.config_path, folder.status.path, folder.metrics.path)):
+        folder.path.rename(folder.path.with_name(new))
+    folder.release()
+
+
+def new_name(records: Records) -> str:
+    """Return the name under which an earlier run of this name is kept, which no other has."""
+    folder, stamp = records.folder, time.strftime("%Y%m%d-%H%M%S")
     numbered = (f"{folder.name}.old-{stamp}" + (f".{n}" if n > 1 else "") for n in itertools.count(1))
     taken = {path.name for path in folder.path.parent.iterdir()}
-    new_name = next(new for new in numbered if new not in taken and not saves_of(output_dir, new))
-    for path in saves_of(output_dir, folder.name):
-        path.rename(path.with_name(path.name.replace(folder.name, new_name, 1)))
-    if any(path.exists() for path in (folder.config_path, folder.status.path, folder.metrics.path)):
-        folder.path.rename(folder.path.with_name(new_name))
-    folder.release()
+    return next(new for new in numbered if new not in taken and not saves_of(Path(records.config["output_dir"]), new))
+
+
+@contextmanager
+def mirrored(records: Records) -> Iterator[Mirror | None]:
+    """Have a run copied to its mirror= in the block, if it has one, the newest of it at the end whatever comes."""
+    if rank() or not records.config["mirror"]:
+        yield None
+        return
+    mirror = Mirror(records.config, records.folder, records.checkpoints)
+    records.checkpoints.written = mirror.offer
+    try:
+        yield mirror
+    finally:
+        mirror.close()
 
 
 if __name__ == "__main__":  # torchrun train.py is torchrun launcher.py

@@ -66,9 +66,17 @@ def freeze(output_dir: Path) -> tuple[Path, str]:
         shutil.rmtree(made)
     else:
         made.rename(place)
-    if digest(files_below(place)) != wanted:
+    if not is_intact(place, wanted):
         raise UserError(f"{place} was changed since the code was frozen there; remove that folder, and submit again")
     return place, wanted
+
+
+def is_intact(place: Path, wanted: str) -> bool:
+    """Return whether frozen code is there as its digest says."""
+    try:
+        return digest(files_below(place)) == wanted
+    except FileNotFoundError:  # being cleared at this moment
+        return False
 
 
 def files_below(folder: Path) -> dict[str, Path]:

@@ -142,6 +142,10 @@ class ModalBackend(Backend):
         for key in CHECKPOINTS:
             if config[key] is not None:
                 check_on_volume(key, str(config[key]), "give the path it has there, such as outputs/ckpts/mlp/last.pt")
+        if config.get("mirror"):
+            raise UserError(
+                "runs on Modal are kept on its Volume, from which modal_app.py sync brings them; leave mirror out"
+            )
         packages(self.extras)
         check_device(self.gpu, config["device"])
         keys, words = typed_keys(overrides), without(overrides, ("backend", "devices"))

@@ -5,18 +5,21 @@ folder and executes what it finds there, freezes no code, knows states from sacc
 handler, and returns its script through private functions only.
 """
 
+import hashlib
+import json
 import math
 import os
 import re
 import shlex
+import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 from backends.base_backend import Backend
-from backends.checkout import DIGEST_COMMAND, code, digest, freeze, frozen_place
-from backends.slurm_queue import asked, lacking_slurm, note_submission, queued_runs
+from backends.checkout import DIGEST_COMMAND, code, digest, freeze, frozen_place, is_intact
+from backends.slurm_queue import asked, forget_submission, lacking_slurm, note_submission, queued_runs
 from common.errors import UserError
 from common.ranges import Positive, Range
 from configuration.checks import check_devices
@@ -113,8 +116,17 @@ class SlurmBackend(Backend):
         self.try_out(configs, name)
         output_dir = Path(configs[0]["output_dir"])
         self.frozen = self.frozen or freeze(output_dir)
+        runs, comment = {config["run_name"]: config["overrides"] for config in configs}, comment_of(configs)
+        note_submission(output_dir, comment, name, runs)
         number = sbatch(self.script_of(configs, name, *self.frozen), "--parsable").strip().partition(";")[0]
-        note_submission(output_dir, number, name, {config["run_name"]: config["overrides"] for config in configs})
+        note_submission(output_dir, number, name, runs)
+        forget_submission(output_dir, comment)
+        if not is_intact(*self.frozen):
+            subprocess.run(["scancel", number], capture_output=True, check=False)
+            raise UserError(
+                f"{self.frozen[0]} was cleared or changed while runs were being submitted, so job {number} was cancelled; "
+                "give the same command again"
+            )
         return number
 
     def describe(self, overrides: list[str], config: dict[str, Any]) -> dict[str, str]:
@@ -176,7 +188,13 @@ class SlurmBackend(Backend):
         """Return the sbatch script of some runs, an array for several, that runs the code in `place` if it is unchanged."""
         many, logs = len(configs) > 1, Path(configs[0]["output_dir"]).absolute() / "submitted"
         log = f"{str(logs).replace('%', '%%')}/{'%A_%a' if many else '%j'}.log"
-        options = {"job-name": name, "output": log, **self.options, "array": f"0-{len(configs) - 1}" if many else None}
+        options = {
+            "job-name": name,
+            "comment": comment_of(configs),
+            "output": log,
+            **self.options,
+            "array": f"0-{len(configs) - 1}" if many else None,
+        }
         job = ["-P", "-m", "backends.slurm_job", "--seconds", str(self.save_seconds)]
         job += ["--container", shlex.join(self.container)] if self.container else []
         return "\n".join([
@@ -199,6 +217,12 @@ class SlurmBackend(Backend):
             "esac",
             f'exec {shlex.quote(sys.executable)} {shlex.join(job)} "${{run[@]}}"',
         ]) + "\n"  # fmt: skip
+
+
+def comment_of(configs: list[dict[str, Any]]) -> str:
+    """Return what a job is known by before it has a number: the same for the same runs of the same folder."""
+    runs = [[str(Path(config["output_dir"]).absolute()), config["run_name"], *config["overrides"]] for config in configs]
+    return hashlib.blake2b(json.dumps(runs).encode(), digest_size=12).hexdigest()
 
 
 def lacking_cluster() -> str | None:

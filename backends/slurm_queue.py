@@ -16,7 +16,7 @@ from common.files import read_own, write_atomically
 from run_files.run_folder import RunFolder, timestamp
 from run_files.stored_values import as_object
 
-COLUMNS = "JobArrayID:|,State:|,RestartCnt:|,Name:200|,STDOUT:4096"  # of squeue, which cuts them where no width is given
+COLUMNS = "JobArrayID:|,State:|,RestartCnt:|,Name:200|,Comment:64|,STDOUT:4096"  # of squeue, which cuts short
 MOST_BYTES = 2**22  # of a note
 SECONDS = 60  # that a command of Slurm's may take
 LOOK, PATIENCE = 5.0, 600.0  # seconds between two looks at the queue, and that it may give no answer
@@ -86,9 +86,17 @@ REFUSED = {
 
 
 def note_submission(output_dir: Path, number: str, name: str, runs: dict[str, list[str]]) -> None:
-    """Keep which runs a job carries out, those of an array in the order of its tasks: name -> what was typed."""
+    """Keep which runs a job carries out, those of an array in the order of its tasks: name -> what was typed.
+
+    number: of the job; before Slurm has given it one, the comment under which it is submitted.
+    """
     note = {"job": number, "name": name, "runs": runs, "array": len(runs) > 1, "submitted": timestamp()}
     write_atomically(jobs_folder(output_dir) / f"{number}.json", json.dumps(note, indent=2) + "\n")
+
+
+def forget_submission(output_dir: Path, number: str) -> None:
+    """Remove what note_submission has kept."""
+    (jobs_folder(output_dir) / f"{number}.json").unlink(missing_ok=True)
 
 
 def jobs_folder(output_dir: Path) -> Path:
@@ -107,16 +115,17 @@ def queued_runs(output_dir: Path) -> dict[str, QueuedJob]:
     """Return your jobs that wait or run, by the runs of this output folder that they carry out; empty where none was ever
     submitted, or this machine has no Slurm.
 
-    A number that Slurm has given again, to a job of another name, is not counted. A single run whose submitter was killed
-    before it could note the job is known by where its log goes.
+    A number that Slurm has given again, to a job of another name, is not counted. A job whose submitter was killed before it
+    could note its number is known by its comment, a single run also by where its log goes.
     """
     logs = output_dir.absolute() / "submitted"
     if not logs.is_dir() or lacking_slurm():
         return {}
     listed = asked(["squeue", "--me", "--noheader", "--array", f"--Format={COLUMNS}"])
     jobs, found = {}, {}
-    for number, state, restarts, name, log in (line.split("|", 4) for line in listed.splitlines()):
-        jobs[number, name.strip()] = QueuedJob(number, state, int(restarts or 0))
+    for number, state, restarts, name, comment, log in (line.split("|", 5) for line in listed.splitlines()):
+        queued, of_array = QueuedJob(number, state, int(restarts or 0)), "".join(number.partition("_")[1:])
+        jobs[number, name.strip()] = jobs[comment.strip() + of_array, name.strip()] = queued
         if "_" not in number and Path(log.strip()).parent in (logs, Path(str(logs).replace("%", "%%"))):
             found[name.strip()] = jobs[number, name.strip()]
     for note in map(read_note, sorted(jobs_folder(output_dir).glob("*.json"))):

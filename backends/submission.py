@@ -21,6 +21,7 @@ from configuration.overrides import differences, laid_over
 from configuration.stored import (
     AS_TYPED,
     allow_for,
+    check_addresses,
     check_new_parts,
     check_plain,
     check_targets,
@@ -29,6 +30,7 @@ from configuration.stored import (
 )
 from configuration.values import FREE, NEUTRAL
 from run_files.checks import check_files, check_run_is_new
+from run_files.mirror import StoredRun
 from run_files.result import OF_ANOTHER, RunResult, result_of
 from run_files.run_folder import RunFolder, run_folder_of
 from run_files.run_lock import check_entries
@@ -190,7 +192,7 @@ def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
     The stored one may be anyone's: it builds what is allowed, fetches nothing, and has nothing written elsewhere. UserError
     for that, when there is no such run, or when a setting that matters differs and resume is not `force`.
     """
-    folder = run_folder_of(config)
+    folder, mirror = run_folder_of(config), config["mirror"]
     teacher = run_folder_of(config | {"run_name": f"{folder.name}_teacher"})
     if not folder.config_path.is_file() and teacher.config_path.is_file():
         raise UserError(
@@ -199,13 +201,14 @@ def resumed(config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
         )
     if not folder.config_path.is_file():
         raise UserError(
-            f"there is no run {config['run_name']} in {folder.path.parent} to resume; "
+            f"there is no run {config['run_name']} in {folder.path.parent}{f' or {mirror}' * bool(mirror)} to resume; "
             "leave resume=true out to start it, or see `python scripts/runs.py list`"
         )
     before = stored_settings(folder, config, typed)
     merged = given_again(laid_over(without_downloads(before), config, typed), config)
     check_targets(merged, folder.config_path, set(merged) - set(AS_TYPED))
     check_log(merged["log"], folder, typed)
+    check_addresses(merged, folder.config_path)
     changed = {k: pair for k, pair in differences(before, merged).items() if k.split(".")[-1] not in ("download", "url")}
     hard = {key: pair for key, pair in changed.items() if key.split(".")[0] not in FREE}
     if hard and config["resume"] != "force":
@@ -263,23 +266,41 @@ def sweep_name(run_name: str, swept: list[tuple[str, str]]) -> str:
     return "_".join([run_name, *parts])
 
 
-def sweep_job(job: list[str], swept_keys: set[str]) -> list[str] | RunResult:
+def sweep_job(job: list[str], swept_keys: set[str], brings: bool = True) -> list[str] | RunResult:
     """Return the overrides of one job of a sweep under its own run_name, as `begun_job`."""
     parsed = parse_overrides(job)
     swept = [(o.key_or_group, (o.input_line or "").partition("=")[2]) for o in parsed if o.key_or_group in swept_keys]
     config = resolved(compose_config([text for text in job if not re.match(r"(resume|overwrite)=", text)]))
     name = sweep_name(str(config["run_name"]), swept)
     words = [text for text in job if not text.startswith("run_name=")]
-    return begun_job([*words, f"run_name='{name}'"], config | {"run_name": name})
+    return begun_job([*words, f"run_name='{name}'"], config | {"run_name": name}, brings)
 
 
-def begun_job(overrides: list[str], config: dict[str, Any]) -> list[str] | RunResult:
+def bring(overrides: list[str]) -> None:
+    """Copy a run that is to go on from its mirror, where this machine has none of its name."""
+    if {"mirror", "resume"} <= set(typed_keys(overrides)):
+        config = resolved(compose_config(overrides))
+        check_values(config)
+        bring_run(config)
+
+
+def bring_run(config: dict[str, Any]) -> None:
+    """Copy a run, and the teacher it may have, from the mirror of its configuration if there is one and it holds them."""
+    backend: Backend = build(config["backend"])
+    if config["mirror"] and not backend.elsewhere:
+        for name in (f"{config['run_name']}_teacher", config["run_name"]):
+            StoredRun(config["mirror"], name).bring(Path(config["output_dir"]))
+
+
+def begun_job(overrides: list[str], config: dict[str, Any], brings: bool = True) -> list[str] | RunResult:
     """Return the overrides with which a sweep's job goes on from where it stands; its result if that is not for this sweep
-    to do: it has finished, or another process trains it.
+    to do: it has finished, or another process trains it. brings: whether a run that only its mirror holds is copied here.
 
     UserError when a run of that name exists that another command made.
     """
     overrides, folder = [text for text in overrides if not re.match(r"(resume|overwrite)=", text)], run_folder_of(config)
+    if brings:
+        bring_run(config)
     begun, result = folder.config_path.is_file(), result_of(config)
     if begun and settings_of(folder.read_config().get("overrides", [])) != settings_of(overrides):
         raise UserError(f"run {folder.path} exists from another command; choose another run_name, or remove that run")

@@ -27,11 +27,11 @@ class Sweep:
     """The jobs of -m, composed whole before the first begins: a file edited meanwhile changes none of them.
 
     swept: the keys that vary; they name the jobs. A sweeper that chooses values as it goes (hydra/sweeper=...) has its jobs
-    composed when they come. UserError for the first job that could not start.
+    composed when they come. brings: as in `begun_job`. UserError for the first job that could not start.
     """
 
-    def __init__(self, words: list[str]) -> None:
-        overrides = parse_overrides(words)
+    def __init__(self, words: list[str], brings: bool = True) -> None:
+        overrides, self.brings = parse_overrides(words), brings
         named = [str(o.value()) for o in overrides if o.key_or_group == "run_name" and not o.is_sweep_override()]
         self.name = named[-1] if named else "sweep"
         self.results: dict[tuple[str, ...], RunResult] = {}
@@ -56,7 +56,7 @@ class Sweep:
 
     def prepare(self, job: Sequence[str]) -> dict[str, Any] | RunResult:
         """Return the checked configuration of a job, or its result when it has finished."""
-        made = sweep_job(list(job), self.swept)
+        made = sweep_job(list(job), self.swept, self.brings)
         return made if isinstance(made, RunResult) else prepare(made)
 
     def describe(self) -> str:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from backends.submission import prepare
+from backends.submission import bring, prepare
 from common import distributed
 from common.distributed import LostRankError, barrier, explained_lost_ranks, orphaned, world
 from common.errors import UserError, bug_in_words
@@ -106,6 +106,8 @@ def configuration(overrides: list[str]) -> dict[str, Any]:
     UserError for what is wrong with them, or for another typed number of devices.
     """
     prepared = os.environ.get(PREPARED)
+    if not prepared:
+        bring(overrides)
     config: dict[str, Any] = json.loads(prepared) if prepared else prepare(overrides)
     if config["devices"] != world() and "devices" in typed_keys(overrides):
         raise UserError(f"torchrun has started {world()} processes, and devices={config['devices']}; leave devices out")

@@ -8,6 +8,7 @@ from types import NoneType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from common.errors import UserError
+from common.stores import fetched, is_address
 from configuration.nodes import nearest
 from configuration.values import FilePath, Setting, check_value, options_of, range_in
 
@@ -58,7 +59,9 @@ def value_of(key: str, text: str, hint: Any) -> Any:
         return None
     value = parsed(text, options)
     check_value(key, value, Setting(Annotated[Union[tuple(options)], range_in(hint)]))  # noqa: UP007
-    return Path(value) if FilePath in options else value
+    if key == "out" and FilePath in options and is_address(value):
+        raise UserError(f"out={value} is in a store, where this command writes nothing; give a path on this machine")
+    return fetched(value) if FilePath in options else value
 
 
 def parsed(text: str, options: Sequence[Any]) -> Any:

@@ -10,9 +10,10 @@ from typing import Any
 
 from common.errors import UserError
 from common.own_objects import TARGET, is_own
+from common.stores import is_address, local_copy
 from configuration.build import found_class
 from configuration.compose import parse_overrides
-from configuration.nodes import CONFIG_DIR, interpolation_in, named_in_configs, rebuilt, targets_in
+from configuration.nodes import CONFIG_DIR, flat, interpolation_in, named_in_configs, nodes_in, rebuilt, targets_in
 from configuration.signatures import derives
 
 NEEDED_PARTS = ("model", "loss", "dataloaders", "source", "solver", "evaluation", "choices")
@@ -62,16 +63,20 @@ KINDS = {
     "trackio": "tracker",
 }  # fmt: skip
 
-# Classes and whole modules that the command being carried out allows, beside what configs/ names.
+# Classes and whole modules that the command being carried out allows, beside what configs/ names, and addresses it says.
 allowed: list[str] = []
+addresses: list[str] = []
 
 
 def allow_for(config: dict[str, Any]) -> None:
     """Let stored configurations name what this command, composed to `config`, types as a `_target_` or trusts."""
     allow(config["trust"])
+    addresses.clear()
     for override in parse_overrides(config["overrides"]):
         value = None if override.is_delete() else override.value()
-        allowed.extend(targets_in({override.key_or_group.rpartition(".")[2]: value}))
+        typed = {override.key_or_group.rpartition(".")[2]: value}
+        allowed.extend(targets_in(typed))
+        addresses.extend(filter(is_address, nodes_in(typed)))
 
 
 def allow(trust: str | list[str] | None) -> None:
@@ -125,7 +130,7 @@ def stored_config(path: Path, payload: dict[str, Any]) -> dict[str, Any]:
     if is_plain(config):
         check_targets(config, path, BUILT_PARTS)
     check_plain(config, path)
-    return with_files_found(without_downloads(config), places_of(path, config))
+    return with_files_found(without_addresses(without_downloads(config)), places_of(path, config))
 
 
 def check_new_parts(config: dict[str, Any]) -> None:
@@ -224,3 +229,21 @@ def without_downloads(config: dict[str, Any]) -> dict[str, Any]:
         return node | off | ({"url": ""} if "url" in node and str(node["url"]) not in named_in_configs("url") else {})
 
     return rebuilt(config, changed)
+
+
+def without_addresses(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the nested configuration with every address that this command does not say as the path of its copy here."""
+    here = lambda value: str(local_copy(value)) if is_address(value) and value not in addresses else value  # noqa: E731
+    return rebuilt(config, lambda node: {key: here(value) for key, value in node.items()})
+
+
+def check_addresses(config: dict[str, Any], where: Path) -> None:
+    """Raise UserError for an address in a run's stored settings that this command does not say, unless what is there was
+    fetched before; a run is copied to none that is not said again."""
+    for key, value in flat({key: value for key, value in config.items() if key not in (*AS_TYPED, "init_from")}).items():
+        if is_address(value) and value not in addresses and (key == "mirror" or not local_copy(value).exists()):
+            leave = ", or mirror=null to go on without copies" if key == "mirror" else ""
+            raise UserError(
+                f"{where} has {key}={value[:200]}, and stored settings neither fetch nor send; add {key}={value[:200]} if "
+                f"you trust it{leave}"
+            )

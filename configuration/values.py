@@ -69,6 +69,7 @@ SETTINGS: dict[str, Setting] = {
     "patience": Setting(Count | None, free=True, neutral=True),
     "resume": Setting(Literal[True, False, "force"], free=True, neutral=True),
     "overwrite": Setting(Literal[True, False, "unsaved"], free=True, neutral=True),
+    "mirror": Setting(FilePath | None, free=True, neutral=True),
     "init_from": Setting(FilePath | None, free=True),
     "teacher": Setting(Name | None),
     "eval_checkpoint": Setting(FilePath | None, free=True, neutral=True),

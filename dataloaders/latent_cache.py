@@ -1,5 +1,6 @@
 """Latents of pictures, encoded once by scripts/cache_latents.py and read from memory-mapped shards."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -9,10 +10,37 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import locked, write_atomically
+from common.progress import each
 from common.ranges import Count
+from common.stores import below, checksum, fetch, is_address, local_copy
 from dataloaders.base_dataloaders import Described
-from dataloaders.picture_files import latent_manifest
+from dataloaders.picture_files import MANIFEST, latent_manifest, listed
 from dataloaders.stream import Read, Reader, Rows, StreamDataset, some_rows
+
+
+def shards_here(address: str, manifest: dict[str, Any]) -> Path:
+    """Return the folder on this machine that holds the latents of a store; what is missing is fetched.
+
+    UserError for a file that is damaged there.
+    """
+    folder = local_copy(address)
+    with locked(folder / MANIFEST):
+        known = json.loads((folder / MANIFEST).read_text())["shards"] if (folder / MANIFEST).is_file() else []
+        fresh = set(listed(known))
+        for name, size, digest in each(listed(manifest["shards"]), f"latents from {address}"):
+            file = folder / name
+            whole = file.is_file() and file.stat().st_size == size
+            if whole and ((name, size, digest) in fresh or checksum(file) == digest):
+                continue
+            fetch(below(address, name), file)
+            if checksum(file) != digest:
+                file.unlink()
+                raise UserError(
+                    f"{below(address, name)} is damaged; repeat the command that made the cache once it is deleted"
+                )
+        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    return folder
 
 
 class LatentReader(Reader):
@@ -61,11 +89,13 @@ class LatentCache(StreamDataset):
         held_out_most: Count = 10_000,
         **described: Unpack[Described],
     ):
-        """path: a folder that scripts/cache_latents.py has filled. flip: mirror half. sample: false serves the means.
+        """path: a folder, or an address, that scripts/cache_latents.py has filled. flip: mirror half. sample: false serves
+        the means.
 
         held_out_most: latents kept in memory to evaluate on. UserError for a folder that is not whole or not as described.
         """
-        manifest, folder = latent_manifest(path), Path(path).expanduser()
+        manifest = latent_manifest(path)
+        folder = shards_here(path, manifest) if is_address(path) else Path(path).expanduser()
         parts = {part: [s for s in manifest["shards"] if s["part"] == part] for part in ("train", "held_out")}
         chosen = some_rows(sum(shard["rows"] for shard in parts["held_out"]), held_out_most)
         train = LatentReader(folder, parts["train"], manifest["shape"])

@@ -5,21 +5,25 @@ Imports neither torch nor NumPy: the launcher composes configs with it.
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from common.files import require
+from common.stores import below, is_address, read
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 MOST_ATTRIBUTES = 10  # 1,024 classes
 IDX_IMAGES = "images-idx3-ubyte"  # how the names of MNIST's files of images end, but for .gz
-SHARD = {
+SHARD_KEYS = {
     "part": str, "rows": int, "file": str, "labels": str, "file_bytes": int, "labels_bytes": int, "file_blake2b": str,
     "labels_blake2b": str,
 }  # fmt: skip
 MANIFEST = "manifest.json"  # of a folder of cached latents
+MOST_BYTES = 2**28  # of it in a store
+SHARD = re.compile(r"(train|held_out)-\d{5,9}(-labels)?\.npy")  # of one
 
 
 def is_picture(name: str) -> bool:
@@ -96,7 +100,7 @@ def wrong_in_manifest(manifest: Any) -> str | None:
         return "shape"
     if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
         return "shards"
-    wrong = (key for shard in shards for key, kind in SHARD.items() if not isinstance(shard.get(key), kind))
+    wrong = (key for shard in shards for key, kind in SHARD_KEYS.items() if not isinstance(shard.get(key), kind))
     led_out = (key for shard in shards for key in ("file", "labels") if Path(shard[key]).name != shard[key])
     return next(wrong, None) or next(led_out, None)
 
@@ -104,18 +108,24 @@ def wrong_in_manifest(manifest: Any) -> str | None:
 def latent_manifest(folder: str) -> dict[str, Any]:
     """Return what scripts/cache_latents.py says it put into a folder. UserError when missing, damaged or not whole."""
     file = Path(folder).expanduser() / MANIFEST
-    how = f"`python scripts/cache_latents.py out={folder} ...`"
-    if not file.is_file():
-        raise UserError(f"there are no cached latents in {file.parent.absolute()}; make them by {how}, or correct the path")
+    how, where = (
+        f"`python scripts/cache_latents.py out={folder} ...`",
+        folder if is_address(folder) else file.parent.absolute(),
+    )
+    text = read(below(folder, MANIFEST), MOST_BYTES) if is_address(folder) else file.read_bytes() if file.is_file() else None
+    if text is None:
+        raise UserError(f"there are no cached latents in {where}; make them by {how}, or correct the path")
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(text)
         wrong = wrong_in_manifest(manifest)
     except ValueError:
         wrong = "text"
     if wrong:
-        raise UserError(f"{file} is no manifest of cached latents ({wrong}); delete its folder and make it again by {how}")
+        raise UserError(
+            f"{where}/{MANIFEST} is no manifest of cached latents ({wrong}); delete its folder and make it again by {how}"
+        )
     if not manifest.get("finished") or not manifest.get("shape"):
-        raise UserError(f"{file.parent} is not finished; give the command that began it again, and it goes on: {how}")
+        raise UserError(f"{where} is not finished; give the command that began it again, and it goes on: {how}")
     return dict(manifest)
 
 
@@ -127,3 +137,12 @@ def latent_shape(folder: str) -> list[int]:
 def latent_classes(folder: str) -> int:
     """Return how many classes there are of the latents cached in a folder."""
     return int(latent_manifest(folder)["num_classes"])
+
+
+def listed(shards: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
+    """Return the files of the shards in a manifest: name, size in bytes, checksum. UserError for names that no cache has."""
+    files = [(str(s[key]), int(s[f"{key}_bytes"]), str(s[f"{key}_blake2b"])) for s in shards for key in ("file", "labels")]
+    strange = next((name for name, _, _ in files if not SHARD.fullmatch(name)), None)
+    if strange is not None:
+        raise UserError(f"a manifest of cached latents lists {strange[:80]!r}, which no such cache holds; use another")
+    return files

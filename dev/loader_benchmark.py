@@ -67,7 +67,7 @@ def write_pictures(place: Path) -> None:
 
 def write_latents(place: Path) -> None:
     """A cache as scripts/cache_latents.py leaves it, of noise, in four shards and one held out."""
-    cache, random_state = Cache(place, {}), np.random.RandomState(0)
+    cache, random_state = Cache(str(place), {}), np.random.RandomState(0)
     for part, count in (("train", 4), ("held_out", 1)):
         for shard in range(count):
             moments = random_state.standard_normal((LATENTS // 4, 2, 2, 4, 32, 32)).astype(np.float16)

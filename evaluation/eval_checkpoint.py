@@ -8,6 +8,7 @@ from common.device import pick_device
 from common.distributed import rank
 from common.errors import UserError
 from common.files import write_atomically
+from common.stores import fetched
 from configuration.build import build
 from configuration.compose import parse_overrides
 from configuration.overrides import laid_over
@@ -28,7 +29,7 @@ def evaluate_checkpoint(config: dict[str, Any]) -> None:
 
     No tracker run; scores and picture go to outputs/evaluations/<run_name>.json and .png.
     """
-    path = Path(config["eval_checkpoint"])
+    path = fetched(config["eval_checkpoint"])
     payload = load_checkpoint(path)
     merged = laid_over(stored_config(path, payload), config, parse_overrides(config["overrides"]))
     device = pick_device(config["device"])

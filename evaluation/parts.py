@@ -11,6 +11,7 @@ import torch
 from common.device import weight_layout
 from common.errors import UserError
 from common.seeds import stream_seed
+from common.stores import fetched
 from configuration.build import build
 from configuration.checks import check_fits
 from configuration.signatures import derives
@@ -109,7 +110,7 @@ def build_flow(objective: FlowObjective, config: dict[str, Any], device: torch.d
         return objective
     parts: dict[str, Any] = {"network": objective.network}
     if "checkpoint" in node:
-        parts["guide"], parts["guide_flow"] = load_guide(Path(node["checkpoint"]), objective, config, device)
+        parts["guide"], parts["guide_flow"] = load_guide(fetched(node["checkpoint"]), objective, config, device)
     return guided(objective, build({key: value for key, value in node.items() if key != "checkpoint"}, **parts))
 
 

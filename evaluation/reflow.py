@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.seeds import fork_generators, generator_for
+from common.stores import fetched
 from evaluation.generate import data_labels, fixed_noise
 from evaluation.metrics.cache import cache_file, cached
 from evaluation.parts import build_dataset, build_solver, file_hash
@@ -46,7 +47,7 @@ class TeacherPairs:
             made = lambda: made_paths(model, count, points)  # noqa: E731
             if self.cache is None or 4 * points * count * like[0].numel() > KEPT_UP_TO:
                 return moved(made(), like.device)
-            key: dict[str, object] = {"teacher": file_hash(Path(teacher)), "count": count, "points": points}
+            key: dict[str, object] = {"teacher": file_hash(fetched(teacher)), "count": count, "points": points}
             path = cache_file(Path(self.cache), "teacher_paths", key, ".npz")
             return moved(cached(path, made, read_paths, content), like.device)
 

@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.progress import watched
 from common.ranges import Count, Positive, Steps
 from common.seeds import generator_for
+from common.stores import fetched
 from configuration.checks import check_rows_fit
 from configuration.overrides import settings_from_overrides
 from configuration.stored import allow, stored_config
@@ -302,7 +303,7 @@ def load(
     words: solver and guidance settings in the place of the run's own, as on a command line. trust: modules beside the
     project's that the configuration may build parts from, as a list or `a,b`.
     """
-    path = Path(path)
+    path = fetched(path)
     if trust is not None:
         allow(trust)
     payload, chosen = load_checkpoint(path), pick_device(device)

@@ -1,6 +1,7 @@
 """The saves of a run: named so that people find them, written while training goes on, pruned, and found again."""
 
 import re
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class CheckpointFolder:
         self.in_background = in_background
         self.writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
         self.pending: Future[None] | None = None
+        self.written: Callable[[], None] | None = None  # called after each save, by whichever thread has written it
         self.saved_step: int | None = None  # of the newest save that this object has on the disk
 
     @property
@@ -101,6 +103,8 @@ class CheckpointFolder:
             self.prune()
             share(saved, self.last)
         self.saved_step = payload["step"]
+        if self.written is not None:
+            self.written()
 
     def prune(self) -> None:
         """Drop the oldest archived saves beyond `keep`, but none while no newer one can be read back."""

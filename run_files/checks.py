@@ -7,6 +7,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import end_of
+from common.stores import check_file, check_reachable, is_address
 from configuration.checks import begins_at_teacher
 from configuration.nodes import lookup
 from run_files.experiment_log import ExperimentLog
@@ -26,8 +27,12 @@ def check_files(config: dict[str, Any]) -> None:
     unneeded |= {"init_from"} if begins_at_teacher(config) else set()
     for key, wanted in FILES.items():
         path = None if key in unneeded else lookup(config, key)
-        if path is not None and (key, path) != ("loss.teacher", "exact") and not Path(path).is_file():
+        if is_address(path):
+            check_file(str(path))
+        elif path is not None and (key, path) != ("loss.teacher", "exact") and not Path(path).is_file():
             raise UserError(f"{key}={path} is not a file; give {wanted}")
+    if config["mirror"] and not config["eval_checkpoint"]:
+        check_reachable(config["mirror"])
     saves = f"ckpts/{config['choices']['model']}"
     for below in ("",) if config["eval_checkpoint"] else ("", saves, f"{saves}/archive"):
         check_writable("output_dir", Path(config["output_dir"]), below)

@@ -4,6 +4,7 @@
     python scripts/cache_latents.py out=data/imagenet_latents dataloaders=imagenet_pixels vae.path=sd-vae-ft-ema
     python scripts/cache_latents.py out=data/mine dataloaders=image_folder dataloaders.root=pictures dataloaders.size=256
     python scripts/cache_latents.py out=data/imagenet_latents verify=true     # every checksum again
+    python scripts/cache_latents.py out=s3://bucket/latents dataloaders=imagenet_pixels   # then dataloaders.path=s3://bucket/latents
     torchrun --nproc-per-node 8 scripts/cache_latents.py out=data/imagenet_latents dataloaders=imagenet_pixels   # eight GPUs
     python launcher.py run_name=x dataloaders=imagenet dataloaders.path=data/mine model=dit_s
 
@@ -16,6 +17,9 @@ a cache is of one set of them.
 
 How long the encoding will take is said on stderr, measured on its first batch.
 
+An address as out (s3://, gs://) has each file stored there once it is whole, and the manifest after it; a copy is kept on
+this machine below $XDG_CACHE_HOME or ~/.cache.
+
 Keys: out (required), shard_rows (8192), batch_size (32 pictures encoded at once), num_workers (4 processes that read),
 device (auto), verify (false); and any dataloaders or vae setting (dataloaders=imagenet_pixels, vae=stable_diffusion).
 """
@@ -24,7 +28,6 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,14 +42,17 @@ from torch import device
 from common.device import pick_device
 from common.distributed import barrier, rank, world
 from common.errors import UserError
-from common.files import locked, remove_temporaries, replacing, require, write_atomically
+from common.files import locked, remove_temporaries, replacing, write_atomically
 from common.progress import each, watched
 from common.ranges import Range
+from common.stores import below, checksum, is_address, local_copy, names_below, put, size
+from common.stores import read as read_stored
 from configuration.build import build
 from configuration.compose import compose_config, resolved
 from configuration.settings import read_settings
+from configuration.values import Name
 from dataloaders.image_stream import ImageStream, PictureReader
-from dataloaders.picture_files import MANIFEST, wrong_in_manifest
+from dataloaders.picture_files import MANIFEST, MOST_BYTES, SHARD, listed, wrong_in_manifest
 from dataloaders.stream import ReadAhead, Rows
 from dataloaders.tensor_dataset import as_states
 from models.vae.stable_diffusion_vae import WEIGHTS_FILE, StableDiffusionVAE
@@ -61,7 +67,7 @@ IGNORED = ("flip", "crop_padding", "augment", "epoch_size", "held_out_most", "va
 class Settings:
     """The command line."""
 
-    out: Path = field(metadata={"example": "out=data/imagenet_latents, the folder to write to"})
+    out: Name = field(metadata={"example": "out=data/imagenet_latents, the folder to write to"})
     shard_rows: Annotated[int, Range(1)] = 8192
     batch_size: Annotated[int, Range(1)] = 32
     num_workers: Annotated[int, Range(0)] = 4
@@ -74,23 +80,27 @@ def read_words(words: list[str]) -> tuple[Settings, list[str]]:
     return read_settings(words, Settings, ("dataloaders", "vae"))
 
 
-def checksum(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
 class Cache:
-    """A folder of shards and its manifest."""
+    """A folder of shards and its manifest; of an address the copy here, each file of which is stored there once it is whole.
 
-    def __init__(self, folder: Path, made_from: dict[str, Any]):
+    What is done is then what the store's manifest lists, which is written after what it lists.
+    """
+
+    def __init__(self, out: str, made_from: dict[str, Any]):
         """made_from: everything the latents depend on, `files` being the pictures. UserError when the folder holds
         others, or something else."""
-        self.folder, self.file = folder, folder / MANIFEST
+        self.store = out if is_address(out) else None
+        self.folder = folder = local_copy(out) if self.store else Path(out).expanduser()
+        self.file, others = folder / MANIFEST, list[str]()
+        if self.store:
+            others = [name for name in names_below(self.store) if not (SHARD.fullmatch(name) or name.startswith("."))]
+            self.take_manifest(self.store)
         self.manifest: dict[str, Any] = {"format": FORMAT, "finished": False, "made_from": made_from, "shards": []}
         if not self.file.exists():
-            there = {path.suffix for path in folder.iterdir()} if folder.exists() else set()
-            if not there <= {".partial", ".npy", ".tmp", ".lock"}:
-                raise UserError(f"out={folder} holds other things than cached latents; give a new folder")
+            if not self.store and folder.exists():
+                others = [p.name for p in folder.iterdir() if p.suffix not in (".partial", ".npy", ".tmp", ".lock")]
+            if others:
+                raise UserError(f"out={out} holds other things than cached latents; give a new folder")
             folder.mkdir(parents=True, exist_ok=True)
             return
         self.manifest = read_manifest(folder)
@@ -98,17 +108,27 @@ class Cache:
         changed = [key for key in made_from if before.get(key) != json.loads(json.dumps(made_from[key]))]
         if changed == ["files"]:
             raise UserError(
-                f"the pictures are not those that out={folder} was made from ({before['files']['count']:,} then, "
+                f"the pictures are not those that out={out} was made from ({before['files']['count']:,} then, "
                 f"{made_from['files']['count']:,} now; names, sizes or labels differ); give another folder, or delete it"
             )
         if changed:
-            raise UserError(f"out={folder} holds latents made with another {', '.join(changed)}; give another folder")
+            raise UserError(f"out={out} holds latents made with another {', '.join(changed)}; give another folder")
 
     def holds(self, name: str) -> bool:
         """Whether a shard is listed and its files have their sizes."""
         shards = [shard for shard in self.manifest["shards"] if shard["file"] == name]
-        files = listed(self.folder, shards)
-        return bool(shards) and all(file.is_file() and file.stat().st_size == size for file, size, _ in files)
+        return bool(shards) and all(
+            size(file_of(self.store or self.folder, file)) == length for file, length, _ in listed(shards)
+        )
+
+    def take_manifest(self, store: str) -> None:
+        """Have the manifest here be that of the store."""
+        with locked(self.file):
+            text = read_stored(below(store, MANIFEST), MOST_BYTES)
+            if text is None:
+                self.file.unlink(missing_ok=True)
+            else:
+                write_atomically(self.file, text.decode(errors="replace"))
 
     def add(self, part: str, name: str, moments: Any, labels: Any, unreadable: list[str]) -> None:
         """Write a shard, then list it."""
@@ -118,6 +138,8 @@ class Cache:
             with replacing(path) as stream:
                 np.save(stream, array, allow_pickle=False)
             shard |= {key: file, f"{key}_bytes": path.stat().st_size, f"{key}_blake2b": checksum(path)}
+            if self.store:
+                put(path, below(self.store, file))
         with locked(self.file):  # other ranks list theirs
             self.reread()
             others = [other for other in self.manifest["shards"] if other["file"] != name]
@@ -129,7 +151,10 @@ class Cache:
             self.manifest = read_manifest(self.folder)
 
     def write(self) -> None:
-        write_atomically(self.file, json.dumps(self.manifest, indent=1) + "\n")
+        text = json.dumps(self.manifest, indent=1) + "\n"
+        write_atomically(self.file, text)
+        if self.store:
+            put(text.encode(), below(self.store, MANIFEST))
 
     def finish(self, shape: list[int], num_classes: int) -> None:
         """Say that every shard is there, and remove what processes leave: locks, and of killed ones what is half-written."""
@@ -143,19 +168,14 @@ class Cache:
             left.unlink()
 
 
-def listed(folder: Path, shards: list[dict[str, Any]]) -> Iterator[tuple[Path, int, str]]:
-    """Yield each file of the shards with its size in bytes and its checksum."""
-    for shard in shards:
-        for key in ("file", "labels"):
-            yield folder / shard[key], shard[f"{key}_bytes"], shard[f"{key}_blake2b"]
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of cached latents, finished or not. UserError when there is none that can be read."""
-    file = folder / MANIFEST
-    require(file, "only cached latents can be verified")
+def read_manifest(place: str | Path) -> dict[str, Any]:
+    """Return the manifest of cached latents in a folder or a store, finished or not. UserError when none can be read."""
+    file = file_of(place, MANIFEST)
+    text = read_stored(file, MOST_BYTES) if isinstance(file, str) else file.read_bytes() if file.is_file() else None
+    if text is None:
+        raise UserError(f"there is no {file}; only cached latents can be verified")
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(text)
         readable = wrong_in_manifest(manifest) is None and manifest.get("format") == FORMAT
     except ValueError:
         readable = False
@@ -164,22 +184,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def verify(folder: Path) -> str:
-    """Return that every checksum is right. UserError naming every damaged file."""
-    manifest = read_manifest(folder)
-    files = list(listed(folder, manifest["shards"]))
-    bad = [file.name for file, _, digest in each(files, "checksums") if not file.is_file() or checksum(file) != digest]
+def verify(place: str | Path) -> str:
+    """Return that every checksum is right, in a folder or a store. UserError naming every damaged file."""
+    manifest = read_manifest(place)
+    files = listed(manifest["shards"])
+    sums = ((name, digest, file_of(place, name)) for name, _, digest in each(files, "checksums"))
+    bad = [name for name, digest, file in sums if size(file) is None or checksum(file) != digest]
     if bad:
         raise UserError(
-            f"{len(bad)} of {len(files)} files in {folder} are missing or damaged: {', '.join(bad)}; "
+            f"{len(bad)} of {len(files)} files in {place} are missing or damaged: {', '.join(bad)}; "
             "delete those that are there, then repeat the command that made the cache, which makes them again"
         )
-    return f"{contents(folder, manifest)}, every checksum right{'' if manifest['finished'] else ', unfinished'}"
+    return f"{contents(place, manifest)}, every checksum right{'' if manifest['finished'] else ', unfinished'}"
 
 
-def contents(folder: Path, manifest: dict[str, Any]) -> str:
+def file_of(place: str | Path, name: str) -> str | Path:
+    """Return where a file of a folder or a store is."""
+    return below(place, name) if isinstance(place, str) else place / name
+
+
+def contents(place: str | Path, manifest: dict[str, Any]) -> str:
     shards = manifest["shards"]
-    return f"{folder}: {len(shards)} shards, {sum(s['rows'] for s in shards):,} pictures"
+    return f"{place}: {len(shards)} shards, {sum(s['rows'] for s in shards):,} pictures"
 
 
 def build_pictures(overrides: list[str]) -> tuple[ImageStream, str, dict[str, Any]]:
@@ -223,7 +249,7 @@ def encode(settings: Settings, overrides: list[str]) -> str:
         "vae": checksum(weights) if weights.is_file() else path, "vae_scale": [vae.scale, vae.shift],
         "shard_rows": settings.shard_rows, "batch_size": settings.batch_size,
     }  # fmt: skip
-    cache = Cache(settings.out.expanduser(), made_from)
+    cache = Cache(settings.out, made_from)
     parts = {"train": dataset.train, "held_out": dataset.unseen}
     plans = {part: missing(cache, part, len(reader), settings) for part, reader in parts.items()}
     left = sum(len(numbers) for plan in plans.values() for batches in plan.values() for numbers in batches)
@@ -239,7 +265,7 @@ def encode(settings: Settings, overrides: list[str]) -> str:
     lost = [name for shard in cache.manifest["shards"] for name in shard["unreadable"]]
     named = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
     note = f"\nnote: {len(lost):,} pictures cannot be read and were left out: {named}" if lost else ""
-    return f"{contents(cache.folder, cache.manifest)}, latents of shape {shape}{note}"
+    return f"{contents(cache.store or cache.folder, cache.manifest)}, latents of shape {shape}{note}"
 
 
 def missing(cache: Cache, part: str, pictures: int, settings: Settings) -> dict[str, list[list[int]]]:
@@ -293,7 +319,8 @@ def moments_of(pictures: Any, vae: StableDiffusionVAE, device: device) -> Any:
 def cache_latents(words: list[str]) -> str:
     """Carry out the command; returns what the folder holds."""
     settings, overrides = read_words(words)
-    return verify(settings.out.expanduser()) if settings.verify else encode(settings, overrides)
+    place = settings.out if is_address(settings.out) else Path(settings.out).expanduser()
+    return verify(place) if settings.verify else encode(settings, overrides)
 
 
 def main(words: list[str]) -> int:

@@ -13,6 +13,7 @@ import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,12 +53,12 @@ NO_CHOICES = OmegaConf.create({})
 
 
 def read_once(repository: ConfigRepository, config_path: str) -> Any:
-    """Return Hydra's reading of a file; one of configs/ is read once."""
+    """Return Hydra's reading of a file; one of configs/ is read once, and given as a copy, since Hydra merges into it."""
     if not any(source.path == CONFIGS for source in repository.get_sources()):
         return hydras_reading(repository, config_path)
     if config_path not in READ:
         READ[config_path] = hydras_reading(repository, config_path)
-    return READ[config_path]
+    return deepcopy(READ[config_path])
 
 
 def choices_where_read(overrides: Any, defaults: list[Any], self_added: bool) -> Any:
@@ -128,11 +129,12 @@ def shared_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def leave_nothing_in_the_checkout() -> Iterator[None]:
-    """The default output_dir is for users: a test that forgets its own fails the session."""
-    place = Path(__file__).parents[1] / "outputs"
-    before = place.exists()
+    """The default output_dir and the log are for users: a test that forgets its own fails the session."""
+    place, log = (Path(__file__).parents[1] / name for name in ("outputs", "EXPERIMENT_LOG.md"))
+    before, written = place.exists(), log.read_bytes()
     yield
     assert before or not place.exists(), f"a test wrote into {place}; give it an output_dir below tmp_path"
+    assert log.read_bytes() == written, f"a test wrote into {log}; give it a log.file below tmp_path"
 
 
 @pytest.fixture(autouse=True)

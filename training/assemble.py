@@ -12,6 +12,7 @@ from common.device import gradient_scaler, pick_device, set_numerics
 from common.distributed import rank, rank0_first, world
 from common.errors import UserError
 from common.own_objects import is_own
+from common.stores import fetched, is_address, local_copy
 from configuration.build import build
 from configuration.compose import typed_keys
 from configuration.nodes import RECOMMENDATIONS
@@ -52,6 +53,11 @@ def start_weights(objective: Objective, path: Path) -> None:
             f"note: {path} was trained with second_time={payload['second_time']}, this objective reads its second time as "
             f"{objective.second_time}; a flow trained with loss.second_time=state is the better start"
         )
+
+
+def stored_start(place: str) -> Path:
+    """Return where the weights lie that a run began at, which a command to go on does not say and so does not fetch."""
+    return local_copy(place) if is_address(place) else Path(place)
 
 
 def adopt_model(config: dict[str, Any], path: Path) -> None:
@@ -98,7 +104,7 @@ def assemble(config: dict[str, Any]) -> Run:
     if not config["dataloaders"].get("standardize"):
         config.pop("standardized", None)  # resume=force may have turned it off
     if config["init_from"] and not config["resume"]:
-        adopt_model(config, Path(config["init_from"]))
+        adopt_model(config, fetched(config["init_from"]))
     # Build the network in its objective, the solver and the evaluator, which must go together.
     objective, evaluator = parts.build_objective(config, device), build(config["evaluation"])
     solver = parts.build_solver(config)
@@ -170,7 +176,7 @@ def assemble_state(
     """Return the objective with its average, optimizer and schedule, from the newest save where there is one."""
     going_on, base = bool(config["resume"] and checkpoints.saves()), base_network(config)
     if config["init_from"] and not going_on:
-        start_weights(objective, Path(config["init_from"]))
+        start_weights(objective, stored_start(config["init_from"]) if config["resume"] else fetched(config["init_from"]))
     elif base is not None:
         scale_start(objective.network, base)
     ema: EMA = build(config["ema"])

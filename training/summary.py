@@ -234,6 +234,7 @@ def end_lines(run: Run) -> list[tuple[str, str]]:
     if records.config["trackio"]["enabled"]:
         lines.append(("dashboard", f"{RUNNER}trackio show --project {records.config['trackio']['project']}"))
     place = "" if output_dir == "outputs" else f" output_dir={shlex.quote(output_dir)}"
+    place += f" mirror={shlex.quote(mirror)}" if (mirror := records.config.get("mirror")) else ""
     longer = "" if run.interrupted else f" {twice_as_long(records.config)}"
     from_python = not run.notes.command.startswith("python ")
     go_on = (

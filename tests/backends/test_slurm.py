@@ -21,7 +21,7 @@ from scripts import runs
 ROOT = Path(__file__).resolve().parents[2]
 ON_CPU = ["--backend", "slurm", "backend.gpus_per_node=0", "backend.cpus_per_node=1"]
 JOBS = ("7_0|RUNNING|0|s   ", "7_1|PENDING|1|s   ", "7_2|PENDING|0|s", "9|RUNNING|0|another", "11|PENDING|0|alone")
-SQUEUE = "".join(f"{job}|/elsewhere/%j.log   \n" for job in JOBS)
+SQUEUE = "".join(f"{job}|(null)|/elsewhere/%j.log   \n" for job in JOBS)
 
 Submitted = list[tuple[list[str], str, dict[str, str]]]
 
@@ -111,6 +111,42 @@ def test_a_sweep_is_one_array_of_what_is_left_to_do(cluster, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "s_seed=1: has finished, skipped" in said and "s_seed=0: is running (job 7_0), skipped" in said
     assert "an array of 2 runs" in said and "jobs, *" not in said
+
+
+def test_an_array_whose_submitter_was_killed_before_it_noted_the_job_is_found(cluster, tmp_path, monkeypatch, capsys):
+    words, note, asked = [*ON_CPU, "-m", "run_name=s", "seed=5,6"], slurm.note_submission, slurm.asked
+
+    def killed(output_dir: Path, number: str, *rest: object) -> None:
+        if number == "7":
+            raise KeyboardInterrupt
+        note(output_dir, number, *rest)
+
+    def queue(command: list[str], *rest: object) -> str:
+        comment = cluster[0][1].partition("#SBATCH --comment=")[2].splitlines()[0] if cluster else ""
+        rows = [f"21_{task}|PENDING|0|s |{comment} |/elsewhere/x.log\n" for task in range(2)]
+        return "".join(rows) if command[0] == "squeue" and cluster else asked(command, *rest)
+
+    monkeypatch.setattr(slurm, "note_submission", killed)
+    with pytest.raises(KeyboardInterrupt):
+        launcher.main(words)
+    monkeypatch.setattr(slurm, "note_submission", note)
+    monkeypatch.setattr(slurm_queue, "asked", queue)
+    assert launcher.main(words) == 0 and len(cluster) == 1
+    said = capsys.readouterr().out
+    assert "s_seed=5: is pending (job 21_0), skipped" in said and "s_seed=6: is pending (job 21_1), skipped" in said
+
+
+def test_code_that_is_cleared_while_a_run_is_submitted_leaves_no_job(cluster, tmp_path, monkeypatch, capsys):
+    note, calls = slurm.note_submission, []
+
+    def cleared(*given: object) -> None:
+        note(*given)
+        shutil.rmtree(tmp_path / "outputs/submitted" / checkout.digest(checkout.code())[:16], ignore_errors=True)
+
+    monkeypatch.setattr(slurm, "note_submission", cleared)
+    monkeypatch.setattr(slurm.subprocess, "run", lambda command, **_: calls.append(command))
+    assert launcher.main([*ON_CPU, "run_name=y"]) == 1 and calls == [["scancel", "7"]]
+    assert "was cleared or changed while runs were being submitted" in capsys.readouterr().err
 
 
 def test_runs_list_shows_what_waits_and_runs(cluster, tmp_path, capsys, monkeypatch):

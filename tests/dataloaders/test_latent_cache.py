@@ -28,7 +28,7 @@ def cache(official: Official, tmp_path: Path) -> Path:
     return Path(shutil.copytree(official("imagenet")["path"], tmp_path / "latents"))
 
 
-def words_of(official: Official, out: Path) -> list[str]:
+def words_of(official: Official, out: Path | str) -> list[str]:
     """The command that made the cache."""
     made = Path(official("imagenet")["path"]).parent
     words = [f"out={out}", "shard_rows=100", "batch_size=50", "num_workers=0", "device=cpu", "dataloaders=imagenet_pixels"]
@@ -219,3 +219,50 @@ def test_a_folder_that_is_no_cache_is_one_sentence(text: str | None, words: str,
 def test_encoding_on_the_fly_needs_an_autoencoder(official: Official) -> None:
     settings = {key: value for key, value in official("imagenet_encoded").items() if key != "vae"}
     assert "add vae=stable_diffusion vae.path=<folder>" in refusal("imagenet_encoded", settings)
+
+
+def test_latents_in_a_store_are_those_of_a_folder(
+    official: Official, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Also where the machine is lost on the way, and on one that has nothing of them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "first"))
+    store, address, added = tmp_path / "store", f"file://{tmp_path / 'store'}", list[str]()
+    add = cache_latents.Cache.add
+
+    def lost(cache: Any, part: str, name: str, *rest: Any) -> None:
+        added.append(name)
+        if len(added) == 3:
+            raise KeyboardInterrupt
+        add(cache, part, name, *rest)
+
+    monkeypatch.setattr(cache_latents.Cache, "add", lost)
+    assert cache_latents.main(words_of(official, address)) == 130
+    assert f"{address} is not finished" in refusal("imagenet", {"path": address})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "second"))
+    assert cache_latents.main(words_of(official, address)) == 0
+    assert contents(store) == contents(cache_of(official)) and added[3:] == [added[2], "held_out-00000.npy"]
+    assert cache_latents.main([f"out={address}", "verify=true"]) == 0 and "every checksum right" in capsys.readouterr().out
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "third"))
+    there, here = build("imagenet", {"path": address}), build("imagenet", {"path": cache_of(official)})
+    for mine, theirs in ((there.train, here.train), (there.unseen, here.unseen)):
+        assert torch.equal(mine[Rows([0, 7], 0)].stored, theirs[Rows([0, 7], 0)].stored)
+    (fetched,) = (tmp_path / "third").rglob("train-00000.npy")
+    before, other = fetched.stat().st_mtime_ns, fetched.with_name("train-00001.npy")
+    other.unlink()
+    build("imagenet", {"path": address})  # fetches what is missing, and no more
+    assert contents(fetched.parent).keys() - {".manifest.json.lock"} == contents(store).keys()
+    assert fetched.stat().st_mtime_ns == before
+    damaged = bytearray((store / other.name).read_bytes())
+    damaged[-7] ^= 1
+    (store / other.name).write_bytes(damaged)
+    other.unlink()
+    assert "train-00001.npy is damaged" in refusal("imagenet", {"path": address})
+    assert cache_latents.main([f"out={address}", "verify=true"]) == 1 and "1 of 8 files" in capsys.readouterr().err
+    manifest = (store / "manifest.json").read_text()
+    (store / "manifest.json").write_text(manifest.replace("train-00001.npy", "../../train-00001.npy"))
+    assert "lists '../../train-00001.npy', which no such cache holds" in refusal("imagenet", {"path": address})
+    (store / "notes.txt").write_text("x")
+    (store / "manifest.json").unlink()
+    assert cache_latents.main(words_of(official, address)) == 1
+    assert "holds other things" in capsys.readouterr().err

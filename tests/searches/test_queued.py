@@ -50,8 +50,8 @@ class FakeSlurm:
         for number, run in list(self.jobs.items()):
             if run.poll() is not None:
                 del self.jobs[number]
-        rows = ((number, self.option("job-name", number), self.option("output", number)) for number in self.jobs)
-        return "".join(f"{number}|RUNNING|0|{name:<200}|{log:<400}\n" for number, name, log in rows)
+        rows = ((number, *(self.option(key, number) for key in ("job-name", "comment", "output"))) for number in self.jobs)
+        return "".join(f"{number}|RUNNING|0|{name:<200}|{comment}|{log:<400}\n" for number, name, comment, log in rows)
 
 
 @pytest.fixture
@@ -107,7 +107,9 @@ def test_a_job_whose_number_was_not_noted_before_the_kill_is_found_by_its_log(qu
     with pytest.raises(Crash):
         carried_out(plan)
     cluster.before_noted = False
-    assert not (plan.folder.parents[1] / "submitted/jobs").exists() and len(cluster.jobs) == 1
+    (note,) = (plan.folder.parents[1] / "submitted/jobs").iterdir()
+    assert note.stem == cluster.option("comment", "100") and len(cluster.jobs) == 1
+    note.unlink()
     carried_out(plan)
     assert len(cluster.scripts) == 2 and runs.endings == {"s_0000": 1, "s_0001": 1}
 

@@ -103,7 +103,7 @@ def test_particles_go_by_every_solver(solver: str, checkpoints: dict[str, Path],
     [
         (["colour=red"], "cannot use 'colour=red'"), (["n=0"], "n takes a whole number of at least 1"),
         (["frames=1"], "frames takes"), (["format=bmp"], "format takes png, gif or mp4"), (["label=3"], "knows no classes"),
-        (["ckpt=nowhere.pt"], "no checkpoint"), (["solver=flow_map", "solver.renoise=true"], "have no path"),
+        (["ckpt=nowhere.pt"], "nowhere.pt; `python"), (["solver=flow_map", "solver.renoise=true"], "have no path"),
         (["out=picture.png"], "out takes a folder"),
     ],
 )  # fmt: skip
