@@ -191,7 +191,8 @@ def test_a_folder_of_other_things_is_never_written_to(official: Official, cache:
 
 
 SHARD = {
-    "part": "train", "rows": 1, "file": "a.npy", "labels": "b.npy", "file_bytes": 1, "labels_bytes": 1, "file_blake2b": "",
+    "part": "train", "rows": 1, "file": "train-00000.npy", "labels": "train-00000-labels.npy",
+    "file_bytes": 1, "labels_bytes": 1, "file_blake2b": "",
     "labels_blake2b": "",
 }  # fmt: skip
 WHOLE = {"finished": True, "shape": [4, 8, 8], "num_classes": 2, "shards": [], "made_from": {}}
@@ -261,7 +262,7 @@ def test_latents_in_a_store_are_those_of_a_folder(
     assert cache_latents.main([f"out={address}", "verify=true"]) == 1 and "1 of 8 files" in capsys.readouterr().err
     manifest = (store / "manifest.json").read_text()
     (store / "manifest.json").write_text(manifest.replace("train-00001.npy", "../../train-00001.npy"))
-    assert "lists '../../train-00001.npy', which no such cache holds" in refusal("imagenet", {"path": address})
+    assert "is no manifest of cached latents (file)" in refusal("imagenet", {"path": address})
     (store / "notes.txt").write_text("x")
     (store / "manifest.json").unlink()
     assert cache_latents.main(words_of(official, address)) == 1
