@@ -1,6 +1,7 @@
 """Sets of images as files: a folder of pictures, or the .npz that image evaluators read (arr_0, uint8, N x H x W x C)."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,23 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 def write_pictures(folder: Path, images: Tensor) -> None:
-    """Write bytes (N, 1 or 3, H, W) as 000000.png, 000001.png, ... UserError for a folder that holds anything already."""
+    """Write bytes (N, 1 or 3, H, W) as 000000.png, 000001.png, ..., all or none: a part of a set would be scored as a whole.
+
+    UserError for a folder that holds anything already.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty; give a new folder, so that no other pictures mix with these")
     if images.shape[1] not in (1, 3):
         raise UserError(f"images of {images.shape[1]} channels have no picture; decode them, or write numbers (out=x.npz)")
-    folder.mkdir(parents=True, exist_ok=True)
+    place = folder.resolve()
+    part = place.with_name(f".{place.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a command that was killed
+    part.mkdir(parents=True)
     for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-        Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0]).save(folder / f"{i:06d}.png")
+        Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0]).save(part / f"{i:06d}.png")
+    if place.exists():  # and empty
+        place.rmdir()
+    part.rename(place)
 
 
 def write_arrays(path: Path, images: Tensor, labels: Tensor | None) -> None:

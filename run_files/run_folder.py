@@ -26,8 +26,8 @@ from run_files.stored_values import (
 MOST_PICTURE_BYTES = 2**26
 STATES = ("running", "finished", "failed", "interrupted")
 STATUS_KINDS = {
-    "state": str, "step": int, "epoch": int, "why": str, "started": str, "updated": str, "seconds": int | float,
-    "scores": dict, "pid": int, "host": str,
+    "state": str, "step": int, "epoch": int, "epochs": int, "why": str, "started": str, "updated": str,
+    "seconds": int | float, "scores": dict, "pid": int, "host": str,
 }  # fmt: skip
 
 

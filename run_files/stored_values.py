@@ -56,8 +56,8 @@ def is_number(value: Any) -> bool:
 
 
 def numbers_in(values: dict[str, Any], *also: str) -> dict[str, Any]:
-    """Return the entries that are numbers or null, and those of the keys `also`."""
-    return {key: value for key, value in values.items() if key in also or is_number(value)}
+    """Return the entries that are numbers or null, each under its name in one line, and those of the keys `also`."""
+    return {" ".join(key.splitlines()): value for key, value in values.items() if key in also or is_number(value)}
 
 
 def json_number(value: float | None) -> float | None:

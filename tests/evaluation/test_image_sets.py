@@ -74,6 +74,18 @@ def checkpoint(shared_run) -> Path:
     return shared_run("d", *DIGITS, "solver.steps=2") / "ckpts/cnn/d_last.pt"
 
 
+def test_a_set_of_pictures_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    kept = Image.Image.save
+    monkeypatch.setattr(Image.Image, "save", lambda image, path: kept(image, path) if path.stem == "000000" else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_pictures(tmp_path / "folder", pictures(3))
+    assert not (tmp_path / "folder").exists()
+    monkeypatch.undo()
+    (tmp_path / "folder").mkdir()
+    write_pictures(tmp_path / "folder", pictures(3))
+    assert len([*(tmp_path / "folder").iterdir()]) == len(pictures(3)) and len([*tmp_path.iterdir()]) == 1
+
+
 @pytest.mark.slow
 def test_a_checkpoints_samples_are_exported_and_score_as_it_does(checkpoint: Path, tmp_path: Path, capsys) -> None:
     """The same samples by way of the checkpoint, a folder of pictures and a .npz have the same distance to the same data."""

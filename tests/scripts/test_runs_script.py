@@ -292,6 +292,16 @@ def test_delete_runs_from_any_folder_on_the_users_trackio_dir(project: str, tmp_
     assert done.stdout == "keep_test_3\ntest_1\ntest_2\n"
 
 
+def test_names_of_several_lines_invent_no_rows(small_run, capsys):
+    folder = small_run("x", "max_steps=2")
+    with (folder / "runs/x/metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "eval/a\\nfake  finished": 1.0}\n')
+    for words in (("show", "x"), ("list",), ("table", "x")):
+        code, lines, _ = run_main(capsys, *words, "--output-dir", folder)
+        assert code == 0 and not any(line.startswith("fake") for line in lines)
+    assert any("eval/a fake  finished" in row for row in RunFolder(folder / "runs/x").metrics.read())
+
+
 @pytest.mark.parametrize("left", ["metrics.jsonl", "config.yaml", "status.json"])
 def test_a_deletion_that_was_killed_can_be_finished_and_lends_nothing_to_a_new_run(left, small_run, capsys):
     folder = small_run("x", "max_steps=2") / "runs/x"
