@@ -179,7 +179,7 @@ def test_what_handles_a_signal_is_not_put_into_words() -> None:
 @pytest.mark.parametrize("drawn", [False, True])
 def test_what_is_deleted_while_an_evaluation_is_shown_does_not_come_back(drawn, small_run, tmp_path, monkeypatch):
     run, words = tmp_path / "outputs/runs/x", ["+callbacks.p._target_=training.callbacks.SamplePictures"] * drawn
-    at = "evaluation.report.draw_picture" if drawn else "training.callbacks.ProgressBar.evaluation_end"
+    at = "training.callbacks.draw_picture" if drawn else "training.callbacks.ProgressBar.evaluation_end"
     monkeypatch.setattr(at, lambda path, *_: shutil.rmtree(run) or (drawn and write_atomically(path, "x")))
     with pytest.raises(UserError, match="was deleted or moved while the run wrote there"):
         small_run("x", *words)
