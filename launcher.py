@@ -148,11 +148,14 @@ def run(*overrides: str) -> "RunResult":
 
 def in_hydras_order(arguments: list[str]) -> list[str]:
     """Return Hydra's flags with their values, then the other words. UserError for flags that do not go together."""
-    flags, words, rest = list[str](), list[str](), iter(arguments)
-    for word in rest:
-        flag, equals, value = word.partition("=")
-        if flag in HYDRA_VALUES:
-            value, known = value if equals else next(rest, ""), HYDRA_VALUES[flag]
+    flags, words, rest = list[str](), list[str](), list(arguments)
+    while rest:
+        flag, equals, value = (word := rest.pop(0)).partition("=")
+        if flag in ("-i", "--info") and not equals and rest[:1] not in [[known] for known in HYDRA_VALUES[flag]]:
+            flags += [flag, "all"]  # Hydra's own default
+        elif flag in HYDRA_VALUES:
+            value, known = value if equals else "".join(rest[:1]), HYDRA_VALUES[flag]
+            rest = rest if equals else rest[1:]
             if not value or (known and value not in known):
                 raise UserError(f"{flag} takes {', '.join(known) or 'the name of a group'}, not {value!r}")
             flags += [flag, value]

@@ -83,7 +83,7 @@ class Evaluator(ABC):
     def check_monitor(self, monitor: str) -> None:
         """UserError for a monitored number that no evaluation gives; asked before a run trains."""
         names = self.names()
-        if names and not monitor.startswith(tuple(names)):
+        if names and not monitor.startswith(("eval/seconds", *names)):
             raise UserError(
                 f"monitor={monitor} is not among this run's evaluation metrics{nearest(monitor, names)}; use one of "
                 f"{', '.join(names)}"
@@ -125,11 +125,9 @@ class GeneratorEvaluator(Evaluator):
     def names(self) -> list[str]:
         parts = [(metric.names(), metric.beside) for metric in self.metrics.values()]
         silent = any(not metric.name and type(metric).names is Metric.names for metric in self.metrics.values())
-        return (
-            []
-            if silent
-            else ["eval/loss", SQUARED_ERROR, "eval/nfe", *(n for names, beside in parts for n in (*names, *beside))]
-        )
+        if silent:
+            return []
+        return ["eval/loss", SQUARED_ERROR, "eval/nfe", *(name for names, beside in parts for name in (*names, *beside))]
 
     def count(self, final: bool) -> int:
         """Return how many samples are drawn."""

@@ -18,23 +18,21 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 def write_pictures(folder: Path, images: Tensor) -> None:
-    """Write bytes (N, 1 or 3, H, W) as 000000.png, 000001.png, ..., all or none: a part of a set would be scored as a whole.
+    """Write bytes (N, 1 or 3, H, W) as 000000.png, 000001.png, ... UserError for a folder that holds anything already.
 
-    UserError for a folder that holds anything already.
+    A new folder appears once it is whole: a part of a set would be scored as all of it.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty; give a new folder, so that no other pictures mix with these")
     if images.shape[1] not in (1, 3):
         raise UserError(f"images of {images.shape[1]} channels have no picture; decode them, or write numbers (out=x.npz)")
-    place = folder.resolve()
-    part = place.with_name(f".{place.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a command that was killed
-    part.mkdir(parents=True)
+    part = folder if folder.exists() else folder.with_name(f".{folder.name}.part")
+    if part is not folder:
+        shutil.rmtree(part, ignore_errors=True)  # of a command that was killed
+        part.mkdir(parents=True)
     for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
         Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0]).save(part / f"{i:06d}.png")
-    if place.exists():  # and empty
-        place.rmdir()
-    part.rename(place)
+    part.rename(folder)
 
 
 def write_arrays(path: Path, images: Tensor, labels: Tensor | None) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
+from optuna.pruners import MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -12,8 +13,7 @@ from searches.plan import Plan
 from searches.samplers import generation_size, sampler_for
 from searches.space import Value
 
-from_optuna = optuna.pruners
-PRUNERS = {"none": from_optuna.NopPruner, "median": from_optuna.MedianPruner, "halving": from_optuna.SuccessiveHalvingPruner}
+PRUNERS = {"none": NopPruner, "median": MedianPruner, "halving": SuccessiveHalvingPruner}
 
 
 @dataclass

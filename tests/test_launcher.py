@@ -175,7 +175,7 @@ def test_cfg_job_prints_the_composed_configuration():
     ("words", "sentence"),
     [
         ("--cfg", "--cfg takes job, hydra, all, not ''"), ("--cfg nope", "--cfg takes job, hydra, all, not 'nope'"),
-        ("--info epochs=3", "--info takes all, config, defaults"), ("-p optimizer", "-p says how something is shown"),
+        ("--info=no epochs=3", "--info takes all, config, defaults"), ("-p optimizer", "-p says how something is shown"),
         ("-r run_name=x epochs=0", "-r says how something is shown; add --cfg job"), ("-sc", "-sc takes install=bash"),
         ("-m run_name=x --cfg job seed=1,2", "--cfg shows something and trains nothing; leave -m out"),
     ],
@@ -191,6 +191,8 @@ def test_hydras_flags_may_stand_anywhere():
     assert words == ["--cfg", "job", "--resolve", "a=1", "b=2"]
     assert launcher.in_hydras_order(["b=1,2", "-m", "a=1"]) == ["-m", "b=1,2", "a=1"]
     assert launcher.in_hydras_order(["run_name=x", "--hydra-help"]) == ["--hydra-help"]
+    assert launcher.in_hydras_order(["--info", "epochs=3"]) == ["--info", "all", "epochs=3"]
+    assert launcher.in_hydras_order(["a=1", "-i", "defaults"]) == ["-i", "defaults", "a=1"]
 
 
 def test_flags_become_overrides_in_their_places_so_the_later_one_wins():

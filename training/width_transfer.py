@@ -18,7 +18,7 @@ from configuration.nodes import nearest
 from evaluation.parts import build_network
 from models.network import Network
 
-GROWING = (nn.Linear, nn.modules.conv._ConvNd)  # layers whose weights are (outputs, inputs, ...)
+GROWING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers whose weights are (outputs, inputs, ...)
 
 
 def base_network(config: Mapping[str, Any]) -> Network | None:

@@ -29,7 +29,7 @@ from common.ranges import Count
 from configuration.compose import compose_config
 from configuration.settings import known_settings
 from evaluation.pictures import INK, new_figure, save_figure
-from run_files.checks import check_writable
+from run_files.checks import check_folder
 from training.assemble import assemble
 from training.loop import epoch_groups, train_step
 from training.width_transfer import GROWING
@@ -49,10 +49,13 @@ class Settings:
 
 
 def sizes(words: list[str], steps: int) -> dict[str, float]:
-    """Return each layer's mean |output| in the last of so many steps of training."""
+    """Return each layer's mean |output| in the last of so many steps of training. UserError for more than an epoch has."""
     found: dict[str, float] = {}
     with TemporaryDirectory() as nowhere:
         run = assemble(prepare([*words, "run_name=coordinates", f"output_dir={nowhere}", "schedule=constant"]))
+
+    if steps > run.steps_per_epoch:
+        raise UserError(f"steps={steps} is more than the {run.steps_per_epoch} of an epoch; give fewer")
 
     def note(name: str) -> object:
         return lambda module, given, output: found.__setitem__(name, output.detach().abs().mean().item())
@@ -61,7 +64,7 @@ def sizes(words: list[str], steps: int) -> dict[str, float]:
         if isinstance(module, GROWING):
             module.register_forward_hook(note(name))  # type: ignore[arg-type]
     groups = epoch_groups(run)
-    for _ in range(min(steps, run.steps_per_epoch)):
+    for _ in range(steps):
         train_step(run, next(groups))
     return found
 
@@ -118,7 +121,7 @@ def check(words: list[str]) -> int:
     config = compose_config([*words, "run_name=coordinates"])
     if not config["base_model"]:
         raise UserError("base_model is missing; add the width that optimizer.lr is of, such as base_model={width:64}")
-    check_writable("out", folder)
+    check_folder("out", folder)
     found = measured(words, dict(config["base_model"]), times, steps)
     folder.mkdir(parents=True, exist_ok=True)
     draw(folder / "coordinates.png", found, times, f"{config['choices']['model']} after {steps} steps")

@@ -40,7 +40,6 @@ def expected_data(scene: Scene, states: Tensor, t: Tensor) -> Tensor:
 
 
 def draw(scene: Scene) -> list[Path]:
-
     scene.need_images("see particles.py")
     solver, flow = scene.own_solver() if scene.solver else RK4(12), scene.model.flow()
     film_times, strip_times = frame_times(scene.frames), torch.linspace(0, 1, COLUMNS)

@@ -39,7 +39,6 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
 
 
 def carried(scene: Scene, noise: Tensor, label: Tensor | None) -> Tensor:
-
     with torch.no_grad():
         return generate(scene.model.flow(), scene.own_solver(), noise, label, fresh_noise(scene.model.source, scene.seed))
 

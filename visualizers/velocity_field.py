@@ -53,7 +53,6 @@ class Field:
     """
 
     def __init__(self, scene: Scene, times: np.ndarray):
-
         self.units = "data units" if scene.model.objective.data_std is None else "standard deviations of the data"
         model, clock = scene.model, torch.from_numpy(times).float()
         flow, label = model.flow(), scene.labels  # of one class, if any

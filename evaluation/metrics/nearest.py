@@ -50,10 +50,10 @@ class NearestTraining(LongMetric):
     found, as the note says.
     """
 
+    beside = ("eval/class_share",)
+
     def __init__(self, points: CountFrom2 = 2000, copy_tolerance: NotNegative = 1e-3):
         self.points, self.copy_tolerance = points, copy_tolerance
-
-    beside = ("eval/class_share",)
 
     def names(self) -> list[str]:
         return [RATIO, COPIES, CLASS_SHARE]

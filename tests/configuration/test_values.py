@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
 
 from common.errors import UserError
 from common.ranges import EpochSize, Positive, Range, Share, Size
@@ -82,3 +83,10 @@ def test_each_component_of_a_mixture_has_its_own_width_from_the_command_line():
 def test_a_part_that_is_built_alone_is_checked_as_its_constructor_declares():
     with pytest.raises(UserError, match=r"VariancePreservingPath\.beta_max takes a number above 0, not -1"):
         build({"_target_": "losses.paths.VariancePreservingPath", "beta_max": -1})
+
+
+def test_what_one_composition_sets_is_not_in_the_next():
+    """Hydra merges into what it has read, and the tests have it read each file once."""
+    with initialize_config_dir(str(CONFIG_DIR), version_base=None):
+        compose("train", ["run_name=x", "experiment=digits_classifier"])
+        assert compose("train", ["run_name=x"]).log.expect is None

@@ -81,9 +81,11 @@ def test_a_set_of_pictures_is_written_whole_or_not_at_all(tmp_path, monkeypatch)
         write_pictures(tmp_path / "folder", pictures(3))
     assert not (tmp_path / "folder").exists()
     monkeypatch.undo()
-    (tmp_path / "folder").mkdir()
-    write_pictures(tmp_path / "folder", pictures(3))
+    write_pictures(tmp_path / "folder", pictures(3))  # what the first one left is gone
     assert len([*(tmp_path / "folder").iterdir()]) == len(pictures(3)) and len([*tmp_path.iterdir()]) == 1
+    (tmp_path / "empty").mkdir()
+    write_pictures(tmp_path / "empty", pictures(3))
+    assert {path.name for path in (tmp_path / "empty").iterdir()} == {path.name for path in (tmp_path / "folder").iterdir()}
 
 
 @pytest.mark.slow

@@ -7,8 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from common.errors import UserError
+from configuration.build import build
+from evaluation.classifier_evaluator import ClassifierEvaluator, confusion_matrix
+from run_files.run_folder import RunFolder
 
 MINE = """
 import torch
@@ -112,6 +116,21 @@ def test_a_part_that_breaks_its_contract_is_named_before_any_file_is_moved(
         small_run("x", "overwrite=true", "max_steps=1", *words)
     assert "\n" not in str(raised.value)
     assert kept.read_text() == "an older run" and [path.name for path in (tmp_path / "outputs/runs").iterdir()] == ["x"]
+
+
+@pytest.mark.slow
+def test_every_number_of_an_evaluation_may_be_monitored(small_run: Callable[..., Path]) -> None:
+    folder = RunFolder(small_run("x", "max_steps=2", "loss=meanflow", "evaluation=generator") / "runs/x")
+    found = {name for row in folder.metrics.read() for name in row if name.startswith(("eval/", "oracle/"))}
+    label, classifier = torch.arange(60) % 10, ClassifierEvaluator(60, 60)
+    scores = classifier.scores(torch.randn(60, 10), label, confusion_matrix(label, label.flip(0), 10))
+    of_classes = {name for score in scores for name in score.values()}
+    for evaluator, names in ((build(folder.read_config()["evaluation"]), found), (classifier, of_classes)):
+        assert len(names) > 15
+        for name in names:
+            evaluator.check_monitor(name)
+        with pytest.raises(UserError, match="monitor=oracle/nothing is not among"):
+            evaluator.check_monitor("oracle/nothing")
 
 
 def test_the_trial_leaves_weights_and_random_numbers_as_they_are(small_run, monkeypatch) -> None:

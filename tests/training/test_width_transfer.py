@@ -81,6 +81,7 @@ def test_the_picture_and_its_table(tmp_path, capsys):
     assert coordinates.check(words) == 0 and (tmp_path / "coordinates.png").stat().st_size > 5000
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("power of the width") and len(said) == 6 and "layers.6" in said[4]
-    for wrong, sentence in (("times=2", "is one width"), ("steps=0", "steps takes"), ("base_model=null", "is missing")):
+    for wrong, sentence in (("times=2", "is one width"), ("steps=0", "steps takes"), ("base_model=null", "is missing"),
+                            ("steps=10000", "is more than the"), ("out=x.png", "takes a folder")):  # fmt: skip
         with pytest.raises(UserError, match=sentence):
             coordinates.check([*words, wrong])
