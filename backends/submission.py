@@ -63,6 +63,12 @@ def teacher_words(config: dict[str, Any]) -> list[str]:
     is not training alone, and the words of teacher=. UserError for words that are not the teacher's to say.
     """
     own = config["teacher"].split()
+    if bare := [word for word in own if "=" not in word]:
+        raise UserError(
+            f"teacher={config['teacher']}: teacher= takes the words of a run that is trained first, such as "
+            f"teacher='loss=mse', and {bare[0]} is not key=value; a checkpoint that is there already goes to "
+            "loss.coupling.teacher=, loss.teacher= or init_from="
+        )
     if taken := [key for key in typed_keys(own) if key in NOT_THE_TEACHERS]:
         raise UserError(f"teacher= names what a run is trained by, such as loss=mse; leave {taken[0]} out of it")
     typed = zip(config["overrides"], typed_keys(config["overrides"]), strict=True)

@@ -1,17 +1,30 @@
 """What the scripts share: their files, and the process boundary."""
 
+import argparse
 import errno
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from common.errors import UserError, path_in_words, printable
 from common.files import DISK_ERRORS, disk_sentence, outlive_readers
 
 ROOT = Path(__file__).resolve().parents[1]
 MATCH_SECONDS = 3  # that comparing names with a typed regular expression may take
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of words and flags whose mistakes are UserErrors; its --help shows the text of the script as it is."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | given)
+
+    def error(self, message: str) -> NoReturn:
+        usage = " ".join(self.format_usage().split())
+        raise UserError(f"{message}; {usage}; --help says what each is")
 
 
 def outputs() -> Path:

@@ -32,7 +32,8 @@ TEMPORARY = ".tmp"
 def require(path: Path, remedy: str, kind: str = "file") -> None:
     """Raise UserError, with what to do about it, where a file or a folder is not there."""
     if not (path.is_dir() if kind == "folder" else path.is_file()):
-        raise UserError(f"there is no {kind} {path.absolute()}; {remedy}")
+        wrong = f"{path.absolute()} is not a {kind}" if path.exists() else f"there is no {kind} {path.absolute()}"
+        raise UserError(f"{wrong}; {remedy}")
 
 
 @contextmanager
@@ -243,10 +244,13 @@ def own_file(path: Path, folder: Path) -> str | None:
 
 
 def read_own(path: Path, folder: Path, most: int) -> bytes | None:
-    """Return the content of a file of `folder`, None where there is none.
+    """Return the content of a file of `folder`, None where there is none. UserError for what `check_own` refuses."""
+    check_own(path, folder, most)
+    return path.read_bytes() if path.exists() else None
 
-    UserError, before anything is opened, for a link out of the folder, a pipe or a device, and more than `most` bytes.
-    """
+
+def check_own(path: Path, folder: Path, most: int) -> None:
+    """Raise UserError, before it is opened, for a link out of `folder`, a pipe, a device, and more than `most` bytes."""
     wrong = own_file(path, folder)
     if wrong is None and path.is_dir():
         wrong = "is a folder"
@@ -254,4 +258,3 @@ def read_own(path: Path, folder: Path, most: int) -> bytes | None:
         wrong = f"is larger than the {most:,} bytes that are read of such a file"
     if wrong:
         raise UserError(f"{path} {wrong}; remove it, or put the file itself there")
-    return path.read_bytes() if path.exists() else None

@@ -174,9 +174,15 @@ def unknown_setting(cfg: DictConfig, key: str) -> str:
         return f"{key} is in no file of configs/; write +{key}=... for what the constructor of {owner} takes"
     owners = [choice for choice in choices if has_setting(group, choice, key)]
     if owners:
-        return f"{key} is a setting of {group}={' or '.join(owners)}, which is not chosen here; add it"
+        own = [name for name in map(str, cfg[group]) if not name.startswith("_")]
+        return (
+            f"{key} is a setting of {group}={' or '.join(owners)}; this run has {group}={cfg.choices[group]}, whose "
+            f"settings are {', '.join(own)}: choose another {group}, or one of these"
+        )
     known = [*flat_keys(cfg), *(group for group in groups() if "/" in group)]
-    return f"there is no setting {key}{nearest(key, known)}; `python launcher.py --cfg job` lists them all"
+    inner = sorted((name for name in known if name.endswith(f".{key}")), key=lambda name: name.count("."))
+    hint = f" (did you mean {inner[0]}?)" if inner else nearest(key, known)
+    return f"there is no setting {key}{hint}; `python launcher.py --cfg job` lists them all"
 
 
 def has_setting(group: str, choice: str, key: str) -> bool:

@@ -32,7 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import check_place, front
+from common.command_line import Parser, check_place, front
 from common.errors import UserError
 from common.files import write_atomically
 from dev.contestant import Contestant
@@ -93,7 +93,7 @@ def benchmark(rows: list[str], rounds: int, steps: int) -> list[dict[str, Any]]:
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("rows", nargs="*", default=[""], help="launcher overrides, one quoted argument a row")
     parser.add_argument("--preset", choices=PRESETS, help="rows made ready, instead of your own")
     parser.add_argument("--and", dest="common", default="", help="launcher overrides that every row gets")

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import ROOT, front
+from common.command_line import ROOT, Parser, front
 from common.errors import UserError
 from configuration.nodes import check_known
 
@@ -62,7 +62,7 @@ SHRUNK = {  # by experiment; the others are small once their network is
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--write", type=Path, metavar="FILE", help="store the hashes of every run")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="hold the runs against stored hashes")
     parser.add_argument("--fixtures", type=Path, metavar="DIR", help="make a tiny run of each experiment, in a new folder")

@@ -10,7 +10,6 @@ folder it runs in, an earlier run included, as it was. The processes are forks o
 command needs, so that 700 take a minute; one that imports torch as well is counted as late.
 """
 
-import argparse
 import os
 import resource
 import signal
@@ -29,6 +28,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import launcher
+from common.command_line import Parser, front
 from common.ranges import ANY
 from configuration.compose import CONFIG_DIR, compose_config, groups
 from configuration.values import SETTINGS, Setting, declared, kinds_in, options_of, range_in
@@ -323,12 +323,13 @@ def try_all(commands: list[Command], jobs: int, tell: Callable[[Outcome], None])
     return outcomes, {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def carry_out(words: list[str]) -> int:
+    """Carry out the command; 1 when a command line is answered badly, or changes a file."""
+    parser = Parser(description=__doc__)
     parser.add_argument("--count", type=int, default=700)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     parser.add_argument("words", nargs="*", help="after --, the words of one command")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words)
     commands = [options.words] if options.words else drawn(options.count)
 
     def tell(outcome: Outcome) -> None:
@@ -346,4 +347,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(front(sys.argv[1:], None, carry_out))

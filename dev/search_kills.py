@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import ROOT, front
+from common.command_line import ROOT, Parser, front
 from common.errors import UserError
 from dev.kill_test import SMALL, rows
 from run_files.run_folder import RunFolder
@@ -103,7 +103,7 @@ def check(killed: Path, alone: Path, options: argparse.Namespace) -> None:
 
 
 def carry_out(words: list[str]) -> str:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     for key, value, what in (
         ("trials", 12, "of each search"), ("jobs", 2, "trials at a time"), ("kills", 10, "in all"),
         ("seed", 0, "of the moments"),

@@ -5,13 +5,14 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from common.files import share, write_atomically
 from run_files.run_lock import RunLock
-from run_files.stored_values import as_object, is_number, json_number, note_once, numbers_in, read_text
+from run_files.stored_values import as_object, is_number, json_number, lines_of, note_once, numbers_in
 
 HIGHER_IS_BETTER = (  # in metric names
     "accuracy", "f1_macro", "inception_score", "mcc", "precision", "recall", "density", "coverage", "class_share_min",
@@ -26,6 +27,7 @@ BESIDE = (
 SIDE = (*BESIDE, "_exact_field", "_probes", "_median", "/nfe")  # and of what is no score of its own
 # Ends of the names of scores of which neither larger nor smaller is better.
 UNDIRECTED = ("nearest_distance_ratio", "empirical_excess_loss", *(f"class_share_{k}" for k in range(20)))
+DAMAGED_SHOWN = 5  # numbers of damaged lines that are named
 COPIES = 0.5  # oracle/copying from which on down a network is said to copy its training rows
 
 
@@ -84,25 +86,33 @@ class MetricsFile:
 
     def read(self) -> list[dict[str, Any]]:
         """Return the rows in order, none before the first; damaged lines are left out, which a line on stderr says."""
-        return [row for _, row in self.numbered_rows()]
+        return list(self.rows())
 
-    def numbered_rows(self, holding: str = "") -> list[tuple[int, dict[str, Any]]]:
-        """Return (line number, row) of the rows in whose line a text occurs; as `read`."""
-        lines = self.lines()
-        rows = [(number, as_row(line)) for number, line in enumerate(lines, start=1) if holding in line]
-        damaged = [str(number) for number, row in rows if row is None and number < len(lines)]
-        if damaged:
-            where = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows one at a time, as `read` returns them: a file may be larger than the memory."""
+        return (row for _, row in self.numbered_rows())
+
+    def evaluations(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows that hold scores; the others are not parsed."""
+        return (row for _, row in self.numbered_rows(holding='"eval/'))
+
+    def numbered_rows(self, holding: str = "") -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (line number, row) of the rows in whose line a text occurs; as `read`."""
+        number, damaged = 0, list[int]()
+        for number, line in enumerate(self.lines(), start=1):
+            if holding in line:
+                row = as_row(line)
+                if row is not None:
+                    yield number, numbers_in(row, "provenance")
+                elif len(damaged) <= DAMAGED_SHOWN:
+                    damaged.append(number)
+        if named := [str(line) for line in damaged if line < number]:  # the last may be torn
+            where = ", ".join(named[:DAMAGED_SHOWN]) + (", ..." if len(named) > DAMAGED_SHOWN else "")
             note_once(f"{self.path} is damaged; left out: line {where}")
-        return [(number, numbers_in(row, "provenance")) for number, row in rows if row is not None]
 
-    def evaluations(self) -> list[dict[str, Any]]:
-        """Return the rows that hold scores; the others are not parsed."""
-        return [row for _, row in self.numbered_rows(holding='"eval/')]
-
-    def lines(self) -> list[str]:
-        """Return the whole lines: what follows the last line break is torn."""
-        return (read_text(self.path) or "").split("\n")[:-1]
+    def lines(self) -> Iterator[str]:
+        """Yield the whole lines, see `lines_of`."""
+        return lines_of(self.path)
 
     def trim(self, step: int) -> None:
         """Drop the rows after `step`, which a run that continues from there will write again, and damaged lines.
@@ -112,7 +122,7 @@ class MetricsFile:
         self.close()
         if not self.path.is_file():
             return
-        lines, rows = self.lines(), self.numbered_rows()
+        lines, rows = list(self.lines()), list(self.numbered_rows())
         torn = 1 if lines and as_row(lines[-1]) is None else 0
         if len(rows) + torn < len(lines):
             names = (self.path.with_name("metrics.jsonl.damaged" + (f".{n}" if n > 1 else "")) for n in itertools.count(1))

@@ -12,10 +12,13 @@ from common.files import own_file
 
 
 class RunLock:
-    """A lock on <folder>/.lock, which ends with its process. doing: what its holder does, {} being the folder's name."""
+    """A lock on <folder>/.lock, which ends with its process.
 
-    def __init__(self, folder: Path, doing: str = "run {} is being trained") -> None:
-        self.folder, self.path, self.doing = folder, folder / ".lock", doing
+    doing: what its holder does, {} being the folder's name. chosen_by: the word that names the folder.
+    """
+
+    def __init__(self, folder: Path, doing: str = "run {} is being trained", chosen_by: str = "run_name") -> None:
+        self.folder, self.path, self.doing, self.chosen_by = folder, folder / ".lock", doing, chosen_by
         self.file: TextIO | None = None
 
     def acquire(self) -> None:
@@ -36,7 +39,7 @@ class RunLock:
             who = self.path.read_text(errors="replace")[:100] or "another process"
             raise UserError(
                 f"{self.doing.format(self.folder.name)} by another process right now ({who}); wait for it, or choose "
-                "another run_name"
+                f"another {self.chosen_by}"
             ) from error
         except OSError as error:
             raise UserError(f"cannot make {self.folder}: {error.strerror}; choose another output_dir") from error

@@ -5,14 +5,16 @@ changed the files, so nothing in them is trusted, worked out or built.
 import json
 import math
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, first_line, printable
-from common.files import read_own
+from common.files import check_own, read_own
 
 MOST_BYTES = {"config.yaml": 2**19, "status.json": 2**22, "overrides.txt": 2**19, "metrics.jsonl": 2**31}
+LONGEST_LINE = 2**24  # bytes of a line that are held at once
 MOST_NUMBER = 1e300  # in size, that a score or a step may be
 DEEPEST = 50  # settings within settings of a configuration
 CONFIG_KINDS = {
@@ -28,6 +30,19 @@ def read_text(path: Path) -> str | None:
     """Return the text of a file of a run's folder, None where there is none. UserError for what read_own refuses."""
     content = read_own(path, path.parent, MOST_BYTES[path.name])
     return None if content is None else content.decode(errors="replace")
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """Yield the whole lines of a file of a run's folder, one in memory at a time; what follows the last break is torn.
+
+    UserError for what check_own refuses.
+    """
+    check_own(path, path.parent, MOST_BYTES[path.name])
+    if path.exists():
+        with path.open("rb") as file:
+            for line in iter(lambda: file.readline(LONGEST_LINE), b""):
+                if line.endswith(b"\n") or len(line) == LONGEST_LINE:  # what is longer comes in parts, which are no rows
+                    yield line.removesuffix(b"\n").decode(errors="replace")
 
 
 def as_object(text: str) -> dict[str, Any] | None:

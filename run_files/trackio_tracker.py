@@ -52,7 +52,7 @@ class TrackioTracker(Tracker):
 
     def log_history(self, folder: RunFolder, last: int) -> None:
         """Log the rows and pictures that the run has left, up to the step `last`; it logs no picture of its beginning."""
-        for row in folder.metrics.read():
+        for row in folder.metrics.rows():
             if row["step"] <= last:
                 numbers = {k: v for k, v in row.items() if k not in NOT_METRICS and isinstance(v, int | float)}
                 self.log(numbers, row["step"])
@@ -125,7 +125,7 @@ def delete_run(project: str, run_name: str, newest_alone: bool = False) -> None:
 def pictures_aside(project: str, run_name: str) -> Iterator[None]:
     """Move a run's pictures aside for the block that deletes its rows; delete them after it, or move them back if it fails.
 
-    A process that is killed in between leaves them aside, where `remove_leftovers` finds them.
+    A process that is killed in between leaves them aside, where `finish_deletions` finds them.
     """
     from trackio.media import get_project_media_path
 
@@ -143,12 +143,22 @@ def pictures_aside(project: str, run_name: str) -> Iterator[None]:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def remove_leftovers(project: str) -> None:
-    """Remove the pictures that killed processes have left aside, of a project that is known."""
+def finish_deletions(project: str) -> list[str]:
+    """Finish what killed processes have begun: return the names of the runs without rows, whose pictures now go.
+
+    Pictures of a run that still has its rows return to their place.
+    """
     import trackio
     from trackio.media import get_project_media_path
 
-    with contextlib.suppress(ValueError):
-        trackio.Api().runs(project)
-        for left in get_project_media_path(project, LEAVING).parent.glob(f"{LEAVING}*"):
+    finished = list[str]()
+    with contextlib.suppress(ValueError):  # an unknown project
+        names = {run.name for run in trackio.Api().runs(project)}
+        for left in sorted(get_project_media_path(project, LEAVING).parent.glob(f"{LEAVING}*")):
+            name = left.name.removeprefix(LEAVING).partition("-")[2]
+            if name in names and not any(get_project_media_path(project, name).iterdir()):
+                left.rename(left.with_name(name))
+                continue
             shutil.rmtree(left, ignore_errors=True)
+            finished += [name] if name and name not in names else []
+    return finished

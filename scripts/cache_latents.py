@@ -56,6 +56,7 @@ from dataloaders.picture_files import MANIFEST, MOST_BYTES, SHARD, listed, wrong
 from dataloaders.stream import ReadAhead, Rows
 from dataloaders.tensor_dataset import as_states
 from models.vae.stable_diffusion_vae import WEIGHTS_FILE, StableDiffusionVAE
+from run_files.run_lock import RunLock
 from scripts.ranks import front_of_ranks
 
 FORMAT = 2  # 2: knows the pictures it was made from
@@ -98,7 +99,8 @@ class Cache:
         self.manifest: dict[str, Any] = {"format": FORMAT, "finished": False, "made_from": made_from, "shards": []}
         if not self.file.exists():
             if not self.store and folder.exists():
-                others = [p.name for p in folder.iterdir() if p.suffix not in (".partial", ".npy", ".tmp", ".lock")]
+                own = (".partial", ".npy", ".tmp", ".lock")
+                others = [path.name for path in folder.iterdir() if not path.name.endswith(own)]
             if others:
                 raise UserError(f"out={out} holds other things than cached latents; give a new folder")
             folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +166,7 @@ class Cache:
         self.manifest |= {"finished": True, "shape": shape, "num_classes": num_classes, "parts": parts}
         self.write()
         remove_temporaries(self.folder)
-        for left in (*self.folder.glob("*.partial"), *self.folder.glob(".*.lock")):  # .partial: of older versions
+        for left in (*self.folder.glob("*.partial"), *self.folder.glob(".*lock")):  # .partial: of older versions
             left.unlink()
 
 
@@ -250,6 +252,10 @@ def encode(settings: Settings, overrides: list[str]) -> str:
         "shard_rows": settings.shard_rows, "batch_size": settings.batch_size,
     }  # fmt: skip
     cache = Cache(settings.out, made_from)
+    lock = RunLock(cache.folder.resolve(), "the latents of {} are being made", "out")
+    if rank() == 0:
+        lock.acquire()
+    cache.reread()
     parts = {"train": dataset.train, "held_out": dataset.unseen}
     plans = {part: missing(cache, part, len(reader), settings) for part, reader in parts.items()}
     left = sum(len(numbers) for plan in plans.values() for batches in plan.values() for numbers in batches)
@@ -262,6 +268,7 @@ def encode(settings: Settings, overrides: list[str]) -> str:
     if rank():
         return ""
     cache.finish(shape, dataset.num_classes)
+    lock.release()
     lost = [name for shard in cache.manifest["shards"] for name in shard["unreadable"]]
     named = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
     note = f"\nnote: {len(lost):,} pictures cannot be read and were left out: {named}" if lost else ""

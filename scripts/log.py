@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command_line import ROOT, front
 from common.errors import UserError
+from common.files import require
 from configuration.settings import known_settings
 from run_files.experiment_log import ExperimentLog
 
@@ -34,6 +35,9 @@ def note(words: list[str]) -> Path:
     settings, rest = known_settings(words, Settings)
     if len(rest) != 3 or rest[0] != "note" or not rest[2].strip():
         raise UserError(f"say {USAGE}")
+    require(
+        settings.file, "file= names the log that a run wrote: EXPERIMENT_LOG.md with log.expect=, else log.md in its folder"
+    )
     ExperimentLog(settings.file).add_note(rest[1], f"{date.today().isoformat()}: {rest[2].strip()}")
     return settings.file
 

@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from backends.modal_volume import explained, note_job
+from common.command_line import Parser
 from common.errors import UserError
 from common.files import in_working_folder
 from run_files.experiment_log import PARTS, ExperimentLog, Section
@@ -37,8 +38,8 @@ ENDED = "modal app {} ended with status {}"  # modal says itself what is wrong
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
     try:
+        options = parse(arguments)
         complaints = options.action(options) or []
     except UserError as error:
         complaints = [str(error)]
@@ -48,10 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = Parser(add_help=False)
     shared.add_argument("--volume", default="denoising-zoo", help="name of the Volume (default: denoising-zoo)")
     shared.add_argument("--output-dir", type=Path, default=Path("outputs"), help="folder of the runs, there and here")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="list | sync | ckpts | download | logs | stop")
     for name, action, words in (
         ("list", list_runs, "every run on the Volume in a line"),

@@ -80,7 +80,7 @@ def run_set(label: str, pattern: str, folders: dict[str, RunFolder], best: bool)
 
 def last_scores(folder: RunFolder, config: dict[str, Any], best: bool) -> dict[str, float]:
     """Return the scores of a run's last evaluation, or of that with the best monitored value; floors among them."""
-    rows = folder.metrics.evaluations()
+    rows = list(folder.metrics.evaluations())
     if not rows:
         raise UserError(f"run {folder.name} has no evaluation in {folder.metrics.path}; leave it out")
     metric = config["monitor"]

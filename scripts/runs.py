@@ -20,13 +20,14 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from textwrap import indent
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import check_ends, check_place, front, matching, outputs
+from common.command_line import Parser, check_ends, check_place, front, matching, outputs
 from common.errors import UserError
 from common.files import write_atomically
 from configuration.nodes import flat
@@ -45,11 +46,11 @@ NO_METRICS = ("step", "epoch", "elapsed_seconds", "provenance")  # keys of a row
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     place: dict[str, Any] = {"type": Path, "metavar": "FOLDER", "help": "of the runs (outputs/ here or the repository's)"}
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="runs.py [-h] [output_dir=FOLDER] "
         "(list | show NAME [csv=FILE] | compare A B ... | table NAMES | delete NAME ...)",
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        description=__doc__,
+    )
     parser.add_argument("--output-dir", default=outputs(), **place)
     commands = parser.add_subparsers(required=True, metavar="list, show, compare, table or delete", prog="runs.py")
     reports: list[tuple[str, Callable[[argparse.Namespace], str], int | str | None, str]] = [
@@ -281,7 +282,7 @@ def epochs(status: dict[str, Any]) -> str:
 def best_scores(folder: RunFolder) -> dict[str, float]:
     """Return the best value of each eval metric, over metrics.jsonl and the status."""
     best: dict[str, float] = {}
-    for scores in (folder.status.read().get("scores", {}), *folder.metrics.evaluations()):
+    for scores in chain([folder.status.read().get("scores", {})], folder.metrics.evaluations()):
         for name, value in scores.items():
             if name.startswith("eval/") and not NO_SCORE.search(name) and isinstance(value, int | float):
                 pick = max if higher_is_better(name) else min
@@ -292,7 +293,7 @@ def best_scores(folder: RunFolder) -> dict[str, float]:
 def last_metrics(folder: RunFolder) -> dict[str, float | None]:
     """Return the last value of each metric, the status's scores included."""
     last: dict[str, float | None] = {}
-    for row in folder.metrics.read():
+    for row in folder.metrics.rows():
         last |= row
     last |= folder.status.read().get("scores", {})
     return {name: v for name, v in last.items() if name not in NO_METRICS and (v is None or isinstance(v, int | float))}

@@ -14,14 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import front
+from common.command_line import Parser, front
 from common.command_line import matching as names_that_match
 from common.errors import UserError, first_line, printable
-from run_files.trackio_tracker import delete_run, remove_leftovers, run_names
+from run_files.trackio_tracker import delete_run, finish_deletions, run_names
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("pattern", nargs="?", help="regular expression for the whole name of a run")
     parser.add_argument("--list", action="store_true", help="list the runs (those that match, with a pattern)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be deleted")
@@ -46,8 +46,12 @@ def run(options: argparse.Namespace) -> str:
     """List or delete, and return what to print of it."""
     if options.pattern is None and not options.list:
         raise UserError('say which runs: python scripts/trackio_delete.py "old_.*" --dry-run, or --list for their names.')
-    if not (options.list or options.dry_run):
-        remove_leftovers(options.project)
+    finished = [] if options.list or options.dry_run else finish_deletions(options.project)
+    if finished:
+        said = f"finished an earlier deletion, which was interrupted: {printable(', '.join(finished))}"
+        if not names_that_match(options.pattern, run_names(options.project)):
+            return said
+        print(said)
     names = matching(options.project, options.pattern)
     listed = "\n".join(f"  {printable(name)}" for name in names)
     if options.list:

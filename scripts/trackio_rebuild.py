@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import front
+from common.command_line import Parser, front
 from common.errors import UserError, first_line
 from common.files import require
 from run_files.run_folder import RunFolder, run_folders
@@ -23,7 +23,7 @@ from run_files.trackio_tracker import TrackioTracker
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="names of runs")
     parser.add_argument("--all", action="store_true", help="every run there is")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="where the runs are (default: outputs)")
@@ -53,7 +53,7 @@ def rebuild(folder: RunFolder, project: str | None) -> tuple[str, int]:
     config = folder.read_config() if folder.config_path.is_file() else {}
     settings = config.get("trackio")
     project = project or str(settings.get("project", "denoising-zoo") if isinstance(settings, dict) else "denoising-zoo")
-    steps = [row["step"] for row in folder.metrics.read()]
+    steps = [row["step"] for row in folder.metrics.rows()]
     tracker = TrackioTracker(project)
     try:
         tracker.start(folder.name, config, folder.path, max(steps, default=0), overwrite=True)

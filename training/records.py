@@ -105,8 +105,9 @@ class Records:
             raise UserError(f"{self.refusal}; step {step} is in no save, {self.last_save()}; make room, then resume=true")
 
     def write_status(self, state: str, now: Moment, scores: dict[str, float], why: str, device: str) -> None:
+        epochs = 0 if self.config["max_steps"] else self.config["epochs"]  # 0: it ends by its steps
         with self.writing():
-            self.folder.status.write(state, *now, scores, why, device=device)
+            self.folder.status.write(state, *now, scores, why, device=device, epochs=epochs)
 
     def export(self, payload: dict[str, Any]) -> None:
         """Write model.safetensors: the EMA weights with the configuration, for use elsewhere."""

@@ -143,6 +143,9 @@ def scored(run: Run) -> str:
     if not isinstance(evaluator, GeneratorEvaluator):
         return "accuracy on held-out images"
     samples = f"{evaluator.samples:,} samples, {evaluator.final_samples:,} at the end"
+    if not evaluator.metrics:
+        states = int(min(evaluator.loss_samples, run.dataset.held_out_size))
+        samples = f"eval/loss on {states:,} held-out states, no scores; a picture of {evaluator.samples:,} samples"
     return f"{samples}; {run.notes.choices['solver']}, {solver.steps} steps"
 
 

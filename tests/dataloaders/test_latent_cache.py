@@ -16,6 +16,7 @@ from dataloaders.base_dataloaders import EpochPlan
 from dataloaders.latent_cache import LatentCache
 from dataloaders.stream import Rows
 from models.vae.stable_diffusion_vae import StableDiffusionVAE
+from run_files.run_lock import RunLock
 from scripts import cache_latents
 from tests.dataloaders.streamed import Official, build, folder, refusal
 
@@ -81,6 +82,7 @@ def test_a_killed_encoding_goes_on_and_ends_the_same(official: Official, tmp_pat
     code = f"""
 import os, sys
 sys.path.insert(0, '.')
+from run_files.run_lock import RunLock
 from scripts import cache_latents
 from tests.dataloaders.streamed import Official, build, folder, pixels_of, refusal
 add = cache_latents.Cache.add
@@ -92,13 +94,24 @@ cache_latents.Cache.add = once
 cache_latents.main({words!r})
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == -9
-    assert {path.suffix for path in out.iterdir()} == {".npy", ".json", ".tmp", ".lock"}
+    assert {path.suffix for path in out.iterdir()} == {".npy", ".json", ".tmp", ".lock", ""}  # "": .lock
     assert "is not finished; give the command that began it again" in refusal("imagenet", {"path": out})
     before = (out / "train-00000.npy").stat().st_mtime_ns
     assert cache_latents.main(words) == 0
     assert (out / "train-00000.npy").stat().st_mtime_ns == before  # not made again
     assert contents(out) == contents(cache_of(official))
     assert cache_latents.main([f"out={out}", "verify=true"]) == 0 and "every checksum right" in capsys.readouterr().out
+
+
+def test_one_folder_is_filled_by_one_command_at_a_time(official: Official, tmp_path: Path, capsys: Any) -> None:
+    words = words_of(official, tmp_path / "out")
+    held = RunLock(tmp_path / "out")
+    held.acquire()
+    assert cache_latents.main(words) == 1
+    assert f"latents of out are being made by another process right now (process {os.getpid()} on" in capsys.readouterr().err
+    assert [*contents(tmp_path / "out")] == [".lock"]
+    held.release()
+    assert cache_latents.main(words) == 0 and ".lock" not in contents(tmp_path / "out")
 
 
 def test_damage_is_found_and_mended(official: Official, cache: Path, capsys: Any) -> None:

@@ -134,8 +134,8 @@ def test_a_deletion_that_fails_or_is_killed_loses_no_pictures_of_others_and_the_
     delete_run(project, "x")
     monkeypatch.undo()
     assert [path.name.startswith(".leaving-") for path in media.iterdir()].count(True) == 1
-    assert trackio_delete.main(["x", "--yes", "--project", project]) == 1  # its rows are gone
-    assert "no run of the project" in capsys.readouterr().err
+    assert trackio_delete.main(["x", "--yes", "--project", project]) == 0  # its rows are gone
+    assert "finished an earlier deletion, which was interrupted: x" in capsys.readouterr().out
     assert [path.name for path in media.iterdir()] == ["other"] and (media / "other/own.png").read_text() == "other"
 
 

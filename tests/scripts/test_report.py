@@ -274,7 +274,7 @@ def test_a_note_needs_a_section_that_a_run_wrote(tmp_path: Path, capsys: pytest.
 
 def test_a_note_on_nothing_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert log.main(["note", "nobody", "words", f"file={tmp_path / 'LOG.md'}"]) == 1
-    assert "has no section of a run nobody" in capsys.readouterr().err
+    assert f"there is no file {tmp_path / 'LOG.md'}; file= names the log" in capsys.readouterr().err
     with pytest.raises(UserError, match="say python"):
         log.note(["note", "one"])
 

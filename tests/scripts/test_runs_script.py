@@ -1,22 +1,19 @@
-"""scripts/runs.py and scripts/trackio_delete.py: what they print, what they refuse, and from where they run."""
+"""scripts/runs.py: what it prints, what it refuses, and from where it runs."""
 
-import contextlib
 import csv
-import io
 import os
 import platform
-import re
-import sqlite3
 import subprocess
 import sys
+import tracemalloc
 import uuid
 from pathlib import Path
 
 import pytest
 
 from run_files.run_folder import RunFolder
-from run_files.trackio_tracker import TrackioTracker, run_names
-from scripts import runs, trackio_delete
+from run_files.trackio_tracker import run_names
+from scripts import modal_app, runs, trackio_delete, trackio_rebuild
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,6 +88,38 @@ def test_a_table_that_cannot_be_written_is_one_sentence(name, words, sentence, o
     (tmp_path / "folder.csv").mkdir()
     code, _, err = run_main(capsys, "show", name, *words, "--output-dir", output_dir)
     assert code == 1 and sentence in err and not (tmp_path / "x.csv").exists()
+
+
+def test_long_metrics_are_read_a_line_at_a_time(output_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever prints a few numbers of a run holds no more of its file than those."""
+    path = output_dir / "runs" / "moons_cnn" / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {k}, "filler": "{"x" * 200}", "eval/loss": 0.5}}\n' for k in range(4000)))
+    for words in (["list"], ["show", "moons_cnn"]):
+        run_main(capsys, *words, "--output-dir", output_dir)  # which imports
+        tracemalloc.start()
+        assert run_main(capsys, *words, "--output-dir", output_dir)[0] == 0
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < path.stat().st_size / 4
+
+
+@pytest.mark.parametrize("main, words, wrong", [
+    (runs.main, [], "arguments are required: list, show"),
+    (runs.main, ["lsit"], "invalid choice: 'lsit' (choose from 'list'"),
+    (runs.main, ["list", "--foo\n\x1b[2J"], "unrecognized arguments: --foo"),
+    (trackio_delete.main, ["--foo"], "unrecognized arguments: --foo"),
+    (trackio_rebuild.main, ["--project"], "--project: expected one argument"),
+    (modal_app.main, ["logs"], "arguments are required: RUN"),
+])  # fmt: skip
+def test_wrong_usage_is_one_sentence(main, words, wrong, capsys):
+    assert main(words) == 1
+    out, err = capsys.readouterr()
+    assert wrong in err and "; usage: " in err and len(err.splitlines()) <= 2 and "\x1b" not in out + err
+
+
+def test_every_parser_raises_user_errors() -> None:
+    for path in (path for folder in ("scripts", "dev", "visualizers") for path in (ROOT / folder).glob("*.py")):
+        assert "argparse.ArgumentParser(description" not in path.read_text(encoding="utf-8"), path
 
 
 def test_list_of_nothing_says_how_to_begin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,98 +227,6 @@ def test_delete_takes_a_runs_three_places_and_nothing_of_its_neighbours(small_ru
     saves = {Path("ckpts/mlp") / name for name in ("x_last.pt", "x_best.pt", "archive/x_epoch_0001.pt")}
     assert saves <= gone and all(path in saves or path.parts[:2] == ("runs", "x") for path in gone)
     assert run_names(project) == ["x_epoch_0001", "y"]
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> str:
-    name = f"project-{uuid.uuid4().hex[:8]}"
-    for run_name in ("test_1", "test_2", "keep_test_3"):
-        tracker = TrackioTracker(name)
-        tracker.start(run_name, {}, tmp_path, None)
-        tracker.log({"a": 1.0}, 1)
-        tracker.finish()
-    return name
-
-
-def test_delete_takes_whole_names_only(project: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert trackio_delete.main(["test_.*", "--yes", "--project", project]) == 0
-    assert run_names(project) == ["keep_test_3"]
-    assert capsys.readouterr().out == f"deleted 2 of the project {project}:\n  test_1\n  test_2\n"
-
-
-def test_dry_run_and_list_delete_nothing(project: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert trackio_delete.main(["test_.*", "--dry-run", "--project", project]) == 0
-    assert capsys.readouterr().out == "would delete:\n  test_1\n  test_2\n"
-    assert trackio_delete.main(["--list", "--project", project]) == 0
-    assert capsys.readouterr().out == "keep_test_3\ntest_1\ntest_2\n"
-    assert len(run_names(project)) == 3
-
-
-@pytest.mark.parametrize(("answer", "left"), [("\n", 3), ("n\n", 3), ("", 3), ("y\n", 1)])
-def test_delete_asks_first(answer: str, left: int, project: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
-    assert trackio_delete.main(["test_.*", "--project", project]) == (0 if left == 1 else 1)
-    assert len(run_names(project)) == left
-
-
-@pytest.mark.parametrize(
-    ("pattern", "said"), [(["te("], "not a regular expression"), (["est_1"], "no run of"), ([], "say which runs")]
-)
-def test_delete_refuses_in_one_sentence(
-    pattern: list[str], said: str, project: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert trackio_delete.main([*pattern, "--yes", "--project", project]) == 1
-    err = capsys.readouterr().err
-    assert said in err and err.count("\n") == 1
-    assert len(run_names(project)) == 3
-
-
-@pytest.mark.parametrize("name", ["..", ".", "../keep_test_3", ""])
-def test_delete_of_a_name_that_is_a_path_leaves_all_other_pictures(
-    name: str, project: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """trackio takes any name, its rows may come from anyone, and a run's pictures lie in a folder of its name."""
-    media = Path(os.environ["TRACKIO_DIR"]) / "media"
-    pictures = [media / project / "keep_test_3/0/a.png", media / f"{project}2/x/0/a.png"]
-    for picture in pictures:
-        picture.parent.mkdir(parents=True)
-        picture.write_bytes(b"x")
-    with contextlib.closing(sqlite3.connect(media.parent / f"{project}.db")) as database, database:
-        database.execute("UPDATE metrics SET run_name = ? WHERE run_name = 'test_1'", (name,))
-        database.execute("UPDATE configs SET run_name = ? WHERE run_name = 'test_1'", (name,))
-    assert trackio_delete.main([re.escape(name), "--yes", "--project", project]) == 0
-    assert "its pictures, if any, stay" in capsys.readouterr().err
-    assert run_names(project) == ["keep_test_3", "test_2"] and all(picture.exists() for picture in pictures)
-
-
-def test_delete_says_that_the_database_is_held(
-    project: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    connect = sqlite3.connect
-    monkeypatch.setattr(sqlite3, "connect", lambda path, **keys: connect(path, **(keys | {"timeout": 0.1})))
-    with contextlib.closing(connect(Path(os.environ["TRACKIO_DIR"]) / f"{project}.db")) as other:
-        other.execute("BEGIN EXCLUSIVE")
-        assert trackio_delete.main(["test_1", "--yes", "--project", project]) == 1
-        other.rollback()
-    err = capsys.readouterr().err
-    assert "could not delete the run test_1" in err and err.count("\n") == 1 and len(run_names(project)) == 3
-
-
-@pytest.mark.parametrize("arguments", [["--list"], ["test_1", "--yes"]], ids=["list", "delete"])
-def test_delete_says_so_when_the_database_is_damaged(
-    arguments: list[str], project: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (Path(os.environ["TRACKIO_DIR"]) / f"{project}.db").write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)
-    assert trackio_delete.main([*arguments, "--project", project]) == 1
-    err = capsys.readouterr().err
-    assert f"trackio refuses the project {project}: " in err and err.count("\n") == 1
-
-
-@pytest.mark.process
-def test_delete_runs_from_any_folder_on_the_users_trackio_dir(project: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts/trackio_delete.py"), "--list", "--project", project]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout == "keep_test_3\ntest_1\ntest_2\n"
 
 
 def test_names_of_several_lines_invent_no_rows(small_run, capsys):

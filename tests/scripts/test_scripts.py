@@ -82,6 +82,7 @@ def test_sample_runs_from_any_folder(checkpoint, tmp_path):
     [
         (["n=5"], "ckpt is missing"),
         (["ckpt=/nowhere.pt"], "there is no file /nowhere.pt"),
+        (["ckpt={fifo}"], "fifo is not a file; `python scripts/runs.py list` shows"),
         (["ckpt={c}", "n=0"], "n takes"),
         (["ckpt={c}", "n=many"], "n takes"),
         (["ckpt={c}", "n=100000000000"], "at most 1,000,000,000"),
@@ -105,8 +106,9 @@ def test_sample_runs_from_any_folder(checkpoint, tmp_path):
         (["ckpt={c}", "device=tpu"], "device takes"),
     ],
 )
-def test_a_mistake_is_one_sentence(words, sentence, checkpoint, capsys):
-    assert sample.main([word.format(c=checkpoint) for word in words]) == 1
+def test_a_mistake_is_one_sentence(words, sentence, checkpoint, tmp_path, capsys):
+    os.mkfifo(fifo := tmp_path / "fifo")
+    assert sample.main([word.format(c=checkpoint, fifo=fifo) for word in words]) == 1
     said = capsys.readouterr().err
     assert sentence in said and said.count("\n") == 1
 

@@ -17,10 +17,12 @@ from common.errors import UserError
 from evaluation.evaluator import GeneratorEvaluator
 from evaluation.sample import load
 from run_files.checkpoint import load_checkpoint
+from run_files.run_folder import RunFolder
 from tests.training.helpers import ONE_STEP, assert_equal_runs, metric_rows, weights
 from training.assemble import assemble
 from training.loop import epoch_groups, fit, train_step
 from training.run import Callback, Run
+from training.summary import scored
 
 
 def test_the_same_seed_gives_bit_identical_runs_and_another_seed_does_not(small_run):
@@ -239,6 +241,7 @@ def test_a_run_from_python_is_a_number_with_scores_and_paths(small_run, tmp_path
     words = [f"output_dir={folder}", "trackio.enabled=false"]
     again = launcher.run("run_name=x", "resume=true", *words)  # has nothing left to do
     evaluated = [row["eval/loss"] for row in metric_rows(folder, "x") if "eval/loss" in row]
+    assert RunFolder(folder / "runs/x").status.read()["epochs"] == 3
     assert again == min(evaluated) < again.scores["eval/loss"] == evaluated[-1] and again.state == "finished"
     assert again.path == folder / "runs/x" and again.checkpoint == folder / "ckpts/mlp/x_last.pt"
     scored = launcher.run("run_name=any", f"eval_checkpoint={again.checkpoint}", *words)
@@ -296,6 +299,7 @@ def test_the_loop_leaves_the_objective_bare_under_compile(tmp_path, monkeypatch)
 
 def test_without_scores_only_the_picture_is_sampled(tmp_path):
     run = assemble(small_config(tmp_path, "evaluation=loss_only", "evaluation.samples=64", "evaluation.final_samples=200"))
+    assert scored(run).startswith("eval/loss on 200 held-out states, no scores; a picture of 64 samples; ")
     values = run.evaluate(final=True)
     assert len(run.evaluation.generation.samples) == 64 and values["eval/loss"] > 0
     run.evaluator.samples, run.evaluator.loss_samples = 10, 100
