@@ -1,28 +1,20 @@
 """The gpu preset of dev/benchmark.py: what this machine's accelerator computes, and how fast, as one block of Markdown.
 
-First whether it is right: losses of a few steps of each objective on it and on the CPU, from the same weights and draws.
-Then the rate of its matrix products, and against it training steps in each mode, forward mode's share and samplers. What the
-device cannot do is one line, and the rest goes on.
+First whether it is right (gpu_correctness.py). Then the rate of its matrix products, and against it training steps in each
+mode, forward mode's share and samplers. What the device cannot do is one line, and the rest goes on.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from common.device import device_name, full_products, pick_device
-from common.errors import UserError
-from configuration.compose import groups
-from dev.contestant import NOT_ON_POINTS, Contestant, wait
-from training.loop import train_step
+from common.device import device_name, pick_device
+from dev.contestant import Contestant, wait
+from dev.gpu_correctness import Table, attempted, correctness
 
-Table = tuple[str, list[dict[str, Any]]]
-UNABLE = (RuntimeError, NotImplementedError, TypeError, AssertionError, UserError)  # how a device says that it cannot
-STEPS, AGREES = 4, 1e-3  # steps compared with the CPU's, and the largest relative difference of a loss
 MODES = {"eager": "", "bf16": "precision=bf16", "compiled": "compile=true",
          "reduce-overhead": "compile=true compile_mode=reduce-overhead",
          "bf16, compiled": "precision=bf16 compile=true",
@@ -64,7 +56,7 @@ def gpu_tables(common: str, quick: bool) -> Iterator[Table]:
     share = 1.0 if quick else SHARE.get(device.type, 1.0)
     models = {name: f"{one} batch_size={max(2, int(rows * share))} {common}" for name, (one, rows) in sizes.models.items()}
     yield f"## {device_name(device)}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}", []
-    yield from correctness(f"{QUICK.models['mlp'][0]} batch_size=64 {common}", sizes.compared)
+    yield from correctness(f"{QUICK.models['mlp'][0]} batch_size=64 {common}", common, sizes.compared)
     best = 1e-12
     for title, found in attempted("matrix products", PRODUCTS, lambda kind: matrix_rate(device, kind, sizes)):
         best = max(best, *(row["gflop_per_second"] for row in found), 0)
@@ -85,54 +77,10 @@ def gpu_tables(common: str, quick: bool) -> Iterator[Table]:
     yield from attempted("samplers", rows, lambda words: {pace: rounds_of(Contestant(words), sizes)[pace]})
 
 
-def attempted(title: str, rows: dict[str, str], measure: Callable[[str], dict[str, float]]) -> Iterator[Table]:
-    """Yield a line for each row that the device cannot do, then the table of the others."""
-    table = []
-    for name, words in rows.items():
-        try:
-            table.append({"row": name, **measure(words)})
-        except UNABLE as error:
-            said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:150]
-            yield f"- {title}, {name}: not on this device: {type(error).__name__}: {said}", []
-    if table:
-        yield title, table
-
-
-def correctness(words: str, count: int | None = None) -> Iterator[Table]:
-    """Yield losses of a few steps on the device and the CPU, of `count` objectives, and a line: whether all agree."""
-    rows = {f"loss={loss}": f"{words} loss={loss}" for loss in groups()["loss"] if loss not in NOT_ON_POINTS}
-    rows |= {f"meanflow by {e}": f"{words} loss=meanflow loss.jvp={e}" for e in ("func", "separate", "finite_difference")}
-    table, few = [], list(rows)[-(count or len(rows)) :]
-    for title, found in attempted("correctness", {name: rows[name] for name in few}, compared):
-        table += found
-        yield title if not found else f"losses of {STEPS} steps on the device and on the CPU", found
-    wrong = [row["row"] for row in table if not row["difference"] <= AGREES]
-    verdict = f"NOT EQUAL: {', '.join(wrong)}" if wrong else f"all {len(table)} agree to {AGREES:g}"
-    yield f"Device against CPU: {verdict}", []
-
-
-def compared(words: str) -> dict[str, float]:
-    """Return the last loss on both, and the largest relative difference; products are in full precision on both."""
-    device = Contestant(words)
-    cpu = Contestant(words, device.config | {"device": "cpu"})
-    theirs, ours = cpu.run.state, device.run.state
-    for part in ("objective", "ema_objective"):
-        getattr(ours, part).network.load_state_dict(getattr(theirs, part).network.state_dict())
-    losses, differences = (0.0, 0.0), [0.0]
-    with full_products():
-        for _ in range(STEPS):
-            (batch,) = next(cpu.groups)
-            moved = {name: value.to(device.run.device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
-            pairs = ((cpu, batch), (device, replace(batch, **moved)))
-            losses = tuple(train_step(one.run, [part])["loss"].item() for one, part in pairs)  # type: ignore[assignment]
-            differences.append(abs(losses[1] - losses[0]) / max(abs(losses[0]), 1e-12))
-    return {"cpu": losses[0], "device": losses[1], "difference": max(differences)}
-
-
 def matrix_rate(device: torch.device, kind: str, sizes: Sizes) -> dict[str, float]:
     """Return GFLOP/s of square products of a type, the best of the rounds; float32 as runs compute it: TF32 on CUDA."""
     side = max(64, int(sizes.side * SHARE.get(device.type, 1.0) ** 0.5))
-    a = torch.ones(side, side, device=device, dtype=getattr(torch, kind))
+    a = torch.randn(side, side, device=device).to(getattr(torch, kind))  # ones are faster: they switch fewer transistors
     seconds = []
     for _ in range(sizes.rounds + 1):
         wait(device)

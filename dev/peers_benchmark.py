@@ -1,8 +1,8 @@
 """The peers preset of dev/benchmark.py: this project beside torchcfm, flow_matching and torchdiffeq, in one process.
 
 All take turns within each round, on one thread of the CPU; figures are of its processor time, which other work on the
-machine hardly changes. The first row of a table is what the others are compared with. Networks, batches and numbers of
-evaluations are the same on both sides.
+machine hardly changes. With --and device=cuda they are of the time until the device has done the work. The first row of a
+table is what the others are compared with. Networks, batches and numbers of evaluations are the same on both sides.
 """
 
 import copy
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from dataloaders.base_dataloaders import EpochPlan
-from dev.contestant import Contestant
+from dev.contestant import Contestant, wait
 from evaluation.threads import one_thread
 from losses.couplings import MinibatchOTCoupling
 from models.inputs import make_unified_flow_matching_input
@@ -49,21 +49,29 @@ def peer_tables(rounds: int, steps: int, common: str) -> Iterator[Table]:
     ]  # fmt: skip
     with one_thread():
         for _, title, make in (maker for maker in makers if maker[0]):
-            yield title, rows_of(interleaved(make(), rounds, steps))
+            yield title, rows_of(interleaved(make(), points.run.device, rounds, steps))
         if there["torchcfm"]:
             yield f"a step of U-Nets{', compiled' * ('compile=true' in common)}, by operations", unets(rounds, steps, common)
 
 
-def interleaved(works: dict[str, Work], rounds: int, repeats: int) -> dict[str, list[float]]:
-    """Return the processor seconds of one repeat of each, by round, but for a first one; the order turns."""
+def clock(device: torch.device) -> float:
+    """Return seconds: of the processor on a CPU, else of a clock once the device has done what was asked of it."""
+    if device.type == "cpu":
+        return time.process_time()
+    wait(device)
+    return time.perf_counter()
+
+
+def interleaved(works: dict[str, Work], device: torch.device, rounds: int, repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of one repeat of each, by round, but for a first one; the order turns."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     names = list(works)
     for turn in range(rounds + 1):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            begun = time.process_time()
+            begun = clock(device)
             for _ in range(repeats):
                 works[name]()
-            seconds[name].append((time.process_time() - begun) / repeats)
+            seconds[name].append((clock(device) - begun) / repeats)
     return {name: measured[1:] for name, measured in seconds.items()}
 
 
@@ -128,7 +136,7 @@ def flow_matching_draw(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from flow_matching.path import AffineProbPath
     from flow_matching.path.scheduler import CondOTScheduler
 
-    t = torch.rand(len(x1))
+    t = torch.rand(len(x1), device=x1.device)
     drawn = AffineProbPath(scheduler=CondOTScheduler()).sample(t=t, x_0=x0, x_1=x1)
     return t, drawn.x_t, drawn.dx_t
 
@@ -160,7 +168,11 @@ def transport_steps(common: str) -> dict[str, Work]:
 def pairings(ours: Contestant, count: int) -> dict[str, Work]:
     from torchcfm.optimal_transport import OTPlanSampler
 
-    theirs, coupling, generator = OTPlanSampler(method="exact"), MinibatchOTCoupling(), torch.Generator().manual_seed(0)
+    theirs, coupling, generator = (
+        OTPlanSampler(method="exact"),
+        MinibatchOTCoupling(),
+        torch.Generator(ours.run.device).manual_seed(0),
+    )
     x1 = ours.data()[:count]
     x0 = ours.run.source.sample(count, generator)
     return {"torchcfm": lambda: theirs.sample_plan(x0, x1), "this project": lambda: coupling.pair(x0, x1, None, generator)}
@@ -170,8 +182,8 @@ def samplers(ours: Contestant) -> dict[str, Work]:
     from torchdiffeq import odeint
 
     flow: Any = ours.run.state.ema_objective
-    noise = ours.run.source.sample(1024, torch.Generator().manual_seed(0))
-    times, solver = torch.linspace(0, 1, EVALUATIONS // 2 + 1), Midpoint(steps=EVALUATIONS // 2)
+    noise = ours.run.source.sample(1024, torch.Generator(ours.run.device).manual_seed(0))
+    times, solver = torch.linspace(0, 1, EVALUATIONS // 2 + 1, device=noise.device), Midpoint(steps=EVALUATIONS // 2)
 
     @torch.no_grad()
     def theirs() -> None:
@@ -201,7 +213,7 @@ def data_paths(common: str) -> dict[str, Work]:
     ours = Contestant(f"{DIGITS} {common}").run.dataset
     stored: Any = ours.training_part(ours.epoch_size)
     loader = DataLoader(Items(*stored), batch_size=64, shuffle=True)
-    plan = EpochPlan(64, torch.Generator().manual_seed(0), torch.Generator().manual_seed(0))
+    plan = EpochPlan(64, torch.Generator().manual_seed(0), torch.Generator(stored[0].device).manual_seed(0))
     passed = lambda batches: [None for _ in batches]  # noqa: E731
     return {"a Dataset of items, collated": lambda: passed(loader), "this project": lambda: passed(ours.epoch(plan))}
 
@@ -211,12 +223,13 @@ def unets(rounds: int, steps: int, common: str) -> list[dict[str, Any]]:
     from torchcfm.models.unet.unet import UNetModelWrapper
 
     ours = Contestant(f"{PICTURES} {common}")
-    x1, theirs = ours.data(), UNetModelWrapper((3, 32, 32), 32, 1, channel_mult=(1, 2, 2), attention_resolutions="4")
+    x1 = ours.data()
+    theirs = UNetModelWrapper((3, 32, 32), 32, 1, channel_mult=(1, 2, 2), attention_resolutions="4").to(x1.device)
     with FlopCounterMode(display=False) as counter:
-        theirs(torch.rand(len(x1)), x1).sum().backward()
+        theirs(torch.rand(len(x1), device=x1.device), x1).sum().backward()
     network: Any = torch.compile(theirs) if "compile=true" in common else theirs
     step = their_step(matcher(), network, x1, torch.optim.Adam(theirs.parameters()))
-    seconds = interleaved({"torchcfm": step, "this project": our_step(ours, x1)}, rounds, steps)
+    seconds = interleaved({"torchcfm": step, "this project": our_step(ours, x1)}, x1.device, rounds, steps)
     gflop = {"torchcfm": counter.get_total_flops() / 1e9, "this project": ours.gflop}
     pace = {name: [1 / gflop[name] * second for second in own] for name, own in seconds.items()}
     first = pace["torchcfm"]

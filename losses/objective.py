@@ -5,8 +5,8 @@ is headed to). Which second time a network was trained with is the objective's k
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +53,12 @@ class FlowBatch:
 
     def split(self, rows: int) -> tuple["FlowBatch", "FlowBatch"]:
         """Return the first `rows` rows and the rest, as views: fixed sizes, so shapes stay static."""
-        named = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        first, rest = ({n: v[part] for n, v in named.items()} for part in (slice(rows), slice(rows, None)))
-        return replace(self, **first), replace(self, **rest)
+        return self.rows(slice(rows)), self.rows(slice(rows, None))
+
+    def rows(self, part: slice) -> Self:
+        """Return some of the rows, as views."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value[part] for name, value in named.items() if isinstance(value, Tensor)})
 
 
 def check_labels(network: VelocityModel, given: Tensor | None, label: Tensor | None) -> None:

@@ -3,8 +3,9 @@
 import importlib.util
 
 import pytest
+import torch
 
-from dev import benchmark, gpu_benchmark, operations_benchmark, peers_benchmark
+from dev import benchmark, gpu_correctness, operations_benchmark, peers_benchmark
 
 
 def test_benchmark_compares_rows_side_by_side(tmp_path, monkeypatch, capsys):
@@ -38,14 +39,25 @@ def test_a_peer_that_is_not_installed_is_one_line(monkeypatch, capsys):
     assert "| `torchdiffeq` |" in text and text.count("| `this project` |") == 2
 
 
-def test_a_device_that_is_wrong_is_named_and_what_it_cannot_do_is_one_line(monkeypatch):
+def test_a_device_that_is_wrong_is_named_and_what_it_cannot_do_is_one_line():
     def compared(words: str) -> dict[str, float]:
         if "shortcut" in words:
             raise NotImplementedError("no such operation\nand much more")
         return {"cpu": 1.0, "device": 1.0, "difference": float("nan") if "func" in words else 0.0}
 
-    monkeypatch.setattr(gpu_benchmark, "compared", compared)
-    unable, (_, rows), (verdict, none) = gpu_benchmark.correctness("model=mlp")
-    line = "- correctness, loss=shortcut: not on this device: NotImplementedError: no such operation"
-    assert unable == (line, []) and len(rows) > 5 and not none
-    assert verdict == "Device against CPU: NOT EQUAL: meanflow by func"
+    rows = {name: f"loss={name}" for name in ("mse", "shortcut", "func")}
+    unable, (_, table), (verdict, none) = gpu_correctness.judged("losses", rows, compared, 1e-3)
+    line = "- losses, shortcut: not on this device: NotImplementedError: no such operation"
+    assert unable == (line, []) and [row["row"] for row in table] == ["mse", "func"] and not none
+    assert verdict == "Device against CPU, losses: NOT EQUAL: func"
+    _, (verdict, _) = gpu_correctness.judged("losses", {"shortcut": "shortcut"}, compared, 1e-3)
+    assert verdict == "Device against CPU, losses: nothing was compared"
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_go_on_as_it_would_have_is_found(monkeypatch):
+    """On one device both are equal to the bit; a save whose optimizer is lost ends elsewhere."""
+    words = "model=mlp model.width=8 model.depth=1 batch_size=64 device=cpu"
+    assert gpu_correctness.going_on(words)["difference"] == 0
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda self, state: None)
+    assert gpu_correctness.going_on(words)["difference"] > 1e-3
