@@ -1,24 +1,24 @@
 """`python launcher.py --prove ...`: the proof of a configured loss, or of a function in a file, in words."""
 
+from __future__ import annotations
+
 import ast
 import re
 import runpy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-from hydra.utils import get_class
+from typing import TYPE_CHECKING, Literal
 
 from common.errors import UserError
 from common.files import require
 from common.ranges import CountOr0
-from configuration.build import build
 from configuration.compose import compose_config, resolved
 from configuration.settings import known_settings
-from evaluation.prove import CHANCE, WORLDS, Builder, Plan, Stage, prove
-from losses.objective import FlowObjective
-from losses.paths import ProbabilityPath
-from losses.plain_loss import Function, PlainLoss
+
+if TYPE_CHECKING:  # slow: only once the words are right
+    from evaluation.prove import Builder, Plan, Stage
+    from losses.paths import ProbabilityPath
+    from losses.plain_loss import Function
 
 STATUS = {"stationary": 0, "biased": 3, "undecided": 4}
 SECONDS = 60  # at most for a world whose first batches decide nothing
@@ -36,7 +36,6 @@ class Settings:
 def function_in(word: str) -> Function:
     """Return the function that path/to/file.py:name says, by running the file. UserError where it is not there."""
     file, _, name = word.rpartition(":")
-    require(Path(file), "write path/to/file.py:function")
     try:
         found = runpy.run_path(file).get(name)
     except Exception as error:
@@ -70,6 +69,15 @@ def prepared(words: list[str]) -> tuple[str, Builder | str, ProbabilityPath | No
     if settings.convention and not files:
         raise UserError(f"convention={settings.convention}: a convention is of a function in a file; {USAGE}")
     cfg = compose_config(["run_name=prove", *(word for word in words if word not in files)])
+    for word in files:
+        require(Path(word.rpartition(":")[0]), "write path/to/file.py:function")
+    from hydra.utils import get_class
+
+    from configuration.build import build
+    from evaluation.prove import WORLDS, Plan
+    from losses.objective import FlowObjective
+    from losses.plain_loss import PlainLoss
+
     kind = get_class(cfg.loss["_target_"])
     if not issubclass(kind, FlowObjective):
         why = f"{kind.__name__} learns no flow, so there is no exact field to compare with"
@@ -102,6 +110,8 @@ def line(stage: Stage) -> str:
 
 def summed_up(stages: list[Stage]) -> tuple[str, str]:
     """Return the verdict over all worlds, and what it means."""
+    from evaluation.prove import CHANCE
+
     verdicts = [stage.verdict for stage in stages]
     verdict = next(word for word in ("biased", "undecided", "stationary") if word in verdicts)
     worst = max(stages, key=lambda stage: stage.bias if stage.verdict == "biased" else -1.0)
@@ -126,6 +136,8 @@ def command(words: list[str]) -> int:
     0 stationary, 3 biased, 4 undecided. UserError for words that name no loss, or a loss that fails.
     """
     name, build_around, path, worlds, plan = prepared(words)
+    from evaluation.prove import Stage, prove
+
     print(f"{name}: is its gradient zero at the exact field?", flush=True)
     if isinstance(build_around, str):
         stages = [Stage("any data", reason=build_around)]

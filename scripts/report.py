@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -33,13 +33,14 @@ from common.ranges import NotNegative
 from configuration.compose import compose_config, resolved, twice_as_long
 from configuration.nodes import flat
 from configuration.settings import known_settings, unusable
-from evaluation.milestones import Milestones, milestones_for, standing
 from evaluation.pictures import new_figure
 from run_files.metrics_file import BESIDE, COPIES
 from scripts.run_record import Figure, RunRecord, record_of
 from scripts.runs import number, rows_of, rows_that_differ, state
 from visualizers.curves import BAND, MILESTONES, draw_metric, draw_milestones, metrics_of, series
-from visualizers.error_budget import table
+
+if TYPE_CHECKING:
+    from evaluation.milestones import Milestones
 
 NEIGHBOURS = "samples of {} that lie nearest to training images, each beside the five nearest"
 PICTURES = 4  # samples over time: the first, the last and what lies between at even spacing
@@ -91,6 +92,8 @@ def curve_figures(runs: list[RunRecord]) -> list[Figure]:
 
 def held_against(runs: list[RunRecord]) -> list[Milestones]:
     """Return the milestones of the runs' recipes, each once."""
+    from evaluation.milestones import milestones_for  # slow
+
     found = [milestones_for(run.config)[0] for run in runs]
     return [one for i, one in enumerate(found) if one is not None and one not in found[:i]]
 
@@ -141,6 +144,8 @@ def floors(runs: list[RunRecord], name: str) -> str:
 
 def fact_rows(run: RunRecord, price: float | None) -> list[list[str]]:
     """Return what was run, where, and for how long."""
+    from evaluation.milestones import standing  # slow
+
     status, choices = run.status, run.config.get("choices", {})
     hours = status.get("seconds", 0.0) / 3600
     rows = [
@@ -226,6 +231,8 @@ def advice(run: RunRecord) -> list[str]:
 
 def section(run: RunRecord, price: float | None) -> dict[str, Any]:
     """Return what the page says of one run."""
+    from visualizers.error_budget import table  # slow
+
     return {
         "name": run.name, "command": run.command, "facts": fact_rows(run, price), "samples": sample_figures(run),
         "neighbours": run.figures("neighbours", NEIGHBOURS)[-1:], "memory": drawn_figures(run, "memorisation"),

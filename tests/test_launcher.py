@@ -131,11 +131,12 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(words, sentence, tmp_path,
 @pytest.mark.process
 def test_mistakes_are_found_before_torch_is_imported():
     code = (
-        "import sys, launcher; status = launcher.main(['run_name=x', 'epochs=0']); "
-        "sys.exit(10 if 'torch' in sys.modules else status)"
+        "import sys, launcher; from scripts import report\n"
+        "wrong = ['run_name=x', 'epochs=0'], ['--prove', 'loss=mse', 'x=3'], ['--prove', 'nowhere.py:f']\n"
+        "print([*map(launcher.main, wrong), report.main(['nobody'])], 'torch' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 1, result.stderr
+    assert result.stdout == "[1, 1, 1, 1] False\n", result.stderr
 
 
 @pytest.mark.process

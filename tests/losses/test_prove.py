@@ -13,7 +13,6 @@ from torch import Tensor
 
 from configuration.compose import CONFIG_DIR, compose_config, groups
 from evaluation import prove as prove_module
-from evaluation import prove_command
 from evaluation.exact_worlds import MixtureWorld
 from evaluation.prove import ENOUGH, WORLDS, Plan, Stage, prove
 from evaluation.prove_command import prepared, summed_up
@@ -245,7 +244,7 @@ def file(tmp_path, monkeypatch):
     page = (Path(__file__).resolve().parents[2] / "docs/models.md").read_text()
     example = page.partition("## Proving a loss")[2].partition("```python\n")[2].partition("```")[0]
     (tmp_path / "mine.py").write_text(FUNCTIONS + example)
-    monkeypatch.setattr(prove_command, "Plan", lambda **words: replace(SHORT, **words))
+    monkeypatch.setattr("evaluation.prove.Plan", lambda **words: replace(SHORT, **words))
     monkeypatch.setattr(prove_module, "ENOUGH", 0.3)
     return f"{tmp_path}/mine.py"
 
