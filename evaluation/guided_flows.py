@@ -102,8 +102,10 @@ def with_guidance(flow: ExactFlow, objective: FlowObjective) -> ExactFlow | Guid
     flow: without any. Networks that guide are perfect, too: each has learned the flow of its own data.
     """
     network = objective.network
-    folded = objective.guidance if isinstance(objective, MeanFlowLoss) else None
-    if folded is not None and folded.scale != 1:
+    folded = objective.guidance if isinstance(objective, MeanFlowLoss) and objective.scale != 1 else None
+    if isinstance(objective, MeanFlowLoss) and folded is not None:
+        if reason := objective.why_no_guided_flow():
+            return reason
         if isinstance(network, Guidance):
             return "a model whose training has guidance in it is guided once more, and that flow is not known exactly"
         scale, interval = folded.scale, (folded.start, folded.end)

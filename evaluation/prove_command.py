@@ -89,7 +89,8 @@ def prepared(words: list[str]) -> tuple[str, Builder | str, ProbabilityPath | No
         function = function_in(files[0])
         plain = lambda network: PlainLoss(network, function, settings.convention == "reversed", path)  # noqa: E731
         return files[0], plain, path, list(WORLDS)[:2], plan
-    return " ".join(losses), lambda network: build(config["loss"], network=network), path, list(WORLDS), plan
+    worlds = [name for name, (joint, *_) in WORLDS.items() if len(joint) > 1 or not config["loss"].get("guidance")]
+    return " ".join(losses), lambda network: build(config["loss"], network=network), path, worlds, plan
 
 
 def size(seen: float) -> str:

@@ -12,6 +12,7 @@ from evaluation.metrics.oracles import known_flow
 from evaluation.parts import check_agree, meaning
 from evaluation.sample import load
 from losses.flow_map_objective import FlowMapObjective, Velocity
+from losses.meanflow_loss import MeanFlowLoss
 from losses.objective import FlowObjective, Objective
 from losses.world import EXACT
 
@@ -49,6 +50,11 @@ def learned_velocity(objective: FlowMapObjective, config: dict[str, Any], device
         model = load(objective.teacher, device.type)
     if not model.objective.learns_velocity:
         raise UserError(f"loss.teacher={objective.teacher} learned no velocity at an instant; give a flow, as of loss=mse")
+    if isinstance(objective, MeanFlowLoss) and objective.scale != 1 and not model.objective.label_dropout:
+        raise UserError(
+            f"loss.teacher={objective.teacher} was trained with label_dropout=0 and knows no velocity of a hidden label, "
+            "as loss/guidance asks for; give a flow trained with loss.label_dropout above 0, or leave loss/guidance out"
+        )
     what, theirs = f"loss.teacher={objective.teacher} is a flow of other states", flow_of(model.objective, model.config)
     check_agree(what, theirs, flow_of(objective, config), "give a flow trained with the same")
     data, own = model.config["choices"]["dataloaders"], config["choices"]["dataloaders"]

@@ -16,6 +16,11 @@ class MeanFlowGuidance:
     + (1 - omega - kappa) u(z, r, r | null) the network's own guided prediction stands for a part of v; solved for v_cfg,
     the effective scale is w = omega / (1 - kappa). omega = 1, kappa = 0 is no guidance. The paper's time runs the other
     way: rows are guided where its t = 1 - r lies in [1 - end, 1 - start].
+
+    At the minimiser v_cfg is exact although the network stands for parts of it: rows of the null label teach it
+    u(z, r, r | null) = v_null, unguided, and with this the others have the one fixed point u(z, r, r | c) = v_cfg, as
+    kappa < 1. It takes rows that train u(z, r, r): where all are headed to data (time_sampler.to_data, ratio=1) no minimiser
+    is known, unless a teacher's velocity stands in the network's place.
     Raises UserError when start > end.
     """
 

@@ -54,21 +54,48 @@ class MeanFlowLoss(DerivativeObjective):
             own = self.velocity(first.input, first.r, first.label)
         return torch.lerp(own, v, self.variance_reduction)
 
+    @property
+    def scale(self) -> float:
+        """Return the effective scale of the guidance in the target, 1 without."""
+        return 1.0 if self.guidance is None else self.guidance.scale
+
     def exact(self, world: World) -> Field | str:
-        if self.guidance is not None:
-            return "the mean velocity of a guided flow is not known exactly"
-        return super().exact(world)
+        """Return as every objective does, with guidance of the guided velocity: see MeanFlowGuidance."""
+        if self.guidance is None or self.scale == 1:
+            return super().exact(world)
+        if reason := self.why_no_guided_flow():
+            return reason
+        return super().exact(world.guided(self.scale, self.guidance.start, self.guidance.end))
+
+    def why_no_guided_flow(self) -> str | None:
+        """Return why the minimiser under guidance in the target is not the guided flow's; None where it is."""
+        if self.teacher is None and self.time_sampler.to_data and self.time_sampler.ratio == 1:
+            return (
+                "guidance in the target asks the network for u(z, r, r), which no row trains where all are headed to data "
+                "(loss.time_sampler.to_data=true, ratio=1), so that the minimiser is not known"
+            )
+        return None
 
     def velocity_target(self, batch: FlowBatch) -> Tensor:
         """Return v_c (B, ...), or with guidance its guided form on the rows that have a label."""
         if self.guidance is None or batch.label is None:
             return batch.conditional_velocity
         null = self.network.null_label(batch.label)
-        with self.frozen():
-            v_label, v_null = (self.velocity(batch.input, batch.r, label) for label in (batch.label, null))
+        v_label, v_null = self.guides(batch, null)
         guided = self.guidance.target(batch.conditional_velocity, v_label, v_null, batch.r)
         hidden = (batch.label == null).reshape(len(null), -1).all(1)
         return torch.where(expand_time(hidden, guided).bool(), batch.conditional_velocity, guided)
+
+    def guides(self, batch: FlowBatch, null: Tensor) -> tuple[Tensor, Tensor]:
+        """Return u(z, r, r | c) and u(z, r, r | null) (B, ...), without a graph: the network's own, and with a teacher what
+        they are at the minimiser, its guided velocity and that of the null label.
+        """
+        if self.teacher is None:
+            with self.frozen():
+                v_label, v_null = (self.velocity(batch.input, batch.r, label) for label in (batch.label, null))
+            return v_label, v_null
+        v_null = self.instant_velocity(batch.input, batch.r, null)
+        return torch.lerp(v_null, batch.conditional_velocity, self.scale), v_null
 
 
 class ImprovedMeanFlowLoss(MeanFlowLoss):

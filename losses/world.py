@@ -23,3 +23,9 @@ class World(ABC):
     @abstractmethod
     def mean_velocity(self, z: Tensor, r: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Return (X(z, r, t) - z) / (t - r) (B, ...), X the flow map; the velocity where t = r."""
+
+    @abstractmethod
+    def guided(self, scale: float, start: float, end: float) -> "World":
+        """Return the world whose velocity of a label is v_null + scale (v - v_null) at times in [start, end], v_null that of
+        all classes; states are drawn as in this one.
+        """

@@ -172,6 +172,7 @@ def test_guidance_folded_into_training_is_the_guided_flow(tmp_path: Path) -> Non
     made = generation(tmp_path, DATA[0], GaussianSource([2], S0))
     made.objective.__class__ = MeanFlowLoss
     made.objective.guidance = MeanFlowGuidance(1.5, 0.5, 0.2, 0.8)  # type: ignore[assignment]
+    made.objective.teacher = None  # type: ignore[assignment]
     flow = known_flow(made.objective, made.dataset, made.source)
     assert isinstance(flow, GuidedFlow) and (flow.scale, flow.interval) == (3.0, (0.2, 0.8))
     z, label = states(), torch.arange(40) % 3
@@ -180,6 +181,8 @@ def test_guidance_folded_into_training_is_the_guided_flow(tmp_path: Path) -> Non
     torch.testing.assert_close(flow(z, numbers(0.9), label), flow.strong(z, numbers(0.9), label))
     twice = replace(made, objective=guided(made.objective, ClassifierFreeGuidance(made.objective.network, 2.0)))
     assert "guided once more" in str(known_flow(twice.objective, made.dataset, made.source))
+    made.objective.time_sampler = UniformTimes(1.0, to_data=True)
+    assert "which no row trains" in str(known_flow(made.objective, made.dataset, made.source))
 
 
 def test_zero_star_projects_the_exact_fields_on_the_path_itself(tmp_path: Path) -> None:

@@ -236,6 +236,17 @@ def test_guidance_enters_the_target_of_labelled_rows_only(name):
     torch.testing.assert_close(plain.velocity_target(batch), v_c)
 
 
+def test_a_teacher_makes_all_of_the_guided_velocity_but_of_hidden_labels():
+    """Of v_T = z (1 + label): omega v + kappa v_cfg + (1 - omega - kappa) v_null is w v + (1 - w) v_null, w = 2 / 0.75."""
+    x0, x1, label = *torch.randn(2, 64, 2), torch.arange(64) % 3
+    guided = conditional("meanflow", guidance=MeanFlowGuidance(omega=2.0, kappa=0.25, start=0.3), teacher="exact")
+    guided.follow(lambda z, r, label: z * (1 + label[:, None]))
+    batch = guided.draw(x0, x1, label, torch.Generator().manual_seed(0))
+    shown, z = batch.label, batch.input
+    scale = torch.where((shown < 3) & (batch.r >= 0.3), 2 / 0.75, 1.0)[:, None]
+    torch.testing.assert_close(guided.velocity_target(batch), z * (4 + scale * (shown[:, None] - 3)))
+
+
 def test_guidance_without_labels_is_refused():
     with pytest.raises(UserError, match="conditional=true"):
         objective("meanflow", small_network(), guidance=MeanFlowGuidance())

@@ -137,6 +137,7 @@ def test_a_checkpoint_teaches_its_own_velocity(small_run, shared_run):
     assert len(seen) == 2 and seen[0].training and not any(name.startswith("teacher") for name, _ in seen[0].named_modules())
 
 
+GUIDED = ["loss/guidance=meanflow", "loss.guidance.omega=2"]
 THREE = ["dataloaders=gaussian", "dataloaders.state_shape=[3]"]
 
 
@@ -153,6 +154,7 @@ THREE = ["dataloaders=gaussian", "dataloaders.state_shape=[3]"]
         (["loss.teacher={flow}", "conditional=true"], "its number of classes is 0, here it is 5"),
         (["loss.teacher={flow}", "loss/path=cosine"], "its path is LinearPath, here it is CosinePath"),
         (["loss.teacher={flow}", "source.std=2"], "its noise is"),
+        (["loss.teacher={unhidden}", "conditional=true", *GUIDED], "knows no velocity of a hidden label, as loss/guidance"),
         (["loss.teacher={flow}", *THREE], r"its state shape is \[2\], here it is \[3\]"),
     ],
 )
@@ -160,8 +162,11 @@ def test_a_teacher_that_does_not_fit_is_one_sentence_before_anything_is_written(
     words, sentence, small_run, shared_run, tmp_path
 ):
     flow = shared_run("plain", "max_steps=2") / "ckpts/mlp/plain_last.pt"
+    unhidden = flow
+    if "{unhidden}" in words[0]:
+        unhidden = shared_run("seen", "max_steps=2", "conditional=true", "loss.label_dropout=0") / "ckpts/mlp/seen_last.pt"
     with pytest.raises(UserError, match=sentence):
-        small_run("x", "loss=meanflow", *(word.format(flow=flow) for word in words))
+        small_run("x", "loss=meanflow", *(word.format(flow=flow, unhidden=unhidden) for word in words))
     assert not (tmp_path / "outputs/runs/x").exists()
 
 
