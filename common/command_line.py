@@ -27,6 +27,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {usage}; --help says what each is")
 
 
+def count(text: str) -> int:
+    """Return the whole number of at least 1 that a word is, as the type of a parser's argument."""
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"takes a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
 def outputs() -> Path:
     """Return where runs, checkpoints and pictures are looked for: outputs/ of the working folder, else the repository's."""
     return Path("outputs") if Path("outputs").is_dir() else ROOT / "outputs"

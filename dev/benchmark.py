@@ -32,8 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import Parser, check_place, front
-from common.errors import UserError
+from common.command_line import Parser, check_place, count, front
 from common.files import write_atomically
 from dev.contestant import Contestant
 from dev.devices_benchmark import devices_rates
@@ -97,14 +96,12 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("rows", nargs="*", default=[""], help="launcher overrides, one quoted argument a row")
     parser.add_argument("--preset", choices=PRESETS, help="rows made ready, instead of your own")
     parser.add_argument("--and", dest="common", default="", help="launcher overrides that every row gets")
-    parser.add_argument("--rounds", type=int, default=10, help="counted rounds of each row")
-    parser.add_argument("--steps", type=int, default=20, help="training steps in a round")
+    parser.add_argument("--rounds", type=count, default=10, help="counted rounds of each row")
+    parser.add_argument("--steps", type=count, default=20, help="training steps in a round")
     parser.add_argument("--quick", action="store_true", help="with --preset gpu: sizes that only show that it runs")
     parser.add_argument("--markdown", type=Path, help="write the tables here too")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args(words)
-    if options.rounds < 1 or options.steps < 1:
-        raise UserError("--rounds and --steps take whole numbers of at least 1")
     for key in ("json", "markdown"):
         if file := getattr(options, key):
             check_place(f"--{key}", file)

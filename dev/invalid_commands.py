@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import launcher
-from common.command_line import Parser, front
+from common.command_line import Parser, count, front
 from common.ranges import ANY
 from configuration.compose import CONFIG_DIR, compose_config, groups
 from configuration.values import SETTINGS, Setting, declared, kinds_in, options_of, range_in
@@ -326,8 +326,8 @@ def try_all(commands: list[Command], jobs: int, tell: Callable[[Outcome], None])
 def carry_out(words: list[str]) -> int:
     """Carry out the command; 1 when a command line is answered badly, or changes a file."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--count", type=int, default=700)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
+    parser.add_argument("--count", type=count, default=700)
+    parser.add_argument("--jobs", type=count, default=os.cpu_count(), help="processes at a time")
     parser.add_argument("words", nargs="*", help="after --, the words of one command")
     options = parser.parse_args(words)
     commands = [options.words] if options.words else drawn(options.count)

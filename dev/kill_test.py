@@ -34,7 +34,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import Parser, front
+from common.command_line import Parser, count, front
 from common.errors import UserError
 
 Notice = Callable[[str, str], None]  # (operation, file it is for), called before the operation, and half-way in a write
@@ -245,7 +245,7 @@ def save_stages() -> list[str]:
 def carry_out(words: list[str]) -> str:
     """Carry out the command, and return how many kills came where. UserError where the killed run differs."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--kills", type=count, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--and", nargs="+", default=[], dest="more", help="words for the run that is killed")
     options = parser.parse_args(words)

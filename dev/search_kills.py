@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import ROOT, Parser, front
+from common.command_line import ROOT, Parser, count, front
 from common.errors import UserError
 from dev.kill_test import SMALL, rows
 from run_files.run_folder import RunFolder
@@ -108,7 +108,7 @@ def carry_out(words: list[str]) -> str:
         ("trials", 12, "of each search"), ("jobs", 2, "trials at a time"), ("kills", 10, "in all"),
         ("seed", 0, "of the moments"),
     ):  # fmt: skip
-        parser.add_argument(f"--{key}", type=int, default=value, help=what)
+        parser.add_argument(f"--{key}", type=int if key == "seed" else count, default=value, help=what)
     parser.add_argument("--seconds", type=float, default=5, help="between kills, at most")
     parser.add_argument("--sampler", default="random", choices=["random", "tpe", "grid", "cmaes"])
     options = parser.parse_args(words)

@@ -243,6 +243,12 @@ def files_of(dataset: ImageStream) -> dict[str, Any]:
 
 def encode(settings: Settings, overrides: list[str]) -> str:
     """Encode every shard that is not there yet, of both parts, and return what the folder holds then."""
+    folder = local_copy(settings.out) if is_address(settings.out) else Path(settings.out).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"out={settings.out} is not a folder; give a new one")
+    lock = RunLock(folder.resolve(), "the latents of {} are being made", "out")
+    if rank() == 0 and lock.is_held():
+        lock.acquire()  # says by whom, before anything that takes long
     dataset, path, pictures = build_pictures(overrides)
     vae = StableDiffusionVAE(path).to(pick_device(settings.device))
     weights = Path(path).expanduser() / WEIGHTS_FILE
@@ -252,7 +258,6 @@ def encode(settings: Settings, overrides: list[str]) -> str:
         "shard_rows": settings.shard_rows, "batch_size": settings.batch_size,
     }  # fmt: skip
     cache = Cache(settings.out, made_from)
-    lock = RunLock(cache.folder.resolve(), "the latents of {} are being made", "out")
     if rank() == 0:
         lock.acquire()
     cache.reread()

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command_line import Parser, check_ends, check_place, front, matching, outputs
 from common.errors import UserError
-from common.files import write_atomically
+from common.files import replacing
 from configuration.nodes import flat
 from configuration.settings import read_settings
 from run_files.metrics_file import higher_is_better
@@ -160,17 +160,21 @@ def write_csv(folder: RunFolder, path: Path) -> str:
     """
     check_ends("csv", path, ".csv")
     check_place("csv", path)
-    rows = folder.metrics.read()
+    rows, found = 0, set[str]()
+    for row in folder.metrics.rows():
+        rows, found = rows + 1, found | row.keys()
     if not rows:
         raise UserError(f"the run {folder.name} has no metrics yet, so there is nothing to write to {path}")
     first = [name for name in NO_METRICS if name != "provenance"]
-    names = [*first, *sorted(set().union(*rows) - {*NO_METRICS})]
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(map(cell, names))
-    table.writerows(["nan" if row.get(name, 0) is None else row.get(name, "") for name in names] for row in rows)
-    write_atomically(path, text.getvalue())
-    return f"{path}: {len(rows)} rows of {len(names)} columns"
+    names = [*first, *sorted(found - {*NO_METRICS})]
+    with replacing(path) as file:
+        text = io.TextIOWrapper(file, "utf-8", newline="")
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(map(cell, names))
+        for row in folder.metrics.rows():
+            table.writerow(["nan" if row.get(name, 0) is None else row.get(name, "") for name in names])
+        text.detach()
+    return f"{path}: {rows} rows of {len(names)} columns"
 
 
 def cell(name: str) -> str:

@@ -110,6 +110,8 @@ def test_one_folder_is_filled_by_one_command_at_a_time(official: Official, tmp_p
     assert cache_latents.main(words) == 1
     assert f"latents of out are being made by another process right now (process {os.getpid()} on" in capsys.readouterr().err
     assert [*contents(tmp_path / "out")] == [".lock"]
+    assert cache_latents.main(["out=pyproject.toml", *words[1:]]) == 1
+    assert "out=pyproject.toml is not a folder; give a new one" in capsys.readouterr().err
     held.release()
     assert cache_latents.main(words) == 0 and ".lock" not in contents(tmp_path / "out")
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from common.command_line import Parser, count
+from common.errors import UserError
 from run_files.run_folder import RunFolder
 from run_files.trackio_tracker import run_names
 from scripts import modal_app, runs, trackio_delete, trackio_rebuild
@@ -94,7 +96,7 @@ def test_long_metrics_are_read_a_line_at_a_time(output_dir: Path, capsys: pytest
     """Whatever prints a few numbers of a run holds no more of its file than those."""
     path = output_dir / "runs" / "moons_cnn" / "metrics.jsonl"
     path.write_text("".join(f'{{"step": {k}, "filler": "{"x" * 200}", "eval/loss": 0.5}}\n' for k in range(4000)))
-    for words in (["list"], ["show", "moons_cnn"]):
+    for words in (["list"], ["show", "moons_cnn"], ["show", "moons_cnn", f"csv={output_dir / 'x.csv'}"]):
         run_main(capsys, *words, "--output-dir", output_dir)  # which imports
         tracemalloc.start()
         assert run_main(capsys, *words, "--output-dir", output_dir)[0] == 0
@@ -115,6 +117,15 @@ def test_wrong_usage_is_one_sentence(main, words, wrong, capsys):
     assert main(words) == 1
     out, err = capsys.readouterr()
     assert wrong in err and "; usage: " in err and len(err.splitlines()) <= 2 and "\x1b" not in out + err
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", "9" * 30, "\u0663"])
+def test_a_count_of_a_parser_is_at_least_one(text):
+    parser = Parser(prog="x.py")
+    parser.add_argument("--jobs", type=count)
+    assert parser.parse_args(["--jobs", "3"]).jobs == 3
+    with pytest.raises(UserError, match="argument --jobs: takes a whole number of at least 1, not"):
+        parser.parse_args([f"--jobs={text}"])
 
 
 def test_every_parser_raises_user_errors() -> None:
