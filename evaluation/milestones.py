@@ -17,6 +17,7 @@ from run_files.metrics_file import higher_is_better
 
 LEVEL = 0.01  # share of the recipe's own runs that may be called behind at an evaluation
 JUDGED = ("eval/energy_distance_1nfe", "eval/energy_distance", "eval/accuracy", "eval/loss")  # those of them that there are
+OF_ONE_DEVICE = "eval/loss"  # its draws are those of every seed, but not those of another kind of device
 FEW = 2  # settings in which a run without a recipe may differ from the default run and hear of it
 
 
@@ -58,20 +59,22 @@ class Milestones:
             for key, value in own.items() if known.get(key) != value and (key in known or value not in (None, {}))
         ]  # fmt: skip
 
-    def behind(self, step: int, values: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    def behind(self, step: int, values: dict[str, Any], here: dict[str, str]) -> dict[str, tuple[float, float]]:
         """Return of each judged score how many standard deviations it is behind at a step, negative where ahead, and how
-        often a run of the recipe is (Student's t of a further value beside n). A score without a spread is left out.
+        often a run of the recipe is (Student's t of a further value beside n). A score without a spread is left out, and
+        one that hangs on a device's draws where the run has another.
         """
         found, count = {}, len(self.seeds)
+        other = here.get("device") != self.made.get("device")
         for name, at in self.by_step.get(step, {}).items():
-            if values.get(name) is not None and at.sd > 0:
+            if values.get(name) is not None and at.sd > 0 and not (other and name == OF_ONE_DEVICE):
                 far = (values[name] - at.mean) / at.sd * (-1 if higher_is_better(name) else 1)
                 found[name] = far, float(stdtr(count - 1, -far / (1 + 1 / count) ** 0.5))
         return found
 
     def said(self, step: int, values: dict[str, Any], here: dict[str, str]) -> str | None:
         """Return what there is to say of a run that is behind at a step, None of one on track. here: see `made`."""
-        found = self.behind(step, values)
+        found = self.behind(step, values, here)
         name = min(found, key=lambda name: found[name][1], default="")
         if not found or found[name][1] >= LEVEL / len(found):
             return None
@@ -86,13 +89,13 @@ class Milestones:
 
     def verdict(self, rows: list[dict[str, Any]], here: dict[str, str]) -> str:
         """Return where a run stands by all its rows of metrics: on track, or the last step at which it was behind."""
-        judged = [row for row in rows if self.behind(row["step"], row)]
+        judged = [row for row in rows if self.behind(row["step"], row, here)]
         if not judged:
             return "not judged: no evaluation at a step of the milestones yet"
         said = [words for row in judged if (words := self.said(row["step"], row, here))]
         if said:
             return f"{said[-1]} ({len(said)} of {len(judged)} evaluations behind)"
-        found = self.behind(judged[-1]["step"], judged[-1]).items()
+        found = self.behind(judged[-1]["step"], judged[-1], here).items()
         last = ", ".join(f"{name} {abs(far):.1f} sd {'behind' if far > 0 else 'ahead'}" for name, (far, _) in found)
         return f"on track at all {len(judged)} evaluations; at the last, {last} (of the mean of {len(self.seeds)} seeds)"
 

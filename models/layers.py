@@ -89,6 +89,9 @@ def replace_dropout(network: nn.Module) -> None:
                 setattr(module, name, ReplayedDropout(child))
 
 
+FORWARD_MODE: list[bool] = []  # not empty within a derivative in forward mode
+
+
 class Recomputed(nn.Module, ABC):
     """A block of a network, its `body`, that can compute its activations again in the backward pass instead of keeping them.
 
@@ -97,14 +100,13 @@ class Recomputed(nn.Module, ABC):
     """
 
     recomputed = False
-    in_forward_mode = False
 
     @abstractmethod
     def body(self, *inputs: Tensor) -> Tensor:
         """Return the block's output."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        if not self.recomputed or Recomputed.in_forward_mode or not torch.is_grad_enabled():
+        if not self.recomputed or FORWARD_MODE or not torch.is_grad_enabled():
             return self.body(*inputs)
         dropouts = [part for part in self.modules() if isinstance(part, ReplayedDropout) and part.training and part.p > 0]
         body = same_masks(self.body, dropouts) if dropouts else self.body
@@ -140,11 +142,11 @@ def same_masks(body: Callable[..., Tensor], dropouts: list[ReplayedDropout]) -> 
 @contextmanager
 def in_forward_mode() -> Iterator[None]:
     """Surround a derivative in forward mode."""
-    before, Recomputed.in_forward_mode = Recomputed.in_forward_mode, True
+    FORWARD_MODE.append(True)
     try:
         yield
     finally:
-        Recomputed.in_forward_mode = before
+        FORWARD_MODE.pop()
 
 
 class ForwardAttention(torch.autograd.Function):
@@ -181,7 +183,7 @@ class ForwardAttention(torch.autograd.Function):
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return softmax(q k' / sqrt(d)) v of q, k, v (B, heads, N, d), by a form that has the derivatives asked for."""
-    if Recomputed.in_forward_mode and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if FORWARD_MODE and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return ForwardAttention.apply(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 

@@ -65,8 +65,13 @@ def scale_start(network: nn.Module, base: nn.Module) -> None:
     for name, (into, out) in growth(network, base).items():
         bias = name.removesuffix("weight") + "bias"
         for key, factor in ((name, 1 / into if out == 1 else into**-0.5), (bias, 1.0)):
-            if key in ours and (size := float(ours[key].square().mean().sqrt())):
-                ours[key].mul_(factor * float(theirs[key].square().mean().sqrt()) / size)
+            if key in ours and (size := root_mean_square(ours[key])):
+                ours[key].mul_(factor * root_mean_square(theirs[key]) / size)
+
+
+def root_mean_square(weight: torch.Tensor) -> float:
+    """Return it as the CPU finds it, so that equal weights have the same on every device."""
+    return float(weight.cpu().square().mean().sqrt())
 
 
 def weight_groups(network: nn.Module, base: nn.Module, lr: float) -> list[dict[str, Any]]:

@@ -53,6 +53,7 @@ def test_what_a_run_behind_is_told():
     assert "(1 of 1 evaluations behind)" in made.verdict([{"step": 100, "eval/loss": 42.0}], HERE)
     assert made.verdict(rows[:1], HERE).startswith("not judged")
     assert made.said(100, {"eval/loss": -99.0}, HERE) is None  # far ahead
+    assert made.verdict(rows, HERE | {"device": "cuda"}).startswith("not judged"), "eval/loss is of a device's own draws"
 
 
 def test_a_run_with_another_setting_is_not_judged(tmp_path, monkeypatch):
