@@ -94,5 +94,5 @@ def wait_for(process: subprocess.Popen[bytes], commit: Callable[[], None], commi
 
 def outcome(folder: RunFolder, status: int) -> dict[str, Any]:
     """Plain values, which travel home."""
-    best = best_monitored(folder.metrics.read(), folder.read_config()) if folder.config_path.is_file() else None
+    best = best_monitored(folder.metrics.rows(), folder.read_config()) if folder.config_path.is_file() else None
     return {"status": status, "why": folder.status.read().get("why", ""), "best": best}

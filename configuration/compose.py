@@ -175,9 +175,12 @@ def unknown_setting(cfg: DictConfig, key: str) -> str:
     owners = [choice for choice in choices if has_setting(group, choice, key)]
     if owners:
         own = [name for name in map(str, cfg[group]) if not name.startswith("_")]
+        here = f"{group}={cfg.choices[group]}, " + (
+            f"whose settings are {', '.join(own)}" if own else "which has no settings"
+        )
         return (
-            f"{key} is a setting of {group}={' or '.join(owners)}; this run has {group}={cfg.choices[group]}, whose "
-            f"settings are {', '.join(own)}: choose another {group}, or one of these"
+            f"{key} is a setting of {group}={' or '.join(owners)}, and this run has {here}; choose another {group}, or "
+            "leave it out"
         )
     known = [*flat_keys(cfg), *(group for group in groups() if "/" in group)]
     inner = sorted((name for name in known if name.endswith(f".{key}")), key=lambda name: name.count("."))

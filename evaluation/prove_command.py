@@ -38,7 +38,7 @@ def function_in(word: str) -> Function:
     file, _, name = word.rpartition(":")
     try:
         found = runpy.run_path(file).get(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # whose status would be taken for a verdict
         raise UserError(f"{file} cannot be run: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise UserError(f"{file} defines no function {name}; it is called as {name}(network, x0, x1)")
@@ -64,7 +64,8 @@ def prepared(words: list[str]) -> tuple[str, Builder | str, ProbabilityPath | No
     bare = next((word for word in words if re.fullmatch(r"[^=]+\.py:?", word)), None)
     if bare is not None:
         raise UserError(f"{bare} names no function; write {bare.rstrip(':')}:{' or '.join(functions_of(bare))}")
-    if len(files) > 1 or not (files or losses):
+    several = len(files) > 1 or sum(word.startswith("loss=") for word in losses) > 1
+    if several or not (files or losses):
         raise UserError(f"--prove takes one loss: {USAGE}")
     if settings.convention and not files:
         raise UserError(f"convention={settings.convention}: a convention is of a function in a file; {USAGE}")

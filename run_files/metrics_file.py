@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ def higher_is_better(metric: str, mode: str = "auto") -> bool:
     return mode == "max" or (mode == "auto" and any(word in metric for word in HIGHER_IS_BETTER))
 
 
-def best_monitored(rows: list[dict[str, Any]], config: dict[str, Any]) -> float | None:
+def best_monitored(rows: Iterable[dict[str, Any]], config: dict[str, Any]) -> float | None:
     """Return the best value of the monitored metric in rows of metrics; None where it is in none."""
     metric = config.get("monitor", "")
     best = max if higher_is_better(metric, config.get("monitor_mode", "min")) else min

@@ -35,11 +35,11 @@ def result_of(config: dict[str, Any], best: float | None = None) -> RunResult:
     if config["eval_checkpoint"]:
         path, checkpoint = scores_file(config), Path(config["eval_checkpoint"])
         scores = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        state, logged = "finished" if scores else "submitted", [scores]
+        state, logged = "finished" if scores else "submitted", iter([scores])
     else:
         path, checkpoint = folder.path, outputs / "ckpts" / config["choices"]["model"] / f"{name}_last.pt"
         status = folder.status.read()
-        scores, logged = status.get("scores", {}), folder.metrics.read()
+        scores, logged = status.get("scores", {}), folder.metrics.rows()
         state = OF_ANOTHER if folder.lock.is_held() else status.get("state", "submitted")
     if best is None:
         best = best_monitored(logged, config)

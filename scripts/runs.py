@@ -73,7 +73,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             command.add_argument("--score", metavar="SCORE", help="of sets: this score alone, decided on beforehand")
         if name == "delete":
             command.add_argument("--dry-run", action="store_true", help="say what would be deleted")
-    return parser.parse_args([OUTPUT_WORD.sub("--output-dir=", argument) for argument in arguments])
+    places = [OUTPUT_WORD.sub("--output-dir=", word) for word in arguments if OUTPUT_WORD.match(word)]
+    return parser.parse_args([*places, *(word for word in arguments if not OUTPUT_WORD.match(word))])  # names stay together
 
 
 def carry_out(words: list[str]) -> str:

@@ -310,6 +310,8 @@ def test_the_verdict_is_told_in_words_and_by_the_exit_status(words, status, verd
         (["loss=mse", "convention=reversed"], "of a function in a file"),
         (["{}:flow_matching", "convention=backwards"], "forward or reversed"),
         (["{}:flow_matching", "{}:absolute"], "takes one loss"),
+        (["loss=mse", "loss=meanflow"], "takes one loss"),
+        (["leaves.py:f"], "leaves.py cannot be run: SystemExit: 3"),
         (["{}:nothing"], "defines no function nothing"),
         (["nowhere.py:f"], "nowhere.py; write path/to/file.py:function"),
         (["loss=mse", "seconds=many"], "seconds takes a whole number"),
@@ -320,6 +322,7 @@ def test_the_verdict_is_told_in_words_and_by_the_exit_status(words, status, verd
 )
 def test_what_cannot_be_proven_is_one_sentence(words, sentence, file, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("leaves.py").write_text("raise SystemExit(3)")  # 3 is the status of a biased loss
     before = sorted(tmp_path.iterdir())
     assert main(["--prove", *(word.format(file) for word in words)]) == 1
     said = capsys.readouterr().err

@@ -58,7 +58,7 @@ def test_metrics_as_comma_separated_values(output_dir: Path, tmp_path: Path, cap
     RunFolder(output_dir / "runs" / "moons_mlp").metrics.append(300, 3, 3.0, {hostile: 1e-300, "train/loss": float("inf")})
     out = tmp_path / "a, b.csv"
     out.write_text("old")
-    code, lines, _ = run_main(capsys, "show", "moons_mlp", f"csv={out}", "--output-dir", output_dir)
+    code, lines, _ = run_main(capsys, "show", "moons_mlp", f"output_dir={output_dir}", f"csv={out}")
     assert (code, lines) == (0, [f"{out}: 3 rows of 7 columns"])
     with out.open(newline="") as file:
         head, *rows = csv.reader(file)
