@@ -125,8 +125,22 @@ def compose_config(overrides: list[str], own: Own | None = None) -> DictConfig:
         cfg.choices[key] = choice
     for override in typed:
         if override not in chosen:
+            check_added(cfg, override, typed)
             lay_over(cfg, override)
     return cfg
+
+
+def check_added(cfg: DictConfig, override: Override, typed: list[Override]) -> None:
+    """Raise UserError for +lr=0.1 where optimizer.lr is a setting and no word reads ${lr}."""
+    key = override.key_or_group
+    added = (override.is_add() or override.is_force_add()) and key not in cfg and "." not in key
+    if added and inner_settings(cfg, key) and not any("${" + key in str(other.input_line) for other in typed):
+        raise UserError(f"nothing reads {override.input_line}: {unknown_setting(cfg, key)}")
+
+
+def inner_settings(cfg: DictConfig, key: str) -> list[str]:
+    """Return the settings of parts whose name is this, the outermost first."""
+    return sorted((name for name in flat_keys(cfg) if name.endswith(f".{key}")), key=lambda name: name.count("."))
 
 
 def flat_keys(cfg: Any, prefix: str = "") -> list[str]:
@@ -183,7 +197,7 @@ def unknown_setting(cfg: DictConfig, key: str) -> str:
             "leave it out"
         )
     known = [*flat_keys(cfg), *(group for group in groups() if "/" in group)]
-    inner = sorted((name for name in known if name.endswith(f".{key}")), key=lambda name: name.count("."))
+    inner = inner_settings(cfg, key)
     hint = f" (did you mean {inner[0]}?)" if inner else nearest(key, known)
     return f"there is no setting {key}{hint}; `python launcher.py --cfg job` lists them all"
 

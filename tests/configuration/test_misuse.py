@@ -90,6 +90,7 @@ def test_weights_are_not_read_as_what_they_are_not(small_run, shared_run) -> Non
      (["backend.gpu=H100"], "of backend=modal, and this run has backend=local, which has no settings; choose"),
      (["teacher=x.pt"], "takes the words of a run that is trained first, such as teacher='loss=mse', and x.pt is not"),
      (["lr=0.1"], "there is no setting lr (did you mean optimizer.lr?)"),
+     (["+lr=0.1"], "nothing reads +lr=0.1: there is no setting lr (did you mean optimizer.lr?)"),
      (["~seed"], "seed cannot be left out"),
      (["model.width=999999999999999999999"], "model.width takes a whole number of at least 1 and at most 100,000"),
      (["optimizer.betas=[2,3]"], "optimizer.betas takes two numbers of at least 0 and below 1"),
