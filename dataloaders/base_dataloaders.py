@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypedDict
+from typing import Any, NamedTuple, Self, TypedDict
 
 import torch
 from torch import Tensor
@@ -38,6 +38,19 @@ class EpochPlan:
     world: int = 1
 
 
+class Moments(NamedTuple):
+    """N rows that training draws afresh each time, in one of V views (as it is, mirrored): view k of row i is i + k N.
+
+    mean (V N, *state_shape), fp32; std the same, None for 0; label (V N,) or None. whole: whether these are all rows there
+    are, or all of their classes.
+    """
+
+    mean: Tensor
+    std: Tensor | None
+    label: Tensor | None
+    whole: bool
+
+
 class Described(TypedDict, total=False):
     """What a configuration may say of finite data; meanings as in FlowDataset. epoch_size: None is all training rows."""
 
@@ -64,6 +77,7 @@ class FlowDataset(ABC):
     standardize: whether a flow shall learn them with mean 0 and standard deviation 1; they are served as they are.
     mirrored: whether training mirrors half of its rows, left to right.
     altered: the setting by which training changes its rows at random in another way ("augment=0.12"), else None.
+    views: in how many views it draws its rows afresh, where `moments` says all that `altered` does; else 0.
     """
 
     mixture: GaussianMixture | None = None
@@ -73,6 +87,7 @@ class FlowDataset(ABC):
     standardize: bool = False
     mirrored: bool = False
     altered: str | None = None
+    views: int = 0
 
     def __init__(
         self,
@@ -137,6 +152,13 @@ class FlowDataset(ABC):
         read, the same ones each time; None for data drawn afresh.
         """
         return None
+
+    def moments(self, count: int, by_class: bool) -> tuple[Moments, Moments]:
+        """Return at most `count` training rows and as many held-out ones, the same each time, of data with `views`.
+
+        by_class: of as many whole classes as `count` rows hold, one at least, and the held-out rows of these.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no views")
 
     @abstractmethod
     def real_pair(self, first: int, second: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

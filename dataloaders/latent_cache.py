@@ -14,7 +14,7 @@ from common.files import locked, write_atomically
 from common.progress import each
 from common.ranges import Count
 from common.stores import below, checksum, fetch, is_address, local_copy
-from dataloaders.base_dataloaders import Described
+from dataloaders.base_dataloaders import Described, Moments
 from dataloaders.picture_files import MANIFEST, latent_manifest, listed
 from dataloaders.stream import Read, Reader, Rows, StreamDataset, some_rows
 
@@ -58,6 +58,11 @@ class LatentReader(Reader):
         labels = [np.load(folder / shard["labels"], allow_pickle=False) for shard in shards]
         self.labels: Tensor | None = torch.from_numpy(np.concatenate(labels))
         self.maps: list[np.ndarray] | None = None  # opened by the process that reads
+
+    @property
+    def own_labels(self) -> Tensor | None:
+        """Return the labels of the pictures that are read, in their order."""
+        return self.labels if self.labels is None or self.rows is None else self.labels[torch.from_numpy(self.rows)]
 
     def __len__(self) -> int:
         return int(self.begins[-1]) if self.rows is None else len(self.rows)
@@ -103,6 +108,8 @@ class LatentCache(StreamDataset):
         super().__init__(train, held_out, manifest["shape"], manifest["num_classes"], None, described)
         self.flip, self.sample = flip, sample
         self.altered = "sample=true" if sample else "flip=true, of stored latents" if flip else None
+        self.views = 1 + flip if self.altered else 0
+        self.parts, self.known = (train, held_out), dict[tuple[int, bool], tuple[Moments, Moments]]()
         if not self.num_classes:
             train.labels = held_out.labels = None
 
@@ -112,9 +119,38 @@ class LatentCache(StreamDataset):
     def numbers(self, rows: Sequence[int]) -> list[int]:
         return [2 * row for row in rows]
 
+    def moments(self, count: int, by_class: bool) -> tuple[Moments, Moments]:
+        """Read once and kept."""
+        if (count, by_class) not in self.known:
+            labels = self.parts[0].own_labels if by_class else None
+            classes = None if labels is None else whole_classes(labels, count)
+            train, unseen = (self.moments_of(part, count, classes) for part in self.parts)
+            self.known[count, by_class] = train, unseen
+        return self.known[count, by_class]
+
+    def moments_of(self, part: LatentReader, count: int, classes: Tensor | None) -> Moments:
+        """Return moments of at most `count` pictures of a part, of these classes or of all."""
+        rows, labels = torch.arange(len(part)), part.own_labels
+        if classes is not None and labels is not None:
+            rows = rows[torch.isin(labels, classes)]
+        chosen = rows[torch.from_numpy(np.random.RandomState(1).permutation(len(rows))[:count])]
+        views = [part[Rows((2 * chosen + view).tolist(), 0)] for view in range(self.views)]
+        mean, std = torch.cat([view.stored for view in views]).to(self.device).float().unbind(1)
+        own = [view.labels for view in views if view.labels is not None]
+        label = torch.cat(own).to(self.device) if own else None
+        return Moments(mean, std if self.sample else None, label, len(chosen) == len(rows))
+
     def states(self, stored: Tensor, generator: torch.Generator) -> Tensor:
         mean, std = stored.unbind(1)
         if not self.sample:
             return mean.float()
         noise = torch.randn(mean.shape, generator=generator, device=generator.device)
         return torch.addcmul(mean.float(), noise, std.float())
+
+
+def whole_classes(labels: Tensor, count: int) -> Tensor:
+    """Return as many classes, the same ones each time, as have at most `count` rows together; one at least."""
+    sizes = labels.bincount()
+    order = torch.from_numpy(np.random.RandomState(1).permutation(len(sizes)))
+    order = order[sizes[order] > 0]
+    return order[: max(1, int((sizes[order].cumsum(0) <= count).sum()))]

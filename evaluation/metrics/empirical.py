@@ -10,14 +10,14 @@ from torch import Tensor
 from common.device import full_products
 from common.ranges import Count, CountOr0
 from common.seeds import generator_for
-from dataloaders.base_dataloaders import FlowDataset
+from dataloaders.base_dataloaders import FlowDataset, Moments
 from dataloaders.sources import Source
 from dataloaders.tensor_dataset import TensorDataset
 from evaluation.closed_forms import in_chunks
-from evaluation.empirical_flow import EmpiricalFlow
+from evaluation.empirical_flow import DrawnFlow, EmpiricalFlow
 from evaluation.generate import states_at_once
 from evaluation.metrics.base_metric import Absent, Generation, LongMetric, Score
-from evaluation.metrics.nearest import count_of, is_part, stored_rows
+from evaluation.metrics.nearest import count_of, is_part, most_rows, stored_rows
 from evaluation.metrics.oracles import standard_error, why_other_pairs, why_unknown
 from helpers_cfg import Guidance
 from losses.objective import FlowObjective, expand_time
@@ -40,8 +40,8 @@ class Memorisation:
     and least |v - v_c|^2 and |v_emp - v_c|^2 there. held_out_loss, memoriser_loss: these two at states made of held-out
     row j; of_memoriser |v - v_emp|^2 and with_row |v - v_emp with row j|^2 there. nearest: the posterior max_i w_i of the
     row that a state most likely was made of, at states made of training rows. of: what was looked at, in words.
-    subsample_error: where a part of the rows is looked at, the root mean square distance of v_emp of half of them to v_emp,
-    at states made of held-out rows, over that of v_emp; None elsewhere.
+    subsample (2, 8): where a part of the rows is looked at, the mean squares at each time of what leaving out half of them
+    changes v_emp by, and of v_emp, at states made of held-out rows; None elsewhere.
     """
 
     t: Tensor
@@ -55,7 +55,15 @@ class Memorisation:
     with_row: Tensor
     nearest: Tensor
     of: str
-    subsample_error: float | None = None
+    subsample: Tensor | None = None
+
+    @property
+    def subsample_error(self) -> float | None:
+        """Return the root mean square change of v_emp by leaving out half of the rows over that of v_emp, if known."""
+        if self.subsample is None:
+            return None
+        change, size = self.subsample.mean(1).tolist()
+        return math.sqrt(change / size)
 
     @cached_property
     def copying(self) -> Tensor:
@@ -80,7 +88,10 @@ class Memorisation:
             "memoriser_loss": self.memoriser_loss, "nearest_posterior": self.nearest,
         }  # fmt: skip
         means = {name: values.mean(1) for name, values in losses.items()}
-        return means | {"copying": self.copying, "copying_held_out": self.copying_held_out}
+        means |= {"copying": self.copying, "copying_held_out": self.copying_held_out}
+        if self.subsample is not None:
+            means["empirical_excess_loss_subsample"] = (self.subsample[0] / self.subsample[1]).sqrt()
+        return means
 
     @property
     def verdict(self) -> str:
@@ -102,35 +113,72 @@ def median_ratio(near: Tensor, far: Tensor) -> Tensor:
 
 def training_flow(objective: FlowObjective, dataset: FlowDataset, source: Source) -> EmpiricalFlow | str:
     """Return the flow that the objective has least training loss at, of standardised states, or why there is none."""
-    part, conditional = stored_rows(dataset, POINTS), objective.network.is_conditional
+    part, conditional = training_rows(objective, dataset), objective.network.is_conditional
     if isinstance(part, str):
         return part
     if objective.network.condition_shape is not None:
         return "each row has a condition of its own, and is all that the training data say of it"
-    if dataset.altered:
+    if dataset.altered and not dataset.views:
         return f"training changes rows at random ({dataset.altered}), so that they are no finite set"
     reason = why_unknown(objective, source, isinstance(objective.network, Guidance))
     if reason is not None or source.gaussian_std is None:
         return str(reason)
-    states, labels = objective.standardised(part[0]), classes_in(part[1], dataset.num_classes)
-    if states.device.type == "mps":  # which has no float64
-        states, labels = states.cpu(), None if labels is None else labels.cpu()
+    states, stds, labels, _ = part
     shares = None
     if labels is not None and isinstance(dataset, TensorDataset) and dataset.balanced:
         counts = labels.bincount()
         shares = len(labels) / ((counts > 0).sum() * counts[labels]).double()
-    own = labels if conditional else None
-    return EmpiricalFlow(states, source.gaussian_std, objective.path, own, dataset.mirrored, shares)
+    given = (states, source.gaussian_std, objective.path, labels if conditional else None, dataset.mirrored, shares)
+    views = max(1, dataset.views)
+    return EmpiricalFlow(*given, views) if stds is None else DrawnFlow(*given, views, stds)
+
+
+def training_rows(objective: FlowObjective, dataset: FlowDataset) -> Moments | str:
+    """Return training rows as the objective has them, or why there are none."""
+    if dataset.views:
+        return in_its_units(objective, dataset, moments_of(objective, dataset)[0])
+    part = stored_rows(dataset, POINTS)
+    if isinstance(part, str):
+        return part
+    return in_its_units(objective, dataset, Moments(part[0], None, part[1], not is_part(dataset, len(part[0]))))
+
+
+def held_out_rows(objective: FlowObjective, dataset: FlowDataset) -> Moments:
+    """Return rows never trained on, as the objective has them."""
+    if dataset.views:
+        return in_its_units(objective, dataset, moments_of(objective, dataset)[1])
+    device = next(objective.network.parameters()).device
+    states, labels = dataset.held_out(POINTS, generator_for(0, "oracle/unseen", 0, device))
+    return in_its_units(objective, dataset, Moments(states.to(device), None, labels, True))
+
+
+def moments_of(objective: FlowObjective, dataset: FlowDataset) -> tuple[Moments, Moments]:
+    return dataset.moments(most_rows(dataset, POINTS), objective.network.is_conditional)
+
+
+def in_its_units(objective: FlowObjective, dataset: FlowDataset, rows: Moments) -> Moments:
+    """Return rows standardised as the objective's, their labels classes alone, where float64 is."""
+    mean, std, label, whole = rows
+    states = objective.standardised(mean)
+    if std is not None:
+        std = objective.standardised(std) - objective.standardised(torch.zeros_like(std[:1]))
+    label, place = (
+        classes_in(label, dataset.num_classes),
+        torch.device("cpu") if states.device.type == "mps" else states.device,
+    )
+    std, label = (None if given is None else given.to(place) for given in (std, label))
+    return Moments(states.to(place), std, label, whole)
 
 
 @dataclass(frozen=True)
 class States:
-    """States on the path (B, ...), as many of each time: made of `row` of x1s (B,), t (B,), label (B,) or None. v_c, v: the
-    conditional velocity there, and the network's.
+    """States on the path (B, ...), as many of each time: made of `row` (B,) of this mean, and std or None, t (B,), label
+    (B,) or None. v_c, v: the conditional velocity there, and the network's.
     """
 
     row: Tensor
-    x1: Tensor
+    mean: Tensor
+    std: Tensor | None
     z: Tensor
     t: Tensor
     label: Tensor | None
@@ -138,23 +186,23 @@ class States:
     v: Tensor
 
 
-def states_of(
-    objective: FlowObjective, flow: EmpiricalFlow, x1s: Tensor, labels: Tensor | None, odds: Tensor, each: int, stream: str
-) -> States:
-    """Return `each` states of each of the 8 times, made of rows of x1s (N, ...) drawn by the odds (N,)."""
-    generator, device = generator_for(0, f"oracle/{stream}"), x1s.device
+def states_of(objective: FlowObjective, flow: EmpiricalFlow, rows: Moments, odds: Tensor, each: int, stream: str) -> States:
+    """Return `each` states of each of the 8 times, made of rows drawn by the odds (N,); labels where the flow has them."""
+    generator, device = generator_for(0, f"oracle/{stream}"), rows.mean.device
     row = torch.multinomial(odds.double().cpu(), TIMES * each, replacement=True, generator=generator).to(device)
-    x1, label = x1s[row], None if labels is None else labels[row]
+    mean, label = rows.mean[row], None if flow.labels is None or rows.label is None else rows.label[row]
     if flow.mirrored:
-        turned = torch.rand(len(x1), generator=generator) < 0.5
-        x1 = torch.where(expand_time(turned.to(device), x1).bool(), x1.flip(-1), x1)
+        turned = torch.rand(len(mean), generator=generator) < 0.5
+        mean = torch.where(expand_time(turned.to(device), mean).bool(), mean.flip(-1), mean)
+    std = None if rows.std is None else rows.std[row]
+    x1 = mean if std is None else torch.addcmul(mean, std, torch.randn(mean.shape, generator=generator).to(device))
     x0 = (flow.source_std * torch.randn(x1.shape, generator=generator)).to(device)
     t = (objective.path.last_time * (torch.arange(TIMES, device=device) + 0.5) / TIMES).repeat_interleave(each)
     wide = expand_time(t, x1)
     z, place = objective.path.state(x0, x1, wide), next(objective.network.parameters()).device
     own = None if label is None else label.to(place)
     v = in_chunks(objective.velocity, states_at_once(z.shape[1:]), z.to(place), t.to(place), own).to(z)
-    return States(row, x1, z, t, label, objective.path.conditional_velocity(x0, x1, wide), v)
+    return States(row, mean, std, z, t, label, objective.path.conditional_velocity(x0, x1, wide), v)
 
 
 def squared_gaps(a: Tensor, b: Tensor) -> Tensor:
@@ -172,21 +220,23 @@ def memorisation(objective: FlowObjective, dataset: FlowDataset, source: Source,
     flow = training_flow(objective, dataset, source)
     if isinstance(flow, str):
         return flow
-    device, rows, labels = next(objective.network.parameters()).device, flow.rows, flow.labels
-    unseen, unseen_labels = dataset.held_out(POINTS, generator_for(0, "oracle/unseen", 0, device))
-    unseen = objective.standardised(unseen.to(device)).to(rows.device)
-    odds, unseen_odds = torch.ones(len(rows)) if flow.shares is None else flow.shares.cpu(), torch.ones(len(unseen))
+    rows, unseen = training_rows(objective, dataset), held_out_rows(objective, dataset)
+    assert isinstance(rows, Moments)
+    labels, count = flow.labels, len(flow.rows) // flow.views
+    odds, unseen_odds = (
+        torch.ones(len(rows.mean)) if flow.shares is None else flow.shares.cpu(),
+        torch.ones(len(unseen.mean)),
+    )
     if labels is None:
-        unseen_labels, odds = None, odds * (len(rows) > 1)
-    elif unseen_labels is not None:
-        unseen_labels = unseen_labels.to(rows.device)
+        odds = odds * (count > 1)
+    elif unseen.label is not None:
         counts = labels.cpu().bincount(minlength=objective.network.num_classes)
-        odds, unseen_odds = odds * (counts[labels.cpu()] > 1), unseen_odds * (counts[unseen_labels.cpu()] > 0)
+        odds, unseen_odds = odds * (counts[labels.cpu()] > flow.views), unseen_odds * (counts[unseen.label.cpu()] > 0)
     if not odds.any() or not unseen_odds.any():
         return "there are no two training rows" + " of one label" * (labels is not None)
-    each = states_of_a_time(draws, rows.numel() * (1 + flow.mirrored))
-    a = states_of(objective, flow, rows, labels, odds, each, "training rows")
-    b = states_of(objective, flow, unseen, unseen_labels, unseen_odds, each, "held-out rows")
+    each = states_of_a_time(draws, flow.rows.numel() * (1 + flow.mirrored) * (1 + bool(dataset.views)))
+    a = states_of(objective, flow, rows, odds, each, "training rows")
+    b = states_of(objective, flow, unseen, unseen_odds, each, "held-out rows")
     times = flow.times(a.z, a.t)
     posterior = flow.posterior(a.z, times, a.label)
     exact, memoriser = flow.read(posterior.mean, a.z, times), flow(b.z, b.t, b.label)
@@ -199,11 +249,19 @@ def memorisation(objective: FlowObjective, dataset: FlowDataset, source: Source,
         held_out_loss=squared_gaps(b.v, b.v_c),
         memoriser_loss=squared_gaps(memoriser, b.v_c),
         of_memoriser=squared_gaps(b.v, memoriser),
-        with_row=squared_gaps(b.v, flow.velocity_with(b.z, b.t, b.x1, b.label)),
+        with_row=squared_gaps(b.v, flow.velocity_with(b.z, b.t, b.mean, b.label, b.std)),
         nearest=posterior.nearest.cpu().reshape(TIMES, -1),
-        of=f"{TIMES * each:,} states of {TIMES} times, {count_of(dataset, len(rows))} training rows",
-        subsample_error=change_by_half(flow, b, memoriser) if is_part(dataset, len(rows)) else None,
+        of=f"{TIMES * each:,} states of {TIMES} times, {words_of(rows, dataset, count, labels)}",
+        subsample=None if rows.whole else change_by_half(flow, b, memoriser),
     )
+
+
+def words_of(rows: Moments, dataset: FlowDataset, count: int, labels: Tensor | None) -> str:
+    """Return which training rows are looked at."""
+    words = f"{count_of(dataset, count)} training rows" + f", in {dataset.views} views each" * (dataset.views > 1)
+    if not (rows.whole and is_part(dataset, count) and labels is not None):
+        return words
+    return f"{words}, all of {len(labels.unique()):,} of {dataset.num_classes:,} classes"
 
 
 def states_of_a_time(draws: int, numbers: int) -> int:
@@ -211,12 +269,14 @@ def states_of_a_time(draws: int, numbers: int) -> int:
     return max(LEAST, min(draws, OPERATIONS // numbers) // TIMES)
 
 
-def change_by_half(flow: EmpiricalFlow, at: States, whole: Tensor) -> float:
-    """Return how far the flow of every second row is from `whole`, that of all rows, over its size, at these states."""
-    labels, shares = (None if given is None else given[::2] for given in (flow.labels, flow.shares))
-    half = EmpiricalFlow(flow.rows[::2], flow.source_std, flow.path, labels, flow.mirrored, shares)
-    moved, size = (half(at.z, at.t, at.label) - whole).double(), whole.double()
-    return float((moved.square().nanmean() / size.square().mean()).sqrt())
+def change_by_half(flow: EmpiricalFlow, at: States, whole: Tensor) -> Tensor:
+    """Return the mean squares at each time of the distance of the flow of every second row from `whole`, that of all rows,
+    and of `whole`, at these states: (2, 8).
+    """
+    kept = torch.arange(len(flow.rows)) % (len(flow.rows) // flow.views) % 2 == 0
+    half = flow.of_rows(kept)
+    squares = torch.stack([half(at.z, at.t, at.label) - whole, whole]).double().square().flatten(2)
+    return squares.reshape(2, TIMES, -1).nanmean(2).cpu()
 
 
 class Memorised(LongMetric):
@@ -243,12 +303,13 @@ class Memorised(LongMetric):
 
     def rows_ahead(self, objective: FlowObjective, dataset: FlowDataset, final: bool) -> int:
         network = objective.network
-        unknown = why_other_pairs(objective) or isinstance(network, Guidance) or network.condition_shape or dataset.altered
+        changed = dataset.altered and not dataset.views
+        unknown = why_other_pairs(objective) or isinstance(network, Guidance) or network.condition_shape or changed
         draws = self.final_draws if final else self.draws
         if unknown or not draws or not objective.learns_velocity or dataset.held_out_size == math.inf:
             return 0
         rows = len(dataset.train_states) if isinstance(dataset, TensorDataset) else min(POINTS, dataset.epoch_size)
-        numbers = rows * math.prod(dataset.state_shape) * (1 + dataset.mirrored)
+        numbers = rows * math.prod(dataset.state_shape) * (1 + dataset.mirrored) * max(1, 2 * dataset.views)
         return 2 * TIMES * states_of_a_time(draws, numbers)
 
     def thinned(self, share: float) -> dict[str, int]:

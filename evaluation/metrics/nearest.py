@@ -19,9 +19,14 @@ ELEMENTS = 2**26  # numbers of training states in memory at once, for data read 
 CLASSES_SHOWN = 20  # with more classes, only the smallest share is logged
 
 
+def most_rows(dataset: FlowDataset, points: int) -> int:
+    """Return how many rows of data on disk are looked at: `points`, and ELEMENTS numbers, at most."""
+    return min(points, max(1, ELEMENTS // math.prod(dataset.state_shape)))
+
+
 def stored_rows(dataset: FlowDataset, points: int) -> Batch | str:
     """Return the training rows in memory, of those on disk at most `points` and ELEMENTS numbers, or why there are none."""
-    part = dataset.training_part(min(points, max(1, ELEMENTS // math.prod(dataset.state_shape))))
+    part = dataset.training_part(most_rows(dataset, points))
     if part is not None:
         return part
     if dataset.held_out_size == math.inf:
