@@ -287,12 +287,13 @@ def resume_state(state: TrainState, path: Path, payload: dict[str, Any], config:
 
 
 def forward_of(objective: Objective, config: dict[str, Any]) -> Any:
-    """Return the objective, or its compiled form: the whole loss is compiled, never the network alone.
+    """Return the objective, or its compiled form: the whole loss is compiled, never the network alone, once for whole
+    batches and once for the last, smaller one of an epoch: a graph for any number of rows takes longer to make and to run.
 
     With several ranks their gradients are averaged in its backward pass; all ranks wait here for each other. Buffers
     that a save holds may change in training, as a batch norm's statistics do: then rank 0's are every rank's at each step.
     """
-    forward = torch.compile(objective, mode=config["compile_mode"]) if config["compile"] else objective
+    forward = torch.compile(objective, mode=config["compile_mode"], dynamic=False) if config["compile"] else objective
     if world() == 1 or is_sharded(objective.network):
         return forward
     saved = objective.state_dict().keys()

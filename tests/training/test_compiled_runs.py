@@ -13,6 +13,7 @@ from run_files.checkpoint import load_checkpoint
 from training.assemble import assemble
 from training.loop import after_step, epoch_groups, train_step
 
+real = torch.compile
 MODELS = {
     "mlp": ["loss=meanflow", "dataloaders=kmeans", "dataloaders.epoch_size=320", "model.width=16", "model.depth=1"],
     "cnn": ["dataloaders=digits", "model.width=8", "model.inner_width=16", "model.inner_blocks=1", "model.embedding=16"],
@@ -59,3 +60,19 @@ def test_a_compiled_run_goes_on_from_its_save(tmp_path):
     launcher.run("run_name=parts", "resume=true", f"output_dir={tmp_path}", "max_steps=4", "callbacks=none")
     whole, parts = (load_checkpoint(tmp_path / f"ckpts/mlp/{name}_last.pt") for name in ("whole", "parts"))
     assert parts["step"] == 4 and all(torch.equal(value, parts["ema"][name]) for name, value in whole["ema"].items())
+
+
+def test_no_graph_is_made_for_any_number_of_rows(tmp_path, monkeypatch):
+    """Three batches of 16 rows and one of 8: two graphs, of these sizes."""
+    rows = set()
+
+    def backend(graph, inputs):
+        rows.update(value.shape[0] for value in inputs if isinstance(value, torch.Tensor) and value.dim())
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda objective, mode, **given: real(objective, backend=backend, **given))
+    words = [*MODELS["mlp"], "dataloaders.epoch_size=56", "compile=true", f"output_dir={tmp_path}"]
+    run = assemble(prepare([*WORDS, *words]))
+    for group in islice(epoch_groups(run), 4):
+        after_step(run, train_step(run, group))
+    assert {8, 16} <= rows and all(type(size) is int for size in rows)
