@@ -63,11 +63,11 @@ def test_a_compiled_run_goes_on_from_its_save(tmp_path):
 
 
 def test_no_graph_is_made_for_any_number_of_rows(tmp_path, monkeypatch):
-    """Three batches of 16 rows and one of 8: two graphs, of these sizes."""
-    rows = set()
+    """Three batches of 16 rows and one of 8: two graphs, whose inputs are tensors alone, no sizes."""
+    graphs = []
 
     def backend(graph, inputs):
-        rows.update(value.shape[0] for value in inputs if isinstance(value, torch.Tensor) and value.dim())
+        graphs.append({type(value) for value in inputs})
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda objective, mode, **given: real(objective, backend=backend, **given))
@@ -75,4 +75,4 @@ def test_no_graph_is_made_for_any_number_of_rows(tmp_path, monkeypatch):
     run = assemble(prepare([*WORDS, *words]))
     for group in islice(epoch_groups(run), 4):
         after_step(run, train_step(run, group))
-    assert {8, 16} <= rows and all(type(size) is int for size in rows)
+    assert len(graphs) == 2 and all(issubclass(kind, torch.Tensor) for kinds in graphs for kind in kinds)
