@@ -171,32 +171,24 @@ GUIDED = ["loss/guidance=meanflow", "loss.guidance.omega=1.2", "loss.guidance.ka
 QUICK = Plan(batches=32, rows=160, curvature=1)  # with a teacher, whose velocity is no random number
 
 
-def planted(patch: pytest.MonkeyPatch, omega: float, start: float = 0.0, end: float = 0.8) -> None:
-    """Let every target be one of other guidance."""
-    real, wrong = MeanFlowGuidance.target, MeanFlowGuidance(omega, 0.4, start, end)
-    patch.setattr(MeanFlowGuidance, "target", lambda self, *given: real(wrong, *given))
-
-
-@pytest.mark.parametrize(("loss", "omega"), [("meanflow", 1.2), ("improved_meanflow", 1.2), ("meanflow", 1.38)])
-def test_guidance_in_the_target_is_that_of_its_effective_scale(loss, omega, monkeypatch):
-    """1.2 / (1 - 0.4) = 2, whatever the network's own part in it; planted: 2.3."""
-    planted(monkeypatch, omega)
+@pytest.mark.parametrize("loss", ["meanflow", "improved_meanflow"])
+def test_guidance_in_the_target_is_that_of_its_effective_scale(loss):
+    """1.2 / (1 - 0.4) = 2, whatever the network's own part in it."""
     (stage,) = proven([f"loss={loss}", *GUIDED], worlds=("two classes",))
-    assert (stage.verdict == "biased") == (omega != 1.2) and stage.seen < 0.25, stage
-    assert omega == 1.2 or stage.bias > 0.05
+    assert stage.verdict != "biased" and stage.seen < 0.25, stage
 
 
-def test_guidance_with_an_exact_teacher_has_its_interval_and_without_instants_no_minimiser():
+def test_guidance_with_an_exact_teacher_is_proven_a_wrong_scale_is_found_and_without_instants_nothing_is_known(monkeypatch):
     guided = ["loss=meanflow", *GUIDED, "+loss.time_sampler.to_data=true", "loss.time_sampler.ratio=1"]
     *_, worlds, _ = prepared(guided)
     assert worlds == ["two classes"]
     (own,), (taught,) = (proven([*guided, *more], worlds=worlds, plan=QUICK) for more in ([], ["loss.teacher=exact"]))
     assert own.verdict == "undecided" and "which no row trains" in own.reason
     assert taught.verdict == "stationary" and taught.seen < 0.03, taught
-    with pytest.MonkeyPatch.context() as patch:
-        planted(patch, 1.2, 0.2, 1.0)  # as in the paper's time
-        (stage,) = proven([*guided, "loss.teacher=exact"], worlds=worlds, plan=QUICK)
-    assert stage.verdict == "biased" and stage.bias > 0.01, stage
+    real, wrong = MeanFlowGuidance.target, MeanFlowGuidance(1.38, 0.4, end=0.8)
+    monkeypatch.setattr(MeanFlowGuidance, "target", lambda self, *given: real(wrong, *given))
+    (stage,) = proven([*guided, "loss.teacher=exact"], worlds=worlds, plan=QUICK)
+    assert stage.verdict == "biased" and stage.bias > 0.02, stage
 
 
 @pytest.mark.parametrize(("words", "verdict"), [(PLAIN, "stationary"), (["loss=contrastive"], "biased")])
