@@ -24,6 +24,11 @@ from losses.couplings import MinibatchOTCoupling
 from models.inputs import make_unified_flow_matching_input
 from solvers.runge_kutta import Midpoint
 
+PEERS = {
+    "torchcfm": ("torchcfm", "ot"),
+    "flow_matching": ("flow_matching",),
+    "torchdiffeq": ("torchdiffeq",),
+}  # their modules
 Work = Callable[[], Any]
 Table = tuple[str, list[dict[str, Any]]]
 POINTS, DIGITS = "batch_size=1024", "dataloaders=digits model=cnn batch_size=64"
@@ -34,7 +39,7 @@ EVALUATIONS = 32
 
 def peer_tables(rounds: int, steps: int, common: str) -> Iterator[Table]:
     """Yield each table, of so many rounds of steps, the words common to all runs; and a sentence for each peer missing."""
-    there = {name: importlib.util.find_spec(name) is not None for name in ("torchcfm", "flow_matching", "torchdiffeq")}
+    there = {name: all(map(importlib.util.find_spec, needed)) for name, needed in PEERS.items()}
     for name in (name for name, found in there.items() if not found):
         yield f"{name} is not installed, its rows are left out: pip install 'denoising-zoo[peers]'", []
     common = f"device=cpu {common}"
