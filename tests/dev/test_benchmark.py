@@ -61,3 +61,14 @@ def test_a_run_that_does_not_go_on_as_it_would_have_is_found(monkeypatch):
     assert gpu_correctness.going_on(words)["difference"] == 0
     monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda self, state: None)
     assert gpu_correctness.going_on(words)["difference"] > 1e-3
+
+
+@pytest.mark.gpu
+def test_a_cuda_device_computes_what_the_cpu_computes_and_no_step_waits_for_it():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    lines, waits = [], []
+    for title, rows in gpu_correctness.correctness("model=mlp model.width=8 model.depth=1 batch_size=64", "device=cuda"):
+        lines += [] if rows else [title]
+        waits += [row["waits"] for row in rows if "waits" in row]
+    assert len(lines) == 3 and all("agree to" in line for line in lines) and len(waits) > 10 and max(waits) == 0
