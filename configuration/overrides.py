@@ -14,7 +14,8 @@ from configuration.stored import check_new_parts
 from configuration.values import NEUTRAL
 
 # What no result hangs on, or only by chance, or what follows from the data.
-MEANINGLESS = {*NEUTRAL, "run_name", "seed", "device", "engine", "standardized"} - {"guidance"}
+PAIRS_PLACE = "loss.coupling.make_pairs.cache"
+MEANINGLESS = {*NEUTRAL, "run_name", "seed", "device", "engine", "standardized", PAIRS_PLACE} - {"guidance"}
 
 
 def laid_over(stored: dict[str, Any], config: dict[str, Any], typed: list[Override]) -> dict[str, Any]:
@@ -53,10 +54,10 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
 
 
 def meaningful(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that results hang on, by dotted key; the run's seed, and its name in its teacher's, left open."""
+    """Return the settings that results hang on, by dotted key; the run's seed, and where its own teacher lies, left open."""
     leaves = {key: value for key, value in flat(config).items() if not MEANINGLESS & {key, key.split(".")[0]}}
     own, teacher = re.compile(rf"seed={config['seed']}(?!\d)"), f"{config.get('run_name')}_teacher"
-    opened = lambda text: own.sub("seed=*", text.replace(teacher, "*_teacher"))  # noqa: E731
+    opened = lambda text: "*_teacher" if teacher in text else own.sub("seed=*", text)  # noqa: E731
     return {key: opened(value) if isinstance(value, str) else value for key, value in leaves.items()}
 
 

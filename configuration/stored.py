@@ -4,6 +4,7 @@ No torch here: the launcher's checks use it.
 """
 
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -98,17 +99,36 @@ def upgraded_node(node: dict[str, Any]) -> dict[str, Any]:
     return pairs | node if target == "losses.couplings.ReflowCoupling" else node
 
 
+def strange_targets(config: dict[str, Any], parts: Any) -> list[tuple[str, str]]:
+    """Return each `_target_` under one of the keys `parts` that no file in configs/ names, after its key."""
+    known = {*named_in_configs("_target_"), TARGET}
+    return [(part, target) for part in parts for target in targets_in(config.get(part)) if target not in known]
+
+
+def modules_word(targets: list[tuple[str, str]], beside: Iterable[str] = ()) -> str:
+    """Return the word that trusts the modules of targets, beside others."""
+    modules = dict.fromkeys([*beside, *(target.rpartition(".")[0] or target for _, target in targets)])
+    return f"trust={','.join(modules)[:200]}"
+
+
+def trust_word(config: dict[str, Any]) -> str:
+    """Return, after a space, the word by which a command may take up a stored configuration; "" where it needs none."""
+    found = strange_targets(config, set(config) - {*AS_TYPED})
+    return f" {modules_word(found)}" if found else ""
+
+
 def check_targets(config: dict[str, Any], where: Path, parts: Any) -> None:
     """Raise UserError for a stored `_target_` under one of the keys `parts` that neither configs/ nor this command names."""
-    known = {*named_in_configs("_target_"), TARGET}
-    found = [(part, target) for part in parts for target in targets_in(config.get(part))
-             if target not in known and not any(f"{target}.".startswith(f"{name}.") for name in allowed)]  # fmt: skip
+    found = [
+        (part, target)
+        for part, target in strange_targets(config, parts)
+        if not any(f"{target}.".startswith(f"{name}.") for name in allowed)
+    ]
     if found:
-        modules = dict.fromkeys([*allowed, *(target.rpartition(".")[0] or target for _, target in found)])
         part, target = found[0]
         raise UserError(
             f"{where} wants {target[:80]} called as its {part}, which no file in configs/ names; add "
-            f"trust={','.join(modules)[:200]} if you trust what is named there, or use another file"
+            f"{modules_word(found, allowed)} if you trust what is named there, or use another file"
         )
 
 

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from common.command_line import ROOT
 from common.progress import LONG, duration, seconds_a_row
 from configuration.compose import CONFIG_DIR, twice_as_long
+from configuration.stored import trust_word
 from dataloaders.stream import Rows, StreamDataset
 from dataloaders.tensor_dataset import TensorDataset
 from evaluation.evaluator import GeneratorEvaluator
@@ -238,14 +239,15 @@ def end_lines(run: Run) -> list[tuple[str, str]]:
         lines.append(("dashboard", f"{RUNNER}trackio show --project {records.config['trackio']['project']}"))
     place = "" if output_dir == "outputs" else f" output_dir={shlex.quote(output_dir)}"
     place += f" mirror={shlex.quote(mirror)}" if (mirror := records.config.get("mirror")) else ""
+    trust = trust_word(records.config)
     longer = "" if run.interrupted else f" {twice_as_long(records.config)}"
     from_python = not run.notes.command.startswith("python ")
     go_on = (
         f'fit("{longer.strip()}")'.replace('""', "")
         if from_python
-        else f"{LAUNCH} run_name={name} resume=true{longer}{place}"
+        else f"{LAUNCH} run_name={name} resume=true{longer}{place}{trust}"
     )
     lines.append(("go on", go_on))
     if not run.interrupted and isinstance(run.state.objective, FlowObjective):
-        lines.append(("sample", "sample(1000)" if from_python else f"{SAMPLE} ckpt={saves.last} n=1000"))
+        lines.append(("sample", "sample(1000)" if from_python else f"{SAMPLE} ckpt={saves.last} n=1000{trust}"))
     return lines

@@ -159,12 +159,14 @@ def test_a_command_that_names_no_data_set_is_refused(
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_run_with_two_workers_goes_on_bit_for_bit(tmp_path: Path, small_run: Callable[..., Path]) -> None:
+def test_a_run_with_two_workers_goes_on_bit_for_bit(tmp_path: Path, small_run: Callable[..., Path], capsys: Any) -> None:
     words = ["dataloaders=torch", MINE, "+dataloaders.dataset.moved=0.3", "dataloaders.epoch_size=null", "conditional=true"]
     words += ["num_workers=2", "batch_size=60", "schedule=constant"]
     small_run("x", *words, "max_steps=9", output="whole")
     with contextlib.suppress(SystemExit):
         small_run("x", *words, "max_steps=4", output="parts")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith(("go on", "sample "))]
+    assert said and all(line.endswith(" trust=tests.dataloaders.user_sets") for line in said[-2:])
     with pytest.raises(UserError, match=r"trust=tests\.dataloaders\.user_sets"):
         small_run("x", "resume=true", "max_steps=9", output="parts")
     small_run("x", "resume=true", "max_steps=9", "trust=tests.dataloaders.user_sets", output="parts")

@@ -87,6 +87,15 @@ def test_every_file_is_of_the_recipe_as_it_is(path: Path):
     stale = [key for key, value in made.settings.items() if key in now and now[key] != value and key != "optimizer.fused"]
     assert not stale and len(made.seeds) >= 5 and " ".join(["scripts/milestones.py", *experiment]) in made.command
     assert made.by_step and all(at.sd >= 0 for found in made.scores.values() for at in found)
+    assert not [value for value in made.settings.values() if str(value).startswith("/")], "no place of one machine"
+
+
+def test_a_run_with_a_teacher_of_its_own_is_judged_wherever_that_lies():
+    config = composed("experiment=kmeans_one_step")
+    config["loss"]["coupling"] |= {"teacher": "/elsewhere/ckpts/mlp/x_teacher_last.pt"}
+    assert milestones_for(config)[0] is not None
+    config["loss"]["coupling"]["teacher"] = "/elsewhere/ckpts/mlp/other_last.pt"
+    assert milestones_for(config)[1].startswith("not judged: loss.coupling.teacher is /elsewhere")
 
 
 def test_the_script_collects_what_all_seeds_scored(small_run, tmp_path, monkeypatch, capsys):
