@@ -209,3 +209,10 @@ def test_a_conditional_run_says_when_its_pairs_ignore_the_class(
     words = ["dataloaders=moons", "conditional=true", "loss/coupling=minibatch_ot", f"loss.coupling.label_weight={weight}"]
     small_run("x", *words, "max_steps=1")
     assert ("loss.coupling.label_weight=1e6 pairs within classes" in capsys.readouterr().out) == (weight == 0)
+
+
+@pytest.mark.parametrize("weight", [0, 1e6])
+def test_a_run_on_conditions_says_that_its_pairs_ignore_them(small_run, capsys: pytest.CaptureFixture[str], weight: float):
+    words = ["conditional=true", "loss/coupling=minibatch_ot", f"loss.coupling.label_weight={weight}"]
+    small_run("x", "dataloaders=regression", *words, "max_steps=1")
+    assert "use loss/coupling=independent" in " ".join(capsys.readouterr().out.split())
