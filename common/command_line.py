@@ -94,6 +94,9 @@ def front(words: list[str], doc: str | None, carry_out: Callable[[list[str]], ob
     outlive_readers()
     try:
         outcome = carry_out(words)
+        if isinstance(outcome, str | Path):
+            print(printable(str(outcome)))
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sentence, status = "stopped", 130
     except UserError as error:
@@ -105,8 +108,6 @@ def front(words: list[str], doc: str | None, carry_out: Callable[[list[str]], ob
             raise
         sentence, status = said, 1
     else:
-        if isinstance(outcome, str | Path):
-            print(printable(str(outcome)))
         return outcome if isinstance(outcome, int) else 0
     print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
     return status

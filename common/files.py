@@ -178,7 +178,8 @@ def temporaries(folder: Path, names: str) -> list[Path]:
 class LastingStream(io.FileIO):
     """A standard stream whose first refused write costs a line on the other one; what follows goes nowhere.
 
-    note: that line; without one only a reader that has left (as `| head` does) is passed over, and in silence.
+    note: that line; without one a reader that has left (as `| head` does) is passed over in silence, and anything else
+    raises OSError, once.
     """
 
     def __init__(self, number: int, note: str) -> None:
@@ -189,11 +190,11 @@ class LastingStream(io.FileIO):
         try:
             return super().write(content)
         except OSError as error:
-            if not self.note and error.errno != errno.EPIPE:
-                raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
+            if not self.note and error.errno != errno.EPIPE:
+                raise
             here, other = ("standard output", 2) if self.fileno() == 1 else ("standard error", 1)
             line = f"note: {here} takes no more ({(error.strerror or str(error)).lower()}); {self.note}\n"
             with suppress(OSError):

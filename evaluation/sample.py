@@ -227,21 +227,24 @@ class TrainedModel:
         """Return states (N, ...) as images on the CPU: decoded where the model works on latents."""
         return as_images(states.to(self.device), parts.build_decoder(self.config, self.device)).cpu()
 
-    def log_prob(self, x: Tensor, label: Tensor | None = None, solver: BaseSolver | None = None) -> Tensor:
+    def log_prob(self, x: Tensor, label: Label = None, solver: BaseSolver | None = None) -> Tensor:
         """Return the log density in nats (B,) of states x (B, *state_shape); see log_likelihood."""
         return self.log_likelihood(x, label, solver).log_prob
 
-    def log_likelihood(self, x: Tensor, label: Tensor | None = None, solver: BaseSolver | None = None) -> LogLikelihood:
+    def log_likelihood(self, x: Tensor, label: Label = None, solver: BaseSolver | None = None) -> LogLikelihood:
         """Return the log density in nats of states x (B, *state_shape) under the unguided model, by the change of variables.
+
+        label: a class, or labels as in `sample`; None: unconditional.
 
         On the CPU. Exact divergence up to 16 dimensions, else Hutchinson's estimate, with its standard_error (B,) in nats;
         solver: dopri5 unless given.
         """
         self.objective.check_learns_velocity()
         source = self.source.to(self.device)
-        label = None if label is None else label.to(self.device)
+        given = None if label is None else self.labels(len(x), label)
+        labels = None if given is None else given.to(self.device)
         x = self.objective.standardised(x.to(self.device))
-        field = lambda z, t: self.objective.velocity(z, t, label)  # noqa: E731
+        field = lambda z, t: self.objective.velocity(z, t, labels)  # noqa: E731
         found = log_likelihood(field, x, source.log_prob, solver or Dopri5())
         error = None if found.standard_error is None else found.standard_error.cpu()
         std = self.objective.data_std  # the density is that of x, not of its standardised form

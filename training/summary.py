@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from common.command_line import ROOT
+from common.files import in_working_folder
 from common.progress import LONG, duration, seconds_a_row
 from configuration.compose import CONFIG_DIR, twice_as_long
 from configuration.stored import trust_word
@@ -99,7 +100,7 @@ def notes_on_pairs(flow: FlowObjective, rows: int) -> Iterator[str]:
         )
     if transport and flow.network.num_classes and not coupling.label_weight:
         yield (
-            "noise is paired with data whatever its class, and samples of a class start from all noise, which "
+            "noise is paired with data whatever its class, and samples of a class start from all noise, which biases "
             "them; loss.coupling.label_weight=1e6 pairs within classes"
         )
 
@@ -243,6 +244,8 @@ def end_lines(run: Run) -> list[tuple[str, str]]:
     if records.config["trackio"]["enabled"]:
         lines.append(("dashboard", f"{RUNNER}trackio show --project {records.config['trackio']['project']}"))
     place = "" if output_dir == "outputs" else f" output_dir={shlex.quote(output_dir)}"
+    log = Path(run.notes.file)
+    place += f" log.file={shlex.quote(str(log))}" if run.notes.expect and not in_working_folder(log) else ""
     place += f" mirror={shlex.quote(mirror)}" if (mirror := records.config.get("mirror")) else ""
     trust = trust_word(records.config)
     longer = "" if run.interrupted else f" {twice_as_long(records.config)}"

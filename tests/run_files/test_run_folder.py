@@ -309,6 +309,15 @@ def test_a_reader_that_leaves_costs_a_line_and_not_the_process(note: str) -> Non
 
 
 @pytest.mark.process
+def test_a_command_whose_output_finds_no_room_is_one_sentence(tmp_path: Path) -> None:
+    """A file that may hold 1 KiB stands for a full disk; what the interpreter flushes at its end is lost in silence."""
+    code = "import sys; from common.command_line import front; sys.exit(front([], None, lambda words: 'x' * 3000))"
+    command = ["bash", "-c", 'ulimit -f 1; exec "$0" -c "$1" > "$2"', sys.executable, code, str(tmp_path / "full")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "cannot write to the disk" in done.stderr
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
 def test_a_closed_stream_leads_nowhere_and_no_file_gets_its_number(closed: str, tmp_path: Path) -> None:
     opens = f"\nopened = open({str(tmp_path / 'x')!r}, 'w')\nopened.write(str(opened.fileno()))"

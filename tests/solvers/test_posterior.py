@@ -105,6 +105,7 @@ def test_digits_are_completed_from_the_command_line(shared_run: Callable[..., Pa
     assert float((x[:, :, :4] - digit[:, :4]).abs().max()) < 0.3
     assert float(x[:, :, 4:].std(0).mean()) > 0.05  # the others vary
     plain = model.sample(3, label=1)
+    assert torch.equal(model.log_prob(plain, label=1), model.log_prob(plain, label=torch.ones(3, dtype=torch.int64)))
     assert float((plain[:, :, :4] - digit[:, :4]).abs().mean()) > 0.3
 
 
