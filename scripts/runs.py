@@ -266,6 +266,9 @@ def find_run(output_dir: Path, name: str, holding: Sequence[str] = ("status.json
     folders = {key: folder for file in holding for key, folder in run_folders(output_dir, file).items()}
     if name in folders:
         return folders[name]
+    place = output_dir / "runs" / name
+    if place.is_dir() and not os.access(place, os.R_OK | os.X_OK):
+        raise UserError(f"{place} may not be read by this user; ask its owner, or run this as they do")
     near = difflib.get_close_matches(name, folders, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}?" if near else "python scripts/runs.py list shows what there is."
     raise UserError(f"no run named {name} under {output_dir / 'runs'}: {hint}")

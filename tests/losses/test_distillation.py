@@ -133,7 +133,7 @@ def test_a_student_begins_at_the_weights_of_the_teacher_that_is_trained_first(sm
     "words, sentence",
     [
         (['teacher="loss=nothing"'], "loss=nothing does not exist"),
-        (["teacher=3"], "cannot read '3'"),
+        (["teacher=3"], "and 3 is not key=value"),
         (['teacher="run_name=y"'], "leave run_name out"),
         (["loss.coupling.teacher=other.pt", "init_from=null"], "teacher= trains the run x_teacher, of which this one reads"),
         (["loss.coupling.teacher=???"], r"such as 'loss.coupling.teacher=\$\{run_name\}_teacher'$"),

@@ -85,8 +85,8 @@ def test_a_file_that_is_no_exported_flow_is_one_sentence(tmp_path):
         with pytest.raises(sample.UserError, match="is no exported flow") as refused:
             sample.carry_out([str(tmp_path / f"{name}.npz")])
         assert "allow_pickle" not in str(refused.value)
-    for name in ("absent.npz", "pipe.npz"):
-        with pytest.raises(sample.UserError, match="there is no file"):
+    for name, sentence in (("absent.npz", "there is no file"), ("pipe.npz", "is not a file")):
+        with pytest.raises(sample.UserError, match=sentence):
             sample.carry_out([str(tmp_path / name)])
         with pytest.raises(ValueError, match="there is no file"):
             MLP.load(tmp_path / name)

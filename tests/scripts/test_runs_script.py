@@ -204,6 +204,13 @@ def test_unknown_run_is_one_sentence_with_the_nearest_name(output_dir: Path, cap
     assert code == 1 and "two different runs" in err
 
 
+def test_a_run_of_another_user_is_not_called_missing(tmp_path, monkeypatch) -> None:
+    (tmp_path / "runs/theirs").mkdir(parents=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="runs/theirs may not be read by this user"):
+        runs.find_run(tmp_path, "theirs")
+
+
 @pytest.mark.process
 def test_runs_from_any_folder_without_the_libraries(output_dir: Path) -> None:
     """-S hides site-packages: the script finds the repository by itself and needs nothing else."""

@@ -59,9 +59,9 @@ def test_every_objective_trains_in_bf16_and_compiled_as_in_fp32(small_run, share
 
     compile_fully, compiled = torch.compile, []
 
-    def quickly(module: Any, mode: str) -> Any:
+    def quickly(module: Any, mode: str, dynamic: bool) -> Any:
         compiled.append(mode)
-        return compile_fully(module, backend="aot_eager", dynamic=False)
+        return compile_fully(module, backend="aot_eager", dynamic=dynamic)
 
     monkeypatch.setattr(torch, "compile", quickly)
     exact = held_out("fp32")
@@ -290,7 +290,7 @@ def test_eval_checkpoint_scores_without_a_run(small_run, capsys):
 
 def test_the_loop_leaves_the_objective_bare_under_compile(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(torch, "compile", lambda module, mode: seen.append((type(module).__name__, mode)) or module)
+    monkeypatch.setattr(torch, "compile", lambda module, mode, **given: seen.append((type(module).__name__, mode)) or module)
     run = assemble(small_config(tmp_path, "compile=true", "compile_mode=reduce-overhead", "max_steps=2"))
     assert seen == [("FlowMatchingLoss", "reduce-overhead")]
     assert not any("_orig_mod" in name for name in run.state.state_dict()["network"])
