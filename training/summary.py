@@ -92,13 +92,14 @@ def notes_on_pairs(flow: FlowObjective, rows: int) -> Iterator[str]:
             f"{paired:,} rows are paired exactly in each step, which takes time cubic in "
             "their number; batch_size=256 or loss.coupling.group=128, pairs within groups of so many, is faster"
         )
-    transport = isinstance(coupling, (MinibatchOTCoupling, SinkhornCoupling))
-    if transport and flow.network.condition_shape and not flow.network.num_classes:
+    if not isinstance(coupling, (MinibatchOTCoupling, SinkhornCoupling)):
+        return
+    if flow.network.condition_shape and not flow.network.num_classes:
         yield (
             "noise is paired with data whatever its condition, and samples of a condition start from all noise, which "
             "biases them; loss.coupling.label_weight is of classes and changes nothing here: use loss/coupling=independent"
         )
-    if transport and flow.network.num_classes and not coupling.label_weight:
+    if flow.network.num_classes and not coupling.label_weight:
         yield (
             "noise is paired with data whatever its class, and samples of a class start from all noise, which biases "
             "them; loss.coupling.label_weight=1e6 pairs within classes"
