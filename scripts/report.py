@@ -33,7 +33,6 @@ from common.ranges import NotNegative
 from configuration.compose import compose_config, resolved, twice_as_long
 from configuration.nodes import flat
 from configuration.settings import known_settings, unusable
-from configuration.stored import trust_word
 from evaluation.pictures import new_figure
 from run_files.metrics_file import BESIDE, COPIES
 from scripts.run_record import Figure, RunRecord, record_of
@@ -180,7 +179,7 @@ def go_on(run: RunRecord) -> str:
     """Return the command that trains a finished run for as long again."""
     place = str(run.config["output_dir"])
     folder = "" if place == "outputs" else f" output_dir={shlex.quote(place)}"
-    return f"python launcher.py run_name={run.name} resume=true {twice_as_long(run.config)}{folder}{trust_word(run.config)}"
+    return f"python launcher.py run_name={run.name} resume=true {twice_as_long(run.config)}{folder}"
 
 
 def advice(run: RunRecord) -> list[str]:
