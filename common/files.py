@@ -193,9 +193,10 @@ class LastingStream(io.FileIO):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
-            if not self.note and error.errno != errno.EPIPE:
-                raise
             here, other = ("standard output", 2) if self.fileno() == 1 else ("standard error", 1)
+            if not self.note and error.errno != errno.EPIPE:
+                error.filename = here
+                raise
             line = f"note: {here} takes no more ({(error.strerror or str(error)).lower()}); {self.note}\n"
             with suppress(OSError):
                 os.write(other, line.encode() if self.note else b"")

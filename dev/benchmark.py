@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command_line import Parser, check_place, count, front
 from common.files import write_atomically
-from dev.contestant import Contestant
+from dev.contestant import ENGINES, Contestant
 from dev.devices_benchmark import devices_rates
 from dev.gpu_benchmark import gpu_tables
 from dev.loader_benchmark import data_preset, loader_rates
@@ -52,7 +52,6 @@ JVP_MODELS = {
     "dit_s, batch 8": "dataloaders=random_images model=dit_s batch_size=8",
 }
 PRESETS = ("jvp", "data", "devices", "saves", "operations", "peers", "gpu")
-ENGINES = ("func", "separate", "finite_difference")
 
 
 def jvp_preset() -> dict[str, list[str]]:

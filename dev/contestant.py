@@ -20,6 +20,7 @@ from evaluation.generate import generate
 from training.assemble import assemble
 from training.loop import epoch_groups, train_step
 
+ENGINES = ("func", "separate", "finite_difference")
 NOT_ON_POINTS = ("cross_entropy", "reflow", "distillation")  # a classifier's loss, and two on the pairs of a teacher
 
 

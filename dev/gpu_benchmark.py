@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from common.device import device_name, pick_device
-from dev.contestant import Contestant, wait
+from dev.contestant import ENGINES, Contestant, wait
 from dev.gpu_correctness import Table, attempted, correctness
 
 MODES = {"eager": "", "bf16": "precision=bf16", "compiled": "compile=true",
@@ -117,7 +117,7 @@ def derivatives(model: str, words: str, sizes: Sizes) -> Iterator[Table]:
             base.append(step)
             return {"step_ms": step, "ratio": step / base[0]}
 
-        engines = ("func", "separate", "finite_difference") if mode == "eager" else ("auto",)
+        engines = ENGINES if mode == "eager" else ("auto",)
         rows = {f"flow matching, {mode}": f"{flow} {MODES[mode]}"} | {
             f"meanflow, {engine}, {percent} %, {mode}":
             f"{words} loss=meanflow loss.jvp={engine} loss.time_sampler.ratio={percent / 100} {MODES[mode]}"

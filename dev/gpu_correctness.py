@@ -22,7 +22,7 @@ import launcher
 from common.device import full_products
 from common.errors import UserError
 from configuration.compose import groups
-from dev.contestant import NOT_ON_POINTS, Contestant
+from dev.contestant import ENGINES, NOT_ON_POINTS, Contestant
 from run_files.checkpoint import load_checkpoint
 from training.loop import after_step, train_step
 
@@ -30,7 +30,6 @@ Table = tuple[str, list[dict[str, Any]]]
 UNABLE = (RuntimeError, NotImplementedError, TypeError, AssertionError, UserError)  # how a device says that it cannot
 STEPS, AGREES = 4, 1e-3  # steps compared with the CPU's, and the largest relative difference of a loss
 SAMPLES_AGREE = 1e-3  # largest difference of a number of a sample, in standard deviations
-ENGINES = ("func", "separate", "finite_difference")
 DIGITS = "dataloaders=digits batch_size=16"
 SMALL = {
     "cnn": "model.width=8 model.inner_width=16 model.embedding=16",
@@ -43,6 +42,7 @@ LEARNS = dict.fromkeys(("cnn", "unet_small", "dit_s"), "loss=meanflow conditiona
 CLASSIFIES = "loss=cross_entropy evaluation=classifier"
 MODELS = {name: f"{DIGITS} model={name} {words} {LEARNS.get(name, CLASSIFIES)}" for name, words in SMALL.items()}
 LEARNED_FOR = {"flow_map": "loss=meanflow", "ascent": "loss=equilibrium_matching"}  # solvers of not every loss
+READ = "loss=mse, its loss read"
 SAMPLED = "evaluation=loss_only evaluation.samples=64"
 GOING_ON = {"mlp": "model=mlp batch_size=64", "cnn": MODELS["cnn"]}
 IN_SILENCE = "trackio.enabled=false callbacks=none evaluation=loss_only overwrite=true deterministic=true"
@@ -77,6 +77,10 @@ def correctness(points: str, common: str, count: int | None = None) -> Iterator[
     yield from judged("samples", few(solvers, count), sampled, SAMPLES_AGREE)
     yield from judged("weights of a run that goes on from its save", few(going, count and 1), going_on, AGREES)
     if torch.cuda.is_available():
+        read = {READ: f"{points} loss=mse"}
+        yield from attempted(
+            "times a step waits for the device, one number of it being read", read, lambda w: waits(w, True)
+        )
         yield from attempted("times a step waits for the device", few(losses, count), waits)
 
 
@@ -153,8 +157,11 @@ def network_of(checkpoint: Path) -> dict[str, Tensor]:
     return {name: value.double() for name, value in load_checkpoint(checkpoint)["network"].items()}
 
 
-def waits(words: str) -> dict[str, float]:
-    """Return how often the host waits for a CUDA device in a step between two log lines, as torch itself counts."""
+def waits(words: str, reads: bool = False) -> dict[str, float]:
+    """Return how often the host waits for a CUDA device in a step between two log lines, as torch itself counts.
+
+    reads: whether each step's loss is read, which is a wait: so one sees that they are counted.
+    """
     contestant = Contestant(f"{words} log_every=1000")
     groups = [next(contestant.groups) for _ in range(2 * STEPS)]
     for group in groups[:STEPS]:
@@ -164,7 +171,10 @@ def waits(words: str) -> dict[str, float]:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             for group in groups[STEPS:]:
-                after_step(contestant.run, train_step(contestant.run, group))
+                values = train_step(contestant.run, group)
+                after_step(contestant.run, values)
+                if reads:
+                    values["loss"].item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return {"waits": sum("synchroniz" in str(warning.message) for warning in said) / STEPS}

@@ -24,11 +24,8 @@ from losses.couplings import MinibatchOTCoupling
 from models.inputs import make_unified_flow_matching_input
 from solvers.runge_kutta import Midpoint
 
-PEERS = {
-    "torchcfm": ("torchcfm", "ot"),
-    "flow_matching": ("flow_matching",),
-    "torchdiffeq": ("torchdiffeq",),
-}  # their modules
+# What each imports; torchcfm is installed by some without POT.
+PEERS = {"torchcfm": ("torchcfm", "ot"), "flow_matching": ("flow_matching",), "torchdiffeq": ("torchdiffeq",)}
 Work = Callable[[], Any]
 Table = tuple[str, list[dict[str, Any]]]
 POINTS, DIGITS = "batch_size=1024", "dataloaders=digits model=cnn batch_size=64"
@@ -173,11 +170,8 @@ def transport_steps(common: str) -> dict[str, Work]:
 def pairings(ours: Contestant, count: int) -> dict[str, Work]:
     from torchcfm.optimal_transport import OTPlanSampler
 
-    theirs, coupling, generator = (
-        OTPlanSampler(method="exact"),
-        MinibatchOTCoupling(),
-        torch.Generator(ours.run.device).manual_seed(0),
-    )
+    generator = torch.Generator(ours.run.device).manual_seed(0)
+    theirs, coupling = OTPlanSampler(method="exact"), MinibatchOTCoupling()
     x1 = ours.data()[:count]
     x0 = ours.run.source.sample(count, generator)
     return {"torchcfm": lambda: theirs.sample_plan(x0, x1), "this project": lambda: coupling.pair(x0, x1, None, generator)}

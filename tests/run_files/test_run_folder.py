@@ -314,7 +314,7 @@ def test_a_command_whose_output_finds_no_room_is_one_sentence(tmp_path: Path) ->
     code = "import sys; from common.command_line import front; sys.exit(front([], None, lambda words: 'x' * 3000))"
     command = ["bash", "-c", 'ulimit -f 1; exec "$0" -c "$1" > "$2"', sys.executable, code, str(tmp_path / "full")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "cannot write to the disk" in done.stderr
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "cannot write standard output: " in done.stderr
 
 
 @pytest.mark.process
